@@ -1,0 +1,257 @@
+"""GPT-2 as a pure function of its parameters, in Flax linen.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), on the decoder of
+Vaswani et al. 2017, "Attention Is All You Need". The model knows no files, no flags and no sharding.
+
+Shapes stand in the names, one letter a dimension:
+
+    B batch        T time (query position)      S source (key position)     D model width (n_embd)
+    H heads        K head width = D / H         F feed-forward width        V vocabulary     L layers
+
+The parameter tree has GPT-2's own names. Kernels are stored (in, out) as published, with the head axes
+kept apart, so reading published weights is a reshape and never a transpose:
+
+    wte/embedding (V, D)     wpe/embedding (n_positions, D)     ln_f/{scale, bias} (D,)
+    h_i/ln_1, h_i/ln_2       {scale, bias} (D,)
+    h_i/attn/c_attn          kernel (D, 3, H, K), bias (3, H, K)      h_i/attn/c_proj   (H, K, D), (D,)
+    h_i/mlp/c_fc             kernel (D, F), bias (F,)                 h_i/mlp/c_proj    (F, D), (D,)
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# One layer's keys and values of every position seen so far, (k_BSHK, v_BSHK); a cache is one pair per layer.
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
+
+# GPT-2 was trained with the tanh approximation ('gelu_new'); 'gelu' is the exact one, as in nanoGPT.
+ACTIVATIONS = {
+    'gelu_new': functools.partial(nn.gelu, approximate=True),
+    'gelu': functools.partial(nn.gelu, approximate=False),
+}
+
+# What each value of `dtype` computes in, and how its matrix products round. HIGHEST keeps every bit of
+# fp32 on a GPU too, where the default would silently be TF32 (10 mantissa bits).
+PRECISIONS = {
+    'float32': (jnp.float32, lax.Precision.HIGHEST),
+    'tf32': (jnp.float32, lax.Precision.HIGH),
+    'bfloat16': (jnp.bfloat16, lax.Precision.DEFAULT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The architecture, in GPT-2's own terms. Defaults live in `config.default_config()`, and only there."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int | None
+    activation_function: str
+    embd_pdrop: float
+    attn_pdrop: float
+    resid_pdrop: float
+    layer_norm_epsilon: float
+    initializer_range: float
+    bias: bool
+    dtype: str
+    remat: bool
+    attention: str
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def d_ff(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return PRECISIONS[self.dtype][0]
+
+    @property
+    def precision(self) -> lax.Precision:
+        return PRECISIONS[self.dtype][1]
+
+
+def _dense(cfg: GPT2Config, features, std: float, *, axis=-1, name: str | None = None) -> nn.DenseGeneral:
+    """An affine map y = x W + b over `axis`, with W ~ N(0, std) and b = 0."""
+    return nn.DenseGeneral(features, axis=axis, use_bias=cfg.bias, dtype=cfg.compute_dtype, precision=cfg.precision,
+                           kernel_init=nn.initializers.normal(std), name=name)
+
+
+def residual_std(cfg: GPT2Config) -> float:
+    """Spread of the projections that write to the residual stream: 0.02 / sqrt(2 L) (GPT-2, section 2.3).
+
+    The stream is a sum of 2 L such writes, so this keeps its variance independent of the depth.
+    """
+    return cfg.initializer_range / math.sqrt(2 * cfg.n_layer)
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis (Ba et al. 2016, eq. 4).
+
+    The statistics are taken in fp32 whatever the compute dtype. (..., D) -> (..., D).
+    """
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        y = (x - mean) * lax.rsqrt(variance + self.cfg.layer_norm_epsilon) * scale
+        if self.cfg.bias:
+            y = y + self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+        return y.astype(self.cfg.compute_dtype)
+
+
+def explicit_attention(q_BTHK, k_BSHK, v_BSHK, pos, dropout, precision):
+    """Causal scaled dot-product attention, every step in the open (Vaswani et al. 2017, eq. 1).
+
+        scores = q k^T / sqrt(K)        pattern = softmax(scores where s <= pos + t, else -inf)        z = pattern v
+
+    Query t stands at position pos + t and sees the keys at positions s <= pos + t: without a cache pos is 0 and
+    S = T; with one, S is the whole cache and what lies beyond the query is masked, written or not. The softmax is
+    in fp32. `dropout` maps the pattern (B, H, T, S) to itself. Returns z_BTHK.
+    """
+    T, S, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[-1]
+    scores_BHTS = jnp.einsum('BTHK,BSHK->BHTS', q_BTHK, k_BSHK, precision=precision,
+                             preferred_element_type=jnp.float32) / math.sqrt(K)
+    visible_TS = jnp.arange(S) <= pos + jnp.arange(T)[:, None]
+    scores_BHTS = jnp.where(visible_TS, scores_BHTS, -jnp.inf)
+    pattern_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype))
+    return jnp.einsum('BHTS,BSHK->BTHK', pattern_BHTS, v_BSHK, precision=precision)
+
+
+class CausalSelfAttention(nn.Module):
+    """q, k, v = x W_qkv;  out = concat_heads(attention(q, k, v)) W_o  (Vaswani et al. 2017, section 3.2.2)."""
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD, layer_cache, pos, deterministic: bool):
+        cfg = self.cfg
+        qkv_BT3HK = _dense(cfg, (3, cfg.n_head, cfg.head_dim), cfg.initializer_range, name='c_attn')(x_BTD)
+        q_BTHK, k_BSHK, v_BSHK = (qkv_BT3HK[:, :, i] for i in range(3))
+        if layer_cache is not None:
+            k_BSHK, v_BSHK = layer_cache = tuple(
+                lax.dynamic_update_slice_in_dim(old, new, pos, axis=1)
+                for old, new in zip(layer_cache, (k_BSHK, v_BSHK), strict=True))
+        if cfg.attention == 'cudnn' and layer_cache is None:
+            z_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, is_causal=True, implementation='cudnn')
+        else:
+            dropout = nn.Dropout(cfg.attn_pdrop, deterministic=deterministic)
+            z_BTHK = explicit_attention(q_BTHK, k_BSHK, v_BSHK, pos, dropout, cfg.precision)
+        out_BTD = _dense(cfg, cfg.n_embd, residual_std(cfg), axis=(-2, -1), name='c_proj')(z_BTHK)
+        return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD), layer_cache
+
+
+class MLP(nn.Module):
+    """out = gelu(x W_fc + b_fc) W_proj + b_proj  (Vaswani et al. 2017, eq. 2, with GELU, Hendrycks & Gimpel 2016)."""
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD, deterministic: bool):
+        cfg = self.cfg
+        h_BTF = ACTIVATIONS[cfg.activation_function](_dense(cfg, cfg.d_ff, cfg.initializer_range, name='c_fc')(x_BTD))
+        out_BTD = _dense(cfg, cfg.n_embd, residual_std(cfg), name='c_proj')(h_BTF)
+        return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD)
+
+
+class Block(nn.Module):
+    """x = x + attn(ln_1(x));  x = x + mlp(ln_2(x)): LayerNorm on the way in, a clean residual path (GPT-2, sec. 2.3)."""
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD, layer_cache, pos, deterministic: bool):
+        attn_BTD, layer_cache = CausalSelfAttention(self.cfg, name='attn')(
+            LayerNorm(self.cfg, name='ln_1')(x_BTD), layer_cache, pos, deterministic)
+        x_BTD = x_BTD + attn_BTD
+        x_BTD = x_BTD + MLP(self.cfg, name='mlp')(LayerNorm(self.cfg, name='ln_2')(x_BTD), deterministic)
+        return x_BTD, layer_cache
+
+
+class GPT2(nn.Module):
+    """x = wte[token] + wpe[position];  x = block_i(x), i < L;  logits = ln_f(x) wte^T."""
+
+    cfg: GPT2Config
+
+    def setup(self):
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.initializer_range)
+        self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, dtype=cfg.compute_dtype)
+        self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init, dtype=cfg.compute_dtype)
+        self.drop = nn.Dropout(cfg.embd_pdrop)
+        block = nn.remat(Block, static_argnums=(4,)) if cfg.remat else Block  # `deterministic`; self counts as 0
+        self.h = [block(cfg) for _ in range(cfg.n_layer)]
+        self.ln_f = LayerNorm(cfg)
+
+    def __call__(self, tokens_BT, deterministic: bool = True):
+        """Logits of the next token at every position: int (B, T) -> fp32 (B, T, V).
+
+        With `deterministic=False` dropout is on and `rngs={'dropout': key}` is needed.
+        """
+        x_BTD, _ = self.features(tokens_BT, deterministic=deterministic)
+        return self.head(x_BTD)
+
+    def features(self, tokens_BT, cache: Cache | None = None, pos=0, deterministic: bool = True):
+        """The final hidden states, and the cache with these tokens' keys and values written in.
+
+        With a cache the tokens stand at positions pos .. pos + T - 1 and see what was written before.
+        Raises ValueError where T is longer than the learned positions. Returns x_BTD, cache (or None).
+        """
+        T = tokens_BT.shape[1]
+        if T > self.cfg.n_positions:
+            raise ValueError(f'a sequence of {T} tokens is longer than n_positions = {self.cfg.n_positions}')
+        x_BTD = self.drop(self.wte(tokens_BT) + self.wpe(pos + jnp.arange(T)), deterministic=deterministic)
+        layers = []
+        for i, block in enumerate(self.h):
+            x_BTD, layer_cache = block(x_BTD, cache and cache[i], pos, deterministic)
+            layers.append(layer_cache)
+        return self.ln_f(x_BTD), cache and tuple(layers)
+
+    def head(self, x_BTD):
+        """Logits through the tied token embedding, accumulated in fp32: (..., D) -> (..., V)."""
+        wte_VD = self.wte.embedding.astype(self.cfg.compute_dtype)
+        return jnp.einsum('...D,VD->...V', x_BTD, wte_VD, precision=self.cfg.precision,
+                          preferred_element_type=jnp.float32)
+
+
+def init_params(model: GPT2, seed: int):
+    """Freshly drawn fp32 parameters; a pure function of the seed."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def init_cache(cfg: GPT2Config, batch: int) -> Cache:
+    """An empty cache for `batch` sequences of up to n_positions tokens."""
+    shape = (batch, cfg.n_positions, cfg.n_head, cfg.head_dim)
+    return tuple((jnp.zeros(shape, cfg.compute_dtype), jnp.zeros(shape, cfg.compute_dtype)) for _ in range(cfg.n_layer))
+
+
+def count_params(params) -> int:
+    """The number of parameters, the tied head counted once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:
+    """Model FLOPs of one training token, forward and backward (Chowdhery et al. 2022, PaLM, appendix B).
+
+    6 for each weight that multiplies a token (the tied head counts, the two embedding look-ups do not), and
+    12 L D T for the two attention products, with no discount for the causal half.
+    """
+    D, F = cfg.n_embd, cfg.d_ff
+    matmul_weights = cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D
+    return 6 * matmul_weights + 12 * cfg.n_layer * D * seq_len

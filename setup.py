@@ -1,0 +1,37 @@
+"""Packaging of gpt2_jax. The version ranges are those the test suite was run on, lowest and highest."""
+
+import pathlib
+import re
+
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'gpt2_jax/__init__.py').read_text()).group(1)
+
+setup(
+    name='gpt2_jax',
+    version=VERSION,
+    description='GPT-2 from scratch in JAX and Flax: minimal to read, faithful to the original, fast',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='MIT',
+    packages=['gpt2_jax'],
+    python_requires='>=3.11,<3.13',
+    install_requires=[
+        'jax>=0.10.2,<0.12',
+        'flax>=0.12.8,<0.12.11',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.4,<0.13',
+        'numpy>=2.4,<2.6',
+        'tiktoken>=0.14,<0.15',
+        'absl-py>=2.3,<3',
+        'ml_collections>=1.1,<2',
+        'rich>=14,<16',
+        'tensorboardX>=2.6.4,<3',
+    ],
+    extras_require={
+        'cuda12': ['jax[cuda12]>=0.10.2,<0.12'],
+        'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
+        'test': ['pytest>=8,<10', 'ruff>=0.14,<0.18'],
+    },
+)
