@@ -20,9 +20,11 @@ def make_schedule(*, learning_rate: float, end_learning_rate: float, warmup_step
         s >= w:  end + (peak - end) (1 + cos(pi (s - w) / (steps - w))) / 2
 
     The ramp starts at peak / (w + 1): starting at 0 would waste the first update.
+    A run with steps <= w is all ramp.
     """
     return optax.warmup_cosine_decay_schedule(init_value=learning_rate / (warmup_steps + 1), peak_value=learning_rate,
-                                              warmup_steps=warmup_steps, decay_steps=steps, end_value=end_learning_rate)
+                                              warmup_steps=warmup_steps, decay_steps=max(steps, warmup_steps + 1),
+                                              end_value=end_learning_rate)
 
 
 def make_optimizer(*, schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float,

@@ -1,0 +1,209 @@
+"""Checkpoints: save, verify, restore; the latest two and the best one are kept.
+
+A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (step and optimizer state), `meta` (JSON:
+configuration, tokenizer, and what the loop needs to go on) and, where the step was evaluated, `metrics`. Orbax writes
+it and moves it into place in one piece; after that, `SHA256SUMS` (checked by us, or by `sha256sum -c`) seals it. A
+folder without a seal, or that does not match it, was cut short or damaged, and is never restored.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from gpt2_jax import config as config_lib
+from gpt2_jax import tokenizers
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import GPT2, GPT2Config, init_params
+from gpt2_jax.step import TrainState
+
+SEAL = 'SHA256SUMS'
+FOLDER = 'checkpoints'
+
+
+def _val_loss(metrics) -> float:
+    return metrics['val_loss']
+
+
+def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    keep = policies.AnyPreservationPolicy([
+        # Two, so that one is left when the newest turns out to be damaged.
+        policies.LatestN(2),
+        # reverse: the lowest loss is the best.
+        policies.BestN(get_metric_fn=_val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)])
+    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+        best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, sealed or not, in order."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint but the seal, by its path inside."""
+    files = sorted(file for file in path.rglob('*') if file.is_file() and file.name != SEAL)
+    sums = {}
+    for file in files:
+        with open(file, 'rb') as opened:
+            sums[str(file.relative_to(path))] = hashlib.file_digest(opened, 'sha256').hexdigest()
+    return sums
+
+
+def _write_seal(path: Path) -> None:
+    lines = ''.join(f'{digest}  {name}\n' for name, digest in _sums(path).items())
+    part = path / (SEAL + '.part')
+    part.write_text(lines)
+    os.replace(part, path / SEAL)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`, in words; None where every byte is as it was saved."""
+    if not (path / SEAL).is_file():
+        return 'its save was cut short'
+    wanted = dict(reversed(line.split('  ', 1)) for line in (path / SEAL).read_text(errors='replace').splitlines()
+                  if '  ' in line)
+    found = _sums(path)
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return f'{wrong[0]} is not as it was saved' + (f' (nor are {len(wrong) - 1} more)' if wrong[1:] else '') if wrong \
+        else None
+
+
+def set_aside_damaged(folder: Path) -> list[str]:
+    """Renames every checkpoint that is damaged or half-written to STEP.damaged; returns one line for each."""
+    reports = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = re.fullmatch(r'(\d+)(\.orbax-checkpoint-tmp.*)?', path.name)
+        problem = match and ('its save was cut short' if match[2] else damage(path))
+        if problem:
+            names = [f'{match[1]}.damaged'] + [f'{match[1]}.damaged.{i}' for i in range(2, 1000)]
+            aside = next(folder / name for name in names if not (folder / name).exists())
+            path.rename(aside)
+            reports.append(f'checkpoint {match[1]} cannot be used: {problem}; renamed to {aside}')
+    return reports
+
+
+class Checkpoints:
+    """The checkpoints of a running training: saved in the background, one at a time.
+
+    Use as a context manager: leaving it waits until the last save is sealed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._orbax = _manager(folder, read_only=False)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._pending = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._orbax.close()
+
+    def save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
+        """Starts saving; returns as soon as the state may be overwritten. Raises UserError where it cannot be saved."""
+        self.wait()
+        step = int(state.step)
+        try:
+            free = shutil.disk_usage(self.folder).free
+            need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if free < need:
+                raise OSError(f'it takes {need / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left')
+            saved = self._orbax.save(
+                step, metrics=None if val_loss is None else {'val_loss': val_loss},
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    train=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+                    meta=ocp.args.JsonSave(meta)))
+            if not saved:
+                raise OSError(f'a checkpoint of a later step is in the way: {steps_in(self.folder)}')
+        except Exception as error:
+            raise self._failed(step, error) from None
+        self._pending = step, self._pool.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        self._orbax.wait_until_finished()
+        _write_seal(self.folder / str(step))
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, is sealed. Raises UserError where it failed."""
+        if self._pending:
+            (step, future), self._pending = self._pending, None
+            try:
+                future.result()
+            except Exception as error:
+                raise self._failed(step, error) from None
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        kept = [kept for kept in steps_in(self.folder) if (self.folder / str(kept) / SEAL).is_file()]
+        return UserError(
+            f'checkpoint {step} could not be saved in {self.folder}: {" ".join(str(error).split())[:300]}; the '
+            f'checkpoints of step {", ".join(map(str, kept)) or "none"} are whole. Make room or choose another '
+            '--workdir, then run the same command to go on')
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state saved at `step`; `abstract` gives shape, dtype and sharding of each leaf."""
+        items = self._orbax.restore(step, args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            train=ocp.args.StandardRestore({'step': abstract.step, 'opt_state': abstract.opt_state})))
+        return TrainState(items.train['step'], items.params, items.train['opt_state'])
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state."""
+        return self._orbax.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A model as sampling and evaluation need it; `params` are numpy arrays."""
+
+    step: int
+    model: GPT2
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    config: Any
+    meta: dict[str, Any]
+
+
+def load(run: Path, which: str) -> Restored:
+    """The model of a run's folder: which='best', 'latest' or a step. Reads nothing but that folder, and changes nothing.
+
+    Raises UserError where there is no such checkpoint, or it is damaged.
+    """
+    folder = run / FOLDER
+    sealed = [step for step in steps_in(folder) if (folder / str(step) / SEAL).is_file()]
+    if not sealed:
+        raise UserError(f'{run} holds no checkpoint: expected the folder of a run, with {FOLDER}/STEP inside; '
+                        'train one with scripts/train.py --workdir=DIR')
+    if which not in ('best', 'latest') and which not in map(str, sealed):
+        raise UserError(f'{folder} has no checkpoint {which!r}: it has {", ".join(map(str, sealed))}; '
+                        "or give 'best' or 'latest'")
+    with _manager(folder, read_only=True) as manager:
+        best = manager.best_step() if which == 'best' else None
+        step = int(which) if which.isdigit() else (sealed[-1] if best is None else best)
+        if problem := damage(folder / str(step)):
+            others = ', '.join(str(other) for other in sealed if other != step)
+            raise UserError(f'checkpoint {folder / str(step)} cannot be used: {problem}; '
+                            + (f'others: --which={others}' if others else 'there is no other'))
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        config = config_lib.from_json(meta['config'])
+        tokenizer = tokenizers.from_json(meta['tokenizer'])
+        model = GPT2(GPT2Config(**config.model, vocab_size=tokenizer.vocab_size))
+        shapes = jax.eval_shape(lambda: init_params(model, 0))
+        params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(
+            jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)))).params
+    return Restored(step, model, params, tokenizer, config, meta)

@@ -1,0 +1,100 @@
+"""From a command line to one call: flags, --help and --version, and errors in one line."""
+
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+import gpt2_jax
+from gpt2_jax.config import check_key, describe
+from gpt2_jax.errors import UsageError, UserError
+
+
+def platform_flag() -> flags.FlagHolder:
+    """--platform=auto|cpu|gpu|tpu."""
+    return flags.DEFINE_enum('platform', 'auto', ['auto', 'cpu', 'gpu', 'tpu'],
+                             'Device to run on; auto takes an accelerator where one is seen.')
+
+
+def config_flag() -> flags.FlagHolder:
+    """--config=FILE or FILE:ARGUMENT, and --config.SECTION.SETTING=VALUE for any of config.SETTINGS."""
+    return config_flags.DEFINE_config_file(
+        'config', None, 'Configuration file, e.g. configs/quickstart.py; change single settings by '
+        '--config.train.steps=10. All of them: gpt2_jax/config.py.')
+
+
+def config_name(default_flag: str = 'config') -> str:
+    """The name of the --config in use: configs/shakespeare.py -> 'shakespeare', x.py:small -> 'x-small'."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS[default_flag]).partition(':')
+    return '-'.join(filter(None, [os.path.splitext(os.path.basename(path))[0], argument]))
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Every --config.KEY must be a setting, and come with a --config=FILE."""
+    keys = [match[1] for match in (re.match(r'--?(?:no)?config\.([^=]+)', arg) for arg in argv) if match]
+    for key in keys:
+        try:
+            check_key(key)
+        except UsageError as error:
+            raise UsageError(f'--config.{key}: {error}') from None
+    if 'config' not in flags.FLAGS:
+        return
+    files = [arg.partition('=')[2] or following for arg, following in zip(argv, [*argv[1:], ''], strict=True)
+             if re.fullmatch(r'--?config(=.*)?', arg)]
+    if not files:
+        raise UsageError('--config=FILE is missing: name a configuration, e.g. --config=configs/quickstart.py')
+    if not os.path.isfile(files[-1].partition(':')[0]):
+        raise UsageError(f'--config={files[-1]}: there is no such file; its path counts from the current folder, '
+                         f'{os.getcwd()}')
+
+
+def _one_line(error: BaseException) -> str:
+    """What a library's error says, on one line, its cause first."""
+    while error.__cause__ or (error.__context__ and not error.__suppress_context__):
+        error = error.__cause__ or error.__context__
+    return f'{type(error).__name__}: ' + ' '.join(str(error).split())
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses all flags; returns the arguments that are none. Raises UsageError; --help and --version exit with 0."""
+    # First of all: they must answer also where the rest of the line is wrong.
+    if {'--help', '-help', '-h', '--helpfull'} & set(argv):
+        module = sys.modules['__main__']
+        print(f'{(module.__doc__ or "").strip()}\n\n{flags.FLAGS.module_help(module)}', end='')
+        sys.exit(0)
+    if '--version' in argv:
+        libraries = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax'))
+        print(f'gpt2_jax {gpt2_jax.__version__} ({libraries}, Python {sys.version.split()[0]})')
+        sys.exit(0)
+    _check_overrides(argv[1:])
+    try:
+        return flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        text = ' '.join(str(error).split())
+        key = re.search(r'--config\.([\w.]+)=', text)
+        raise UsageError(f'{text} -- expected {describe(key[1])}' if key else text) from None
+    except Exception as error:  # whatever the code in a configuration file raises
+        raise UsageError(f'the configuration could not be loaded: {_one_line(error)}') from None
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs main(arguments) and exits with what it returns, or, after one line on stderr, with the error's code."""
+    try:
+        code = main(_parse(sys.argv)) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        print(f'error: {error.strerror or error}' + (f': {error.filename}' if error.filename else ''), file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

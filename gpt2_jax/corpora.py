@@ -1,0 +1,152 @@
+"""Where a text comes from: any text file, or a corpus by name, found locally or downloaded and verified.
+
+A name is looked for at `data/NAME/input.txt` below the current folder, then at `$GPT2_JAX_DATA_DIR/NAME/input.txt`,
+then in the user's cache, `$XDG_CACHE_HOME/gpt2_jax/NAME/input.txt` (~/.cache by default), and is downloaded into that
+cache if it is in none of them. Nothing that is found is ever changed or deleted.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import http.client
+import os
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from gpt2_jax.errors import UserError
+
+TIMEOUT_SECONDS = 10  # without an answer; a slow download that keeps moving is never cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a published text can be downloaded, and how to know it is that text."""
+
+    url: str
+    sha256: str
+    n_bytes: int
+
+
+CORPORA = {
+    'tinyshakespeare': Source(
+        url='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+        sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+        n_bytes=1_115_394),
+}
+EMBEDDED = 'python-topics'  # needs no file: the English help texts that ship inside CPython
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text and its identity: `sha256` is of its UTF-8 bytes, `path` is None for the embedded one."""
+
+    name: str
+    path: Path | None
+    text: str = dataclasses.field(repr=False)
+    sha256: str
+
+
+class CorpusNotFound(UserError):
+    """A corpus known by name has no local copy, and cannot be downloaded."""
+
+
+def find_text(name_or_path: str | os.PathLike) -> Corpus:
+    """The text in a file, or the corpus of that name; a file wins over a name.
+
+    Raises CorpusNotFound where a known name can be had nowhere, and UserError where the name is unknown, a local copy
+    is not the published text, or the file is empty, unreadable or no UTF-8.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if os.path.exists(path) and not os.path.isdir(path):
+        return _read(path.stem, path)
+    if name == EMBEDDED:
+        return _embedded()
+    if name in CORPORA:
+        found = next((path for path in _places(name) if os.path.exists(path)), None)
+        return _read(name, found or _download(name), CORPORA[name].sha256)
+    if os.path.isdir(path):
+        raise UserError(f'{name} is a folder, and not a prepared one (it has no manifest.json): '
+                        f'give a text file, or a folder written by scripts/prepare.py')
+    known = [*CORPORA, EMBEDDED]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
+    raise UserError(f'no text file and no corpus called {name!r}: {hint}'
+                    f'give a text file, a prepared folder or one of {", ".join(known)}')
+
+
+def _places(name: str) -> list[Path]:
+    """The local places of a named corpus, in the order of search; the last one is the user's cache."""
+    folders = [Path('data'), Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'gpt2_jax')]
+    if data_dir := os.environ.get('GPT2_JAX_DATA_DIR'):
+        folders.insert(1, Path(data_dir).expanduser())
+    return [folder / name / 'input.txt' for folder in folders]
+
+
+def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
+    """The text of a file as it is, no newline translated; its bytes must have the SHA-256, where one is given."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f'cannot read the text {path}: {error.strerror}') from None
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 and digest != sha256:
+        raise UserError(f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; '
+                        f'move it away to get the published text, or give its path as data.corpus to use it as it is')
+    try:
+        text = data.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; '
+                        f'convert it first, for instance with iconv') from None
+    if not text:
+        raise UserError(f'the text {path} is empty: expected at least one character')
+    return Corpus(name, path, text, digest)
+
+
+def _embedded() -> Corpus:
+    try:
+        from pydoc_data.topics import topics  # 0.7 MB of help texts: imported only when asked for
+    except ImportError:
+        raise CorpusNotFound(f'this Python comes without its help texts (pydoc_data), so there is no corpus '
+                             f'{EMBEDDED!r}: give the path of a text file as data.corpus') from None
+    text = '\n'.join(topics[key] for key in sorted(topics))
+    return Corpus(EMBEDDED, None, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _download(name: str) -> Path:
+    """Fetches a corpus into the user's cache. The file takes its name only once it is whole and verified."""
+    source, (*_, path) = CORPORA[name], _places(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(prefix='input.', suffix='.part', dir=path.parent)
+        try:
+            with os.fdopen(descriptor, 'wb') as file:
+                digest = _fetch(name, source, file)
+                os.fsync(file.fileno())
+            if digest != source.sha256:
+                raise OSError(f'what arrived has SHA-256 {digest}, expected {source.sha256}')
+            os.replace(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
+        raise CorpusNotFound(
+            f'no local copy of {name}, and its download failed ({error or type(error).__name__}): put the text at '
+            f'{_places(name)[0]} or {path}, or set GPT2_JAX_DATA_DIR to a folder that holds {name}/input.txt, or give '
+            f'the path of any text file as data.corpus; the text is published at {source.url}') from None
+    return path
+
+
+def _fetch(name: str, source: Source, file) -> str:
+    """Copies the URL into an open file, with progress on stderr; returns the SHA-256 of what arrived."""
+    print(f'downloading {name}, {source.n_bytes / 1e6:.1f} MB, from {source.url}', file=sys.stderr, flush=True)
+    digest, n_bytes = hashlib.sha256(), 0
+    with urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response:
+        while block := response.read(1 << 16):
+            file.write(block)
+            digest.update(block)
+            n_bytes += len(block)
+            if sys.stderr.isatty():
+                print(f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} ', end='', file=sys.stderr, flush=True)
+    print(f'\rdownloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""From the setting `data.corpus` to tokens: a named corpus, a text file, or a prepared folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2_jax import corpora, shards
+from gpt2_jax.errors import UsageError
+from gpt2_jax.tokenizers import make_tokenizer
+
+
+def load(*, corpus: str, tokenizer: str, val_fraction: float, fallback: str,
+         notify: Callable[[str], None] = print) -> shards.Dataset:
+    """The data set that a configuration's `data` section names.
+
+    Where a named corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises
+    UserError (see corpora.find_text and shards.open_shards), and UsageError where a folder has another tokenizer.
+    """
+    if (Path(corpus) / shards.MANIFEST).is_file():
+        dataset = shards.open_shards(corpus)
+        if dataset.tokenizer.name != tokenizer:
+            raise UsageError(f'{corpus} was prepared with the tokenizer {dataset.tokenizer.name!r}, but data.tokenizer '
+                             f'is {tokenizer!r}: set --config.data.tokenizer={dataset.tokenizer.name}, or prepare the '
+                             'text again')
+        return dataset
+    try:
+        found = corpora.find_text(corpus)
+    except corpora.CorpusNotFound as error:
+        if not fallback:
+            raise
+        notify(f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead, the help texts that ship inside '
+               f'Python. It is English, but not {corpus}: its figures compare with nothing.')
+        found = corpora.find_text(fallback)
+    return shards.from_text(found.text, make_tokenizer(tokenizer, found.text), val_fraction, name=found.name)

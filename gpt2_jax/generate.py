@@ -1,0 +1,146 @@
+"""Text from a model: the choice of the next token, one prefill, cached decoding, and streaming.
+
+    prompt -> prefill (one pass over the padded prompt) -> logits, cache -> decode (a compiled loop) -> tokens
+
+The prompt is padded to n_positions and its true length is an argument, so one compilation serves every length. What
+the padding writes into the cache is masked, and overwritten before it could be seen.
+"""
+
+import codecs
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.errors import UsageError
+from gpt2_jax.model import GPT2, init_cache
+from gpt2_jax.tokenizers import Tokenizer
+
+# Tokens decoded per call: text appears, and stop strings are looked for, this often. Longer saves round trips to the
+# device, shorter streams more smoothly.
+CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from logits.
+
+    temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely (Fan et al. 2018),
+    top_p the fewest whose probability reaches p (Holtzman et al. 2020); 0 and 1 keep all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        for name, wrong, expected in (('temperature', self.temperature < 0, '0 (greedy) or more'),
+                                      ('top_k', self.top_k < 0, '0 (all) or more'),
+                                      ('top_p', not 0 < self.top_p <= 1, 'above 0 and at most 1 (all)')):
+            if wrong:
+                raise UsageError(f'{name} = {getattr(self, name)} is not allowed; expected {expected}')
+
+
+def choose(logits_BV, keys_B, sampling: Sampling):
+    """One token for each row, drawn with that row's key: (B, V), (B,) -> (B,)."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # probability of all that is likelier
+        least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def prefill(model: GPT2, params, tokens_BT, length):
+    """The logits after the first `length` tokens, and a cache that holds them. tokens_BT is padded to n_positions."""
+    x_BTD, cache = model.apply({'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]),
+                               method='features')
+    last_BD = jax.lax.dynamic_index_in_dim(x_BTD, length - 1, axis=1, keepdims=False)
+    return model.apply({'params': params}, last_BD, method='head'), cache
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache'))
+def decode(model: GPT2, params, logits_BV, cache, pos, keys_B, done, n, sampling: Sampling):
+    """Chooses and feeds back `n` <= CHUNK tokens, of which the first stands at position `pos`.
+
+    `done` counts the tokens drawn before: token i of a row depends on that row's key and i alone. Returns the tokens
+    (B, CHUNK), of which n count, the logits after them, and the cache.
+    """
+
+    def one(i, carry):
+        tokens_BC, logits_BV, cache = carry
+        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i)
+        token_B = choose(logits_BV, step_keys_B, sampling)
+        x_B1D, cache = model.apply({'params': params}, token_B[:, None], cache, pos + i, method='features')
+        return tokens_BC.at[:, i].set(token_B), model.apply({'params': params}, x_B1D[:, 0], method='head'), cache
+
+    tokens_BC = jnp.zeros((logits_BV.shape[0], CHUNK), jnp.int32)
+    return jax.lax.fori_loop(0, n, one, (tokens_BC, logits_BV, cache))
+
+
+def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, sampling: Sampling = Sampling(),
+             seed: int = 0, strict_context: bool = False, notify: Callable[[str], None] = print) -> Iterator[np.ndarray]:
+    """Continues `prompt` (T,) `num_samples` times; yields int32 (num_samples, n) as tokens are decoded.
+
+    Sample i depends on (params, prompt, sampling, seed, i) alone. GPT-2's learned positions cannot slide, so when the
+    context is full generation goes on from its last half with a fresh prefill, and `notify` is told so once.
+    Raises UsageError for an empty prompt, and, with `strict_context`, where prompt and text do not fit the context.
+    """
+    context = model.cfg.n_positions
+    if not len(prompt):
+        raise UsageError('the prompt is empty: give at least one token to go on from')
+    if strict_context and len(prompt) + max_new_tokens > context:
+        raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of {context} '
+                         '(strict_context): lower max_new_tokens, shorten the prompt, or allow the context to restart')
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+    text_BT = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
+    pos, done, told = context + 1, 0, False  # no cache yet
+    while done < max_new_tokens:
+        if pos >= context:
+            if text_BT.shape[1] >= context:
+                text_BT = text_BT[:, -max(context // 2, 1):]
+                if not told:
+                    notify(f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}')
+                    told = True
+            pos = text_BT.shape[1]
+            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
+        n = min(CHUNK, max_new_tokens - done, context - pos)
+        tokens_BC, logits_BV, cache = decode(model, params, logits_BV, cache, pos, keys_B, done, n, sampling)
+        tokens = np.asarray(tokens_BC)[:, :n]
+        text_BT = np.concatenate([text_BT, tokens], axis=1)
+        pos, done = pos + n, done + n
+        yield tokens
+
+
+def stream_text(chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int = 0, stop: str = '') -> Iterator[str]:
+    """The text of one row as it grows, never splitting a UTF-8 character, ending before the first `stop`."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    held = ''  # the end of the text so far that could be the beginning of `stop`
+    for chunk in chunks:
+        held += decoder.decode(tokenizer.decode_bytes(chunk[row]))
+        if stop and stop in held:
+            yield held[:held.index(stop)]
+            return
+        keep = len(stop) - 1 if stop else 0
+        yield held[:len(held) - keep]
+        held = held[len(held) - keep:] if keep else ''
+    yield held + decoder.decode(b'', final=True)
+
+
+def default_prompt(tokenizer: Tokenizer) -> np.ndarray:
+    """What text starts from where no prompt is given: a newline, or the first token of an alphabet without one."""
+    try:
+        return tokenizer.encode('\n')
+    except Exception:
+        return np.zeros(1, np.int32)

@@ -1,0 +1,135 @@
+"""Devices: which one runs, what it can do, and how arrays lie on a mesh of several.
+
+The model knows nothing of this. One table of path patterns says how every leaf is split; optimizer moments end in
+their parameter's path, so the same table serves them.
+"""
+
+import contextlib
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.errors import UsageError, UserError
+
+# Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. A device
+# that is not here has an unknown peak: no guess is made.
+PEAK_BF16_FLOPS = {
+    'NVIDIA A100': 312e12,
+    'NVIDIA H100 PCIe': 756e12,
+    'NVIDIA H100 80GB HBM3': 989.4e12,
+    'NVIDIA H200': 989.4e12,
+    'NVIDIA L4': 121e12,
+    'NVIDIA L40S': 362e12,
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5p': 459e12,
+    'TPU v6 lite': 918e12,
+}
+
+# Path pattern -> mesh axis of each dimension. Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, section 3)
+# splits heads, feed-forward columns and the vocabulary; fsdp splits another dimension of the same leaf
+# (Rajbhandari et al. 2020, ZeRO, stage 3).
+PARTITION_RULES = (
+    (r'attn/c_attn/kernel$', P('fsdp', None, 'tensor', None)),
+    (r'attn/c_attn/bias$', P(None, 'tensor', None)),
+    (r'attn/c_proj/kernel$', P('tensor', None, 'fsdp')),
+    (r'mlp/c_fc/kernel$', P('fsdp', 'tensor')),
+    (r'mlp/c_fc/bias$', P('tensor')),
+    (r'mlp/c_proj/kernel$', P('tensor', 'fsdp')),
+    (r'wte/embedding$', P('tensor', 'fsdp')),
+    (r'wpe/embedding$', P(None, 'fsdp')),
+    (r'', P()),  # biases of the residual stream, LayerNorms, counters: everywhere
+)
+
+
+def select_platform(name: str) -> None:
+    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process; call before any other use of JAX.
+
+    Raises UsageError where no such device is seen.
+    """
+    if name != 'auto':
+        jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(name, name))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UsageError(f'--platform={name}: JAX sees no {name} here ({" ".join(str(error).split())[:200]}). For an '
+                         "NVIDIA GPU install the extra that fits the driver, pip install -e '.[cuda12]' or "
+                         "'.[cuda13]', and check nvidia-smi; or run with --platform=cpu") from None
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    matches = [name for name in PEAK_BF16_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
+
+
+def describe_device(device: jax.Device) -> str:
+    """Platform, name and memory, for people: 'gpu, NVIDIA H100 80GB HBM3, 79.1 GiB'."""
+    if device.platform == 'cpu':
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        name = f'{os.cpu_count()} cores'
+    else:
+        memory = (device.memory_stats() or {}).get('bytes_limit')
+        name = device.device_kind
+    return f'{device.platform}, {name}, {f"{memory / 2**30:.1f} GiB" if memory else "memory unknown"}'
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+    """The first data x fsdp x tensor devices as a mesh; raises UsageError where there are fewer."""
+    need, devices = data * fsdp * tensor, jax.devices()
+    if need > len(devices):
+        raise UsageError(f'mesh.data x mesh.fsdp x mesh.tensor = {need} devices, but JAX sees {len(devices)} '
+                         f'{devices[0].platform}; on a CPU, JAX_NUM_CPU_DEVICES={need} in the environment simulates them')
+    return Mesh(np.array(devices[:need]).reshape(data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
+
+
+def _spec(path, leaf, mesh: Mesh, drop: str | None) -> P:
+    """The rule of one leaf; an axis that does not divide its dimension, or that is dropped, is left whole."""
+    name = '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+    rule = next(spec for pattern, spec in PARTITION_RULES if re.search(pattern, name))
+    return P(*(axis if axis and axis != drop and leaf.shape[i] % mesh.shape[axis] == 0 else None
+               for i, axis in enumerate(rule)))
+
+
+def shardings(mesh: Mesh, tree, drop: str | None = None):
+    """How each leaf of a tree of arrays (or shapes) lies on the mesh, without splitting over the axis `drop`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh, drop)), tree)
+
+
+def make_gather(mesh: Mesh):
+    """The function that brings parameters to where they are used: whole over 'fsdp', still split over 'tensor'.
+
+    Without it XLA splits the activations by feature instead, and moves them at every matrix product.
+    """
+    if mesh.shape['fsdp'] == 1:
+        return lambda params: params
+    return lambda params: jax.lax.with_sharding_constraint(params, shardings(mesh, params, drop='fsdp'))
+
+
+def put_batch(mesh: Mesh, batch):
+    """A batch of numpy rows as global arrays, the rows dealt out over 'data' and 'fsdp'."""
+    return jax.device_put(batch, NamedSharding(mesh, P(('data', 'fsdp'))))
+
+
+@contextlib.contextmanager
+def memory_errors(device: jax.Device, knobs: str):
+    """Turns running out of device memory into a UserError that names what to turn: `knobs`."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        amount = re.search(r'allocat\w+ (?:of )?(\d+) ?(?:bytes)?', str(error))
+        wanted = f' for an array of {int(amount[1]) / 2**30:.1f} GiB' if amount else ''
+        raise UserError(f'out of memory{wanted} on {describe_device(device)}: {knobs}') from None
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """How many ways the rows of a batch are dealt out."""
+    return math.prod(mesh.shape[axis] for axis in ('data', 'fsdp'))

@@ -1,0 +1,68 @@
+"""A run's folder: one process at a time, files that are whole or not there, logs that end where the run stands."""
+
+import contextlib
+import datetime
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2_jax.errors import UserError
+
+# Grow while a run trains; what they hold past the step a run goes on from is cut off.
+LOGS = ('metrics.jsonl', 'samples.txt', 'tensorboard/*')
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this process; the hold ends with the process, however that ends.
+
+    Raises UserError where it cannot be written, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / '.lock', 'a+')  # noqa: SIM115 (open as long as the run)
+    except OSError as error:
+        raise UserError(f'the run cannot write its folder {folder}: {error.strerror}; choose another --workdir') from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(f'another run is using {folder} (process {lock.read().strip() or "unknown"}): wait for it, '
+                            'stop it, or choose another --workdir') from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Renames a run's folder so that a fresh one can take its name; returns where it went, None if there was none."""
+    if not folder.exists():
+        return None
+    with claim(folder):
+        aside = folder.with_name(f'{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}')
+        folder.rename(aside)
+    return aside
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is either whole or as it was before."""
+    part = path.with_name(path.name + '.part')
+    part.write_text(text, encoding='utf-8')
+    os.replace(part, path)
+
+
+def log_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each log file, to be kept with a checkpoint; see `cut_back`."""
+    return {str(path.relative_to(folder)): path.stat().st_size for pattern in LOGS for path in folder.glob(pattern)}
+
+
+def cut_back(folder: Path, sizes: dict[str, int]) -> None:
+    """Puts the logs back to what they were at a checkpoint, so that every step gets one record."""
+    for name, size in log_sizes(folder).items():
+        if name not in sizes:
+            (folder / name).unlink()
+        elif size > sizes[name]:
+            os.truncate(folder / name, sizes[name])

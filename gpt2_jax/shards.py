@@ -1,0 +1,276 @@
+"""Token shards on disk: written atomically from text of any size, verified and memory-mapped when opened.
+
+A prepared folder holds `tokenizer.json`, the token ids as `train_00000.npy`, ... and `val_00000.npy`, ..., and
+`manifest.json`: counts, the tokenizer's fingerprint, and the SHA-256 of every shard. Each text's last characters go to
+validation, cut before tokenizing. N is a number of tokens.
+"""
+
+import bisect
+import codecs
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax import tokenizers
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.tokenizers import Tokenizer
+
+FORMAT = 1  # of manifest.json; a reader refuses any other
+SPLITS = ('train', 'val')
+BLOCK_BYTES = 1 << 20  # of text held in memory at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """One sequence of N token ids, kept in one or more arrays."""
+
+    arrays: tuple[np.ndarray, ...]
+    ends: tuple[int, ...] = dataclasses.field(init=False, repr=False)  # ends[i]: tokens in arrays[:i + 1]
+
+    def __post_init__(self):
+        object.__setattr__(self, 'ends', tuple(itertools.accumulate(len(array) for array in self.arrays)))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids start .. stop - 1, at least one, as (stop - start,); a view where they lie in one array."""
+        if not 0 <= start < stop <= len(self):
+            raise IndexError(f'no tokens [{start}, {stop}) in a sequence of {len(self)}')
+        i = bisect.bisect_right(self.ends, start)
+        pieces = []
+        while start < stop:
+            begin = self.ends[i] - len(self.arrays[i])
+            pieces.append(self.arrays[i][start - begin:stop - begin])
+            start, i = self.ends[i], i + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Tokens to train and to validate on. Equal `sha256` means the same tokens, split and tokenizer."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: Tokens
+    val: Tokens
+    sha256: str
+
+
+def from_text(name: str, text: str, tokenizer: Tokenizer, val_fraction: float) -> Dataset:
+    """A dataset in memory, with the tokens and the split that `prepare` would write."""
+    cut = _n_train(len(text), val_fraction)
+    train, val = (Tokens((tokenizer.encode(part),)) for part in (text[:cut], text[cut:]))
+    identity = [hashlib.sha256(text.encode()).hexdigest(), tokenizers.fingerprint(tokenizer), val_fraction]
+    return Dataset(name, tokenizer, train, val, _sha256_of(identity))
+
+
+def is_prepared(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder to open with `open_shards`."""
+    return os.path.exists(os.path.join(path, 'manifest.json'))
+
+
+def prepare(inputs: list[str], out_dir: str, *, tokenizer_name: str, val_fraction: float, shard_tokens: int) -> dict:
+    """Writes text files, joined in order, as a prepared folder; returns its manifest.
+
+    Two passes over the texts, a block at a time: the first counts and collects the alphabet, the second encodes. The
+    folder appears whole or not at all. Raises UserError for a text that cannot be read, is empty or changes between
+    the passes, and for an `out_dir` that holds anything: nothing is overwritten.
+    """
+    out_dir = Path(out_dir).resolve()
+    if shard_tokens < 1:
+        raise UsageError(f'shard_tokens is {shard_tokens}: expected at least 1')
+    _n_train(1, val_fraction)  # refuse a wrong fraction before the first pass, not after
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise UserError(f'{out_dir} exists and is not an empty folder: choose another out_dir, or move it away')
+    sources, characters = [], set()
+    for path in inputs:
+        n_characters, digest = 0, hashlib.sha256()
+        for block in _read_blocks(path, digest):
+            n_characters += len(block)
+            characters.update(block)
+        if not n_characters:
+            raise UserError(f'the text {path} is empty: expected at least one character')
+        sources.append((path, n_characters, digest.hexdigest()))
+    tokenizer = tokenizers.make_tokenizer(tokenizer_name, characters)
+    partial = out_dir.with_name(f'.{out_dir.name}.{secrets.token_hex(4)}.partial')
+    try:
+        partial.mkdir(parents=True)
+        manifest = _write(partial, sources, tokenizer, val_fraction, shard_tokens)
+        partial.rename(out_dir)
+    except OSError as error:
+        raise UserError(f'cannot write {out_dir}: {error.strerror}') from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def open_shards(folder: str | os.PathLike) -> Dataset:
+    """Memory-maps a prepared folder after checking every file of it against the manifest.
+
+    Raises UserError naming the file that is missing, damaged, of another format or of another tokenizer.
+    """
+    folder = Path(folder)
+    path = folder / 'manifest.json'
+    try:
+        manifest = json.loads(path.read_text('utf-8'))
+        if manifest['format'] != FORMAT:
+            raise UserError(f'{path} has format {manifest["format"]}, this version reads {FORMAT}: prepare it again')
+        dtype, fingerprint = np.dtype(manifest['dtype']), manifest['tokenizer']['sha256']
+        shards = [(split, shard['file'], shard['tokens'], shard['sha256'])
+                  for split in SPLITS for shard in manifest['splits'][split]['shards']]
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}; a prepared folder is written by '
+                        f'scripts/prepare.py') from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{path} is damaged: prepare the folder again from its texts') from None
+    tokenizer = _open_tokenizer(folder / 'tokenizer.json', fingerprint)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
+        arrays = list(pool.map(lambda shard: _open_shard(folder / shard[1], dtype, *shard[2:]), shards))
+    train, val = (Tokens(tuple(array for array, shard in zip(arrays, shards, strict=True) if shard[0] == split))
+                  for split in SPLITS)
+    return Dataset(folder.resolve().name, tokenizer, train, val, _sha256_of([fingerprint, shards]))
+
+
+def _sha256_of(identity: list) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _n_train(n_characters: int, val_fraction: float) -> int:
+    """How many characters come before the cut: all but the last ceil(n val_fraction).
+
+    The fraction is taken as the decimal a person wrote: in binary, 70 x 0.1 is a little over 7, and would cut at 62.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f'val_fraction is {val_fraction}: expected at least 0 and below 1')
+    return n_characters - math.ceil(n_characters * Fraction(str(val_fraction)))
+
+
+def _read_blocks(path: str, digest) -> Iterator[str]:
+    """A file's text, a block at a time, with no newline translated; its bytes are added to `digest`."""
+    decoder, n_bytes = codecs.getincrementaldecoder('utf-8')(), 0
+    try:
+        with open(path, 'rb') as file:
+            while block := file.read(BLOCK_BYTES):
+                kept = len(decoder.getstate()[0])  # bytes of a character that the last block's end cut in two
+                digest.update(block)
+                yield decoder.decode(block)
+                n_bytes += len(block)
+            kept = len(decoder.getstate()[0])
+            decoder.decode(b'', final=True)
+    except OSError as error:
+        raise UserError(f'cannot read the text {path}: {error.strerror}') from None
+    except UnicodeDecodeError as error:
+        offset = n_bytes - kept + error.start
+        raise UserError(f'{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {offset}; '
+                        f'convert it first, for instance with iconv') from None
+
+
+class _ShardWriter:
+    """Gathers one split's tokens and writes them out in shards of `shard_tokens`."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int):
+        self.folder, self.split, self.tokenizer = folder, split, tokenizer
+        self.buffer = np.empty(shard_tokens, np.min_scalar_type(tokenizer.vocab_size - 1))
+        self.filled = self.n_bytes = 0
+        self.shards = []
+
+    def add(self, text: str):
+        ids = self.tokenizer.encode(text)
+        self.n_bytes += len(text.encode())
+        while len(ids):
+            taken = ids[:len(self.buffer) - self.filled]
+            self.buffer[self.filled:self.filled + len(taken)] = taken
+            self.filled += len(taken)
+            ids = ids[len(taken):]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self):
+        """Writes what is gathered, if anything, as the next shard."""
+        if self.filled:
+            path = self.folder / f'{self.split}_{len(self.shards):05d}.npy'
+            np.save(path, self.buffer[:self.filled], allow_pickle=False)
+            self.shards.append({'file': path.name, 'tokens': self.filled, 'sha256': _file_sha256(path)})
+            self.filled = 0
+
+    def summary(self) -> dict:
+        """What the manifest says of this split."""
+        return {'tokens': sum(shard['tokens'] for shard in self.shards), 'bytes': self.n_bytes, 'shards': self.shards}
+
+
+def _write(folder: Path, sources: list, tokenizer: Tokenizer, val_fraction: float, shard_tokens: int) -> dict:
+    """The second pass: every file of a prepared folder; `sources` are (path, characters, SHA-256). The manifest."""
+    train, val = (_ShardWriter(folder, split, tokenizer, shard_tokens) for split in SPLITS)
+    for path, n_characters, sha256 in sources:
+        left, digest = _n_train(n_characters, val_fraction), hashlib.sha256()
+        for block in _read_blocks(path, digest):
+            train.add(block[:left])
+            val.add(block[left:])
+            left = max(0, left - len(block))
+        if digest.hexdigest() != sha256:
+            raise UserError(f'the text {path} changed while it was read: run again when nothing writes to it')
+    train.flush()
+    val.flush()
+    manifest = {
+        'format': FORMAT,
+        'tokenizer': {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
+                      'sha256': tokenizers.fingerprint(tokenizer)},
+        'dtype': train.buffer.dtype.name,
+        'val_fraction': val_fraction,
+        'splits': {'train': train.summary(), 'val': val.summary()},
+        'inputs': [{'file': Path(path).name, 'characters': n, 'bytes': os.path.getsize(path), 'sha256': sha256}
+                   for path, n, sha256 in sources],
+    }
+    (folder / 'tokenizer.json').write_text(tokenizers.to_json(tokenizer), 'utf-8')
+    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), 'utf-8')
+    return manifest
+
+
+def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    try:
+        tokenizer = tokenizers.from_json(path.read_text('utf-8'))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read {path}: {error}') from None
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    if tokenizers.fingerprint(tokenizer) != fingerprint:
+        raise UserError(f'{path} is not the tokenizer these shards were written with: its SHA-256 is '
+                        f'{tokenizers.fingerprint(tokenizer)}, the manifest says {fingerprint}; restore it, or '
+                        f'prepare the folder again')
+    return tokenizer
+
+
+def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str) -> np.ndarray:
+    """A shard's ids, memory-mapped: (n_tokens,) of `dtype`."""
+    try:
+        digest = _file_sha256(path)
+        if digest != sha256:
+            raise UserError(f'{path} is damaged: its SHA-256 is {digest}, the manifest says {sha256}; restore it from '
+                            f'a copy, or prepare the folder again')
+        ids = np.load(path, mmap_mode='r', allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing, and the manifest names it: restore it, or prepare the folder '
+                        f'again') from None
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from None
+    if ids.shape != (n_tokens,) or ids.dtype != dtype:
+        raise UserError(f'{path} holds {ids.shape} tokens of {ids.dtype}, the manifest says ({n_tokens},) of {dtype}: '
+                        f'prepare the folder again')
+    return np.asarray(ids)  # still the map, without the cost of the memmap subclass at every slice
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

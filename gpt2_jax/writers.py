@@ -1,0 +1,80 @@
+"""What a run tells: the console, metrics.jsonl, samples.txt and TensorBoard events."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich import progress
+from tensorboardX import SummaryWriter
+
+PLAIN_SECONDS = 5  # between lines where the output is no terminal: a log stays readable
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 20 s', '2 h 5 min'."""
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 1:
+        return f'{int(hours)} h {int(minutes % 60)} min'
+    return f'{int(minutes)} min {int(seconds % 60)} s' if minutes >= 1 else f'{seconds:.0f} s'
+
+
+class RunLog:
+    """Everything a run writes while it trains. Use as a context manager."""
+
+    def __init__(self, folder: Path, start: int, steps: int):
+        self._metrics = open(folder / 'metrics.jsonl', 'a', encoding='utf-8')  # noqa: SIM115 (closed in __exit__)
+        self._samples = open(folder / 'samples.txt', 'a', encoding='utf-8')  # noqa: SIM115
+        # The suffix keeps files of restarts within one second apart.
+        self._events = SummaryWriter(str(folder / 'tensorboard'), filename_suffix=f'.from_{start}')
+        self._last_line = 0.0
+        self._live = None
+        if sys.stdout.isatty():
+            self._live = progress.Progress(
+                progress.TextColumn('step {task.completed}/{task.total}'), progress.BarColumn(),
+                progress.TextColumn('{task.description}'), progress.TimeRemainingColumn(), transient=True)
+            self._task = self._live.add_task('compiling', total=steps, completed=start)
+            self._live.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._live:
+            self._live.stop()
+        for file in (self._metrics, self._samples, self._events):
+            file.close()
+
+    def say(self, text: str) -> None:
+        """A message on the console, above the progress line where there is one."""
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def record(self, step: int, split: str, values: dict[str, float | None]) -> None:
+        """One line of metrics.jsonl, and the same figures as TensorBoard events. None stands for unknown."""
+        self._metrics.write(json.dumps({'step': step, 'split': split, **values}, allow_nan=False) + '\n')
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(f'{split}/{name}', value, step)
+
+    def sample(self, step: int, text: str) -> None:
+        """A sampled text, in samples.txt and on the console."""
+        self._samples.write(f'=== step {step} ===\n{text}\n\n')
+        self.say(f'--- sample at step {step} ---\n{text.strip()}\n---')
+
+    def progress(self, step: int, steps: int, loss: float, tokens_per_second: float | None, seconds_left: float | None):
+        """The state of training: the live line, or now and then a plain one."""
+        rate = f'{tokens_per_second:,.0f} tokens/s' if tokens_per_second else 'compiled'
+        if self._live:
+            self._live.update(self._task, completed=step, description=f'loss {loss:.3f}, {rate}')
+        elif time.monotonic() - self._last_line > PLAIN_SECONDS or step == steps:
+            self._last_line = time.monotonic()
+            left = f', {duration(seconds_left)} left' if seconds_left else ''
+            print(f'step {step}/{steps}: loss {loss:.3f}, {rate}{left}', flush=True)
+
+    def flush(self) -> None:
+        """Everything told so far is in the files when this returns."""
+        for file in (self._metrics, self._samples, self._events):
+            file.flush()

@@ -1,0 +1,48 @@
+"""Turns text files into a folder of token shards to train on.
+
+    python scripts/prepare.py --input book1.txt book2.txt --tokenizer char --out_dir prepared/books
+    python scripts/train.py --config=configs/shakespeare.py --config.data.corpus=prepared/books
+
+The texts are UTF-8 and joined in the order given. The last characters of each go to validation. Texts larger than
+memory stream through. The folder appears whole or not at all, and nothing is overwritten.
+"""
+
+import time
+
+from absl import flags
+
+from gpt2_jax import cli, shards, tokenizers
+from gpt2_jax.errors import UsageError
+
+INPUT = flags.DEFINE_multi_string('input', [], 'Text files: --input a.txt b.txt, or --input=a.txt --input=b.txt.')
+TOKENIZER = flags.DEFINE_enum('tokenizer', 'char', list(tokenizers.TOKENIZERS), 'What a token is.')
+OUT_DIR = flags.DEFINE_string('out_dir', None, 'The folder to write; it must not exist, or be empty.')
+VAL_FRACTION = flags.DEFINE_float('val_fraction', 0.1, 'The part of each text, at its end, kept for validation.')
+# 64 Mi tokens: 64 MB of characters or bytes, so a shard copies, hashes and is replaced in about a second, while a
+# hundred gigabytes are still under two thousand files.
+SHARD_TOKENS = flags.DEFINE_integer('shard_tokens', 1 << 26, 'Tokens in one shard file, at most.')
+
+
+def main(more: list[str]) -> None:
+    """Writes the folder and prints what it holds. `more`: the flag takes the first file of `--input a b`, not b."""
+    if len(INPUT.value) > 1 and more:
+        raise UsageError(f'{more[0]!r} follows several --input flags, so the order of the texts is unclear: '
+                         f'give --input once, before all files, or once for each file')
+    if not INPUT.value or not OUT_DIR.value:
+        raise UsageError(f'--{"out_dir" if INPUT.value else "input"} is missing: '
+                         f'python scripts/prepare.py --input FILES.. --tokenizer char|byte --out_dir DIR')
+    started = time.perf_counter()
+    manifest = shards.prepare(INPUT.value + more, OUT_DIR.value, tokenizer_name=TOKENIZER.value,
+                              val_fraction=VAL_FRACTION.value, shard_tokens=SHARD_TOKENS.value)
+    seconds = time.perf_counter() - started
+    print(f'{"split":<8}{"tokens":>16}{"bytes":>16}{"shards":>8}')
+    for split, about in manifest['splits'].items():
+        print(f'{split:<8}{about["tokens"]:>16,}{about["bytes"]:>16,}{len(about["shards"]):>8}')
+    n_bytes = sum(source['bytes'] for source in manifest['inputs'])
+    print(f'tokenizer {manifest["tokenizer"]["name"]}, vocabulary {manifest["tokenizer"]["vocab_size"]:,}, '
+          f'{manifest["dtype"]}; {n_bytes / 1e6:.1f} MB in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.0f} MB/s)')
+    print(f'wrote {OUT_DIR.value}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
