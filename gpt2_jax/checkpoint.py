@@ -114,10 +114,9 @@ class Checkpoints:
             self._pool.shutdown()
             self._orbax.close()
 
-    def save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Starts saving; returns as soon as the state may be overwritten. Raises UserError where it cannot be saved."""
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
+        """Starts saving the state after `step` updates; returns once it may be overwritten. Raises UserError where it cannot be saved."""
         self.wait()
-        step = int(state.step)
         try:
             free = shutil.disk_usage(self.folder).free
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -81,6 +81,24 @@ def _parse(argv: list[str]) -> list[str]:
         raise UsageError(f'the configuration could not be loaded: {_one_line(error)}') from None
 
 
+def no_more(arguments: list[str]) -> None:
+    """Raises UsageError for arguments that belong to no flag."""
+    if arguments:
+        raise UsageError(f'unexpected argument {arguments[0]!r}: settings are given as --name=value; see --help')
+
+
+def read_text(path: str | None) -> str:
+    """The text of a file, or of standard input for '-' and, where nothing is named, for a pipe; else ''."""
+    if path is None and (sys.stdin is None or sys.stdin.isatty()):
+        return ''
+    try:
+        data = sys.stdin.buffer.read() if path in (None, '-') else open(path, 'rb').read()
+        return data.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise UsageError(f'{path or "standard input"} is not UTF-8 text: byte {data[error.start]:#04x} at offset '
+                         f'{error.start}') from None
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs main(arguments) and exits with what it returns, or, after one line on stderr, with the error's code."""
     try:

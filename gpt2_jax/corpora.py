@@ -131,7 +131,7 @@ def _download(name: str) -> Path:
             Path(part).unlink(missing_ok=True)
     except (OSError, http.client.HTTPException) as error:
         raise CorpusNotFound(
-            f'no local copy of {name}, and its download failed ({error or type(error).__name__}): put the text at '
+            f'no local copy of {name}, and its download failed ({str(error).strip("<>")}): put the text at '
             f'{_places(name)[0]} or {path}, or set GPT2_JAX_DATA_DIR to a folder that holds {name}/input.txt, or give '
             f'the path of any text file as data.corpus; the text is published at {source.url}') from None
     return path

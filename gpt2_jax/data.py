@@ -1,7 +1,6 @@
 """From the setting `data.corpus` to tokens: a named corpus, a text file, or a prepared folder."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from gpt2_jax import corpora, shards
 from gpt2_jax.errors import UsageError
@@ -15,7 +14,7 @@ def load(*, corpus: str, tokenizer: str, val_fraction: float, fallback: str,
     Where a named corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises
     UserError (see corpora.find_text and shards.open_shards), and UsageError where a folder has another tokenizer.
     """
-    if (Path(corpus) / shards.MANIFEST).is_file():
+    if shards.is_prepared(corpus):
         dataset = shards.open_shards(corpus)
         if dataset.tokenizer.name != tokenizer:
             raise UsageError(f'{corpus} was prepared with the tokenizer {dataset.tokenizer.name!r}, but data.tokenizer '
@@ -30,4 +29,4 @@ def load(*, corpus: str, tokenizer: str, val_fraction: float, fallback: str,
         notify(f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead, the help texts that ship inside '
                f'Python. It is English, but not {corpus}: its figures compare with nothing.')
         found = corpora.find_text(fallback)
-    return shards.from_text(found.text, make_tokenizer(tokenizer, found.text), val_fraction, name=found.name)
+    return shards.from_text(found.name, found.text, make_tokenizer(tokenizer, found.text), val_fraction)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.errors import UsageError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.model import GPT2, init_cache
 from gpt2_jax.tokenizers import Tokenizer
 
@@ -142,5 +142,20 @@ def default_prompt(tokenizer: Tokenizer) -> np.ndarray:
     """What text starts from where no prompt is given: a newline, or the first token of an alphabet without one."""
     try:
         return tokenizer.encode('\n')
-    except Exception:
+    except UserError:
         return np.zeros(1, np.int32)
+
+
+def print_samples(model: GPT2, params, tokenizer: Tokenizer, prompt: str, *, num_samples: int, stop: str, **options):
+    """Prints continuations of `prompt`: a single one as it grows, several one after the other when all are there."""
+    ids = tokenizer.encode(prompt) if prompt else default_prompt(tokenizer)
+    chunks = generate(model, params, ids, num_samples=num_samples, **options)
+    if num_samples > 1:
+        chunks = list(chunks)
+    for row in range(num_samples):
+        if num_samples > 1:
+            print(f'--- sample {row + 1} of {num_samples} ---')
+        print(prompt, end='')
+        for text in stream_text(chunks, tokenizer, row, stop):
+            print(text, end='', flush=True)
+        print()

@@ -5,7 +5,6 @@ their parameter's path, so the same table serves them.
 """
 
 import contextlib
-import math
 import os
 import re
 
@@ -118,7 +117,7 @@ def put_batch(mesh: Mesh, batch):
 
 
 @contextlib.contextmanager
-def memory_errors(device: jax.Device, knobs: str):
+def memory_errors(knobs: str):
     """Turns running out of device memory into a UserError that names what to turn: `knobs`."""
     try:
         yield
@@ -127,9 +126,5 @@ def memory_errors(device: jax.Device, knobs: str):
             raise
         amount = re.search(r'allocat\w+ (?:of )?(\d+) ?(?:bytes)?', str(error))
         wanted = f' for an array of {int(amount[1]) / 2**30:.1f} GiB' if amount else ''
-        raise UserError(f'out of memory{wanted} on {describe_device(device)}: {knobs}') from None
+        raise UserError(f'out of memory{wanted} on {describe_device(jax.devices()[0])}: {knobs}') from None
 
-
-def row_multiple(mesh: Mesh) -> int:
-    """How many ways the rows of a batch are dealt out."""
-    return math.prod(mesh.shape[axis] for axis in ('data', 'fsdp'))

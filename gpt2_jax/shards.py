@@ -150,7 +150,7 @@ def _sha256_of(identity: list) -> str:
 def _n_train(n_characters: int, val_fraction: float) -> int:
     """How many characters come before the cut: all but the last ceil(n val_fraction).
 
-    The fraction is taken as the decimal a person wrote: in binary, 70 x 0.1 is a little over 7, and would cut at 62.
+    The fraction is taken as the decimal a person wrote: in binary, 100 x 0.07 is a little over 7, and would take 8.
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f'val_fraction is {val_fraction}: expected at least 0 and below 1')

@@ -138,7 +138,7 @@ def from_json(text: str) -> Tokenizer:
     """The tokenizer that `to_json` wrote; UserError where the text is damaged or of an unknown kind."""
     try:
         fields = json.loads(text)
-        name = fields.pop('name')
+        name = str(fields.pop('name'))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError('the saved tokenizer is damaged: it is not a JSON object with a "name"') from None
     if name not in TOKENIZERS:

@@ -6,191 +6,287 @@ Checkpoint S means exactly S updates. The batch and the dropout masks of an upda
 run that was cut off and goes on from its last checkpoint computes what it would have computed.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax import batches, data, parallel, run_folder, step, tokenizers
+from gpt2_jax import batches, parallel, run_folder, tokenizers
 from gpt2_jax import config as config_lib
 from gpt2_jax.checkpoint import FOLDER, Checkpoints, set_aside_damaged, steps_in
 from gpt2_jax.errors import DivergedError, UsageError, UserError
-from gpt2_jax.evaluate import evaluate
 from gpt2_jax.generate import Sampling, default_prompt, generate, stream_text
-from gpt2_jax.model import GPT2, GPT2Config, count_params, flops_per_token, init_params
-from gpt2_jax.optim import decay_mask, make_optimizer, make_schedule
-from gpt2_jax.shards import Dataset
+from gpt2_jax.model import count_params
+from gpt2_jax.recipe import Recipe, build, describe, schedule_of
+from gpt2_jax.step import TrainState
 from gpt2_jax.writers import RunLog, duration
 
-# fp32 rate of one CPU core on this model's small matrix products, as measured on two cores of a 2024 server. Only for
-# the hint that a recipe was made for a GPU.
-CPU_CORE_FLOPS = 45e9
 # Small models read better a little below the temperature they were trained at.
 EVAL_SAMPLING = Sampling(temperature=0.8)
-MEMORY_KNOBS = ('lower --config.train.batch_size, raise --config.train.accumulate (same gradient, less memory), lower '
-                '--config.train.seq_len, set --config.model.remat=True, or take a smaller model.n_layer or model.n_embd')
+MEMORY_KNOBS = ('lower --config.train.batch_size, raise --config.train.accumulate (the same gradient in less memory), '
+                'lower --config.train.seq_len, set --config.model.remat=True, or take a smaller model.n_layer or '
+                'model.n_embd')
 
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop knows beside the state; kept in every checkpoint."""
+    """What a run knows beside its state; it is kept in every checkpoint."""
 
     best_step: int | None = None
     best_val_loss: float | None = None
-    final_val_loss: float | None = None
-    seconds: float = 0.0  # of the process that saved and those before it
-
-
-class Interrupt:
-    """Remembers the first SIGTERM or Ctrl-C so that the loop can save and leave; a second one is not held back."""
-
-    def __init__(self):
-        self.signal = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, frame):
-        self.signal = signal.Signals(number)
-        self.restore()
-
-    def restore(self):
-        """Gives the signals back to who had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _describe(config: ConfigDict, model: GPT2, params, dataset: Dataset, device) -> list[str]:
-    """What runs, in lines for people."""
-    cfg, train = model.cfg, config.train
-    leaves = list(zip(jax.tree.leaves(decay_mask(params)), jax.tree.leaves(params), strict=True))
-    decayed, kept = ([leaf for decays, leaf in leaves if decays is which] for which in (True, False))
-    tokens = train.batch_size * train.seq_len
-    peak, flops = parallel.peak_flops(device), flops_per_token(cfg, train.seq_len)
-    rounding = {'float32': 'full fp32 matrix products', 'tf32': 'TF32 matrix products where the device has them',
-                'bfloat16': 'bf16 matrix products, fp32 accumulation'}[cfg.dtype]
-    lines = [
-        f'device      {parallel.describe_device(device)}; mesh data {config.mesh.data} x fsdp {config.mesh.fsdp} x '
-        f'tensor {config.mesh.tensor}; jax {jax.__version__}',
-        f'precision   {cfg.dtype}: {rounding}; parameters, moments, softmax, LayerNorm and loss in fp32',
-        f'attention   {cfg.attention}' + (', recomputing blocks in the backward pass' if cfg.remat else ''),
-        f'data        {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens, '
-        f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
-        f'model       {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, '
-        f'context {cfg.n_positions}',
-        f'optimizer   AdamW; {len(decayed)} leaves with {count_params(decayed):,} parameters are decayed, '
-        f'{len(kept)} with {count_params(kept):,} are not',
-        f'step        {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
-        + (f' in {train.accumulate} micro-batches' if train.accumulate > 1 else '')
-        + f'; {train.steps:,} steps = {tokens * train.steps / len(dataset.train):.1f} epochs',
-        f'FLOPs       6 x matmul weights + 12 L D T = {flops:,} a token, {flops * tokens:.3g} a step; MFU = FLOPs a token x '
-        'tokens/s / peak, ' + (f'{peak / 1e12:.0f} TFLOP/s (dense bf16)' if peak else 'unknown: no peak known for this device'),
-    ]
-    seconds = flops * tokens / (CPU_CORE_FLOPS * (os.cpu_count() or 1))
-    if device.platform == 'cpu' and seconds > 2:
-        lines.append(f'hint        this recipe is made for a GPU: a step takes about {seconds:.0f} s on this CPU, the run '
-                     f'about {duration(seconds * train.steps)}. For a run of minutes: --config=configs/quickstart.py')
-    return lines
-
-
-def _check_resumable(old: ConfigDict, new: ConfigDict, at_step: int, extend: bool, workdir: Path, say) -> None:
-    """Raises UsageError naming the settings that keep a run from going on with the configuration `new`."""
-    differ = config_lib.differences(old, new)
-    longer = new.train.steps > old.train.steps
-    if extend and longer:
-        differ.pop('train.steps')
-        before, after = (float(_schedule(config)(at_step)) for config in (old, new))
-        say(f'extended from {old.train.steps:,} to {new.train.steps:,} steps: the cosine is laid out anew over all of them, '
-            f'so the learning rate at step {at_step:,} goes from {before:.3g} to {after:.3g}')
-    if differ:
-        fields = '; '.join(f'{key}: {a!r} there, {b!r} now' for key, (a, b) in differ.items())
-        hint = ' (a larger train.steps may go on with --extend)' if 'train.steps' in differ and longer else ''
-        raise UsageError(f'the run in {workdir} has another configuration: {fields}{hint}; give the same settings to go '
-                         'on, another --workdir for a new run, or --fresh to move the old one aside')
-
-
-def _schedule(config: ConfigDict):
-    optim = config.optim
-    return make_schedule(learning_rate=optim.learning_rate, end_learning_rate=optim.end_learning_rate,
-                         warmup_steps=optim.warmup_steps, steps=config.train.steps)
+    final_val_loss: float | None = None  # of the latest evaluation
+    val_tokens: int = 0
+    seconds: float = 0.0  # of this process and those before it
 
 
 def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: bool = False,
           started: float | None = None) -> int:
-    """Trains, or goes on training, in the run's folder `workdir`; returns the exit code (0, 130 or 143).
+    """Trains, or goes on training, in the run's folder; returns the exit code: 0, or 128 + a signal's number.
 
-    `started` is when the process began, by time.monotonic(). Raises UserError (see there).
+    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the process began, by
+    time.monotonic(). Raises UserError, and leaves every finished checkpoint as it is.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
     if fresh and (aside := run_folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
-    with run_folder.claim(workdir), parallel.memory_errors(jax.devices()[0], MEMORY_KNOBS):
-        return _run(config, workdir, extend, started)
-
-
-def _run(config: ConfigDict, workdir: Path, extend: bool, started: float) -> int:
-    train, mesh = config.train, parallel.make_mesh(**config.mesh)
-    dataset = data.load(**config.data)
-    corpus = {'name': dataset.name, 'sha256': dataset.sha256, 'fallback': dataset.name == config.data.fallback}
-    model = GPT2(GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size))
-    schedule = _schedule(config)
-    optim = config.optim
-    optimizer = make_optimizer(schedule=schedule, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-                               weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
-
-    def new_state():
-        return step.init_state(init_params(model, train.seed), optimizer)
-
-    shapes = jax.eval_shape(new_state)
-    layout = parallel.shardings(mesh, shapes)
-    device = mesh.devices.flat[0]
-    for line in _describe(config, model, shapes.params, dataset, device):
-        print(line)
-    for line in set_aside_damaged(workdir / FOLDER):
-        print(line)
-
-    with Checkpoints(workdir / FOLDER) as checkpoints:
-        saved, progress, sizes = steps_in(workdir / FOLDER), Progress(), {}
-        start = saved[-1] if saved else 0
-        if saved:
-            meta = checkpoints.read_meta(start)
-            _check_resumable(config_lib.from_json(meta['config']), config, start, extend, workdir, print)
-            if meta['corpus']['sha256'] != corpus['sha256']:
-                raise UserError(f"the run in {workdir} was trained on {meta['corpus']['name']} with SHA-256 "
-                                f"{meta['corpus']['sha256'][:12]}.., but data.corpus is now {corpus['name']} with "
-                                f"{corpus['sha256'][:12]}..: bring the old text back, or start anew with --fresh")
-            progress, sizes = Progress(**meta['progress']), meta['log_sizes']
-            if progress.best_step not in saved:  # it was lost or damaged: the next evaluation is the best so far
-                progress.best_step = progress.best_val_loss = None
-            if start == train.steps and (workdir / 'summary.json').exists():
+    with run_folder.claim(workdir), parallel.memory_errors(MEMORY_KNOBS):
+        recipe = build(config)
+        print('\n'.join([*describe(recipe), *set_aside_damaged(workdir / FOLDER)]), flush=True)
+        with Checkpoints(workdir / FOLDER) as checkpoints:
+            start, progress, state = _restore(recipe, workdir, checkpoints, extend)
+            if start == config.train.steps and (workdir / 'summary.json').exists():
                 print(f'the run in {workdir} is finished: {start:,} steps, best validation loss '
-                      f'{progress.best_val_loss} at step {progress.best_step}; raise train.steps with --extend to go on')
+                      f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with --extend to '
+                      'go on, or start anew with --fresh')
                 return 0
-            abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                                    shapes, layout)
-            state = checkpoints.restore(start, abstract)
-            print(f'going on from checkpoint {start:,} in {workdir}')
-        else:
-            state = jax.jit(new_state, out_shardings=layout)()
-        run_folder.cut_back(workdir, sizes)
-        (workdir / 'summary.json').unlink(missing_ok=True)
-        run_folder.write_text(workdir / 'config.json', config_lib.to_json(config))
-        run_folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(dataset.tokenizer))
-
-        with RunLog(workdir, start, train.steps) as log:
-            loop = _Loop(config, workdir, mesh, dataset, corpus, model, schedule, layout, optimizer, checkpoints, log,
-                         progress, started)
-            code = loop.run(state, start)
-        checkpoints.wait()
-    if code == 0:
-        summary = loop.summary(count_params(shapes.params), device)
+            (workdir / 'summary.json').unlink(missing_ok=True)
+            run_folder.write_text(workdir / 'config.json', config_lib.to_json(config))
+            run_folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(recipe.dataset.tokenizer))
+            with RunLog(workdir, start, config.train.steps) as log:
+                loop = Loop(recipe, workdir, checkpoints, log, progress, started)
+                caught = loop.run(state, start)
+            checkpoints.wait()
+        if caught:
+            print(f'stopped by {caught.name} at step {loop.done:,}, which is saved; the same command goes on from there')
+            return 128 + caught
+        summary = loop.summary()
         run_folder.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
-        print(f'finished {train.steps:,} steps in {duration(summary["seconds_total"])}: best validation loss '
-              f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final {progress.final_val_loss:.4f}; sample '
-              f'with: python scripts/sample.py --ckpt_dir={workdir}')
-    return code
+        print(f'finished {config.train.steps:,} steps in {duration(summary["seconds_total"])}: best validation loss '
+              f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final {progress.final_val_loss:.4f}\n'
+              f'sample from it: python scripts/sample.py --ckpt_dir={workdir}')
+        return 0
+
+
+def _corpus(recipe: Recipe) -> dict[str, Any]:
+    """The identity of the text a run trains on."""
+    asked, got = recipe.config.data.corpus, recipe.dataset
+    return {'asked_for': asked, 'name': got.name, 'sha256': got.sha256,
+            'fallback': got.name == recipe.config.data.fallback != asked}
+
+
+def _restore(recipe: Recipe, workdir: Path, checkpoints: Checkpoints, extend: bool) -> tuple[int, Progress, TrainState]:
+    """The latest checkpoint's step, progress and state, with the logs cut back to it; or a new run's.
+
+    Raises UsageError naming every setting that keeps the run from going on with this configuration.
+    """
+    saved = steps_in(workdir / FOLDER)
+    if not saved:
+        run_folder.cut_back(workdir, {})
+        return 0, Progress(), recipe.new_state()
+    start, config = saved[-1], recipe.config
+    meta = checkpoints.read_meta(start)
+    old = config_lib.from_json(meta['config'])
+    differ = config_lib.differences(old, config)
+    longer = config.train.steps > old.train.steps
+    if extend and longer:
+        differ.pop('train.steps')
+    theirs, ours = meta['corpus'], _corpus(recipe)
+    if theirs['sha256'] != ours['sha256']:
+        differ['data.corpus (its text)'] = (f'{theirs["name"]} {theirs["sha256"][:12]}', f'{ours["name"]} {ours["sha256"][:12]}')
+    if differ:
+        fields = '; '.join(f'{key}: {a!r} there, {b!r} now' for key, (a, b) in differ.items())
+        hint = ' (a larger train.steps may go on with --extend)' if 'train.steps' in differ and longer else ''
+        raise UsageError(f'the run in {workdir} has another configuration: {fields}{hint}; give the same settings to '
+                         'go on, another --workdir for a new run, or --fresh to move the old one aside')
+    if extend and longer:
+        before, after = (float(schedule_of(c)(start)) for c in (old, config))
+        print(f'extended from {old.train.steps:,} to {config.train.steps:,} steps: the schedule is laid out anew over '
+              f'all of them, and the learning rate at step {start:,} goes from {before:.3g} to {after:.3g}')
+    progress = Progress(**meta['progress'])
+    if progress.best_step not in saved:  # cut short or damaged: the next evaluation is the best one there is
+        progress.best_step = progress.best_val_loss = None
+    state = checkpoints.restore(start, jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        recipe.shapes, recipe.layout))
+    run_folder.cut_back(workdir, meta['log_sizes'])
+    print(f'going on from checkpoint {start:,} in {workdir}')
+    return start, progress, state
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Notes the first SIGTERM or Ctrl-C, so that the loop can save and leave; a second one is not held back."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(signal.Signals(number))
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        restore()
+
+
+class Loop:
+    """One pass of the training loop over its steps, and what it counts."""
+
+    def __init__(self, recipe: Recipe, workdir: Path, checkpoints: Checkpoints, log: RunLog, progress: Progress,
+                 started: float):
+        self.recipe, self.config, self.workdir = recipe, recipe.config, workdir
+        self.checkpoints, self.log, self.progress, self.started = checkpoints, log, progress, started
+        self.seconds_before = progress.seconds
+        self.evaluate = recipe.evaluator()
+        self.pending = []  # (step, its metrics, still on the device)
+        self.done = self.last_saved = 0
+        self.seconds_to_first_step = None
+        # Training time and steps, without compilation, evaluations and the waits of saves; the mark is where the
+        # stretch under measurement began: (time, step), None while none is.
+        self.train_seconds, self.train_steps, self.mark = 0.0, 0, None
+
+    def run(self, state: TrainState, start: int) -> signal.Signals | None:
+        """Updates from step `start` to the last; returns the signal that cut it short, if one did."""
+        config, steps = self.config, self.config.train.steps
+        train_step = self.recipe.train_step()
+        self.done = self.last_saved = start
+        with _signals() as noted, contextlib.closing(batches.prefetch(self.recipe.batch, start, steps)) as stream:
+            for index, batch in enumerate(stream, start):
+                state, metrics = train_step(state, batch)
+                self.done = done = index + 1
+                self.pending.append((done, metrics))
+                first, last = index == start, done == steps
+                evaluates = last or done % config.eval.every == 0
+                saves = last or done % config.checkpoint.every == 0
+                if first or evaluates or saves or noted:
+                    self.fetch(len(self.pending))
+                elif len(self.pending) > config.log.every:
+                    self.fetch(config.log.every)  # all but the newest, so that the device always has work
+                if first:
+                    self.seconds_to_first_step = time.monotonic() - self.started
+                if evaluates:
+                    saves |= self.evaluate_and_sample(state.params)
+                if saves or noted:
+                    self.save(state)
+                if first or evaluates or saves:
+                    self.mark = time.monotonic(), done
+                if noted:
+                    return noted[0]
+        return None
+
+    def fetch(self, count: int) -> None:
+        """Fetches, checks and records the oldest `count` pending metrics. Raises DivergedError."""
+        fetched, self.pending = self.pending[:count], self.pending[count:]
+        now_on_host = jax.device_get([metrics for _, metrics in fetched])
+        rate = self.measure(fetched[-1][0])
+        for (step, _), metrics in zip(fetched, now_on_host, strict=True):
+            values = {name: float(value) for name, value in metrics.items()}
+            wrong = [f'{name} = {value}' for name, value in values.items() if not math.isfinite(value)]
+            if wrong:
+                raise self.diverged(step, ', '.join(wrong))
+            if step == 1 or step % self.config.log.every == 0 or step == self.config.train.steps:
+                self.log.record(step, 'train', {**values, 'tokens_per_second': rate, 'mfu': self.mfu(rate)})
+        left = self.config.train.steps - step
+        self.log.progress(step, self.config.train.steps, values['loss'], rate,
+                          left * self.recipe.tokens_per_step / rate if rate else None)
+
+    def measure(self, step: int) -> float | None:
+        """Tokens per second over the stretch that ends, now, with `step`; None where none was under measurement."""
+        if not self.mark or step <= self.mark[1]:
+            return None
+        now, (began, first) = time.monotonic(), self.mark
+        if not self.train_steps:
+            left = (self.config.train.steps - step) * (now - began) / (step - first)
+            self.log.say(f'{(now - began) / (step - first) * 1e3:.1f} ms a step: about {duration(left)} to go, and the '
+                         f'time of {self.config.train.steps // self.config.eval.every} evaluations')
+        self.train_seconds, self.train_steps = self.train_seconds + now - began, self.train_steps + step - first
+        self.mark = now, step
+        return (step - first) * self.recipe.tokens_per_step / (now - began)
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """Model FLOP utilisation: the share of the devices' peak; None where either is unknown."""
+        peak = parallel.peak_flops(self.recipe.device)
+        if not peak or not tokens_per_second:
+            return None
+        return tokens_per_second * self.recipe.flops_per_token / (peak * self.recipe.mesh.size)
+
+    def diverged(self, step: int, what: str) -> DivergedError:
+        """The error for a value that is not finite."""
+        kept = steps_in(self.workdir / FOLDER)
+        return DivergedError(f'training diverged at step {step}: {what}; nothing was saved from it, the last good '
+                             f'checkpoint is {f"step {kept[-1]}" if kept else "none"} in {self.workdir}. Try a lower '
+                             'optim.learning_rate, more optim.warmup_steps, or optim.clip_norm = 1')
+
+    def evaluate_and_sample(self, params) -> bool:
+        """Evaluates the whole validation split and prints a sample; returns whether the loss is the best so far."""
+        began = time.monotonic()
+        result = self.evaluate(params)
+        if not math.isfinite(result.loss):
+            raise self.diverged(self.done, f'validation loss = {result.loss}')
+        progress = self.progress
+        better = progress.best_val_loss is None or result.loss < progress.best_val_loss
+        if better:
+            progress.best_step, progress.best_val_loss = self.done, result.loss
+        progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
+        self.log.record(self.done, 'val', result._asdict())
+        self.log.say(f'step {self.done}: validation loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f}, '
+                     f'{result.bits_per_byte:.4f} bits per byte over {result.tokens:,} tokens, in '
+                     f'{time.monotonic() - began:.1f} s' + (' (best so far)' if better else ''))
+        if self.config.eval.sample_tokens:
+            tokenizer = self.recipe.dataset.tokenizer
+            chunks = generate(self.recipe.model, params, default_prompt(tokenizer), sampling=EVAL_SAMPLING,
+                              max_new_tokens=self.config.eval.sample_tokens, seed=self.config.train.seed,
+                              notify=lambda text: None)
+            self.log.sample(self.done, ''.join(stream_text(chunks, tokenizer)))
+        return better
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state and all that is needed to go on from it."""
+        if self.done == self.last_saved:
+            return
+        self.log.flush()
+        self.progress.seconds = self.seconds_before + time.monotonic() - self.started
+        evaluated_now = self.done % self.config.eval.every == 0 or self.done == self.config.train.steps
+        meta = {'config': config_lib.to_json(self.config), 'corpus': _corpus(self.recipe),
+                'tokenizer': tokenizers.to_json(self.recipe.dataset.tokenizer),
+                'progress': dataclasses.asdict(self.progress), 'log_sizes': run_folder.log_sizes(self.workdir)}
+        self.checkpoints.save(self.done, state, meta, self.progress.final_val_loss if evaluated_now else None)
+        self.last_saved = self.done
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json: what came of the run. Times in seconds, losses in nats per token."""
+        progress, steps = self.progress, self.config.train.steps
+        rate = self.train_steps * self.recipe.tokens_per_step / self.train_seconds if self.train_seconds else None
+        return {
+            'steps': steps, 'tokens': steps * self.recipe.tokens_per_step,
+            'best_step': progress.best_step, 'best_val_loss': progress.best_val_loss,
+            'final_val_loss': progress.final_val_loss, 'val_tokens': progress.val_tokens,
+            'seconds_total': self.seconds_before + time.monotonic() - self.started,
+            'seconds_to_first_step': self.seconds_to_first_step,
+            'tokens_per_second': rate, 'mfu': self.mfu(rate),
+            'device': parallel.describe_device(self.recipe.device), 'jax_version': jax.__version__,
+            'parameters': count_params(self.recipe.shapes.params), 'corpus': _corpus(self.recipe),
+        }

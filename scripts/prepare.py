@@ -18,8 +18,7 @@ INPUT = flags.DEFINE_multi_string('input', [], 'Text files: --input a.txt b.txt,
 TOKENIZER = flags.DEFINE_enum('tokenizer', 'char', list(tokenizers.TOKENIZERS), 'What a token is.')
 OUT_DIR = flags.DEFINE_string('out_dir', None, 'The folder to write; it must not exist, or be empty.')
 VAL_FRACTION = flags.DEFINE_float('val_fraction', 0.1, 'The part of each text, at its end, kept for validation.')
-# 64 Mi tokens: 64 MB of characters or bytes, so a shard copies, hashes and is replaced in about a second, while a
-# hundred gigabytes are still under two thousand files.
+# 64 Mi tokens are 64 MB of characters: a shard is hashed in a fraction of a second, and 100 GB are 1,500 files.
 SHARD_TOKENS = flags.DEFINE_integer('shard_tokens', 1 << 26, 'Tokens in one shard file, at most.')
 
 

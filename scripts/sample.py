@@ -1,0 +1,50 @@
+"""Writes text with a trained model. Needs nothing but the run's folder.
+
+    python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
+    echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --temperature=0.7 --top_k=20
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from gpt2_jax import cli
+from gpt2_jax.errors import UsageError
+
+_CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder.", required=True)
+_WHICH = flags.DEFINE_string('which', 'best', "The checkpoint: 'best', 'latest' or a step.")
+_PROMPT = flags.DEFINE_string('prompt', None, 'The text to go on from; a newline by default. See --prompt_file.')
+_PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with that text; - for standard input, also read if piped.')
+_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'How many texts.', lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 500, 'Length of each, in tokens.', lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0: always the most likely token; 1: as the model predicts.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0: from all.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that have this probability; 1: from all.')
+_STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
+_SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1)
+_STRICT = flags.DEFINE_bool('strict_context', False, 'Refuse to go past the context instead of restarting from its end.')
+_PLATFORM = cli.platform_flag()
+
+
+def main(arguments: list[str]) -> None:
+    """One call of the library, printed as it comes."""
+    cli.no_more(arguments)
+    from gpt2_jax import checkpoint, parallel
+    from gpt2_jax.generate import Sampling, print_samples
+    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
+        raise UsageError('--prompt and --prompt_file are both given: give one')
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    prompt = _PROMPT.value
+    if prompt is None:
+        prompt = cli.read_text(_PROMPT_FILE.value)
+    parallel.select_platform(_PLATFORM.value)
+    restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
+    with parallel.memory_errors('lower --num_samples'):
+        print_samples(restored.model, restored.params, restored.tokenizer, prompt, num_samples=_NUM_SAMPLES.value,
+                      max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling, stop=_STOP.value, seed=_SEED.value,
+                      strict_context=_STRICT.value, notify=lambda text: print(f'[{text}]', file=sys.stderr))
+
+
+if __name__ == '__main__':
+    cli.run(main)

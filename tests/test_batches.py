@@ -1,0 +1,175 @@
+"""Batches: the addressing rule against plain loops, every token once, and no dependence on who asks for which rows."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gpt2_jax.batches import epoch_order, eval_batches, prefetch, rows
+from gpt2_jax.errors import UserError
+from gpt2_jax.shards import Tokens
+
+N, T, B, SEED = 103, 8, 5, 3  # n = 11 windows: batches straddle epochs, and epochs end within batches
+
+
+def sequence(n=N, cuts=()):
+    return Tokens(tuple(np.split(np.arange(n, dtype=np.uint16), cuts)))
+
+
+def batch(tokens, step, **kwargs):
+    return rows(tokens, **{'seed': SEED, 'step': step, 'batch_size': B, 'seq_len': T} | kwargs)
+
+
+def test_addressing_rule_in_plain_loops():
+    n = (N - T) // T
+    stream = []
+    for epoch in range(4):
+        raw = np.random.Philox(np.random.SeedSequence([SEED, epoch])).random_raw(n + 1).tolist()
+        offset, keys = raw[0] % T, raw[1:]
+        stream += [offset + w * T for w in sorted(range(n), key=lambda w: keys[w])]
+    for step in range(len(stream) // B):
+        got = batch(sequence(), step)
+        assert got['inputs'].dtype == got['targets'].dtype == np.int32
+        for row in range(B):
+            start = stream[step * B + row]
+            assert got['inputs'][row].tolist() == list(range(start, start + T))
+            assert got['targets'][row].tolist() == list(range(start + 1, start + T + 1))
+
+
+def test_the_stream_never_changes():
+    """A run that is resumed later, with another numpy, must meet the same batches: these values are its contract."""
+    offset, order = epoch_order(11, 8, 3, 0)
+    assert (offset, order.tolist()) == (6, [0, 1, 9, 6, 4, 5, 10, 8, 7, 3, 2])
+
+
+def test_an_epoch_uses_each_window_once():
+    n = (N - T) // T
+    stream = np.concatenate([batch(sequence(), step)['targets'] for step in range(2 * n)])  # B epochs
+    epochs = stream[:B * n].reshape(-1, n * T)
+    for targets in epochs:
+        assert len(set(targets.tolist())) == n * T
+        assert targets.max() - targets.min() == n * T - 1  # consecutive windows
+    assert len({targets.min() for targets in epochs}) > 1  # at another offset
+    assert len({tuple(targets - targets.min()) for targets in epochs}) == len(epochs)  # in another order
+    assert not np.array_equal(batch(sequence(), 0)['inputs'], batch(sequence(), 0, seed=SEED + 1)['inputs'])
+
+
+@pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])
+def test_windows_stay_inside_at_every_length(n_tokens):
+    n = (n_tokens - T) // T
+    targets = [batch(sequence(n_tokens), step, batch_size=n)['targets'] for step in range(200)]
+    assert np.min(targets) == 1  # every offset comes, from the first ..
+    assert np.max(targets) == n * T + T - 1  # .. to the last, which still has its target
+    assert np.max(targets) < n_tokens
+
+
+def test_rows_do_not_depend_on_who_asks():
+    for step in (0, 2, 7):
+        whole = batch(sequence(), step)
+        for cuts in ([0, 5], [0, 1, 4, 5], range(6)):
+            parts = [batch(sequence(), step, lo=lo, hi=hi) for lo, hi in zip(cuts, list(cuts)[1:], strict=False)]
+            for key, value in whole.items():
+                assert np.array_equal(np.concatenate([part[key] for part in parts]), value)
+
+
+def test_shards_equal_one_array():
+    for cuts in ([50], [1, 2, 3, 60, 60, 61], range(1, N)):
+        for step in range(6):
+            one, many = batch(sequence(), step), batch(sequence(N, cuts), step)
+            assert all(np.array_equal(one[key], many[key]) for key in one)
+
+
+def test_one_batch_may_hold_many_epochs():
+    whole = batch(sequence(), 0, batch_size=60)['inputs']
+    small = np.concatenate([batch(sequence(), step)['inputs'] for step in range(12)])
+    assert np.array_equal(whole, small)
+
+
+def test_too_short_text():
+    batch(sequence(2 * T), 0)
+    with pytest.raises(UserError, match=r'15 tokens, too few for train.seq_len = 8, which needs 16: .*shorter'):
+        batch(sequence(2 * T - 1), 0)
+
+
+@pytest.mark.parametrize('n_tokens', [2, 3, T, T + 1, T + 2, B * T, B * T + 1, B * T + 2, 3 * B * T + 1, N])
+@pytest.mark.parametrize('cuts', [(), (1, 2)])
+def test_evaluation_covers_each_target_once(n_tokens, cuts):
+    seen = []
+    for got in eval_batches(sequence(n_tokens, cuts), batch_size=B, seq_len=T):
+        assert all(value.shape == (B, T) for value in got.values())
+        assert (got['inputs'].dtype, got['targets'].dtype, got['mask'].dtype) == (np.int32, np.int32, np.float32)
+        used = got['mask'] == 1
+        assert np.all(used | (got['mask'] == 0)) and used.any()
+        assert np.array_equal(got['targets'][used], got['inputs'][used] + 1)
+        for inputs, mask in zip(got['inputs'], used, strict=True):
+            start = inputs[0]  # windows begin at multiples of T, with nothing before them
+            assert not mask.any() or (start % T == 0 and np.array_equal(inputs[mask], start + np.arange(mask.sum())))
+        seen += got['targets'][used].tolist()
+    assert seen == list(range(1, n_tokens))
+
+
+@pytest.mark.parametrize('n_tokens', [0, 1])
+def test_nothing_to_evaluate(n_tokens):
+    with pytest.raises(UserError, match=f'at least 2 tokens, and this split has {n_tokens}'):
+        next(eval_batches(sequence(n_tokens), batch_size=B, seq_len=T))
+
+
+def alive():
+    return [thread for thread in threading.enumerate() if thread.name.startswith('prefetch')]
+
+
+@pytest.mark.parametrize('start, stop', [(0, 9), (4, 9), (0, 1), (3, 3)])
+def test_prefetch_equals_a_plain_loop(start, stop):
+    made = []
+    assert list(prefetch(lambda step: made.append(step) or step * 10, start, stop)) == [
+        step * 10 for step in range(start, stop)]
+    assert made == list(range(start, stop)) and not alive()
+
+
+def test_prefetch_works_ahead_but_not_far():
+    made = []
+    batches = prefetch(lambda step: made.append(step) or threading.current_thread().name, 0, 100, depth=2)
+    assert next(batches).startswith('prefetch')
+    deadline = time.monotonic() + 5
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert made == [0, 1, 2]  # the one in hand and two ahead
+    batches.close()
+    assert not alive() and len(made) == 3
+
+
+def test_prefetch_raises_in_its_place():
+    def make(step):
+        if step == 3:
+            raise UserError('step 3 is damaged')
+        return step
+    got = []
+    with pytest.raises(UserError, match='step 3'):
+        for step in prefetch(make, 0, 10):
+            got.append(step)
+    assert got == [0, 1, 2] and not alive()
+
+
+def test_prefetch_drops_what_is_not_begun():
+    made, begun, go_on = [], threading.Event(), threading.Event()
+
+    def make(step):
+        made.append(step)
+        if step == 1:
+            begun.set()
+            go_on.wait(5)
+    batches = prefetch(make, 0, 100, depth=9)
+    next(batches)
+    assert begun.wait(5)
+    threading.Timer(0.05, go_on.set).start()
+    batches.close()  # waits for step 1, which is under way, and for no other
+    assert made == [0, 1] and not alive()
+
+
+def test_prefetch_ends_with_its_consumer():
+    for step in prefetch(lambda step: step, 0, 10**6):
+        if step == 5:
+            break
+    assert not alive()

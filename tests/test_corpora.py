@@ -1,0 +1,167 @@
+"""Corpora: where a text is looked for, in which order, and what is said where it is not there."""
+
+import hashlib
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpt2_jax import corpora
+from gpt2_jax.corpora import CorpusNotFound, find_text
+from gpt2_jax.errors import UserError
+
+TEXT = 'Sweet are the uses\r\nof adversity…\n' * 9000  # more than one block of the download
+SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = {'/good': TEXT.encode(), '/other': b'<html>sign in first</html>', '/cut': TEXT.encode()[:70000]}
+        if self.path not in body:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body['/good' if self.path == '/cut' else self.path])))
+        self.end_headers()
+        self.wfile.write(body[self.path])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope='module')
+def server():
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={'poll_interval': 0.02})
+        thread.start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Stands in an empty folder, with an empty cache, and publishes the corpus 'play' at a URL."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('GPT2_JAX_DATA_DIR', str(tmp_path / 'mine'))
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+
+    def set_url(url='http://127.0.0.1:9/none'):  # the discard port: refused at once
+        monkeypatch.setattr(corpora, 'CORPORA', {'play': corpora.Source(url, SHA256, len(TEXT.encode()))})
+
+    set_url()
+    return set_url
+
+
+def put(path, text=TEXT):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_file_is_read_as_it_is(publish):
+    put('my.book.txt', 'a\r\nb\rc\né')
+    corpus = find_text('my.book.txt')
+    assert corpus.text == 'a\r\nb\rc\né' and corpus.name == 'my.book' and corpus.path == Path('my.book.txt')
+    assert corpus.sha256 == hashlib.sha256('a\r\nb\rc\né'.encode()).hexdigest()
+
+
+def test_places_in_order(publish, monkeypatch):
+    for place in ['cache/gpt2_jax/play/input.txt', 'mine/play/input.txt', 'data/play/input.txt']:
+        path = put(place)
+        corpus = find_text('play')
+        assert corpus.path.resolve() == path.resolve() and corpus.text == TEXT and corpus.sha256 == SHA256
+    put('play', 'a file of that name')
+    assert find_text('play').text == 'a file of that name'
+    monkeypatch.delenv('GPT2_JAX_DATA_DIR')
+    for path in ['play', 'data/play/input.txt']:
+        os.remove(path)
+    assert find_text('play').path.parts[-4:] == ('cache', 'gpt2_jax', 'play', 'input.txt')
+
+
+def test_local_copy_with_another_hash_is_refused_and_kept(publish):
+    path = put('data/play/input.txt', 'not the play')
+    with pytest.raises(UserError) as caught:
+        find_text('play')
+    assert not isinstance(caught.value, CorpusNotFound)  # a fallback must not hide it
+    wrong = hashlib.sha256(b'not the play').hexdigest()
+    assert all(part in str(caught.value) for part in (str(path), wrong, SHA256, 'move it away'))
+    assert path.read_text() == 'not the play'
+
+
+def test_download_is_verified_and_kept(publish, server, capsys):
+    publish(server + '/good')
+    assert find_text('play').text == TEXT
+    err = capsys.readouterr().err
+    assert 'downloading play' in err and server in err and 'downloaded 0.3 MB' in err
+    assert os.listdir('cache/gpt2_jax/play') == ['input.txt']
+    publish()
+    assert find_text('play').text == TEXT  # now from the cache
+
+
+@pytest.mark.parametrize('path, reason', [('/other', 'expected ' + SHA256), ('/cut', 'SHA-256|IncompleteRead'),
+                                          ('/gone', '404')])
+def test_failed_download_leaves_nothing(publish, server, path, reason):
+    publish(server + path)
+    with pytest.raises(CorpusNotFound, match=reason):
+        find_text('play')
+    assert os.listdir('cache/gpt2_jax/play') == []
+
+
+def test_no_network_names_each_way_out(publish):
+    with pytest.raises(CorpusNotFound) as caught:
+        find_text('play')
+    message = str(caught.value)
+    assert '\n' not in message and 'refused' in message
+    for way in ('data/play/input.txt', 'cache/gpt2_jax/play/input.txt', 'GPT2_JAX_DATA_DIR', 'path of any text file',
+                'http://127.0.0.1:9/none'):
+        assert way in message
+    assert os.listdir('cache/gpt2_jax/play') == []
+
+
+def test_cache_that_cannot_be_written(publish):
+    put('cache/gpt2_jax', 'a file where the folder should be')
+    with pytest.raises(CorpusNotFound, match='download failed'):
+        find_text('play')
+
+
+@pytest.mark.parametrize('content, named', [
+    (b'', 'text.txt is empty'), (b'caf\xe9\n', r'text.txt is not UTF-8 text: byte 0xe9 at offset 3'),
+])
+def test_unusable_text(publish, content, named):
+    Path('text.txt').write_bytes(content)
+    with pytest.raises(UserError, match=named):
+        find_text('text.txt')
+
+
+def test_unreadable_and_missing(publish, monkeypatch):
+    Path('folder').mkdir()
+    with pytest.raises(UserError, match=r'folder is a folder, and not a prepared one'):
+        find_text('folder')
+    with pytest.raises(UserError, match=r"'plya': did you mean 'play'\? .*play, python-topics"):
+        find_text('plya')
+    with pytest.raises(UserError, match=r"no text file and no corpus called 'nowhere/x.txt': give"):
+        find_text('nowhere/x.txt')
+
+    def refuse(path):  # in a container the tests run as root, to whom no file is closed
+        raise PermissionError(13, 'Permission denied')
+    put('closed.txt')
+    monkeypatch.setattr(Path, 'read_bytes', refuse)
+    with pytest.raises(UserError, match=r'cannot read the text closed.txt: Permission denied'):
+        find_text('closed.txt')
+
+
+def test_embedded_text_needs_no_file(publish):
+    corpus = find_text('python-topics')
+    assert corpus.path is None and len(corpus.text) > 400_000 and 'The "for" statement' in corpus.text
+    assert corpus.sha256 == hashlib.sha256(corpus.text.encode()).hexdigest()
+
+
+@pytest.mark.skipif('GPT2_JAX_DATA_DIR' not in os.environ, reason='needs TinyShakespeare in GPT2_JAX_DATA_DIR')
+def test_tinyshakespeare():
+    corpus = find_text('tinyshakespeare')
+    assert len(corpus.text) == 1_115_394 and len(set(corpus.text)) == 65
+    assert corpus.sha256 == '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

@@ -1,0 +1,263 @@
+"""Shards: what is written equals the encoding in memory, reads across files, and shows every damage."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2_jax import shards, tokenizers
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.shards import Tokens, from_text, open_shards, prepare
+
+FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
+SECOND = 'To be, or not to be\n' * 5
+
+
+@pytest.fixture
+def texts(tmp_path):
+    paths = [tmp_path / 'first.txt', tmp_path / 'second.txt']
+    for path, text in zip(paths, (FIRST, SECOND), strict=True):
+        path.write_bytes(text.encode())
+    return [str(path) for path in paths]
+
+
+def write(texts, out_dir, *, tokenizer_name='char', val_fraction=0.1, shard_tokens=37):
+    return prepare(texts, str(out_dir), tokenizer_name=tokenizer_name, val_fraction=val_fraction,
+                   shard_tokens=shard_tokens)
+
+
+def all_of(tokens):
+    return tokens.read(0, len(tokens))
+
+
+def cut(text, val_fraction):
+    n_val = math.ceil(len(text) * Fraction(val_fraction))
+    return text[:len(text) - n_val], text[len(text) - n_val:]
+
+
+def test_tokens_read_across_arrays():
+    whole = np.arange(23, dtype=np.uint16)
+    tokens = Tokens((whole[:5], whole[5:5], whole[5:6], whole[6:20], whole[20:]))
+    assert len(tokens) == 23
+    for start in range(23):
+        for stop in range(start + 1, 24):
+            read = tokens.read(start, stop)
+            assert read.dtype == np.uint16 and np.array_equal(read, whole[start:stop])
+    for start, stop in [(-1, 3), (3, 3), (20, 24)]:
+        with pytest.raises(IndexError):
+            tokens.read(start, stop)
+    assert len(Tokens(())) == 0
+
+
+@pytest.mark.parametrize('block_bytes', [1, 2, 3, 5, 64, 1 << 20])
+@pytest.mark.parametrize('name', ['char', 'byte'])
+def test_streaming_equals_memory(texts, tmp_path, monkeypatch, name, block_bytes):
+    monkeypatch.setattr(shards, 'BLOCK_BYTES', block_bytes)  # characters of 2, 3 and 4 bytes cut at every place
+    manifest = write(texts, tmp_path / 'out', tokenizer_name=name, val_fraction=0.25)
+    dataset = open_shards(tmp_path / 'out')
+    assert dataset.tokenizer == tokenizers.make_tokenizer(name, FIRST + SECOND) and dataset.name == 'out'
+    for split, tokens, parts in zip(shards.SPLITS, (dataset.train, dataset.val),
+                                    zip(cut(FIRST, '0.25'), cut(SECOND, '0.25'), strict=True), strict=True):
+        text = ''.join(parts)
+        assert dataset.tokenizer.decode(all_of(tokens)) == text
+        about = manifest['splits'][split]
+        assert about['tokens'] == len(tokens) == len(dataset.tokenizer.encode(text))
+        assert about['bytes'] == len(text.encode())
+        assert [shard['tokens'] for shard in about['shards'][:-1]] == [37] * (len(about['shards']) - 1)
+        assert len(about['shards']) == len(tokens.arrays) == math.ceil(len(tokens) / 37)
+    assert all(isinstance(array.base, np.memmap) and array.dtype == np.uint8 for array in dataset.train.arrays)
+
+
+def test_manifest_and_files(texts, tmp_path):
+    manifest = write(texts, tmp_path / 'out')
+    assert manifest == json.loads((tmp_path / 'out/manifest.json').read_text())
+    assert manifest['inputs'] == [
+        {'file': name, 'characters': len(text), 'bytes': len(text.encode()),
+         'sha256': hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in (('first.txt', FIRST), ('second.txt', SECOND))]
+    listed = {shard['file']: shard['sha256'] for split in manifest['splits'].values() for shard in split['shards']}
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {*listed, 'manifest.json', 'tokenizer.json'}
+    assert {'train_00000.npy', 'train_00001.npy', 'val_00000.npy'} <= set(listed)
+    for name, digest in listed.items():
+        assert hashlib.sha256((tmp_path / 'out' / name).read_bytes()).hexdigest() == digest
+
+
+def test_wide_alphabet_takes_two_bytes(tmp_path):
+    text = ''.join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    (tmp_path / 'wide.txt').write_text(text, 'utf-8')
+    assert write([str(tmp_path / 'wide.txt')], tmp_path / 'out')['dtype'] == 'uint16'
+    assert open_shards(tmp_path / 'out').train.arrays[0].dtype == np.uint16
+
+
+@pytest.mark.parametrize('n, val_fraction, n_val', [
+    (1_115_394, 0.1, 111_540), (70, 0.1, 7), (71, 0.1, 8), (100, 0.07, 7), (10, 0.0, 0), (10, 0.99, 10), (3, 1e-05, 1)])
+def test_split_rule(n, val_fraction, n_val):
+    dataset = from_text('x', 'ab' * (n // 2) + 'a' * (n % 2), tokenizers.ByteTokenizer(), val_fraction)
+    assert (len(dataset.train), len(dataset.val)) == (n - n_val, n_val)
+
+
+def test_memory_equals_disk_for_one_text(texts, tmp_path):
+    write(texts[:1], tmp_path / 'out')
+    disk, memory = open_shards(tmp_path / 'out'), from_text('x', FIRST, tokenizers.make_tokenizer('char', FIRST), 0.1)
+    assert np.array_equal(all_of(disk.train), all_of(memory.train))
+    assert np.array_equal(all_of(disk.val), all_of(memory.val)) and disk.tokenizer == memory.tokenizer
+
+
+def test_identity(texts, tmp_path):
+    write(texts, tmp_path / 'a')
+    write(texts, tmp_path / 'b')
+    write(texts[::-1], tmp_path / 'c')
+    write(texts, tmp_path / 'd', tokenizer_name='byte')
+    write(texts, tmp_path / 'e', val_fraction=0.2)
+    a, b, *others = (open_shards(tmp_path / name).sha256 for name in 'abcde')
+    assert a == b and len({a, *others}) == 4
+
+    byte = tokenizers.ByteTokenizer()
+    a, b, *others = (from_text('x', *about).sha256 for about in [
+        ('abc', byte, 0.1), ('abc', byte, 0.1), ('abd', byte, 0.1), ('abc', byte, 0.2),
+        ('abc', tokenizers.CharTokenizer('abc'), 0.1)])
+    assert a == b and len({a, *others}) == 4
+
+
+def test_no_validation_split(texts, tmp_path):
+    write(texts, tmp_path / 'out', val_fraction=0.0)
+    dataset = open_shards(tmp_path / 'out')
+    assert len(dataset.val) == 0 and dataset.tokenizer.decode(all_of(dataset.train)) == FIRST + SECOND
+
+
+def test_is_prepared(texts, tmp_path):
+    write(texts, tmp_path / 'out')
+    assert shards.is_prepared(tmp_path / 'out')
+    assert not any(map(shards.is_prepared, (tmp_path, texts[0], 'tinyshakespeare')))
+
+
+def edit_manifest(change):
+    def damage(folder):
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        change(manifest)
+        (folder / 'manifest.json').write_text(json.dumps(manifest))
+    return damage
+
+
+def flip_one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage, named', [
+    (lambda f: flip_one_bit(f / 'train_00001.npy'), r'train_00001.npy is damaged: its SHA-256 is'),
+    (lambda f: os.truncate(f / 'val_00000.npy', 100), r'val_00000.npy is damaged'),
+    (lambda f: (f / 'val_00000.npy').write_bytes(b''), r'val_00000.npy is damaged'),
+    (lambda f: (f / 'train_00000.npy').unlink(), r'train_00000.npy is missing'),
+    (lambda f: (f / 'train_00001.npy').replace(f / 'train_00000.npy'), r'train_00000.npy is damaged'),
+    (lambda f: (f / 'tokenizer.json').unlink(), r'cannot read .*tokenizer.json'),
+    (lambda f: (f / 'tokenizer.json').write_bytes(b'{'), r'tokenizer.json: .*damaged'),
+    (lambda f: (f / 'tokenizer.json').write_bytes(b'\xff'), r'cannot read .*tokenizer.json'),
+    (lambda f: (f / 'tokenizer.json').write_text('{"name": "byte"}'), r'tokenizer.json is not the tokenizer'),
+    (lambda f: (f / 'manifest.json').unlink(), r'cannot read .*manifest.json'),
+    (lambda f: os.truncate(f / 'manifest.json', 99), r'manifest.json is damaged'),
+    (lambda f: (f / 'manifest.json').write_text('[]'), r'manifest.json is damaged'),
+    (edit_manifest(lambda m: m.pop('splits')), r'manifest.json is damaged'),
+    (edit_manifest(lambda m: m.update(format=99)), r'manifest.json has format 99, this version reads 1'),
+    (edit_manifest(lambda m: m.update(dtype='uint16')), r'train_00000.npy holds \(37,\) tokens of uint8'),
+    (edit_manifest(lambda m: m['splits']['val']['shards'][0].update(tokens=5)), r'val_00000.npy holds'),
+])
+def test_damage_is_named(texts, tmp_path, damage, named):
+    write(texts, tmp_path / 'out')
+    open_shards(tmp_path / 'out')
+    damage(tmp_path / 'out')
+    with pytest.raises(UserError, match=named):
+        open_shards(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('change, error, named', [
+    ({'val_fraction': 1.0}, UsageError, 'val_fraction is 1.0'), ({'val_fraction': -0.1}, UsageError, 'val_fraction'),
+    ({'val_fraction': math.nan}, UsageError, 'val_fraction'), ({'shard_tokens': 0}, UsageError, 'shard_tokens is 0'),
+    ({'tokenizer_name': 'bpe'}, UsageError, 'bpe'),
+])
+def test_wrong_settings_write_nothing(texts, tmp_path, change, error, named):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(error, match=named):
+        write(texts, tmp_path / 'out', **change)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize('content, named', [
+    (b'', 'bad.txt is empty'), (b'abc\xe9', 'bad.txt is not UTF-8 text: byte 0xe9 at offset 3'),
+    (b'abcd\xc3\xa9\xe2\x82x', 'byte 0xe2 at offset 6'), (None, 'cannot read the text .*bad.txt'),
+])
+@pytest.mark.parametrize('block_bytes', [1, 3, 4, 1 << 20])
+def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named, block_bytes):
+    monkeypatch.setattr(shards, 'BLOCK_BYTES', block_bytes)
+    if content is not None:
+        (tmp_path / 'bad.txt').write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=named):
+        write([texts[0], str(tmp_path / 'bad.txt')], tmp_path / 'out')
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_overwritten(texts, tmp_path):
+    (tmp_path / 'out').mkdir()
+    write(texts, tmp_path / 'out')  # an empty folder is welcome
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    for out_dir in (tmp_path / 'out', texts[0]):
+        with pytest.raises(UserError, match='exists and is not an empty folder'):
+            write(texts, out_dir)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    assert Path(texts[0]).read_bytes() == FIRST.encode()
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
+def test_interrupted_writing_leaves_nothing(texts, tmp_path, monkeypatch, error):
+    def save(path, array, **_):
+        if path.name == 'train_00002.npy':
+            raise error
+        path.write_bytes(b'')
+    monkeypatch.setattr(np, 'save', save)
+    before = sorted(tmp_path.iterdir())
+    expected = {OSError: UserError, KeyboardInterrupt: KeyboardInterrupt}[type(error)]
+    with pytest.raises(expected):
+        write(texts, tmp_path / 'deep/out')
+    (tmp_path / 'deep').rmdir()  # empty: no part of the folder stayed
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_text_that_changes_between_the_passes(texts, tmp_path, monkeypatch):
+    make = tokenizers.make_tokenizer
+
+    def change(*args):
+        Path(texts[1]).write_text(SECOND[::-1])
+        return make(*args)
+    monkeypatch.setattr(tokenizers, 'make_tokenizer', change)
+    with pytest.raises(UserError, match=r'second.txt changed while it was read'):
+        write(texts, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def run_script(*arguments):
+    root = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, root / 'scripts/prepare.py', *arguments], capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(root)})
+
+
+def test_script(texts, tmp_path):
+    done = run_script('--input', *texts, '--tokenizer', 'byte', '--out_dir', tmp_path / 'a', '--val_fraction=0.2')
+    assert done.returncode == 0 and 'tokenizer byte, vocabulary 256' in done.stdout, done.stderr
+    done = run_script(*(f'--input={text}' for text in texts), '--tokenizer=byte', f'--out_dir={tmp_path / "b"}',
+                      '--val_fraction=0.2', '--shard_tokens=50')
+    a, b = open_shards(tmp_path / 'a'), open_shards(tmp_path / 'b')
+    assert np.array_equal(all_of(a.train), all_of(b.train)) and len(b.train.arrays) > len(a.train.arrays) == 1
+    assert a.tokenizer.decode(all_of(a.val)) == cut(FIRST, '0.2')[1] + cut(SECOND, '0.2')[1]
+    again = run_script('--input', *texts, '--out_dir', tmp_path / 'a')
+    assert again.returncode == 1 and again.stderr.startswith('error: ') and again.stderr.count('\n') == 1
+    mixed = run_script('--input', texts[0], '--input', *texts, '--out_dir', tmp_path / 'c')
+    assert mixed.returncode == 2 and 'order of the texts' in mixed.stderr

@@ -1,0 +1,105 @@
+"""Tokenizers: lossless, compared by value, and clear about what they do not know."""
+
+import codecs
+
+import numpy as np
+import pytest
+
+from gpt2_jax import tokenizers
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.tokenizers import ByteTokenizer, CharTokenizer, make_tokenizer
+
+TEXT = 'To be, or not…\r\nß 漢字 🎭 é'
+
+
+@pytest.mark.parametrize('name', ['char', 'byte'])
+def test_round_trip(name):
+    tokenizer = make_tokenizer(name, TEXT)
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.uint8 and ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == TEXT
+    assert tokenizer.decode_bytes(ids) == TEXT.encode()
+    assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
+    assert tokenizer.byte_lengths[ids].sum() == len(TEXT.encode())
+    assert len(tokenizer.encode('')) == 0 and tokenizer.decode([]) == ''
+
+
+def test_ids_are_places_in_the_sorted_alphabet():
+    tokenizer = make_tokenizer('char', 'banana')
+    assert tokenizer.alphabet == 'abn'
+    assert tokenizer.encode('banana').tolist() == [1, 0, 2, 0, 2, 0]
+    assert ByteTokenizer().encode('é').tolist() == [0xC3, 0xA9]
+
+
+def test_large_text_equals_plain_loop(monkeypatch):
+    monkeypatch.setattr(tokenizers, 'ENCODE_BLOCK', 7)
+    text = TEXT * 5
+    tokenizer = make_tokenizer('char', text)
+    assert tokenizer.encode(text).tolist() == [tokenizer.alphabet.index(c) for c in text]
+
+
+@pytest.mark.parametrize('size, dtype', [(1, np.uint8), (256, np.uint8), (257, np.uint16), (65537, np.uint32)])
+def test_smallest_dtype(size, dtype):
+    alphabet = ''.join(map(chr, range(0x10000, 0x10000 + size)))  # above the surrogates
+    tokenizer = CharTokenizer(alphabet)
+    assert tokenizer.encode(alphabet).dtype == dtype
+    assert tokenizer.decode(tokenizer.encode(alphabet)) == alphabet
+
+
+@pytest.mark.parametrize('unknown, code', [('é', 'U+00E9'), ('A', 'U+0041'), ('\U0010ffff', 'U+10FFFF'),
+                                           ('\udc80', 'U+DC80')])
+def test_unknown_character_is_named(monkeypatch, unknown, code):
+    monkeypatch.setattr(tokenizers, 'ENCODE_BLOCK', 4)
+    with pytest.raises(UserError) as caught:
+        CharTokenizer('abc').encode('abcab' + unknown + 'a' + unknown)
+    message = str(caught.value)
+    assert repr(unknown) in message and code in message and 'position 5 ' in message and "'abc'" in message
+
+
+def test_half_surrogate_is_no_text_for_bytes():
+    with pytest.raises(UserError, match=r'U\+DC80\) at position 1 '):
+        ByteTokenizer().encode('a\udc80')
+
+
+def test_bytes_stream_without_splitting_characters():
+    tokenizer, decoder = ByteTokenizer(), codecs.getincrementaldecoder('utf-8')()
+    pieces = [decoder.decode(tokenizer.decode_bytes([i])) for i in tokenizer.encode(TEXT)]
+    assert ''.join(pieces) == TEXT
+    assert tokenizer.decode([0xC3]) == '\ufffd'
+
+
+@pytest.mark.parametrize('tokenizer', [CharTokenizer('abc'), ByteTokenizer()])
+@pytest.mark.parametrize('bad', [-1, 256])
+def test_id_outside_the_vocabulary(tokenizer, bad):
+    with pytest.raises(UserError, match=rf'token {bad} at position 2 .* \[0, {tokenizer.vocab_size}\)'):
+        tokenizer.decode([0, 1, bad])
+
+
+@pytest.mark.parametrize('tokenizer', [CharTokenizer('\n"abcé🎭'), ByteTokenizer()])
+def test_json_reads_back_equal(tokenizer):
+    again = tokenizers.from_json(tokenizers.to_json(tokenizer))
+    assert again == tokenizer and tokenizers.fingerprint(again) == tokenizers.fingerprint(tokenizer)
+
+
+def test_fingerprints_differ():
+    prints = {tokenizers.fingerprint(t) for t in (CharTokenizer('ab'), CharTokenizer('abc'), ByteTokenizer())}
+    assert len(prints) == 3 and all(len(p) == 64 for p in prints)
+
+
+@pytest.mark.parametrize('text, named', [
+    ('{"name": "char", "alph', 'damaged'), ('[]', 'damaged'), ('{"alphabet": "abc"}', 'damaged'),
+    ('{"name": "char"}', 'damaged'), ('{"name": "byte", "alphabet": "ab"}', 'damaged'),
+    ('{"name": "wordpiece"}', "unknown kind 'wordpiece'"), ('{"name": ["char"]}', 'unknown kind'),
+    ('{"name": "char", "alphabet": ""}', 'empty'), ('{"name": "char", "alphabet": "aab"}', 'distinct'),
+    ('{"name": "char", "alphabet": "ba"}', 'order'), ('{"name": "char", "alphabet": ["a", "b"]}', 'order'),
+])
+def test_damaged_json(text, named):
+    with pytest.raises(UserError, match=named):
+        tokenizers.from_json(text)
+
+
+def test_wrong_requests():
+    with pytest.raises(UsageError, match=r"'bpe'.*char, byte"):
+        make_tokenizer('bpe', 'abc')
+    with pytest.raises(UserError, match='empty'):
+        make_tokenizer('char', '')
