@@ -115,7 +115,10 @@ class Checkpoints:
             self._orbax.close()
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Starts saving the state after `step` updates; returns once it may be overwritten. Raises UserError where it cannot be saved."""
+        """Starts saving the state after `step` updates; returns once it may be overwritten.
+
+        Raises UserError where it cannot be saved, or the save before it could not.
+        """
         self.wait()
         try:
             free = shutil.disk_usage(self.folder).free
@@ -179,7 +182,7 @@ class Restored:
 
 
 def load(run: Path, which: str) -> Restored:
-    """The model of a run's folder: which='best', 'latest' or a step. Reads nothing but that folder, and changes nothing.
+    """The model of a run's folder: which='best', 'latest' or a step. Reads that folder alone, and changes nothing.
 
     Raises UserError where there is no such checkpoint, or it is damaged.
     """

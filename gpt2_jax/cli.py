@@ -1,17 +1,22 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
 import importlib.metadata
+import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 import gpt2_jax
-from gpt2_jax.config import check_key, describe
+from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
+
+STDIN_SECONDS = 2  # for the first byte of a piped prompt; name it by --prompt_file=- to wait for ever
 
 
 def platform_flag() -> flags.FlagHolder:
@@ -27,29 +32,25 @@ def config_flag() -> flags.FlagHolder:
         '--config.train.steps=10. All of them: gpt2_jax/config.py.')
 
 
-def config_name(default_flag: str = 'config') -> str:
+def config_name() -> str:
     """The name of the --config in use: configs/shakespeare.py -> 'shakespeare', x.py:small -> 'x-small'."""
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS[default_flag]).partition(':')
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     return '-'.join(filter(None, [os.path.splitext(os.path.basename(path))[0], argument]))
 
 
-def _check_overrides(argv: list[str]) -> None:
-    """Every --config.KEY must be a setting, and come with a --config=FILE."""
-    keys = [match[1] for match in (re.match(r'--?(?:no)?config\.([^=]+)', arg) for arg in argv) if match]
-    for key in keys:
-        try:
-            check_key(key)
-        except UsageError as error:
-            raise UsageError(f'--config.{key}: {error}') from None
-    if 'config' not in flags.FLAGS:
-        return
-    files = [arg.partition('=')[2] or following for arg, following in zip(argv, [*argv[1:], ''], strict=True)
-             if re.fullmatch(r'--?config(=.*)?', arg)]
-    if not files:
-        raise UsageError('--config=FILE is missing: name a configuration, e.g. --config=configs/quickstart.py')
-    if not os.path.isfile(files[-1].partition(':')[0]):
-        raise UsageError(f'--config={files[-1]}: there is no such file; its path counts from the current folder, '
-                         f'{os.getcwd()}')
+def _check_config_flags(argv: list[str]) -> None:
+    """Every --config.KEY must be a setting, and the file of --config=FILE be there."""
+    for arg, following in zip(argv, [*argv[1:], ''], strict=True):
+        if match := re.match(r'--?(?:no)?config\.([^=]+)', arg):
+            try:
+                check_key(match[1])
+            except UsageError as error:
+                raise UsageError(f'--config.{match[1]}: {error}') from None
+        elif match := re.fullmatch(r'--?config(?:=(.*))?', arg):
+            path = (match[1] or following).partition(':')[0]
+            if not os.path.isfile(path):
+                raise UsageError(f'--config={path}: there is no such file; the path counts from the current folder, '
+                                 f'{os.getcwd()}')
 
 
 def _one_line(error: BaseException) -> str:
@@ -64,21 +65,29 @@ def _parse(argv: list[str]) -> list[str]:
     # First of all: they must answer also where the rest of the line is wrong.
     if {'--help', '-help', '-h', '--helpfull'} & set(argv):
         module = sys.modules['__main__']
-        print(f'{(module.__doc__ or "").strip()}\n\n{flags.FLAGS.module_help(module)}', end='')
+        print((module.__doc__ or '').strip(), flags.FLAGS.module_help(module).strip(), sep='\n\n')
+        if 'config' in flags.FLAGS:
+            print('\nSettings, each to be changed by --config.KEY=VALUE:')
+            print('\n'.join(f'  {describe(key)}' for key in SETTINGS))
         sys.exit(0)
     if '--version' in argv:
         libraries = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax'))
         print(f'gpt2_jax {gpt2_jax.__version__} ({libraries}, Python {sys.version.split()[0]})')
         sys.exit(0)
-    _check_overrides(argv[1:])
+    _check_config_flags(argv[1:])
     try:
-        return flags.FLAGS(argv)[1:]
+        rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
         text = ' '.join(str(error).split())
+        if missing := re.search(r'Flag (--\w+) must have a value other than None', text):
+            raise UsageError(f'{missing[1]} is missing; see --help') from None
         key = re.search(r'--config\.([\w.]+)=', text)
-        raise UsageError(f'{text} -- expected {describe(key[1])}' if key else text) from None
+        raise UsageError(f'{text}; expected {describe(key[1])}' if key else text) from None
     except Exception as error:  # whatever the code in a configuration file raises
         raise UsageError(f'the configuration could not be loaded: {_one_line(error)}') from None
+    if 'config' in flags.FLAGS and flags.FLAGS['config'].value is None:
+        raise UsageError('--config is missing: name a configuration, e.g. --config=configs/quickstart.py')
+    return rest
 
 
 def no_more(arguments: list[str]) -> None:
@@ -87,12 +96,17 @@ def no_more(arguments: list[str]) -> None:
         raise UsageError(f'unexpected argument {arguments[0]!r}: settings are given as --name=value; see --help')
 
 
-def read_text(path: str | None) -> str:
-    """The text of a file, or of standard input for '-' and, where nothing is named, for a pipe; else ''."""
-    if path is None and (sys.stdin is None or sys.stdin.isatty()):
-        return ''
+def read_prompt(path: str | None) -> str:
+    """The text of a file, or of standard input: for '-', and where something is piped in; else ''."""
+    if path is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            return ''
+        # A pipe that nobody writes to, as background jobs inherit one, must not hang the program.
+        if not select.select([sys.stdin], [], [], STDIN_SECONDS)[0]:
+            print(f'[nothing came from standard input in {STDIN_SECONDS} s: no prompt]', file=sys.stderr)
+            return ''
     try:
-        data = sys.stdin.buffer.read() if path in (None, '-') else open(path, 'rb').read()
+        data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
         return data.decode('utf-8')
     except UnicodeDecodeError as error:
         raise UsageError(f'{path or "standard input"} is not UTF-8 text: byte {data[error.start]:#04x} at offset '
@@ -101,6 +115,7 @@ def read_text(path: str | None) -> str:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs main(arguments) and exits with what it returns, or, after one line on stderr, with the error's code."""
+    logging.getLogger('absl').setLevel(logging.ERROR)  # orbax warns of every choice that is made on purpose
     try:
         code = main(_parse(sys.argv)) or 0
         sys.stdout.flush()
@@ -111,7 +126,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        print(f'error: {error.strerror or error}' + (f': {error.filename}' if error.filename else ''), file=sys.stderr)
+        print(f'error: {error.filename or "input or output"}: {error.strerror or error}', file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -76,7 +76,7 @@ SETTINGS = {
     'data.corpus': ('tinyshakespeare', NAME, 'a corpus name, a text file, or a folder made by scripts/prepare.py'),
     'data.tokenizer': ('char', one_of('char', 'byte'), 'how text becomes tokens; must match a prepared folder'),
     'data.val_fraction': (0.1, below(0, 1), 'the last part of a text, kept for validation; a folder has its own split'),
-    'data.fallback': ('', TEXT, 'the corpus to take, announced, where the one asked for can be had nowhere; empty: none'),
+    'data.fallback': ('', TEXT, 'corpus to take, announced, where the one asked for can be had nowhere; empty: none'),
     # -- training
     'train.steps': (5000, at_least(1), 'updates in all'),
     'train.batch_size': (64, at_least(1), 'windows per update, over all devices and micro-batches (B)'),
@@ -96,7 +96,7 @@ SETTINGS = {
     'eval.every': (250, at_least(1), 'updates between evaluations; the last update is always evaluated'),
     'eval.sample_tokens': (300, at_least(0), 'length of the sample printed at each evaluation; 0: none'),
     # -- checkpoints
-    'checkpoint.every': (1000, at_least(1), 'updates between saves; improvements and the last update are saved as well'),
+    'checkpoint.every': (1000, at_least(1), 'updates between saves; improvements and the last update are saved too'),
     # -- logging
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
     # -- devices: the mesh is data x fsdp x tensor
@@ -165,7 +165,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         train.seq_len = train.seq_len or model.n_positions
     rows = train.batch_size // train.accumulate
     wrong = {
-        f'model.n_embd = {model.n_embd} must be a multiple of model.n_head = {model.n_head}': model.n_embd % model.n_head,
+        f'model.n_embd = {model.n_embd} must be a multiple of model.n_head = {model.n_head}':
+            model.n_embd % model.n_head,
         f'train.seq_len = {train.seq_len} must be at most model.n_positions = {model.n_positions}':
             train.seq_len > model.n_positions,
         f'train.batch_size = {train.batch_size} must be a multiple of train.accumulate = {train.accumulate}':

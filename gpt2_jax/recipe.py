@@ -62,6 +62,11 @@ class Recipe:
         return jax.jit(lambda: step.init_state(init_params(self.model, self.config.train.seed), self.optimizer),
                        out_shardings=self.layout)()
 
+    def abstract_state(self) -> step.TrainState:
+        """Shape, dtype and sharding of each leaf of the state, as restoring needs them."""
+        return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                            self.shapes, self.layout)
+
     def batch(self, index: int) -> step.Batch:
         """The batch of update number `index`, on the devices."""
         train = self.config.train
@@ -125,6 +130,6 @@ def describe(recipe: Recipe) -> list[str]:
     ]
     seconds = flops * tokens / (CPU_CORE_FLOPS * (os.cpu_count() or 1))
     if recipe.device.platform == 'cpu' and seconds > 2:
-        lines.append(f'hint       this recipe is made for a GPU: a step takes about {seconds:.0f} s on this CPU, the run '
-                     f'about {duration(seconds * train.steps)}. In minutes: --config=configs/quickstart.py')
+        lines.append(f'hint       this recipe is made for a GPU: a step takes about {seconds:.0f} s on this CPU, '
+                     f'the run about {duration(seconds * train.steps)}. In minutes: --config=configs/quickstart.py')
     return lines

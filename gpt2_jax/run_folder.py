@@ -23,7 +23,8 @@ def claim(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / '.lock', 'a+')  # noqa: SIM115 (open as long as the run)
     except OSError as error:
-        raise UserError(f'the run cannot write its folder {folder}: {error.strerror}; choose another --workdir') from None
+        raise UserError(f'the run cannot write its folder {folder}: {error.strerror}; choose another '
+                        '--workdir') from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,6 @@
     train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
 """
 
-import functools
 from collections.abc import Callable
 
 import flax

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from gpt2_jax import batches, parallel, run_folder, tokenizers
 from gpt2_jax import config as config_lib
 from gpt2_jax.checkpoint import FOLDER, Checkpoints, set_aside_damaged, steps_in
-from gpt2_jax.errors import DivergedError, UsageError, UserError
+from gpt2_jax.errors import DivergedError, UsageError
 from gpt2_jax.generate import Sampling, default_prompt, generate, stream_text
 from gpt2_jax.model import count_params
 from gpt2_jax.recipe import Recipe, build, describe, schedule_of
@@ -62,12 +62,16 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
         recipe = build(config)
         print('\n'.join([*describe(recipe), *set_aside_damaged(workdir / FOLDER)]), flush=True)
         with Checkpoints(workdir / FOLDER) as checkpoints:
-            start, progress, state = _restore(recipe, workdir, checkpoints, extend)
+            start, progress, log_sizes = _where_to_start(recipe, workdir, checkpoints, extend)
             if start == config.train.steps and (workdir / 'summary.json').exists():
                 print(f'the run in {workdir} is finished: {start:,} steps, best validation loss '
-                      f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with --extend to '
-                      'go on, or start anew with --fresh')
+                      f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with --extend '
+                      'to go on, or start anew with --fresh')
                 return 0
+            if start:
+                print(f'going on from checkpoint {start:,} in {workdir}', flush=True)
+            state = checkpoints.restore(start, recipe.abstract_state()) if start else recipe.new_state()
+            run_folder.cut_back(workdir, log_sizes)
             (workdir / 'summary.json').unlink(missing_ok=True)
             run_folder.write_text(workdir / 'config.json', config_lib.to_json(config))
             run_folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(recipe.dataset.tokenizer))
@@ -76,7 +80,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
                 caught = loop.run(state, start)
             checkpoints.wait()
         if caught:
-            print(f'stopped by {caught.name} at step {loop.done:,}, which is saved; the same command goes on from there')
+            print(f'stopped by {caught.name} at step {loop.done:,}, which is saved; the same command goes on')
             return 128 + caught
         summary = loop.summary()
         run_folder.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
@@ -93,15 +97,15 @@ def _corpus(recipe: Recipe) -> dict[str, Any]:
             'fallback': got.name == recipe.config.data.fallback != asked}
 
 
-def _restore(recipe: Recipe, workdir: Path, checkpoints: Checkpoints, extend: bool) -> tuple[int, Progress, TrainState]:
-    """The latest checkpoint's step, progress and state, with the logs cut back to it; or a new run's.
+def _where_to_start(recipe: Recipe, workdir: Path, checkpoints: Checkpoints,
+                    extend: bool) -> tuple[int, Progress, dict[str, int]]:
+    """The latest checkpoint's step, progress and log sizes; those of a new run where there is none.
 
     Raises UsageError naming every setting that keeps the run from going on with this configuration.
     """
     saved = steps_in(workdir / FOLDER)
     if not saved:
-        run_folder.cut_back(workdir, {})
-        return 0, Progress(), recipe.new_state()
+        return 0, Progress(), {}
     start, config = saved[-1], recipe.config
     meta = checkpoints.read_meta(start)
     old = config_lib.from_json(meta['config'])
@@ -111,7 +115,7 @@ def _restore(recipe: Recipe, workdir: Path, checkpoints: Checkpoints, extend: bo
         differ.pop('train.steps')
     theirs, ours = meta['corpus'], _corpus(recipe)
     if theirs['sha256'] != ours['sha256']:
-        differ['data.corpus (its text)'] = (f'{theirs["name"]} {theirs["sha256"][:12]}', f'{ours["name"]} {ours["sha256"][:12]}')
+        differ['data.corpus (its text)'] = tuple(f'{c["name"]} {c["sha256"][:12]}' for c in (theirs, ours))
     if differ:
         fields = '; '.join(f'{key}: {a!r} there, {b!r} now' for key, (a, b) in differ.items())
         hint = ' (a larger train.steps may go on with --extend)' if 'train.steps' in differ and longer else ''
@@ -124,12 +128,7 @@ def _restore(recipe: Recipe, workdir: Path, checkpoints: Checkpoints, extend: bo
     progress = Progress(**meta['progress'])
     if progress.best_step not in saved:  # cut short or damaged: the next evaluation is the best one there is
         progress.best_step = progress.best_val_loss = None
-    state = checkpoints.restore(start, jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        recipe.shapes, recipe.layout))
-    run_folder.cut_back(workdir, meta['log_sizes'])
-    print(f'going on from checkpoint {start:,} in {workdir}')
-    return start, progress, state
+    return start, progress, meta['log_sizes']
 
 
 @contextlib.contextmanager
@@ -203,7 +202,7 @@ class Loop:
         now_on_host = jax.device_get([metrics for _, metrics in fetched])
         rate = self.measure(fetched[-1][0])
         for (step, _), metrics in zip(fetched, now_on_host, strict=True):
-            values = {name: float(value) for name, value in metrics.items()}
+            values = {'loss': None, **{name: float(value) for name, value in metrics.items()}}  # the loss comes first
             wrong = [f'{name} = {value}' for name, value in values.items() if not math.isfinite(value)]
             if wrong:
                 raise self.diverged(step, ', '.join(wrong))

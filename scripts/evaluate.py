@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> None:
     restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
     parts, trained_on = recipe.build(restored.config), restored.meta['corpus']
     if parts.dataset.sha256 != trained_on['sha256']:
-        raise UserError(f'the run was trained on {trained_on["name"]} with SHA-256 {trained_on["sha256"][:12]}.., but '
-                        f'{restored.config.data.corpus} is now {parts.dataset.name} with {parts.dataset.sha256[:12]}..: '
-                        'bring the old text back to compare figures')
+        now = parts.dataset
+        raise UserError(f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but data.corpus is '
+                        f'now {now.name} {now.sha256[:12]}: bring the old text back to compare figures')
     with parallel.memory_errors(MEMORY_KNOBS):
         result = parts.evaluator()(restored.params, _SPLIT.value)
     print(f'step {restored.step}, {_SPLIT.value}: loss {result.loss!r} nats per token, perplexity '

@@ -15,7 +15,7 @@ from gpt2_jax.errors import UsageError
 _CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder.", required=True)
 _WHICH = flags.DEFINE_string('which', 'best', "The checkpoint: 'best', 'latest' or a step.")
 _PROMPT = flags.DEFINE_string('prompt', None, 'The text to go on from; a newline by default. See --prompt_file.')
-_PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with that text; - for standard input, also read if piped.')
+_PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with that text; - for standard input, read if piped.')
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'How many texts.', lower_bound=1)
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 500, 'Length of each, in tokens.', lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0: always the most likely token; 1: as the model predicts.')
@@ -23,7 +23,7 @@ _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that have this probability; 1: from all.')
 _STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
 _SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1)
-_STRICT = flags.DEFINE_bool('strict_context', False, 'Refuse to go past the context instead of restarting from its end.')
+_STRICT = flags.DEFINE_bool('strict_context', False, 'Refuse to go past the context; else it restarts from its end.')
 _PLATFORM = cli.platform_flag()
 
 
@@ -35,9 +35,7 @@ def main(arguments: list[str]) -> None:
     if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    prompt = _PROMPT.value
-    if prompt is None:
-        prompt = cli.read_text(_PROMPT_FILE.value)
+    prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     parallel.select_platform(_PLATFORM.value)
     restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
     with parallel.memory_errors('lower --num_samples'):
