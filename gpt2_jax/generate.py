@@ -103,7 +103,7 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
         raise UsageError('the prompt is empty: give at least one token to go on from')
     if strict_context and len(prompt) + max_new_tokens > context:
         raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
-                         f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or allow the context to restart')
+                         f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart')
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
     text_BT = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
     pos, done, told = context + 1, 0, False  # no cache yet

@@ -113,6 +113,17 @@ def make_gather(mesh: Mesh):
     return lambda params: jax.lax.with_sharding_constraint(params, shardings(mesh, params, drop='fsdp'))
 
 
+def in_turn(mesh: Mesh, function):
+    """`function`, a compiled one, so that on a mesh of simulated devices each call ends before it returns.
+
+    Simulated devices share the CPU's threads: with two programs in flight, the collectives of one can wait for ever
+    for threads that the other holds. Real devices, and a single one, need none of this and are left alone.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != 'cpu':
+        return function
+    return lambda *args: jax.block_until_ready(function(*args))
+
+
 def put_batch(mesh: Mesh, batch):
     """A batch of numpy rows as global arrays, the rows dealt out over 'data' and 'fsdp'."""
     return jax.device_put(batch, NamedSharding(mesh, P(('data', 'fsdp'))))

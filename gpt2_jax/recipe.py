@@ -78,11 +78,11 @@ class Recipe:
         train = self.config.train
         update = step.make_train_step(self.model, self.optimizer, self.schedule, seed=train.seed,
                                       accumulate=train.accumulate, gather=parallel.make_gather(self.mesh))
-        return jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None))
+        return parallel.in_turn(self.mesh, jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None)))
 
     def evaluator(self):
         """The function run(params, split='val') -> Evaluation over that whole split."""
-        train, eval_step = self.config.train, jax.jit(step.make_eval_step(self.model))
+        train, eval_step = self.config.train, parallel.in_turn(self.mesh, jax.jit(step.make_eval_step(self.model)))
 
         def run(params, split: str = 'val') -> Evaluation:
             return evaluate(eval_step, params, getattr(self.dataset, split), self.dataset.tokenizer, mesh=self.mesh,

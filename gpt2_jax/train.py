@@ -256,7 +256,8 @@ class Loop:
                      f'{time.monotonic() - began:.1f} s' + (' (best so far)' if better else ''))
         if self.config.eval.sample_tokens:
             tokenizer = self.recipe.dataset.tokenizer
-            chunks = generate(self.recipe.model, params, default_prompt(tokenizer), sampling=EVAL_SAMPLING,
+            whole = jax.device_put(params, self.recipe.device)  # one text at a time is no work for a mesh
+            chunks = generate(self.recipe.model, whole, default_prompt(tokenizer), sampling=EVAL_SAMPLING,
                               max_new_tokens=self.config.eval.sample_tokens, seed=self.config.train.seed,
                               notify=lambda text: None)
             self.log.sample(self.done, ''.join(stream_text(chunks, tokenizer)))
