@@ -5,12 +5,14 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
 from gpt2_jax.config import SETTINGS, check_key, describe
@@ -38,8 +40,9 @@ def config_name() -> str:
     return '-'.join(filter(None, [os.path.splitext(os.path.basename(path))[0], argument]))
 
 
-def _check_config_flags(argv: list[str]) -> None:
-    """Every --config.KEY must be a setting, and the file of --config=FILE be there."""
+def _check_config_flags(argv: list[str]) -> str | None:
+    """Every --config.KEY must be a setting, and the file of --config=FILE be there; returns that file."""
+    path = None
     for arg, following in zip(argv, [*argv[1:], ''], strict=True):
         if match := re.match(r'--?(?:no)?config\.([^=]+)', arg):
             try:
@@ -51,13 +54,35 @@ def _check_config_flags(argv: list[str]) -> None:
             if not os.path.isfile(path):
                 raise UsageError(f'--config={path}: there is no such file; the path counts from the current folder, '
                                  f'{os.getcwd()}')
+    return path
 
 
-def _one_line(error: BaseException) -> str:
-    """What a library's error says, on one line, its cause first."""
+def _config_error(error: BaseException, path: str) -> UsageError:
+    """What the code in the configuration file did wrong, and in which line of it."""
+    frames = traceback.extract_tb(error.__traceback__)
     while error.__cause__ or (error.__context__ and not error.__suppress_context__):
         error = error.__cause__ or error.__context__
-    return f'{type(error).__name__}: ' + ' '.join(str(error).split())
+        frames += traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if frame.filename == path]
+    where = f'{path}, line {frames[-1].lineno} ({frames[-1].line})' if frames else path
+    what = f'{type(error).__name__}: {error}'
+    for key in re.findall(r'\w\.(\w+\.\w+)', frames[-1].line if frames else ''):  # config.train.steps -> train.steps
+        try:
+            check_key(key)
+            what += f'; expected {describe(key)}' if isinstance(error, TypeError | ValueError) else ''
+        except UsageError as unknown:
+            what = unknown
+            break
+    return UsageError(f'{where}: {error if isinstance(error, UserError) else what}')
+
+
+def _check_config(config, path: str) -> None:
+    """A configuration file must return all of our settings, and no others."""
+    sections = config.to_dict() if isinstance(config, ConfigDict) else {}
+    keys = {f'{section}.{name}' for section, values in sections.items() if isinstance(values, dict) for name in values}
+    if keys != set(SETTINGS):
+        raise UsageError(f'{path}: get_config() must return what default_config() of gpt2_jax.config makes, with other '
+                         'values')
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -74,19 +99,25 @@ def _parse(argv: list[str]) -> list[str]:
         libraries = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax'))
         print(f'gpt2_jax {gpt2_jax.__version__} ({libraries}, Python {sys.version.split()[0]})')
         sys.exit(0)
-    _check_config_flags(argv[1:])
+    path = _check_config_flags(argv[1:])
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
         text = ' '.join(str(error).split())
         if missing := re.search(r'Flag (--\w+) must have a value other than None', text):
             raise UsageError(f'{missing[1]} is missing; see --help') from None
+        if 'Error whilst parsing config file' in text:
+            raise _config_error(error, path) from None
+        if 'before a value for --config' in text:
+            raise UsageError('--config=FILE must come before the settings that change it, --config.KEY=VALUE') from None
         key = re.search(r'--config\.([\w.]+)=', text)
         raise UsageError(f'{text}; expected {describe(key[1])}' if key else text) from None
     except Exception as error:  # whatever the code in a configuration file raises
-        raise UsageError(f'the configuration could not be loaded: {_one_line(error)}') from None
-    if 'config' in flags.FLAGS and flags.FLAGS['config'].value is None:
-        raise UsageError('--config is missing: name a configuration, e.g. --config=configs/quickstart.py')
+        raise _config_error(error, path) from None
+    if 'config' in flags.FLAGS:
+        if path is None:
+            raise UsageError('--config is missing: name a configuration, e.g. --config=configs/quickstart.py')
+        _check_config(flags.FLAGS['config'].value, path)
     return rest
 
 
@@ -98,8 +129,10 @@ def no_more(arguments: list[str]) -> None:
 
 def read_prompt(path: str | None) -> str:
     """The text of a file, or of standard input: for '-', and where something is piped in; else ''."""
+    if path in (None, '-') and sys.stdin is None:  # closed
+        return ''
     if path is None:
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin.isatty():
             return ''
         # A pipe that nobody writes to, as background jobs inherit one, must not hang the program.
         if not select.select([sys.stdin], [], [], STDIN_SECONDS)[0]:
@@ -113,21 +146,32 @@ def read_prompt(path: str | None) -> str:
                          f'{error.start}') from None
 
 
+def _without_noise(unraisable) -> None:
+    """An unraisablehook that leaves out what each write of a save says when another one has failed."""
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs main(arguments) and exits with what it returns, or, after one line on stderr, with the error's code."""
-    logging.getLogger('absl').setLevel(logging.ERROR)  # orbax warns of every choice that is made on purpose
+    # Orbax warns of every choice that is made on purpose, and of a save that fails it tells a hundred times.
+    for name in ('absl', 'asyncio'):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_noise
+    message = None
     try:
         code = main(_parse(sys.argv)) or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        code = error.exit_code
+        message, code = str(error), error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 128 + signal.SIGPIPE
     except OSError as error:
-        print(f'error: {error.filename or "input or output"}: {error.strerror or error}', file=sys.stderr)
-        code = 1
+        message, code = f'{error.filename or "input or output"}: {error.strerror or error}', 1
     except KeyboardInterrupt:
-        code = 130
+        code = 128 + signal.SIGINT
+    if message:
+        print('error:', ' '.join(message.splitlines()), file=sys.stderr)
     sys.exit(code)

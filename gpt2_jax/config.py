@@ -73,8 +73,9 @@ SETTINGS = {
     'model.attention': ('explicit', one_of('explicit', 'cudnn'),
                         'explicit: every step in the open; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)'),
     # -- data
-    'data.corpus': ('tinyshakespeare', NAME, 'a corpus name, a text file, or a folder made by scripts/prepare.py'),
-    'data.tokenizer': ('char', one_of('char', 'byte'), 'how text becomes tokens; must match a prepared folder'),
+    'data.corpus': ('tinyshakespeare', NAME, 'a corpus name, a text file, a folder made by scripts/prepare.py, or '
+                    "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)"),
+    'data.tokenizer': ('char', one_of('char', 'byte', 'gpt2'), 'how text becomes tokens; must match prepared ones'),
     'data.val_fraction': (0.1, below(0, 1), 'the last part of a text, kept for validation; a folder has its own split'),
     'data.fallback': ('', TEXT, 'corpus to take, announced, where the one asked for can be had nowhere; empty: none'),
     # -- training
@@ -84,6 +85,8 @@ SETTINGS = {
     'train.accumulate': (1, at_least(1), 'micro-batches an update is worked off in: less memory, the same gradient'),
     'train.seed': (0, below(0, 2**32), 'of initialisation, data order and dropout'),
     # -- optimizer
+    'optim.implementation': ('optax', one_of('optax', 'explicit'), 'of AdamW, clipping and schedule: optax has them '
+                             'too; explicit: written out from their equations'),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (6e-5, at_least(0), 'where the cosine ends; a tenth of the peak, as GPT-3'),
     'optim.warmup_steps': (100, at_least(0), 'updates of linear warmup; a run that is shorter only warms up'),
@@ -103,6 +106,14 @@ SETTINGS = {
     'mesh.data': (1, at_least(1), 'devices that share the rows of a batch'),
     'mesh.fsdp': (1, at_least(1), 'devices that share rows, and hold the parameters in pieces'),
     'mesh.tensor': (1, at_least(1), 'devices that share heads and feed-forward columns'),
+}
+
+# The four published sizes (Radford et al. 2019, table 2), for config.model.update(PRESETS[name]).
+PRESETS = {
+    'gpt2': {'n_layer': 12, 'n_head': 12, 'n_embd': 768},
+    'gpt2-medium': {'n_layer': 24, 'n_head': 16, 'n_embd': 1024},
+    'gpt2-large': {'n_layer': 36, 'n_head': 20, 'n_embd': 1280},
+    'gpt2-xl': {'n_layer': 48, 'n_head': 25, 'n_embd': 1600},
 }
 
 # A run may go on with other values of these sections: none of them changes an update.
@@ -196,8 +207,12 @@ def from_json(text: str) -> ConfigDict:
     config = default_config()
     for section, values in json.loads(text).items():
         for name, value in values.items():
-            check_key(f'{section}.{name}')
-            config[section][name] = value
+            key = f'{section}.{name}'
+            check_key(key)
+            try:
+                config[section][name] = value
+            except (TypeError, ValueError):
+                raise UsageError(f'{key} = {value!r} is not allowed; expected {describe(key)}') from None
     return resolve(config)
 
 

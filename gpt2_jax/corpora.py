@@ -1,33 +1,17 @@
 """Where a text comes from: any text file, or a corpus by name, found locally or downloaded and verified.
 
-A name is looked for at `data/NAME/input.txt` below the current folder, then at `$GPT2_JAX_DATA_DIR/NAME/input.txt`,
-then in the user's cache, `$XDG_CACHE_HOME/gpt2_jax/NAME/input.txt` (~/.cache by default), and is downloaded into that
-cache if it is in none of them. Nothing that is found is ever changed or deleted.
+The text of a named corpus is `input.txt` in one of the corpus's folders (see published.py).
 """
 
 import dataclasses
 import difflib
 import hashlib
-import http.client
 import os
-import sys
-import tempfile
-import urllib.request
 from pathlib import Path
 
+from gpt2_jax import published
 from gpt2_jax.errors import UserError
-
-TIMEOUT_SECONDS = 10  # without an answer; a slow download that keeps moving is never cut off
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a published text can be downloaded, and how to know it is that text."""
-
-    url: str
-    sha256: str
-    n_bytes: int
-
+from gpt2_jax.published import Source
 
 CORPORA = {
     'tinyshakespeare': Source(
@@ -78,10 +62,7 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
 
 def _places(name: str) -> list[Path]:
     """The local places of a named corpus, in the order of search; the last one is the user's cache."""
-    folders = [Path('data'), Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'gpt2_jax')]
-    if data_dir := os.environ.get('GPT2_JAX_DATA_DIR'):
-        folders.insert(1, Path(data_dir).expanduser())
-    return [folder / name / 'input.txt' for folder in folders]
+    return [folder / 'input.txt' for folder in published.folders(name)]
 
 
 def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
@@ -115,38 +96,13 @@ def _embedded() -> Corpus:
 
 
 def _download(name: str) -> Path:
-    """Fetches a corpus into the user's cache. The file takes its name only once it is whole and verified."""
+    """Fetches a corpus into the user's cache."""
     source, (*_, path) = CORPORA[name], _places(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(prefix='input.', suffix='.part', dir=path.parent)
-        try:
-            with os.fdopen(descriptor, 'wb') as file:
-                digest = _fetch(name, source, file)
-                os.fsync(file.fileno())
-            if digest != source.sha256:
-                raise OSError(f'what arrived has SHA-256 {digest}, expected {source.sha256}')
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-    except (OSError, http.client.HTTPException) as error:
+        published.download(name, source, path)
+    except OSError as error:
         raise CorpusNotFound(
             f'no local copy of {name}, and its download failed ({str(error).strip("<>")}): put the text at '
             f'{_places(name)[0]} or {path}, or set GPT2_JAX_DATA_DIR to a folder that holds {name}/input.txt, or give '
             f'the path of any text file as data.corpus; the text is published at {source.url}') from None
     return path
-
-
-def _fetch(name: str, source: Source, file) -> str:
-    """Copies the URL into an open file, with progress on stderr; returns the SHA-256 of what arrived."""
-    print(f'downloading {name}, {source.n_bytes / 1e6:.1f} MB, from {source.url}', file=sys.stderr, flush=True)
-    digest, n_bytes = hashlib.sha256(), 0
-    with urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response:
-        while block := response.read(1 << 16):
-            file.write(block)
-            digest.update(block)
-            n_bytes += len(block)
-            if sys.stderr.isatty():
-                print(f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} ', end='', file=sys.stderr, flush=True)
-    print(f'\rdownloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
-    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""From the setting `data.corpus` to tokens: a named corpus, a text file, or a prepared folder."""
+"""From the setting `data.corpus` to tokens: a named corpus, a text file, a prepared folder, or token files."""
 
 from collections.abc import Callable
 
-from gpt2_jax import corpora, shards
+from gpt2_jax import corpora, shards, token_files
 from gpt2_jax.errors import UsageError
 from gpt2_jax.tokenizers import make_tokenizer
 
@@ -12,8 +12,14 @@ def load(*, corpus: str, tokenizer: str, val_fraction: float, fallback: str,
     """The data set that a configuration's `data` section names.
 
     Where a named corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises
-    UserError (see corpora.find_text and shards.open_shards), and UsageError where a folder has another tokenizer.
+    UserError (see corpora.find_text, shards.open_shards and token_files.open_token_files), and UsageError where the
+    tokens are another tokenizer's.
     """
+    if corpus.endswith('.bin'):
+        if tokenizer != 'gpt2':
+            raise UsageError(f'{corpus} names files of GPT-2 tokens, but data.tokenizer is {tokenizer!r}: set '
+                             '--config.data.tokenizer=gpt2')
+        return token_files.open_token_files(corpus, make_tokenizer(tokenizer, ''))
     if shards.is_prepared(corpus):
         dataset = shards.open_shards(corpus)
         if dataset.tokenizer.name != tokenizer:

@@ -37,7 +37,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name, wrong, expected in (('temperature', self.temperature < 0, '0 (greedy) or more'),
+        for name, wrong, expected in (('temperature', not self.temperature >= 0, '0 (greedy) or more'),
                                       ('top_k', self.top_k < 0, '0 (all) or more'),
                                       ('top_p', not 0 < self.top_p <= 1, 'above 0 and at most 1 (all)')):
             if wrong:
@@ -71,22 +71,22 @@ def prefill(model: GPT2, params, tokens_BT, length):
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache'))
-def decode(model: GPT2, params, logits_BV, cache, pos, keys_B, done, n, sampling: Sampling):
-    """Chooses and feeds back `n` <= CHUNK tokens, of which the first stands at position `pos`.
+def decode(model: GPT2, params, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
+    """Chooses and feeds back CHUNK tokens, of which the first stands at position `pos`.
 
     `done` counts the tokens drawn before: token i of a row depends on that row's key and i alone. Returns the tokens
-    (B, CHUNK), of which n count, the logits after them, and the cache.
+    (B, CHUNK), the logits after them, and the cache. Tokens past the context are drawn too, and of no use: a loop of
+    fixed length runs on a GPU without asking the host after each token whether to go on.
     """
 
-    def one(i, carry):
-        tokens_BC, logits_BV, cache = carry
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i)
-        token_B = choose(logits_BV, step_keys_B, sampling)
+    def one(carry, i):
+        logits_BV, cache = carry
+        token_B = choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i), sampling)
         x_B1D, cache = model.apply({'params': params}, token_B[:, None], cache, pos + i, method='features')
-        return tokens_BC.at[:, i].set(token_B), model.apply({'params': params}, x_B1D[:, 0], method='head'), cache
+        return (model.apply({'params': params}, x_B1D[:, 0], method='head'), cache), token_B
 
-    tokens_BC = jnp.zeros((logits_BV.shape[0], CHUNK), jnp.int32)
-    return jax.lax.fori_loop(0, n, one, (tokens_BC, logits_BV, cache))
+    (logits_BV, cache), tokens_CB = jax.lax.scan(one, (logits_BV, cache), jnp.arange(CHUNK))
+    return tokens_CB.T, logits_BV, cache
 
 
 def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, seed: int = 0,
@@ -104,6 +104,8 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
     if strict_context and len(prompt) + max_new_tokens > context:
         raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
                          f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart')
+    # Once, and not at every token: decoding one text is bound by reading the weights.
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, model.cfg.compute_dtype), params)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
     text_BT = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
     pos, done, told = context + 1, 0, False  # no cache yet
@@ -116,8 +118,9 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
                     told = True
             pos = text_BT.shape[1]
             logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
-        n = min(CHUNK, max_new_tokens - done, context - pos)
-        tokens_BC, logits_BV, cache = decode(model, params, logits_BV, cache, pos, keys_B, done, n, sampling)
+        # At least one: a context of a single token is full at once, and begins anew for each.
+        n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
+        tokens_BC, logits_BV, cache = decode(model, params, logits_BV, cache, pos, keys_B, done, sampling)
         tokens = np.asarray(tokens_BC)[:, :n]
         text_BT = np.concatenate([text_BT, tokens], axis=1)
         pos, done = pos + n, done + n
@@ -133,9 +136,9 @@ def stream_text(chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int = 0
         if stop and stop in held:
             yield held[:held.index(stop)]
             return
-        keep = len(stop) - 1 if stop else 0
-        yield held[:len(held) - keep]
-        held = held[len(held) - keep:] if keep else ''
+        sure = max(0, len(held) - max(0, len(stop) - 1))
+        yield held[:sure]
+        held = held[sure:]
     yield held + decoder.decode(b'', final=True)
 
 

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# One layer's keys and values of every position seen so far, (k_BSHK, v_BSHK); a cache is one pair per layer.
+# One layer's keys and values of every position seen so far, (k_BHSK, v_BHSK); a cache is one pair per layer. Heads come
+# before positions: decoding reads each head's keys in one piece.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 # GPT-2 was trained with the tanh approximation ('gelu_new'); 'gelu' is the exact one, as in nanoGPT.
@@ -133,7 +134,28 @@ class LayerNorm(nn.Module):
         return y.astype(self.cfg.compute_dtype)
 
 
-def explicit_attention(q_BTHK, k_BSHK, v_BSHK, pos, dropout, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum_f32(equation: str, a, b, precision):
+    """An einsum with an fp32 result, whose gradient takes its products in the operands' dtype too.
+
+    Left to itself, JAX multiplies the fp32 cotangent with a bf16 operand in fp32, at a fraction of the speed.
+    """
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _einsum_f32_forward(equation, a, b, precision):
+    return einsum_f32(equation, a, b, precision), (a, b)
+
+
+def _einsum_f32_backward(equation, precision, operands, g):
+    _, pull_back = jax.vjp(lambda a, b: jnp.einsum(equation, a, b, precision=precision), *operands)
+    return pull_back(g.astype(operands[0].dtype))
+
+
+einsum_f32.defvjp(_einsum_f32_forward, _einsum_f32_backward)
+
+
+def explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, dropout, precision):
     """Causal scaled dot-product attention, every step in the open (Vaswani et al. 2017, eq. 1).
 
         scores = q k^T / sqrt(K)        pattern = softmax(scores where s <= pos + t, else -inf)        z = pattern v
@@ -142,13 +164,12 @@ def explicit_attention(q_BTHK, k_BSHK, v_BSHK, pos, dropout, precision):
     S = T; with one, S is the whole cache and what lies beyond the query is masked, written or not. The softmax is
     in fp32. `dropout` maps the pattern (B, H, T, S) to itself. Returns z_BTHK.
     """
-    T, S, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[-1]
-    scores_BHTS = jnp.einsum('BTHK,BSHK->BHTS', q_BTHK, k_BSHK, precision=precision,
-                             preferred_element_type=jnp.float32) / math.sqrt(K)
+    T, S, K = q_BTHK.shape[1], k_BHSK.shape[2], q_BTHK.shape[-1]
+    scores_BHTS = einsum_f32('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, precision) / math.sqrt(K)
     visible_TS = jnp.arange(S) <= pos + jnp.arange(T)[:, None]
     scores_BHTS = jnp.where(visible_TS, scores_BHTS, -jnp.inf)
-    pattern_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype))
-    return jnp.einsum('BHTS,BSHK->BTHK', pattern_BHTS, v_BSHK, precision=precision)
+    pattern_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype))
+    return jnp.einsum('BHTS,BHSK->BTHK', pattern_BHTS, v_BHSK, precision=precision)
 
 
 class CausalSelfAttention(nn.Module):
@@ -160,16 +181,17 @@ class CausalSelfAttention(nn.Module):
     def __call__(self, x_BTD, layer_cache, pos, deterministic: bool):
         cfg, heads = self.cfg, (self.cfg.n_head, self.cfg.head_dim)
         qkv_BT3HK = Affine(cfg, (cfg.n_embd,), (3, *heads), cfg.initializer_range, name='c_attn')(x_BTD)
-        q_BTHK, k_BSHK, v_BSHK = (qkv_BT3HK[:, :, i] for i in range(3))
-        if layer_cache is not None:
-            k_BSHK, v_BSHK = layer_cache = tuple(
-                lax.dynamic_update_slice_in_dim(old, new, pos, axis=1)
-                for old, new in zip(layer_cache, (k_BSHK, v_BSHK), strict=True))
+        q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
         if cfg.attention == 'cudnn' and layer_cache is None:
-            z_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, is_causal=True, implementation='cudnn')
+            z_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation='cudnn')
         else:
+            k_BHSK, v_BHSK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
+            if layer_cache is not None:
+                k_BHSK, v_BHSK = layer_cache = tuple(
+                    lax.dynamic_update_slice_in_dim(old, new, pos, axis=2)
+                    for old, new in zip(layer_cache, (k_BHSK, v_BHSK), strict=True))
             dropout = nn.Dropout(cfg.attn_pdrop, deterministic=deterministic)
-            z_BTHK = explicit_attention(q_BTHK, k_BSHK, v_BSHK, pos, dropout, cfg.precision)
+            z_BTHK = explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, dropout, cfg.precision)
         out_BTD = Affine(cfg, heads, (cfg.n_embd,), residual_std(cfg), name='c_proj')(z_BTHK)
         return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD), layer_cache
 
@@ -210,8 +232,10 @@ class GPT2(nn.Module):
     def setup(self):
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
-        self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, dtype=cfg.compute_dtype)
-        self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init, dtype=cfg.compute_dtype)
+        # Looked up in fp32 also where the compute dtype is bf16: the gradient is a scatter-add, which a GPU does with
+        # atomics, and bf16 has slow ones (15 of 25 ms a step for 65 characters on an H100).
+        self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, dtype=jnp.float32)
+        self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init, dtype=jnp.float32)
         self.drop = nn.Dropout(cfg.embd_pdrop)
         block = nn.remat(Block, static_argnums=(4,)) if cfg.remat else Block  # `deterministic`; self counts as 0
         self.h = [block(cfg) for _ in range(cfg.n_layer)]
@@ -234,7 +258,8 @@ class GPT2(nn.Module):
         T = tokens_BT.shape[1]
         if self.cfg.n_positions < T:
             raise ValueError(f'a sequence of {T} tokens is longer than n_positions = {self.cfg.n_positions}')
-        x_BTD = self.drop(self.wte(tokens_BT) + self.wpe(pos + jnp.arange(T)), deterministic=deterministic)
+        x_BTD = (self.wte(tokens_BT) + self.wpe(pos + jnp.arange(T))).astype(self.cfg.compute_dtype)
+        x_BTD = self.drop(x_BTD, deterministic=deterministic)
         layers = []
         for i, block in enumerate(self.h):
             x_BTD, layer_cache = block(x_BTD, cache and cache[i], pos, deterministic)
@@ -243,9 +268,12 @@ class GPT2(nn.Module):
 
     def head(self, x_BTD):
         """Logits through the tied token embedding, accumulated in fp32: (..., D) -> (..., V)."""
-        wte_VD = self.wte.embedding.astype(self.cfg.compute_dtype)
-        return jnp.einsum('...D,VD->...V', x_BTD, wte_VD, precision=self.cfg.precision,
-                          preferred_element_type=jnp.float32)
+        wte_VD, V = self.wte.embedding.astype(self.cfg.compute_dtype), self.cfg.vocab_size
+        if V > 1024:
+            # 50,257 is odd, and the fast matrix products need multiples of 8: with rows of zeros up to a multiple of
+            # 128 the head is several times faster on a GPU. The logits of the padding are cut off.
+            wte_VD = jnp.pad(wte_VD, ((0, -V % 128), (0, 0)))
+        return einsum_f32('...D,VD->...V', x_BTD, wte_VD, self.cfg.precision)[..., :V]
 
 
 def init_params(model: GPT2, seed: int):
@@ -255,7 +283,7 @@ def init_params(model: GPT2, seed: int):
 
 def init_cache(cfg: GPT2Config, batch: int) -> Cache:
     """An empty cache for `batch` sequences of up to n_positions tokens."""
-    shape = (batch, cfg.n_positions, cfg.n_head, cfg.head_dim)
+    shape = (batch, cfg.n_head, cfg.n_positions, cfg.head_dim)
     return tuple((jnp.zeros(shape, cfg.compute_dtype), jnp.zeros(shape, cfg.compute_dtype)) for _ in range(cfg.n_layer))
 
 

@@ -135,7 +135,8 @@ def memory_errors(knobs: str):
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+        # A GPU says the first, a CPU the second.
+        if not isinstance(error, MemoryError) and not re.search('RESOURCE_EXHAUSTED|Out of memory', str(error)):
             raise
         amount = re.search(r'allocat\w+ (?:of )?(\d+) ?(?:bytes)?', str(error))
         wanted = f' for an array of {int(amount[1]) / 2**30:.1f} GiB' if amount else ''

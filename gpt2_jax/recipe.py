@@ -25,8 +25,9 @@ ROUNDING = {'float32': 'full fp32 matrix products', 'tf32': 'TF32 matrix product
 def schedule_of(config: ConfigDict) -> optax.Schedule:
     """The learning rate as a function of the update's number."""
     optim = config.optim
-    return make_schedule(learning_rate=optim.learning_rate, end_learning_rate=optim.end_learning_rate,
-                         warmup_steps=optim.warmup_steps, steps=config.train.steps)
+    return make_schedule(implementation=optim.implementation, learning_rate=optim.learning_rate,
+                         end_learning_rate=optim.end_learning_rate, warmup_steps=optim.warmup_steps,
+                         steps=config.train.steps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ class Recipe:
 
     def evaluator(self):
         """The function run(params, split='val') -> Evaluation over that whole split."""
-        train, eval_step = self.config.train, parallel.in_turn(self.mesh, jax.jit(step.make_eval_step(self.model)))
+        train, gather = self.config.train, parallel.make_gather(self.mesh)
+        eval_step = parallel.in_turn(self.mesh, jax.jit(step.make_eval_step(self.model, gather)))
 
         def run(params, split: str = 'val') -> Evaluation:
             return evaluate(eval_step, params, getattr(self.dataset, split), self.dataset.tokenizer, mesh=self.mesh,
@@ -91,14 +93,15 @@ class Recipe:
         return run
 
 
-def build(config: ConfigDict) -> Recipe:
-    """Loads the data and lays everything out. `config` is a resolved one. Raises UserError."""
+def build(config: ConfigDict, dataset: Dataset | None = None) -> Recipe:
+    """Loads the data, unless it is given, and lays everything out. `config` is a resolved one. Raises UserError."""
     mesh = parallel.make_mesh(**config.mesh)
-    dataset = data.load(**config.data)
+    dataset = dataset or data.load(**config.data)
     model = GPT2(GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size))
     schedule, optim = schedule_of(config), config.optim
-    optimizer = make_optimizer(schedule=schedule, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-                               weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
+    optimizer = make_optimizer(implementation=optim.implementation, schedule=schedule, beta1=optim.beta1,
+                               beta2=optim.beta2, eps=optim.eps, weight_decay=optim.weight_decay,
+                               clip_norm=optim.clip_norm)
     shapes = jax.eval_shape(lambda: step.init_state(init_params(model, 0), optimizer))
     return Recipe(config, mesh, dataset, model, schedule, optimizer, shapes, parallel.shardings(mesh, shapes))
 
@@ -119,8 +122,8 @@ def describe(recipe: Recipe) -> list[str]:
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, '
         f'width {cfg.n_embd}, context {cfg.n_positions}',
-        f'optimizer  AdamW: {len(decayed)} leaves with {count_params(decayed):,} parameters are decayed, '
-        f'{len(kept)} with {count_params(kept):,} are not',
+        f'optimizer  AdamW ({config.optim.implementation}): {len(decayed)} leaves with {count_params(decayed):,} '
+        f'parameters are decayed, {len(kept)} with {count_params(kept):,} are not',
         f'step       {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
         + (f', in {train.accumulate} micro-batches' if train.accumulate > 1 else '')
         + f'; {train.steps:,} steps = {tokens * train.steps / len(dataset.train):.1f} epochs',

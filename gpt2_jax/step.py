@@ -33,8 +33,9 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
 
 def token_losses(logits_BTV, targets_BT):
     """Cross-entropy of each target in nats, -log softmax(logits)[target], in fp32: (B, T, V), (B, T) -> (B, T)."""
-    target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+    # A comparison and not a look-up: it fuses with the sum over V, and its gradient is no scatter into (B, T, V).
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
 
 
 def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, seed: int,
@@ -63,7 +64,8 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedu
             value = jax.value_and_grad(micro_loss)(state.params, micro_batch, jax.random.fold_in(step_key, index))
             return jax.tree.map(jnp.add, total, value), None
 
-        micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of every one.
+        micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         if accumulate == 1:
             total, _ = accumulate_one((0.0, jax.tree.map(jnp.zeros_like, state.params)),
                                       (0, jax.tree.map(lambda x: x[0], micro_batches)))
@@ -86,11 +88,11 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedu
     return train_step
 
 
-def make_eval_step(model: GPT2):
+def make_eval_step(model: GPT2, gather: Callable = lambda params: params):
     """The function eval_step(params, batch) -> nats_B: each row's summed loss over its unmasked targets."""
 
     def eval_step(params, batch: Batch):
-        logits_BTV = model.apply({'params': params}, batch['inputs'])
+        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'])
         return (token_losses(logits_BTV, batch['targets']) * batch['mask']).sum(-1)
 
     return eval_step

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax import batches, parallel, run_folder, tokenizers
 from gpt2_jax import config as config_lib
-from gpt2_jax.checkpoint import FOLDER, Checkpoints, set_aside_damaged, steps_in
+from gpt2_jax.checkpoint import FOLDER, Checkpoints, best_in, sealed_in, set_aside_damaged
 from gpt2_jax.errors import DivergedError, UsageError
 from gpt2_jax.generate import Sampling, default_prompt, generate, stream_text
 from gpt2_jax.model import count_params
@@ -44,7 +44,12 @@ class Progress:
     best_val_loss: float | None = None
     final_val_loss: float | None = None  # of the latest evaluation
     val_tokens: int = 0
-    seconds: float = 0.0  # of this process and those before it
+    # Of this process and those before it. Training time and its steps are without compilation, evaluations and the
+    # waits of saves.
+    seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    train_seconds: float = 0.0
+    train_steps: int = 0
 
 
 def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: bool = False,
@@ -56,11 +61,17 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
+    with parallel.memory_errors(MEMORY_KNOBS):
+        # What cannot be trained on is told before any folder is made or moved.
+        recipe = build(config)
+        recipe.batch(0)
+        next(batches.eval_batches(recipe.dataset.val, batch_size=1, seq_len=config.train.seq_len))
+    print('\n'.join(describe(recipe)), flush=True)
     if fresh and (aside := run_folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
     with run_folder.claim(workdir), parallel.memory_errors(MEMORY_KNOBS):
-        recipe = build(config)
-        print('\n'.join([*describe(recipe), *set_aside_damaged(workdir / FOLDER)]), flush=True)
+        for report in set_aside_damaged(workdir / FOLDER):
+            print(report, flush=True)
         with Checkpoints(workdir / FOLDER) as checkpoints:
             start, progress, log_sizes = _where_to_start(recipe, workdir, checkpoints, extend)
             if start == config.train.steps and (workdir / 'summary.json').exists():
@@ -103,7 +114,7 @@ def _where_to_start(recipe: Recipe, workdir: Path, checkpoints: Checkpoints,
 
     Raises UsageError naming every setting that keeps the run from going on with this configuration.
     """
-    saved = steps_in(workdir / FOLDER)
+    saved = sealed_in(workdir / FOLDER)
     if not saved:
         return 0, Progress(), {}
     start, config = saved[-1], recipe.config
@@ -126,8 +137,8 @@ def _where_to_start(recipe: Recipe, workdir: Path, checkpoints: Checkpoints,
         print(f'extended from {old.train.steps:,} to {config.train.steps:,} steps: the schedule is laid out anew over '
               f'all of them, and the learning rate at step {start:,} goes from {before:.3g} to {after:.3g}')
     progress = Progress(**meta['progress'])
-    if progress.best_step not in saved:  # cut short or damaged: the next evaluation is the best one there is
-        progress.best_step = progress.best_val_loss = None
+    if progress.best_step not in saved:  # it was damaged: the best is one that can be restored
+        progress.best_step, progress.best_val_loss = best_in(workdir / FOLDER)
     return start, progress, meta['log_sizes']
 
 
@@ -158,46 +169,48 @@ class Loop:
                  started: float):
         self.recipe, self.config, self.workdir = recipe, recipe.config, workdir
         self.checkpoints, self.log, self.progress, self.started = checkpoints, log, progress, started
-        self.seconds_before = progress.seconds
+        self.seconds_before, self.told_time = progress.seconds, False
         self.evaluate = recipe.evaluator()
         self.pending = []  # (step, its metrics, still on the device)
-        self.done = self.last_saved = 0
-        self.seconds_to_first_step = None
-        # Training time and steps, without compilation, evaluations and the waits of saves; the mark is where the
-        # stretch under measurement began: (time, step), None while none is.
-        self.train_seconds, self.train_steps, self.mark = 0.0, 0, None
+        self.done = 0
+        self.mark = None  # where the stretch under measurement began: (time, step)
 
     def run(self, state: TrainState, start: int) -> signal.Signals | None:
         """Updates from step `start` to the last; returns the signal that cut it short, if one did."""
         config, steps = self.config, self.config.train.steps
         train_step = self.recipe.train_step()
-        self.done = self.last_saved = start
+        self.done = start
         with _signals() as noted, contextlib.closing(batches.prefetch(self.recipe.batch, start, steps)) as stream:
             for index, batch in enumerate(stream, start):
                 state, metrics = train_step(state, batch)
                 self.done = done = index + 1
                 self.pending.append((done, metrics))
-                first, last = index == start, done == steps
+                # A signal is looked for once: one that comes later in this pass waits for the next.
+                first, last, leaves = index == start, done == steps, bool(noted)
                 evaluates = last or done % config.eval.every == 0
-                saves = last or done % config.checkpoint.every == 0
-                if first or evaluates or saves or noted:
+                saves = last or leaves or done % config.checkpoint.every == 0
+                if first or evaluates or saves:
                     self.fetch(len(self.pending))
                 elif len(self.pending) > config.log.every:
                     self.fetch(config.log.every)  # all but the newest, so that the device always has work
-                if first:
-                    self.seconds_to_first_step = time.monotonic() - self.started
+                if done == 1:
+                    self.progress.seconds_to_first_step = time.monotonic() - self.started
                 if evaluates:
                     saves |= self.evaluate_and_sample(state.params)
-                if saves or noted:
+                if saves:
                     self.save(state)
                 if first or evaluates or saves:
                     self.mark = time.monotonic(), done
-                if noted:
+                if leaves:
                     return noted[0]
         return None
 
     def fetch(self, count: int) -> None:
-        """Fetches, checks and records the oldest `count` pending metrics. Raises DivergedError."""
+        """Fetches, checks and records the oldest `count` pending metrics.
+
+        Raises DivergedError, and UserError where the save in the background failed.
+        """
+        self.checkpoints.check()
         fetched, self.pending = self.pending[:count], self.pending[count:]
         now_on_host = jax.device_get([metrics for _, metrics in fetched])
         rate = self.measure(fetched[-1][0])
@@ -216,12 +229,15 @@ class Loop:
         """Tokens per second over the stretch that ends, now, with `step`; None where none was under measurement."""
         if not self.mark or step <= self.mark[1]:
             return None
-        now, (began, first) = time.monotonic(), self.mark
-        if not self.train_steps:
-            left = (self.config.train.steps - step) * (now - began) / (step - first)
+        now, (began, first), config = time.monotonic(), self.mark, self.config
+        if not self.told_time:
+            left = (config.train.steps - step) * (now - began) / (step - first)
+            evaluations = math.ceil(config.train.steps / config.eval.every) - (step - 1) // config.eval.every
             self.log.say(f'{(now - began) / (step - first) * 1e3:.1f} ms a step: about {duration(left)} to go, and the '
-                         f'time of {self.config.train.steps // self.config.eval.every} evaluations')
-        self.train_seconds, self.train_steps = self.train_seconds + now - began, self.train_steps + step - first
+                         f'time of {evaluations} evaluation{"s" * (evaluations > 1)}')
+            self.told_time = True
+        self.progress.train_seconds += now - began
+        self.progress.train_steps += step - first
         self.mark = now, step
         return (step - first) * self.recipe.tokens_per_step / (now - began)
 
@@ -234,9 +250,11 @@ class Loop:
 
     def diverged(self, step: int, what: str) -> DivergedError:
         """The error for a value that is not finite."""
-        kept = steps_in(self.workdir / FOLDER)
-        return DivergedError(f'training diverged at step {step}: {what}; nothing was saved from it, the last good '
-                             f'checkpoint is {f"step {kept[-1]}" if kept else "none"} in {self.workdir}. Try a lower '
+        self.checkpoints.wait()
+        kept = sealed_in(self.workdir / FOLDER)
+        last = f'the last good checkpoint is that of step {kept[-1]}' if kept else 'there is no checkpoint yet'
+        return DivergedError(f'training diverged at step {step}: {what}; nothing was saved from it, {last} in '
+                             f'{self.workdir}. Start anew (--fresh, or another --workdir) with a lower '
                              'optim.learning_rate, more optim.warmup_steps, or optim.clip_norm = 1')
 
     def evaluate_and_sample(self, params) -> bool:
@@ -246,7 +264,8 @@ class Loop:
         if not math.isfinite(result.loss):
             raise self.diverged(self.done, f'validation loss = {result.loss}')
         progress = self.progress
-        better = progress.best_val_loss is None or result.loss < progress.best_val_loss
+        # Of equal ones the later, as orbax has it, so that both keep the same checkpoint.
+        better = progress.best_val_loss is None or result.loss <= progress.best_val_loss
         if better:
             progress.best_step, progress.best_val_loss = self.done, result.loss
         progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
@@ -265,8 +284,6 @@ class Loop:
 
     def save(self, state: TrainState) -> None:
         """Saves the state and all that is needed to go on from it."""
-        if self.done == self.last_saved:
-            return
         self.log.flush()
         self.progress.seconds = self.seconds_before + time.monotonic() - self.started
         evaluated_now = self.done % self.config.eval.every == 0 or self.done == self.config.train.steps
@@ -274,18 +291,18 @@ class Loop:
                 'tokenizer': tokenizers.to_json(self.recipe.dataset.tokenizer),
                 'progress': dataclasses.asdict(self.progress), 'log_sizes': run_folder.log_sizes(self.workdir)}
         self.checkpoints.save(self.done, state, meta, self.progress.final_val_loss if evaluated_now else None)
-        self.last_saved = self.done
 
     def summary(self) -> dict[str, Any]:
         """summary.json: what came of the run. Times in seconds, losses in nats per token."""
         progress, steps = self.progress, self.config.train.steps
-        rate = self.train_steps * self.recipe.tokens_per_step / self.train_seconds if self.train_seconds else None
+        seconds = progress.train_seconds
+        rate = progress.train_steps * self.recipe.tokens_per_step / seconds if seconds else None
         return {
             'steps': steps, 'tokens': steps * self.recipe.tokens_per_step,
             'best_step': progress.best_step, 'best_val_loss': progress.best_val_loss,
             'final_val_loss': progress.final_val_loss, 'val_tokens': progress.val_tokens,
             'seconds_total': self.seconds_before + time.monotonic() - self.started,
-            'seconds_to_first_step': self.seconds_to_first_step,
+            'seconds_to_first_step': progress.seconds_to_first_step,
             'tokens_per_second': rate, 'mfu': self.mfu(rate),
             'device': parallel.describe_device(self.recipe.device), 'jax_version': jax.__version__,
             'parameters': count_params(self.recipe.shapes.params), 'corpus': _corpus(self.recipe),

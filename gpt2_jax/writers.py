@@ -1,12 +1,16 @@
 """What a run tells: the console, metrics.jsonl, samples.txt and TensorBoard events."""
 
+import contextlib
 import json
+import socket
 import sys
 import time
 from pathlib import Path
 
 from rich import progress
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 PLAIN_SECONDS = 5  # between lines where the output is no terminal: a log stays readable
 
@@ -23,13 +27,19 @@ class RunLog:
     """Everything a run writes while it trains. Use as a context manager."""
 
     def __init__(self, folder: Path, start: int, steps: int):
-        self._metrics = open(folder / 'metrics.jsonl', 'a', encoding='utf-8')  # noqa: SIM115 (closed in __exit__)
-        self._samples = open(folder / 'samples.txt', 'a', encoding='utf-8')  # noqa: SIM115
-        # The suffix keeps files of restarts within one second apart.
-        self._events = SummaryWriter(str(folder / 'tensorboard'), filename_suffix=f'.from_{start}')
+        (folder / 'tensorboard').mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._metrics = stack.enter_context(open(folder / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1))
+            self._samples = stack.enter_context(open(folder / 'samples.txt', 'a', encoding='utf-8', buffering=1))
+            # Not tensorboardX's SummaryWriter: it writes from a thread of its own, and what it was given is not in the
+            # file when its flush returns.
+            self._events = stack.enter_context(contextlib.closing(RecordWriter(str(
+                folder / 'tensorboard' / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'))))
+            self._event(file_version='brain.Event:2')
+            self._close = stack.pop_all().close
         self._last_line = 0.0
         self._live = None
-        if sys.stdout.isatty():
+        if sys.stdout and sys.stdout.isatty():
             self._live = progress.Progress(
                 progress.TextColumn('step {task.completed}/{task.total}'), progress.BarColumn(),
                 progress.TextColumn('{task.description}'), progress.TimeRemainingColumn(), transient=True)
@@ -42,22 +52,23 @@ class RunLog:
     def __exit__(self, *exc_info):
         if self._live:
             self._live.stop()
-        for file in (self._metrics, self._samples, self._events):
-            file.close()
+        self._close()
+
+    def _event(self, **fields) -> None:
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def say(self, text: str) -> None:
         """A message on the console, above the progress line where there is one."""
         if self._live:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def record(self, step: int, split: str, values: dict[str, float | None]) -> None:
         """One line of metrics.jsonl, and the same figures as TensorBoard events. None stands for unknown."""
         self._metrics.write(json.dumps({'step': step, 'split': split, **values}, allow_nan=False) + '\n')
-        for name, value in values.items():
-            if value is not None:
-                self._events.add_scalar(f'{split}/{name}', value, step)
+        self._event(step=step, summary=Summary(value=[Summary.Value(tag=f'{split}/{name}', simple_value=value)
+                                                      for name, value in values.items() if value is not None]))
 
     def sample(self, step: int, text: str) -> None:
         """A sampled text, in samples.txt and on the console."""

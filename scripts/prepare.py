@@ -3,8 +3,11 @@
     python scripts/prepare.py --input book1.txt book2.txt --tokenizer char --out_dir prepared/books
     python scripts/train.py --config=configs/shakespeare.py --config.data.corpus=prepared/books
 
-The texts are UTF-8 and joined in the order given. The last characters of each go to validation. Texts larger than
-memory stream through. The folder appears whole or not at all, and nothing is overwritten.
+    python scripts/prepare.py --input part*.jsonl.gz --tokenizer gpt2 --val_fraction=0.001 --out_dir prepared/web
+
+The files are UTF-8 text, a document each, or .jsonl, .jsonl.gz or .parquet with many, and are joined in the order
+given: with GPT-2's tokenizer <|endoftext|> stands between two documents. The last characters of each file go to
+validation. Files larger than memory stream through. The folder appears whole or not at all; nothing is overwritten.
 """
 
 import time
@@ -14,10 +17,11 @@ from absl import flags
 from gpt2_jax import cli, shards, tokenizers
 from gpt2_jax.errors import UsageError
 
-INPUT = flags.DEFINE_multi_string('input', [], 'Text files: --input a.txt b.txt, or --input=a.txt --input=b.txt.')
+INPUT = flags.DEFINE_multi_string('input', [], 'Files: --input a.txt b.txt, or --input=a.txt --input=b.txt.')
+TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'Where .jsonl and .parquet files have the text of a document.')
 TOKENIZER = flags.DEFINE_enum('tokenizer', 'char', list(tokenizers.TOKENIZERS), 'What a token is.')
 OUT_DIR = flags.DEFINE_string('out_dir', None, 'The folder to write; it must not exist, or be empty.')
-VAL_FRACTION = flags.DEFINE_float('val_fraction', 0.1, 'The part of each text, at its end, kept for validation.')
+VAL_FRACTION = flags.DEFINE_float('val_fraction', 0.1, 'The part of each file, at its end, kept for validation.')
 # 64 Mi tokens are 64 MB of characters: a shard is hashed in a fraction of a second, and 100 GB are 1,500 files.
 SHARD_TOKENS = flags.DEFINE_integer('shard_tokens', 1 << 26, 'Tokens in one shard file, at most.')
 
@@ -29,10 +33,11 @@ def main(more: list[str]) -> None:
                          f'give --input once, before all files, or once for each file')
     if not INPUT.value or not OUT_DIR.value:
         raise UsageError(f'--{"out_dir" if INPUT.value else "input"} is missing: '
-                         f'python scripts/prepare.py --input FILES.. --tokenizer char|byte --out_dir DIR')
+                         f'python scripts/prepare.py --input FILES.. --tokenizer char|byte|gpt2 --out_dir DIR')
     started = time.perf_counter()
     manifest = shards.prepare(INPUT.value + more, OUT_DIR.value, tokenizer_name=TOKENIZER.value,
-                              val_fraction=VAL_FRACTION.value, shard_tokens=SHARD_TOKENS.value)
+                              val_fraction=VAL_FRACTION.value, shard_tokens=SHARD_TOKENS.value,
+                              text_field=TEXT_FIELD.value)
     seconds = time.perf_counter() - started
     print(f'{"split":<8}{"tokens":>16}{"bytes":>16}{"shards":>8}')
     for split, about in manifest['splits'].items():

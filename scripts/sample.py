@@ -30,18 +30,21 @@ _PLATFORM = cli.platform_flag()
 def main(arguments: list[str]) -> None:
     """One call of the library, printed as it comes."""
     cli.no_more(arguments)
-    from gpt2_jax import checkpoint, parallel
-    from gpt2_jax.generate import Sampling, print_samples
     if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
+    import jax  # only now: --help and errors in flags answer at once
+
+    from gpt2_jax import checkpoint, parallel
+    from gpt2_jax.generate import Sampling, print_samples
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     parallel.select_platform(_PLATFORM.value)
     restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
     with parallel.memory_errors('lower --num_samples'):
-        print_samples(restored.model, restored.params, restored.tokenizer, prompt, num_samples=_NUM_SAMPLES.value,
-                      max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling, stop=_STOP.value, seed=_SEED.value,
-                      strict_context=_STRICT.value, notify=lambda text: print(f'[{text}]', file=sys.stderr))
+        print_samples(restored.model, jax.device_put(restored.params), restored.tokenizer, prompt,
+                      num_samples=_NUM_SAMPLES.value, max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling,
+                      stop=_STOP.value, seed=_SEED.value, strict_context=_STRICT.value,
+                      notify=lambda text: print(f'[{text}]', file=sys.stderr))
 
 
 if __name__ == '__main__':

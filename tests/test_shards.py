@@ -1,5 +1,6 @@
 """Shards: what is written equals the encoding in memory, reads across files, and shows every damage."""
 
+import gzip
 import hashlib
 import json
 import math
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bpe import MERGES, SMALL, TEXTS, published
 
-from gpt2_jax import shards, tokenizers
+from gpt2_jax import documents, shards, tokenizers
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.shards import Tokens, from_text, open_shards, prepare
 
@@ -31,6 +33,12 @@ def texts(tmp_path):
 def write(texts, out_dir, *, tokenizer_name='char', val_fraction=0.1, shard_tokens=37):
     return prepare(texts, str(out_dir), tokenizer_name=tokenizer_name, val_fraction=val_fraction,
                    shard_tokens=shard_tokens)
+
+
+@pytest.fixture
+def small_vocabulary(monkeypatch):
+    """What stands for GPT-2's vocabulary."""
+    monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
 
 
 def all_of(tokens):
@@ -59,7 +67,7 @@ def test_tokens_read_across_arrays():
 @pytest.mark.parametrize('block_bytes', [1, 2, 3, 5, 64, 1 << 20])
 @pytest.mark.parametrize('name', ['char', 'byte'])
 def test_streaming_equals_memory(texts, tmp_path, monkeypatch, name, block_bytes):
-    monkeypatch.setattr(shards, 'BLOCK_BYTES', block_bytes)  # characters of 2, 3 and 4 bytes cut at every place
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)  # characters of 2, 3 and 4 bytes cut at every place
     manifest = write(texts, tmp_path / 'out', tokenizer_name=name, val_fraction=0.25)
     dataset = open_shards(tmp_path / 'out')
     assert dataset.tokenizer == tokenizers.make_tokenizer(name, FIRST + SECOND) and dataset.name == 'out'
@@ -79,7 +87,7 @@ def test_manifest_and_files(texts, tmp_path):
     manifest = write(texts, tmp_path / 'out')
     assert manifest == json.loads((tmp_path / 'out/manifest.json').read_text())
     assert manifest['inputs'] == [
-        {'file': name, 'characters': len(text), 'bytes': len(text.encode()),
+        {'file': name, 'documents': 1, 'characters': len(text), 'bytes': len(text.encode()),
          'sha256': hashlib.sha256(text.encode()).hexdigest()}
         for name, text in (('first.txt', FIRST), ('second.txt', SECOND))]
     listed = {shard['file']: shard['sha256'] for split in manifest['splits'].values() for shard in split['shards']}
@@ -87,6 +95,79 @@ def test_manifest_and_files(texts, tmp_path):
     assert {'train_00000.npy', 'train_00001.npy', 'val_00000.npy'} <= set(listed)
     for name, digest in listed.items():
         assert hashlib.sha256((tmp_path / 'out' / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize('block_bytes', [1, 2, 3, 5, 64, 1 << 20])
+def test_streamed_bpe_equals_encoding_at_once(tmp_path, monkeypatch, small_vocabulary, block_bytes):
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
+    text = '\n'.join(TEXTS) + "the the's  \n  they'll\n\n12 é🎭🎭 the" * 20
+    (tmp_path / 'hard.txt').write_bytes(text.encode())
+    write([str(tmp_path / 'hard.txt')], tmp_path / 'out', tokenizer_name='gpt2', val_fraction=0.3)
+    dataset, parts = open_shards(tmp_path / 'out'), cut(text, '0.3')
+    assert dataset.tokenizer == SMALL
+    for tokens, part in zip((dataset.train, dataset.val), parts, strict=True):
+        assert all_of(tokens).tolist() == SMALL.encode(part).tolist()
+
+
+DOCUMENTS = ['', 'the first', ' the  ', '', "\nthe'll é🎭", '<|endoftext|>', 'a\n' * 40, 'last']
+
+
+def write_documents(folder):
+    """The same documents in each kind of file that holds several."""
+    lines = '\n\n'.join(json.dumps({'id': 7, 'body': text, 'text': 'other'}) for text in DOCUMENTS) + '\n'
+    (folder / 'd.jsonl').write_text(lines)
+    (folder / 'd.jsonl.gz').write_bytes(gzip.compress(lines.encode()[:99]) + gzip.compress(lines.encode()[99:]))
+    return [folder / 'd.jsonl', folder / 'd.jsonl.gz']
+
+
+@pytest.mark.parametrize('block_bytes', [1, 9, 1 << 20])
+@pytest.mark.parametrize('kind', [0, 1, 'parquet'])
+def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, block_bytes):
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
+    if kind == 'parquet':
+        pyarrow = pytest.importorskip('pyarrow')
+        from pyarrow import parquet
+        path = tmp_path / 'd.parquet'
+        parquet.write_table(pyarrow.table({'id': range(len(DOCUMENTS)), 'body': DOCUMENTS}), path, row_group_size=3)
+    else:
+        path = write_documents(tmp_path)[kind]
+    (tmp_path / 'plain.txt').write_text('the plain text')
+    manifest = prepare([str(path), str(tmp_path / 'plain.txt')], str(tmp_path / 'out'), tokenizer_name='gpt2',
+                       val_fraction=0.1, shard_tokens=10, text_field='body')
+    left = len(cut(''.join(DOCUMENTS), '0.1')[0])
+    train, val = [], []
+    for text in DOCUMENTS:
+        train.append(text[:left])
+        val.append(text[left:])
+        left = max(0, left - len(text))
+    train.append('the plain te')
+    val.append('xt')
+    dataset = open_shards(tmp_path / 'out')
+    for split, tokens, parts in zip(shards.SPLITS, (dataset.train, dataset.val), (train, val), strict=True):
+        parts = [SMALL.encode(part).tolist() for part in parts if part]
+        expected = [token for part in parts for token in [SMALL.separator, *part]][1:]
+        assert all_of(tokens).tolist() == expected
+        assert manifest['splits'][split]['bytes'] == SMALL.byte_lengths[expected].sum()
+    assert [about['documents'] for about in manifest['inputs']] == [len(DOCUMENTS), 1]
+    assert manifest['inputs'][0]['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_documents_are_joined_where_there_is_no_separator(tmp_path):
+    for name in ('char', 'byte'):
+        prepare([str(write_documents(tmp_path)[0])], str(tmp_path / name), tokenizer_name=name, val_fraction=0.5,
+                shard_tokens=100, text_field='body')
+        dataset = open_shards(tmp_path / name)
+        assert dataset.tokenizer.decode(all_of(dataset.train)) == cut(''.join(DOCUMENTS), '0.5')[0]
+        assert dataset.tokenizer.decode(all_of(dataset.val)) == cut(''.join(DOCUMENTS), '0.5')[1]
+
+
+def test_bpe_of_one_text_has_no_separator(texts, tmp_path):
+    tokenizer = published()
+    write(texts[:1], tmp_path / 'out', tokenizer_name='gpt2')
+    dataset, memory = open_shards(tmp_path / 'out'), from_text('x', FIRST, tokenizer, 0.1)
+    assert dataset.tokenizer == tokenizer and dataset.train.arrays[0].dtype == np.uint16
+    assert all_of(dataset.train).tolist() == all_of(memory.train).tolist()
+    assert all_of(dataset.val).tolist() == all_of(memory.val).tolist()
 
 
 def test_wide_alphabet_takes_two_bytes(tmp_path):
@@ -181,9 +262,13 @@ def test_damage_is_named(texts, tmp_path, damage, named):
 @pytest.mark.parametrize('change, error, named', [
     ({'val_fraction': 1.0}, UsageError, 'val_fraction is 1.0'), ({'val_fraction': -0.1}, UsageError, 'val_fraction'),
     ({'val_fraction': math.nan}, UsageError, 'val_fraction'), ({'shard_tokens': 0}, UsageError, 'shard_tokens is 0'),
-    ({'tokenizer_name': 'bpe'}, UsageError, 'bpe'),
+    ({'tokenizer_name': 'bpe'}, UsageError, 'bpe'), ({'tokenizer_name': 'gpt2'}, UserError, 'no vocabulary'),
 ])
-def test_wrong_settings_write_nothing(texts, tmp_path, change, error, named):
+def test_wrong_settings_write_nothing(texts, tmp_path, monkeypatch, change, error, named):
+    def find():
+        raise UserError('no vocabulary')
+    monkeypatch.setattr(tokenizers, 'find_merges', find)
+    monkeypatch.setattr(documents, 'read', None)  # all of it is found before the first pass
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=named):
         write(texts, tmp_path / 'out', **change)
@@ -196,7 +281,7 @@ def test_wrong_settings_write_nothing(texts, tmp_path, change, error, named):
 ])
 @pytest.mark.parametrize('block_bytes', [1, 3, 4, 1 << 20])
 def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named, block_bytes):
-    monkeypatch.setattr(shards, 'BLOCK_BYTES', block_bytes)
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
     if content is not None:
         (tmp_path / 'bad.txt').write_bytes(content)
     before = sorted(tmp_path.iterdir())

@@ -1,0 +1,31 @@
+r"""GPT-2 124M from nothing, on 10 billion tokens of web text that you bring.
+
+    python scripts/train.py --config=configs/gpt2_124m.py --config.data.corpus='fineweb10B/*.bin'
+    python scripts/train.py --config=configs/gpt2_124m.py --config.data.corpus=prepared/web \
+        --config.mesh.data=8 --config.train.accumulate=5
+
+The first line reads token files of llm.c or nanoGPT, the second, on 8 GPUs, a folder that scripts/prepare.py
+--tokenizer=gpt2 has made. An update is 480 windows of 1,024 tokens, 0.49 million, worked off 12 at a time: more, by a
+smaller train.accumulate, where there is memory. --config.model.attention=cudnn takes the fused kernel of NVIDIA GPUs.
+
+Hardware: GPUs with 40 GiB or more. Time and loss: not measured yet. The schedule is that of GPT-3's model of this size
+(Brown et al. 2020, table 2.1 and appendix B).
+"""
+
+from gpt2_jax.config import default_config
+
+
+def get_config():
+    config = default_config()  # the model, and beta2, decay and clipping
+    config.model.embd_pdrop = config.model.attn_pdrop = config.model.resid_pdrop = 0.0
+    config.model.dtype = 'bfloat16'
+    config.data.corpus = 'data/fineweb10B/*.bin'
+    config.data.tokenizer = 'gpt2'
+    config.train.steps = 20_000
+    config.train.batch_size = 480
+    config.train.accumulate = 40
+    config.optim.learning_rate = 6e-4
+    config.optim.end_learning_rate = 6e-5
+    config.optim.warmup_steps = 700
+    config.eval.every = 1000
+    return config

@@ -1,0 +1,94 @@
+"""How fast it is: training steps, decoding and start-up, each over repeated windows that end when the device is done."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax import parallel
+from gpt2_jax.generate import CHUNK, Sampling, generate
+from gpt2_jax.recipe import Recipe
+from gpt2_jax.shards import Dataset, Tokens
+from gpt2_jax.tokenizers import CharTokenizer
+
+
+def random_data(vocab_size: int, n_tokens: int = 1 << 22) -> Dataset:
+    """Uniformly random tokens: speed does not depend on what is learned."""
+    tokens = Tokens((np.random.default_rng(0).integers(0, vocab_size, n_tokens, dtype=np.uint16),))
+    return Dataset('random tokens', CharTokenizer(''.join(map(chr, range(vocab_size)))), tokens, tokens, '')
+
+
+def _windows(run: Callable[[], Any], windows: int, seconds: float) -> list[float]:
+    """Seconds per call of `run`, one figure a window of about `seconds`; run() returns what to wait for."""
+    jax.block_until_ready(run())
+    began = time.monotonic()
+    jax.block_until_ready(run())
+    calls = max(1, round(seconds / (time.monotonic() - began)))
+    figures = []
+    for _ in range(windows):
+        began = time.monotonic()
+        for _ in range(calls):
+            result = run()
+        jax.block_until_ready(result)
+        figures.append((time.monotonic() - began) / calls)
+    return figures
+
+
+def _spread(figures: list[float]) -> dict[str, float]:
+    return {'median': statistics.median(figures), 'min': min(figures), 'max': max(figures), 'windows': len(figures)}
+
+
+def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
+    """Update, evaluation and compilation. Times in seconds, memory in bytes, rates in tokens per second."""
+    began = time.monotonic()
+    state = jax.block_until_ready(recipe.new_state())
+    init_seconds = time.monotonic() - began
+    train_step, batch = recipe.train_step(), recipe.batch(0)
+    began = time.monotonic()
+    state, _ = jax.block_until_ready(train_step(state, batch))
+    compile_seconds = time.monotonic() - began
+
+    def run():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return metrics
+
+    step_seconds = _spread(_windows(run, windows, seconds))
+    evaluate = recipe.evaluator()
+    evaluate(state.params)
+    began = time.monotonic()
+    evaluate(state.params)
+    rate = recipe.tokens_per_step / step_seconds['median']
+    peak = parallel.peak_flops(recipe.device)
+    return {
+        'step_seconds': step_seconds, 'tokens_per_second': rate, 'tokens_per_step': recipe.tokens_per_step,
+        'flops_per_token': recipe.flops_per_token,
+        'mfu': rate * recipe.flops_per_token / peak / recipe.mesh.size if peak else None,
+        'init_seconds': init_seconds, 'compile_and_first_step_seconds': compile_seconds,
+        'evaluation_seconds': time.monotonic() - began, 'evaluation_tokens': len(recipe.dataset.val) - 1,
+        'peak_memory_bytes': (recipe.device.memory_stats() or {}).get('peak_bytes_in_use'),
+    }
+
+
+def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int, sampling: Sampling) -> dict[str, Any]:
+    """Generation from a one-token prompt, prefill included. Rates count the tokens of all samples."""
+    params = recipe.new_state().params
+
+    def run():
+        chunks = generate(recipe.model, params, [0], max_new_tokens=new_tokens, num_samples=num_samples, sampling=sampling)
+        return sum(chunk.shape[1] for chunk in chunks)
+
+    began = time.monotonic()
+    run()
+    first = time.monotonic() - began
+    figures = []
+    for _ in range(windows):
+        began = time.monotonic()
+        run()
+        figures.append(time.monotonic() - began)
+    seconds = _spread(figures)
+    return {'samples': num_samples, 'new_tokens': new_tokens, 'chunk': CHUNK, 'seconds': seconds,
+            'first_call_seconds': first, 'tokens_per_second': num_samples * new_tokens / seconds['median']}

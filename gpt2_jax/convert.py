@@ -1,0 +1,152 @@
+"""Between published weights and a run's folder, in both directions."""
+
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt2_jax import checkpoint, huggingface, recipe, tokenizers, vocabulary
+from gpt2_jax import config as config_lib
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import GPT2Config, count_params
+from gpt2_jax.shards import Dataset, Tokens
+from gpt2_jax.step import init_state
+from gpt2_jax.tokenizers import Gpt2Tokenizer, Tokenizer
+
+OUR_TOKENIZER = 'gpt2_jax_tokenizer.json'  # `tokenizer.json` has a meaning of its own to transformers
+MOST_PADDING = 127  # rows: vocabularies are padded to a multiple of 64 or 128
+HUB_FILES = (huggingface.CONFIG, huggingface.WEIGHTS, 'vocab.json', 'merges.txt')
+HUB_SECONDS = 10  # without an answer
+
+
+def from_hf(source: str, ckpt_dir: Path, tokenizer_file: str | None = None,
+            notify: Callable[[str], None] = print) -> None:
+    """Writes published weights, a folder or a name on the hub, as the folder of a run that stands at step 0.
+
+    Its tokenizer is that of `tokenizer_file`, or of the published folder. Raises UserError.
+    """
+    is_name = not Path(source).exists() and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source)
+    folder = download(source) if is_name else Path(source)
+    published, tensors = huggingface.read_folder(folder)
+    settings = huggingface.config_from_hf(published)
+    vocab_size, tokenizer = settings.pop('vocab_size'), _read_tokenizer(folder, tokenizer_file)
+    config = config_lib.default_config()
+    config.model.update(settings)
+    config.data.tokenizer = tokenizer.name
+    config = config_lib.resolve(config)
+    params = huggingface.import_params(tensors, GPT2Config(**config.model, vocab_size=vocab_size))
+    padding = vocab_size - tokenizer.vocab_size
+    if not 0 <= padding <= MOST_PADDING:
+        raise UserError(f'the weights of {source} are for {vocab_size:,} tokens, but the {tokenizer.name} tokenizer '
+                        f'has {tokenizer.vocab_size:,}: give the one they were trained with as --tokenizer=FILE')
+    if padding:
+        notify(f'the last {padding} rows of wte belong to no token, and are left out: they were padding')
+        params['wte']['embedding'] = params['wte']['embedding'][:tokenizer.vocab_size]
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(leaf)
+    # No text stands behind it that could be gone back to; what it has in its place keeps a run from going on with it.
+    origin = Dataset(f'the weights of {source}', tokenizer, Tokens(()), Tokens(()), digest.hexdigest())
+    parts = recipe.build(config, origin)
+    meta = {'config': config_lib.to_json(config), 'tokenizer': tokenizers.to_json(tokenizer), 'progress': {},
+            'log_sizes': {}, 'corpus': {'asked_for': source, 'name': origin.name, 'sha256': origin.sha256,
+                                        'fallback': False}}
+    with _new_folder(ckpt_dir) as partial, checkpoint.Checkpoints(partial / checkpoint.FOLDER) as checkpoints:
+        checkpoints.save(0, init_state(params, parts.optimizer), meta, None)
+        (partial / 'config.json').write_text(meta['config'], 'utf-8')
+        (partial / 'tokenizer.json').write_text(meta['tokenizer'], 'utf-8')
+        checkpoints.wait()
+    notify(f'wrote {ckpt_dir}: {count_params(params):,} parameters in fp32, {tokenizer.name} tokenizer\n'
+           f'sample from it: python scripts/sample.py --ckpt_dir={ckpt_dir}')
+
+
+def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] = print) -> None:
+    """Writes a checkpoint ('best', 'latest' or a step) as it is published, with its tokenizer. Raises UserError."""
+    restored = checkpoint.load(ckpt_dir, which)
+    cfg, tokenizer = restored.model.cfg, restored.tokenizer
+    if isinstance(tokenizer, Gpt2Tokenizer):
+        special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>')
+        about = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': cfg.n_positions, 'add_prefix_space': False}
+        files = tokenizer.hub_files() | {'tokenizer_config.json': json.dumps(about | special)}
+    else:
+        files = {OUR_TOKENIZER: tokenizers.to_json(tokenizer)}
+    with _new_folder(out) as partial:
+        huggingface.write_folder(partial, huggingface.export_config(cfg, tokenizer.separator),
+                                 huggingface.export_params(restored.params, cfg))
+        for name, text in files.items():
+            (partial / name).write_text(text, 'utf-8')
+    if not cfg.bias:
+        notify('the model has no biases; GPT-2 has: they were written as zeros, which changes nothing')
+    notify(f'wrote {out}: step {restored.step}, {count_params(restored.params):,} parameters in fp32, '
+           f'{tokenizer.name} tokenizer')
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which takes its name once all is written; else nothing is left. Nothing is overwritten."""
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f'{folder} exists and is not an empty folder: choose another, or move it away')
+    partial = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}.partial')
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
+    """The tokenizer in a file, ours as JSON or GPT-2's merges; or the one that a published folder holds."""
+    names = [OUR_TOKENIZER, *vocabulary.NAMES]
+    path = Path(file) if file else next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        raise UserError(f'{folder} has no tokenizer: expected {" or ".join(names)} there, or as --tokenizer=FILE, that '
+                        "may also be the tokenizer.json of a run's or a prepared folder")
+    if path.suffix == '.json':
+        try:
+            return tokenizers.from_json(path.read_text('utf-8'))
+        except UnicodeDecodeError as error:
+            raise UserError(f'{path} is no tokenizer: {error}') from None
+    return Gpt2Tokenizer(vocabulary.read_merges(path))
+
+
+def download(name: str) -> Path:
+    """The folder, in the hub's own cache, of a model on the hub: each file checked by the hash that the hub publishes.
+
+    Raises UserError that says how else to get the files.
+    """
+    elsewise = (f'there is no folder {name}; to take the model {name} from the hub without this, fetch '
+                f'{", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into a folder, and give that')
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"huggingface_hub is not installed, which downloads it: pip install -e '.[hub]'; "
+                        f'{elsewise}') from None
+    try:
+        info = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=HUB_SECONDS)
+        files = {file.rfilename: file for file in info.siblings if file.rfilename in HUB_FILES}
+        paths = {name_: Path(huggingface_hub.hf_hub_download(name, name_, revision=info.sha)) for name_ in files}
+    except Exception as error:  # no network, no such model, a proxy's answer: the hub's library has many
+        text = ' '.join(str(error).split())[:200]
+        raise UserError(f'{name} could not be had from the hub ({type(error).__name__}: {text}); {elsewise}') from None
+    for file, path in paths.items():
+        if not _is_published(path, files[file]):
+            raise UserError(f'{path} is not the file that the hub publishes: delete it, and run this again')
+    return paths[huggingface.CONFIG].parent if paths else Path(name)
+
+
+def _is_published(path: Path, file: Any) -> bool:
+    """Whether a file is, by SHA-256 for large ones and as git hashes it for others, the one in the hub's list."""
+    with open(path, 'rb') as opened:
+        if file.lfs:
+            return hashlib.file_digest(opened, 'sha256').hexdigest() == file.lfs.sha256
+        data = opened.read()
+        return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest() == file.blob_id

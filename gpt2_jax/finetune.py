@@ -1,0 +1,69 @@
+"""Fine-tuning: a run that starts from the parameters of another run's checkpoint, published weights included."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from gpt2_jax import checkpoint
+from gpt2_jax.errors import UsageError
+from gpt2_jax.recipe import Recipe
+from gpt2_jax.step import TrainState
+
+# Settings that shape the parameters or say what they mean. Dropout and precision may be others than before.
+KEPT = ('n_layer', 'n_head', 'n_embd', 'n_inner', 'activation_function', 'layer_norm_epsilon', 'bias')
+
+
+def start_state(parts: Recipe, run: Path, *, which: str = 'best', keep_optimizer: bool = False,
+                notify: Callable[[str], None] = print) -> TrainState:
+    """The state before a run's first update, with the parameters of the checkpoint `which` in the folder `run`.
+
+    A smaller n_positions than that run's crops its positions. With `keep_optimizer` AdamW's moments go on from there
+    too; the schedule starts anew in any case. Raises UserError, UsageError naming each setting that does not fit.
+    """
+    restored = checkpoint.load(run, which)
+    old, new = restored.model.cfg, parts.model.cfg
+    wrong = [f'model.{name} is {getattr(old, name)!r} there, {getattr(new, name)!r} here' for name in KEPT
+             if getattr(old, name) != getattr(new, name)]
+    if new.n_positions > old.n_positions:
+        wrong.append(f'model.n_positions is {old.n_positions} there, and {new.n_positions} here: it can only shrink')
+    if restored.tokenizer != parts.dataset.tokenizer:
+        wrong.append(f'its tokenizer is {restored.tokenizer.name} with {restored.tokenizer.vocab_size:,} tokens, that '
+                     f'of the data another, {parts.dataset.tokenizer.name} with {parts.dataset.tokenizer.vocab_size:,}')
+    ours, theirs = parts.config.optim, restored.config.optim
+    if keep_optimizer and (ours.implementation, theirs.implementation) != ('optax', 'optax'):
+        wrong.append(f"its optimizer goes on only with optim.implementation 'optax', but that is "
+                     f'{theirs.implementation!r} there, {ours.implementation!r} here')
+    if keep_optimizer and (ours.clip_norm > 0) != (theirs.clip_norm > 0):
+        wrong.append(f'its optimizer goes on only where both clip or none does, but optim.clip_norm is '
+                     f'{theirs.clip_norm} there, {ours.clip_norm} here')
+    if wrong:
+        raise UsageError(f'this run cannot start from {run}: {"; ".join(wrong)}')
+
+    opt_state = parts.optimizer.init(restored.params)
+    if keep_optimizer:
+        opt_state = jax.tree.map(lambda fresh, old: fresh if isinstance(fresh, optax.ScaleByScheduleState) else old,
+                                 opt_state, _saved_optimizer(run, restored.step, opt_state),
+                                 is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+
+    def crop(path, leaf):
+        at_positions = [getattr(key, 'key', None) for key in path[-2:]] == ['wpe', 'embedding']
+        return leaf[:new.n_positions] if at_positions else leaf
+
+    state = TrainState(np.int32(0), *jax.tree_util.tree_map_with_path(crop, (restored.params, opt_state)))
+    notify(f'starting from checkpoint {restored.step:,} in {run}'
+           + (', with its optimizer' if keep_optimizer else ', with a fresh optimizer')
+           + (f'; context cropped from {old.n_positions} to {new.n_positions}' if new.n_positions < old.n_positions
+              else ''))
+    return jax.device_put(state, parts.layout)
+
+
+def _saved_optimizer(run: Path, step: int, like):
+    """The optimizer state of a checkpoint, as numpy arrays; `like` gives its structure and shapes."""
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    with checkpoint._manager(run / checkpoint.FOLDER, read_only=True) as manager:
+        return checkpoint._restore(manager, step, train=ocp.args.StandardRestore(
+            {'step': np.zeros((), np.int32), 'opt_state': like})).train['opt_state']

@@ -1,0 +1,263 @@
+"""Published weights in and out, as numpy arrays: names and reshapes only. Needs neither torch nor transformers.
+
+A published GPT-2 is a folder with `config.json` and `model.safetensors`, or shards of that and an index. Its tensors
+are our parameters under other names, and its kernels are (in, out) too, so nothing is transposed:
+
+    wte.weight, wpe.weight      wte/embedding, wpe/embedding        h.0.ln_1.weight      h_0/ln_1/scale
+    h.0.attn.c_attn.weight      h_0/attn/c_attn/kernel:  (D, 3 D) is (D, 3, H, K), columns ordered q, k, v, then by head
+    h.0.attn.c_proj.weight      h_0/attn/c_proj/kernel:  (D, D) is (H, K, D)          biases likewise
+
+nanoGPT keeps its kernels (out, in), as torch's Linear does. Which of the two a file has is read off c_attn, whose
+sides are never equal. A `transformer.` before the names, torch.compile's `_orig_mod.`, the causal masks
+`h.0.attn.bias`, and an `lm_head.weight` that equals wte may each be there or not.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gpt2_jax.config import SETTINGS
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import GPT2, GPT2Config, init_params
+
+CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
+
+# Our setting -> its names in a published config.json, then in nanoGPT's model_args; the first that is there counts.
+FIELDS = {
+    'n_layer': ('n_layer', 'num_hidden_layers'),
+    'n_head': ('n_head', 'num_attention_heads'),
+    'n_embd': ('n_embd', 'hidden_size'),
+    'n_positions': ('n_positions', 'max_position_embeddings', 'n_ctx', 'block_size'),
+    'n_inner': ('n_inner',),
+    'layer_norm_epsilon': ('layer_norm_epsilon',),
+    'initializer_range': ('initializer_range',),
+    'embd_pdrop': ('embd_pdrop', 'dropout'),
+    'attn_pdrop': ('attn_pdrop', 'dropout'),
+    'resid_pdrop': ('resid_pdrop', 'dropout'),
+    'bias': ('bias',),
+}
+# What the published names of activations compute.
+ACTIVATIONS = {'gelu_new': 'gelu_new', 'gelu_pytorch_tanh': 'gelu_new', 'gelu_fast': 'gelu_new',
+               'gelu': 'gelu', 'gelu_python': 'gelu'}
+# Fields that would make it another architecture, and the values with which it is GPT-2.
+GPT2_ONLY = {'model_type': 'gpt2', 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
+             'add_cross_attention': False, 'tie_word_embeddings': True, 'pruned_heads': {}, 'quantization_config': None}
+
+# Writes what is in a pickle as the files that are read here; nanoGPT's settings with it.
+UNPICKLE = ("python -c \"import json, torch, safetensors.torch as st; c = torch.load('{name}', map_location='cpu', "
+            "weights_only=True); st.save_file({{k: v.clone().contiguous() for k, v in c.get('model', c).items()}}, "
+            "'model.safetensors'); 'model_args' in c and json.dump(c['model_args'], open('config.json', 'w'))\"")
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The published config.json, and every tensor by its name in the file. Raises UserError.
+
+    Pickles (.pt, .bin) are refused, with the line that converts them: reading one runs whatever code it holds.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        _refuse_pickle(folder)
+        raise UserError(f'{folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}')
+    if not folder.is_dir():
+        raise UserError(f'there is no folder {folder}: expected one that holds {CONFIG} and {WEIGHTS}')
+    if (folder / WEIGHTS).exists():
+        tensors = _read_tensors(folder / WEIGHTS)
+    elif (folder / INDEX).exists():
+        tensors = _read_shards(folder)
+    else:
+        for path in sorted(folder.iterdir()):
+            _refuse_pickle(path)
+        found = ', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'
+        raise UserError(f'{folder} has no weights: expected {WEIGHTS} (or {INDEX} and its shards), found {found}')
+    return _read_json(folder / CONFIG), tensors
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in ('.pt', '.pth', '.bin', '.ckpt', '.pkl'):
+        raise UserError(f'{path} is a pickle, which can run any code when it is read: where you trust it, and torch is '
+                        f'installed, convert it by {UNPICKLE.format(name=path.name)}, and give the folder of what that '
+                        'writes')
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text('utf-8'))
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: it gives the sizes. For weights of nanoGPT it is their model_args, '
+                        'e.g. {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, '
+                        '"bias": false, "dropout": 0.0}') from None
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read as JSON: {error}') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path} is damaged: expected a JSON object, found {type(content).__name__}')
+    return content
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework='np') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype that numpy does not have
+        raise UserError(f'{path} cannot be read as safetensors: {error}; if it was cut short, fetch it again') from None
+
+
+def _read_shards(folder: Path) -> dict[str, np.ndarray]:
+    weight_map = _read_json(folder / INDEX).get('weight_map')
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f'{folder / INDEX} is damaged: expected a "weight_map" from tensors to files')
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f'{folder / INDEX} names the file {file!r}, which is not in that folder: fetch it too')
+        tensors |= _read_tensors(folder / file)
+    if tensors.keys() != weight_map.keys():
+        raise UserError(f'the files that {folder / INDEX} names hold other tensors than it lists, for instance '
+                        f'{min(tensors.keys() ^ weight_map.keys())!r}: they belong to different models')
+    return tensors
+
+
+def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
+    """Our `model` settings, and vocab_size, from a published config.json, or from nanoGPT's model_args.
+
+    What is not said there has our default, which is GPT-2's. Raises UserError naming the field where it is no GPT-2.
+    """
+    nanogpt = 'model_type' not in published and 'block_size' in published
+
+    def refuse(field, value, expected):
+        return UserError(f'{CONFIG}: {field} = {value!r} is not GPT-2 as it is built here; expected {expected}')
+
+    for field, expected in GPT2_ONLY.items():
+        value = published.get(field, None if field == 'model_type' and not nanogpt else expected)
+        if value != expected:
+            raise refuse(field, value, repr(expected))
+    activation = published.get('activation_function', 'gelu' if nanogpt else 'gelu_new')
+    if activation not in ACTIVATIONS:
+        raise refuse('activation_function', activation, f'one of {", ".join(ACTIVATIONS)}')
+    vocab_size = published.get('vocab_size')
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise refuse('vocab_size', vocab_size, 'int, at least 1')
+    settings = {'vocab_size': vocab_size, 'activation_function': ACTIVATIONS[activation]}
+    for setting, fields in FIELDS.items():
+        field = next((field for field in fields if published.get(field) is not None), None)
+        if field is None:
+            continue
+        default, allowed, _ = SETTINGS[f'model.{setting}']
+        kind = default if isinstance(default, type) else type(default)
+        value = published[field]
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind or not allowed.test(value):
+            raise refuse(field, value, f'{kind.__name__}, {allowed.words}')
+        settings[setting] = value
+    heads, width = (settings.get(name, SETTINGS[f'model.{name}'][0]) for name in ('n_head', 'n_embd'))
+    if width % heads:
+        raise refuse('n_embd', width, f'a multiple of n_head = {heads}')
+    return settings
+
+
+def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
+    """The published config.json of a model; `end_of_text` is the token that ends a text, where there is one."""
+    return {
+        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'dtype': 'float32',
+        'vocab_size': cfg.vocab_size, 'n_layer': cfg.n_layer, 'n_head': cfg.n_head, 'n_embd': cfg.n_embd,
+        'n_positions': cfg.n_positions, 'n_ctx': cfg.n_positions,
+        'n_inner': None if cfg.d_ff == 4 * cfg.n_embd else cfg.d_ff,
+        'activation_function': cfg.activation_function, 'layer_norm_epsilon': cfg.layer_norm_epsilon,
+        'initializer_range': cfg.initializer_range, 'embd_pdrop': cfg.embd_pdrop, 'attn_pdrop': cfg.attn_pdrop,
+        'resid_pdrop': cfg.resid_pdrop, 'bos_token_id': end_of_text, 'eos_token_id': end_of_text,
+        **({} if cfg.bias else {'bias': False}),  # no field of theirs: read back here, and as nanoGPT has it
+    }
+
+
+def _published(cfg: GPT2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+    """{published name: (path in our tree, our shape, published shape)} of every parameter, biases included or not."""
+    table = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_params(GPT2(cfg), 0))):
+        path = tuple(key.key for key in keys)
+        *modules, kind = path
+        shape = leaf.shape
+        if kind == 'kernel':
+            rows = leaf.shape[0] if modules[-1] == 'c_attn' else leaf.size // leaf.shape[-1]
+            shape = rows, leaf.size // rows
+        elif kind == 'bias':
+            shape = leaf.size,
+        name = '.'.join([*modules, 'bias' if kind == 'bias' else 'weight'])
+        table[re.sub(r'^h_', 'h.', name)] = path, leaf.shape, shape
+    return table
+
+
+def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, Any]:
+    """Our parameters, fp32, from published tensors; fp16 and bf16 are widened. Raises UserError.
+
+    Where cfg.bias is False, biases may be there if all are 0, as `export_params` writes them.
+    """
+    plain = {re.sub(r'^(_orig_mod\.|module\.)*(transformer\.)?(_orig_mod\.)?', '', name): tensor
+             for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise UserError('the weights hold the same tensor twice, with and without "transformer." before its name')
+    plain = {name: tensor for name, tensor in plain.items()
+             if not re.fullmatch(r'h\.\d+\.attn\.(masked_)?bias', name)}  # the causal mask, and what it fills in
+    head = plain.pop('lm_head.weight', None)
+    if head is not None and not np.array_equal(head, plain.get('wte.weight')):
+        raise UserError('lm_head.weight differs from wte.weight: the output head is untied, and that of GPT-2 is the '
+                        'token embedding itself')
+    for name, tensor in plain.items():
+        if tensor.dtype.name not in ('float32', 'float16', 'bfloat16'):
+            raise UserError(f'{name} is of {tensor.dtype.name}: expected float32, float16 or bfloat16')
+    first = plain.get('h.0.attn.c_attn.weight')
+    if first is not None and first.shape == (3 * cfg.n_embd, cfg.n_embd):  # (out, in)
+        plain = {name: tensor.T if re.fullmatch(r'h\.\d+\.\w+\.c_\w+\.weight', name) else tensor
+                 for name, tensor in plain.items()}
+    table = _published(cfg)
+    if not cfg.bias:
+        plain = {name: tensor for name, tensor in plain.items()
+                 if name in table or not name.endswith('.bias') or tensor.any()}
+    wrong = [_listed('missing', sorted(table.keys() - plain.keys())),
+             _listed('not of this model', sorted(plain.keys() - table.keys())),
+             _listed('of another shape', [f'{name} is {plain[name].shape}, expected {shape}'
+                                          for name, (_, _, shape) in table.items()
+                                          if name in plain and plain[name].shape != shape])]
+    if any(wrong):
+        raise UserError(f'the weights do not fit {CONFIG}: {"; ".join(filter(None, wrong))}')
+    params = {}
+    for name, (path, shape, _) in table.items():
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = np.ascontiguousarray(plain[name], np.float32).reshape(shape)
+    return params
+
+
+def _listed(what: str, entries: list[str]) -> str:
+    more = f' and {len(entries) - 3} more' if entries[3:] else ''
+    return f'{what}: {", ".join(entries[:3])}{more}' if entries else ''
+
+
+def export_params(params, cfg: GPT2Config) -> dict[str, np.ndarray]:
+    """Published tensors, fp32, under transformers' own names. Where cfg.bias is False all biases are there, as 0."""
+    tensors = {}
+    for name, (path, _, shape) in _published(cfg).items():
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        tensors[f'transformer.{name}'] = np.ascontiguousarray(leaf, np.float32).reshape(shape)
+        if not cfg.bias and path[0] not in ('wte', 'wpe'):
+            tensors[f'transformer.{name.removesuffix("weight")}bias'] = np.zeros(shape[-1], np.float32)
+    return tensors
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Writes config.json and model.safetensors into a folder that is there."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', 'utf-8')
+    try:
+        # save_file writes memory as it lies: anything but C order would be scrambled.
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / WEIGHTS,
+                  metadata={'format': 'pt'})
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # it leaves a file that only its owner can read
+    except SafetensorError as error:
+        raise UserError(f'{folder / WEIGHTS} could not be written: {error}') from None

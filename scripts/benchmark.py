@@ -1,0 +1,45 @@
+"""Measures speed: training steps or decoding, as a table and as JSON.
+
+    python scripts/benchmark.py --config=configs/shakespeare.py
+    python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode --num_samples=32
+"""
+
+import json
+
+from absl import flags
+
+from gpt2_jax import cli
+
+_CONFIG = cli.config_flag()
+_PLATFORM = cli.platform_flag()
+_WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode'], 'What to measure.')
+_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 0, 'Use random tokens of this many kinds; 0: the corpus.', lower_bound=0)
+_WINDOWS = flags.DEFINE_integer('windows', 10, 'Measurements to take the median of.', lower_bound=1)
+_SECONDS = flags.DEFINE_float('seconds', 1.0, 'Length of a window of training steps.', lower_bound=0)
+_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at once.', lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded for each.', lower_bound=1)
+_TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
+
+
+def main(arguments: list[str]) -> None:
+    """One call of the library, printed."""
+    cli.no_more(arguments)
+    from gpt2_jax import benchmark, config, parallel, recipe
+    from gpt2_jax.generate import Sampling
+    parallel.select_platform(_PLATFORM.value)
+    data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None
+    parts = recipe.build(config.resolve(_CONFIG.value), data)
+    print('\n'.join(recipe.describe(parts)), flush=True)
+    if _WHAT.value == 'train':
+        figures = benchmark.bench_train(parts, _WINDOWS.value, _SECONDS.value)
+    else:
+        figures = benchmark.bench_decode(parts, _WINDOWS.value, _NUM_SAMPLES.value, _NEW_TOKENS.value,
+                                         Sampling(1.0, _TOP_K.value))
+    for name, value in figures.items():
+        print(f'{name:32}{value}')
+    print(json.dumps({'config': cli.config_name(), 'what': _WHAT.value, 'device': parallel.describe_device(parts.device),
+                      **figures}))
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,115 @@
+"""Kills runs with SIGKILL, again and again, and checks that each ends bit-equal to one that was left in peace.
+
+    python tests/kill_runs.py --runs=20
+
+Half of the kills fall at a random moment of a run's time, half of them while a checkpoint is being saved. The exit code
+is 1 where any run differs in its parameters, optimizer state, metrics, samples, summary or TensorBoard events.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_SECONDS = 300  # for one start of a run
+
+
+def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> subprocess.Popen:
+    """The run as a user starts it. The compilation cache takes nothing from it but time."""
+    config = text.with_name('defaults.py')
+    config.write_text('from gpt2_jax.config import default_config as get_config\n')
+    command = [sys.executable, ROOT / 'scripts/train.py', f'--config={config}', f'--workdir={workdir}',
+               '--platform=cpu', f'--config.data.corpus={text}',
+               *(f'--config.{key}={value}' for key, value in settings.items())]
+    env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def unfinished(workdir: Path) -> set[tuple[str, int]]:
+    """The checkpoints that are being written, or that were when the run was killed: name and inode."""
+    folder = workdir / 'checkpoints'
+    return {(entry.name, entry.inode()) for entry in (os.scandir(folder) if folder.is_dir() else [])
+            if re.fullmatch(r'\d+(\.orbax-checkpoint-tmp.*)?', entry.name)
+            and not os.path.exists(os.path.join(entry.path, 'SHA256SUMS'))}
+
+
+def kill(process: subprocess.Popen, workdir: Path, draw: random.Random, *, in_save: bool,
+         seconds: float = 0, delay: float = 0.05) -> str | None:
+    """Kills the run in one of its next saves, or at a random moment; says when, or None where it ended before."""
+    began, seen = time.monotonic(), unfinished(workdir)
+    before = set(seen)
+    if not in_save:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, seconds))
+    else:
+        saves = draw.randint(1, 5)
+        while process.poll() is None and saves:
+            time.sleep(0.001)
+            new = unfinished(workdir) - seen
+            saves, seen = saves - bool(new), seen | new
+        time.sleep(draw.uniform(0, delay))
+    if process.poll() is not None:
+        return None
+    process.kill()
+    process.communicate()
+    left = ', '.join(name.replace('.orbax-checkpoint-tmp', '.tmp') for name, _ in unfinished(workdir) - before)
+    return f'{time.monotonic() - began:.2f} s' + (f' (in the save of {left})' if left else '')
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Waits until the run ends by itself; returns what it printed."""
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    if process.returncode:
+        sys.exit(f'a run ended with {process.returncode}:\n{output}')
+    return output
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', type=int, default=20, help='how many runs to kill')
+    parser.add_argument('--kills', type=int, default=4, help='how often each is killed before it may finish')
+    parser.add_argument('--seed', type=int, default=0, help='of the moments')
+    args = parser.parse_args()
+    draw, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix='kill_runs.'))
+    text, cache, reference = runs.write_text(folder / 'text.txt'), folder / 'cache', folder / 'reference'
+    finish(start(folder / 'warm', text, cache))
+    began = time.monotonic()
+    finish(start(reference, text, cache))
+    seconds = time.monotonic() - began
+    print(f'uninterrupted: {runs.SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
+    bad = kills = in_saves = 0
+    for number in range(1, args.runs + 1):
+        workdir, told = folder / f'run_{number}', []
+        for _ in range(args.kills):
+            when = kill(start(workdir, text, cache), workdir, draw, in_save=draw.random() < 0.5, seconds=seconds)
+            told.append(when or 'not before its end')
+            kills, in_saves = kills + bool(when), in_saves + ('save' in (when or ''))
+            if not when:
+                break
+        output = finish(start(workdir, text, cache))
+        wrong = runs.differences(workdir, reference)
+        bad += bool(wrong)
+        last = re.search(r'going on from checkpoint (\d+)|is (finished)', output)
+        print(f'run {number:2}: killed after {", ".join(told)}; last start from '
+              f'{last[1] or last[2] if last else 0}: {"; ".join(wrong) or "identical"}', flush=True)
+    print(f'{args.runs - bad} of {args.runs} runs are bit-equal to the uninterrupted one, after {kills} kills, '
+          f'{in_saves} of them in a save')
+    if bad:
+        print(f'kept for a look: {folder}')
+    else:
+        shutil.rmtree(folder)
+    return int(bad > 0)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

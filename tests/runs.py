@@ -1,0 +1,163 @@
+"""What the tests of whole runs share: a text, a run of seconds on it, and what must be equal between two runs."""
+
+import collections
+import contextlib
+import functools
+import io
+import json
+import os
+import random
+import runpy
+import shutil
+import struct
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
+
+from gpt2_jax import config as config_lib
+from gpt2_jax.checkpoint import FOLDER, Checkpoints, sealed_in
+from gpt2_jax.config import default_config
+from gpt2_jax.recipe import build
+from gpt2_jax.train import train
+
+# Dropout, so that a mask drawn anew would show; saves and evaluations at steps that seldom meet.
+SETTINGS = {
+    'model.n_layer': 2, 'model.n_head': 2, 'model.n_embd': 32, 'model.n_positions': 16,
+    'train.steps': 60, 'train.batch_size': 4, 'optim.learning_rate': 3e-3, 'optim.warmup_steps': 10,
+    'eval.every': 7, 'eval.sample_tokens': 20, 'checkpoint.every': 5, 'log.every': 3}
+# For the suite: quick to compile, and the fewest steps with a save of each kind.
+SMALL = SETTINGS | {'model.n_layer': 1, 'model.attn_pdrop': 0.0, 'train.steps': 18}
+
+
+def write_text(path: Path, words: int = 1200) -> Path:
+    """A text of made-up words, a few thousand characters long."""
+    draw = random.Random(0)
+    syllables = [a + b for a in 'bdfgklmnprst' for b in 'aeiou']
+    text = ' '.join(''.join(draw.choices(syllables[:20], k=draw.randint(1, 3))) for _ in range(words))
+    path.write_text(text.replace(' ba ', '.\n'), encoding='utf-8')
+    return path
+
+
+def make_config(text: Path, **changes):
+    """The configuration of a small run on `text`; train__steps=10 changes train.steps."""
+    config = default_config()
+    changed = {key.replace('__', '.'): value for key, value in changes.items()}
+    for key, value in (SMALL | {'data.corpus': str(text)} | changed).items():
+        section, name = key.split('.')
+        config[section][name] = value
+    return config
+
+
+def quiet_train(config, workdir: Path, **options) -> tuple[int, str]:
+    """Trains in this process; the exit code, and what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = train(config, workdir, **options)
+    return code, out.getvalue()
+
+
+@functools.cache
+def compile_cache() -> tempfile.TemporaryDirectory:
+    """Compiled functions, of this process and those it starts."""
+    return tempfile.TemporaryDirectory(prefix='compiled.', ignore_cleanup_errors=True)
+
+
+@contextlib.contextmanager
+def compile_once():
+    """Every run builds its functions anew: with this they are compiled only once for all."""
+    changes = {'jax_compilation_cache_dir': compile_cache().name, 'jax_persistent_cache_min_compile_time_secs': 0}
+    before = {name: getattr(jax.config, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def script(name: str, *arguments) -> tuple[int, str, str]:
+    """Runs scripts/NAME.py as a user would, but in this process: exit code, stdout, stderr."""
+    path, known = Path(__file__).parents[1] / 'scripts' / f'{name}.py', set(flags.FLAGS)
+    argv, out, err = [str(path), *map(str, arguments)], io.StringIO(), io.StringIO()
+    try:
+        with (mock.patch.object(sys, 'argv', argv), open(os.devnull) as nothing, mock.patch.object(sys, 'stdin', nothing),
+              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            runpy.run_path(str(path), run_name='__main__')
+    except SystemExit as end:
+        return end.code, out.getvalue(), err.getvalue()
+    finally:
+        for added in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, added)
+        flags.FLAGS.unparse_flags()
+    raise AssertionError('a script ends with sys.exit')
+
+
+def copy(run: Path, to: Path) -> Path:
+    """A copy of a run's folder."""
+    return shutil.copytree(run, to)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The records of a run, without what a clock measured."""
+    records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text('utf-8').splitlines()]
+    return [{key: value for key, value in record.items() if key not in ('tokens_per_second', 'mfu')}
+            for record in records]
+
+
+def events(run: Path) -> collections.Counter:
+    """How often each (tag, step) stands in a run's TensorBoard files."""
+    counts = collections.Counter()
+    for path in (run / 'tensorboard').iterdir():
+        data = path.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            length, = struct.unpack('<Q', data[:8])
+            event = Event.FromString(data[12:12 + length])
+            counts.update((value.tag, event.step) for value in event.summary.value)
+            data = data[12 + length + 4:]
+    return counts
+
+
+def final_state(run: Path):
+    """The step, and all leaves of parameters and optimizer, of a run's latest checkpoint."""
+    recipe = build(config_lib.from_json((run / 'config.json').read_text('utf-8')))
+    with Checkpoints(run / FOLDER) as checkpoints:
+        state = checkpoints.restore(sealed_in(run / FOLDER)[-1], recipe.abstract_state())
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def different_states(run: Path, other: Path) -> list[str]:
+    """The leaves that are not equal to the last bit."""
+    a, b = final_state(run), final_state(other)
+    return [f'{name} differs' for name in a | b
+            if name not in a or name not in b or a[name].tobytes() != b[name].tobytes()]
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """What is not the same in two finished runs, in words."""
+    wrong = different_states(run, other)
+    ours, theirs = metrics(run), metrics(other)
+    twice = [key for key, n in collections.Counter((record['step'], record['split']) for record in ours).items()
+             if n > 1]
+    if twice or ours != theirs:
+        wrong.append(f'metrics.jsonl differs, {len(ours)} records for {len(theirs)}, twice: {twice}')
+    if (run / 'samples.txt').read_bytes() != (other / 'samples.txt').read_bytes():
+        wrong.append('samples.txt differs')
+    a, b = (json.loads((folder / 'summary.json').read_text('utf-8')) for folder in (run, other))
+    wrong += [f'summary.json: {key} is {a[key]!r}, not {b[key]!r}' for key in b
+              if 'seconds' not in key and key not in ('tokens_per_second', 'mfu') and a[key] != b[key]]
+    ours, theirs = events(run), events(other)
+    wrong += [f'TensorBoard has {key} {n} times' for key, n in ours.items() if n > 1]
+    # Times are events too: a restart has one more or less where no rate was measured.
+    clock = ('train/tokens_per_second', 'train/mfu')
+    if {key for key in ours if key[0] not in clock} != {key for key in theirs if key[0] not in clock}:
+        wrong.append(f'TensorBoard differs, {len(ours)} figures for {len(theirs)}')
+    return wrong

@@ -1,0 +1,248 @@
+"""Checkpoints: every changed byte is found, the latest two and the best are kept, and a bad value is never saved."""
+
+import json
+import random
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from runs import make_config
+
+from gpt2_jax import checkpoint
+from gpt2_jax.checkpoint import FOLDER, SEAL, Checkpoints, best_in, damage, load, sealed_in, set_aside_damaged, steps_in
+from gpt2_jax.errors import DivergedError, UserError
+from gpt2_jax.recipe import Recipe
+from gpt2_jax.step import TrainState
+
+STEPS = runs.SMALL['train.steps']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+
+
+@pytest.fixture(scope='module')
+def finished(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('finished') / 'run'
+    assert runs.quiet_train(make_config(text), folder)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return runs.copy(finished, tmp_path / 'run')
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def newest(run):
+    return run / FOLDER / str(steps_in(run / FOLDER)[-1])
+
+
+def test_every_file_of_a_checkpoint_is_watched(run):
+    path, draw = newest(run), random.Random(0)
+    assert damage(path) is None
+    files = [file for file in path.rglob('*') if file.is_file()]
+    assert len(files) > 20
+    for file in files:
+        data, name = file.read_bytes(), str(file.relative_to(path))
+        for change in ('flip', 'cut', 'delete'):
+            if change == 'delete':
+                file.unlink()
+            elif not data:
+                continue
+            elif change == 'flip':
+                flip(file, draw.randrange(8 * len(data)))
+            else:
+                file.write_bytes(data[:-1])
+            told = damage(path)
+            assert told, f'{change} {name}'
+            assert change == 'delete' or name == SEAL or told == f'{name!r} is not as it was saved'
+            file.write_bytes(data)
+    (path / 'params/added').write_bytes(b'')
+    assert damage(path) == "'params/added' is not as it was saved"
+
+
+def test_every_bit_of_the_seal_is_watched(tmp_path):
+    for name in ('one', 'two'):
+        (tmp_path / name).write_text(name)
+    checkpoint._write_seal(tmp_path)
+    for bit in range(8 * (tmp_path / SEAL).stat().st_size):
+        flip(tmp_path / SEAL, bit)
+        assert damage(tmp_path), bit
+        flip(tmp_path / SEAL, bit)
+    assert damage(tmp_path) is None
+
+
+def test_seal_is_what_sha256sum_reads(run):
+    lines = (newest(run) / SEAL).read_text().splitlines()
+    assert all(re.fullmatch(r'[0-9a-f]{64}  \S+', line) for line in lines)
+
+
+@pytest.mark.parametrize('kind', ['damaged', 'unsealed', 'temporary'])
+def test_bad_newest_is_set_aside_and_the_one_before_used(kind, text, finished, run, monkeypatch):
+    path = newest(run)
+    before = steps_in(run / FOLDER)[-2]
+    (run / 'summary.json').unlink()
+    if kind == 'damaged':
+        flip(next(file for file in (path / 'train').rglob('d/*') if file.stat().st_size > 100), 333)
+    elif kind == 'unsealed':
+        (path / SEAL).unlink()
+    else:
+        path.rename(path.with_name(f'{STEPS}.orbax-checkpoint-tmp'))
+    code, printed = runs.quiet_train(make_config(text), run)
+    aside = run / FOLDER / f'{STEPS}.damaged'
+    assert code == 0 and f'going on from checkpoint {before} ' in printed and aside.is_dir()
+    reason = "'train/.*' is not as it was saved" if kind == 'damaged' else 'its save was cut short'
+    assert re.search(rf'checkpoint {STEPS} cannot be used: {reason}; renamed to {re.escape(str(aside))}', printed)
+    assert runs.differences(run, finished) == []
+
+
+def test_names_of_what_is_set_aside_are_never_used_twice(tmp_path):
+    for name in ('7', '7.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1', '7.damaged', 'other'):
+        (tmp_path / name).mkdir()
+    assert len(set_aside_damaged(tmp_path)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        '7.damaged', '7.damaged.2', '7.damaged.3', '7.damaged.4', 'other']
+
+
+def small_state(step):
+    return TrainState(jnp.int32(step), {'w': jnp.full(3, step, jnp.float32)}, {'m': jnp.zeros(2)})
+
+
+@pytest.mark.parametrize('losses, kept', [
+    ((4, 3, 2.5, 2.7, 2.9, 3.0), [(1,), (1, 2), (2, 3), (3, 4), (3, 4, 5), (3, 5, 6)]),  # gets worse after the third
+    ((4, 3, 2.5, 2.4), [(1,), (1, 2), (2, 3), (3, 4)]),  # gets better
+    ((4, 3, None, None, None, 3), [(1,), (1, 2), (2, 3), (2, 3, 4), (2, 4, 5), (5, 6)]),  # not evaluated; equal
+])
+@pytest.mark.parametrize('reopened', [False, True])
+def test_latest_two_and_best_are_kept(losses, kept, reopened, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step, (loss, expected) in enumerate(zip(losses, kept, strict=True), 1):
+        checkpoints.save(step, small_state(step), {'step': step}, loss)
+        checkpoints.wait()
+        assert tuple(sealed_in(tmp_path)) == expected
+        best, least = best_in(tmp_path)
+        assert least == min(loss for loss in losses[:step] if loss) and best in expected
+        if reopened:
+            checkpoints.__exit__(None, None, None)
+            checkpoints = Checkpoints(tmp_path)
+    for step in kept[-1]:
+        restored = checkpoints.restore(step, jax.eval_shape(lambda: small_state(0)))
+        assert restored.step == step and np.array_equal(restored.params['w'], np.full(3, step))
+        assert checkpoints.read_meta(step) == {'step': step}
+    checkpoints.__exit__(None, None, None)
+
+
+def test_damaged_best_is_named_and_training_goes_on(text, finished, run):
+    folder, latest = run / FOLDER, newest(run)
+    shutil.copytree(latest, folder / '9')
+    (folder / '9/metrics/metrics').write_text('{"val_loss": 0.5}')
+    checkpoint._write_seal(folder / '9')
+    assert best_in(folder) == (9, 0.5) and load(run, 'best').step == 9
+    flip(folder / '9/params/_METADATA', 99)
+    with pytest.raises(UserError, match=r"checkpoint \S+/9 cannot be used: 'params/_METADATA' is not as it was saved"):
+        load(run, 'best')
+    code, out, err = runs.script('sample', f'--ckpt_dir={run}', '--which=best', '--max_new_tokens=5')
+    assert code == 1 and out == '' and f'or --which={STEPS}' in err and len(err.splitlines()) == 1
+    assert runs.script('sample', f'--ckpt_dir={run}', '--which=latest', '--max_new_tokens=5')[0] == 0
+    shutil.rmtree(latest)  # something is left to train
+    code, printed = runs.quiet_train(make_config(text), run)
+    assert code == 0 and 'checkpoint 9 cannot be used' in printed and (folder / '9.damaged').is_dir()
+    assert runs.differences(run, finished) == []
+
+
+def test_damaged_figures_cannot_choose_the_best(run):
+    for step in steps_in(run / FOLDER):
+        if (path := run / FOLDER / str(step) / 'metrics/metrics').exists():
+            flip(path, 100)
+            with pytest.raises(UserError, match=rf"checkpoint \S+/{step} cannot be used: 'metrics/metrics' is not as"):
+                load(run, 'best')
+            flip(path, 100)
+
+
+def poke(patch, at, change):
+    """From update `at` on, the parameters are what `change` makes of them."""
+    make = Recipe.train_step
+
+    def with_poke(self):
+        update = make(self)
+
+        def train_step(state, batch):
+            if state.step == at:
+                state = state.replace(params=jax.tree.map(change, state.params))
+            return update(state, batch)
+
+        return train_step
+
+    patch.setattr(Recipe, 'train_step', with_poke)
+
+
+def test_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, monkeypatch):
+    run = tmp_path / 'run'
+    with monkeypatch.context() as patch:
+        poke(patch, 12, lambda leaf: leaf * jnp.nan)
+        with pytest.raises(DivergedError, match=r'diverged at step 13: .*loss = nan') as error:
+            runs.quiet_train(make_config(text), run)
+    assert error.value.exit_code == 3 and 'the last good checkpoint is that of step 10' in str(error.value)
+    assert sealed_in(run / FOLDER)[-1] == 10
+    assert [record['step'] for record in runs.metrics(run)][-1] == 12
+    assert runs.quiet_train(make_config(text), run)[0] == 0  # what poked is gone
+    assert runs.differences(run, finished) == []
+
+
+def test_learning_rate_beyond_all_bounds(text, tmp_path):
+    config = make_config(text, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup_steps=0)
+    with pytest.raises(DivergedError, match=r'diverged at step [12]: .* there is no checkpoint yet'):
+        runs.quiet_train(config, tmp_path)
+    assert steps_in(tmp_path / FOLDER) == []
+    for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
+
+
+def test_validation_loss_that_is_not_finite(text, tmp_path, monkeypatch):
+    make = Recipe.evaluator
+    monkeypatch.setattr(Recipe, 'evaluator', lambda self: lambda params: make(self)(params)._replace(loss=float('inf')))
+    with pytest.raises(DivergedError, match=r'diverged at step 7: validation loss = inf; .* that of step 5'):
+        runs.quiet_train(make_config(text), tmp_path)
+
+
+@pytest.mark.parametrize('every', [5, 1000])
+def test_save_that_fails_in_the_background_is_reported(every, text, tmp_path, monkeypatch):
+    seal = checkpoint._write_seal
+
+    def fails(path):
+        if path.name == '7':
+            raise OSError(28, 'No space left on device')
+        seal(path)
+
+    monkeypatch.setattr(checkpoint, '_write_seal', fails)
+    with pytest.raises(UserError, match=r'checkpoint 7 could not be saved .* No space left') as error:
+        runs.quiet_train(make_config(text, checkpoint__every=every), tmp_path)
+    assert ('those of step 5 are whole' if every == 5 else 'there is none yet') in str(error.value)
+    assert steps_in(tmp_path / FOLDER) == ([5] if every == 5 else [])  # nothing is left of it, and none after it
+    assert runs.metrics(tmp_path)[-1]['step'] <= 14
+
+
+def test_step_that_is_there_already_is_no_silent_success(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, small_state(5), {}, None)
+        for step in (5, 4):
+            with pytest.raises(UserError, match=rf'checkpoint {step} could not be saved .* in the way: \[5\]'):
+                checkpoints.save(step, small_state(step), {}, None)
+        assert sealed_in(tmp_path) == [5]

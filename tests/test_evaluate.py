@@ -1,0 +1,71 @@
+"""Evaluation of a whole split against a plain loop over its windows, one by one."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny import rough_params, tiny
+
+from gpt2_jax.evaluate import count_bytes, evaluate
+from gpt2_jax.parallel import make_mesh
+from gpt2_jax.shards import Tokens
+from gpt2_jax.step import make_eval_step
+from gpt2_jax.tokenizers import ByteTokenizer, make_tokenizer
+
+T = 8
+ALPHABET = 'ab éß中文😀🙂\n'  # one to four bytes each
+MODEL = tiny(vocab_size=len(set(ALPHABET)), n_layer=1)
+PARAMS = rough_params(MODEL)
+eval_step = jax.jit(make_eval_step(MODEL))
+
+
+def text_of(n):
+    return ''.join(np.random.default_rng(n).choice(list(ALPHABET), n))
+
+
+def evaluated(text, batch_size, cuts=()):
+    tokenizer = make_tokenizer('char', ALPHABET)
+    tokens = Tokens(tuple(np.split(tokenizer.encode(text), cuts)))
+    return evaluate(eval_step, PARAMS, tokens, tokenizer, batch_size=batch_size, seq_len=T,
+                    mesh=make_mesh(data=1, fsdp=1, tensor=1))
+
+
+@pytest.mark.parametrize('n', [2, 9, 10, 104, 105])  # one target; one window; one and 1; 12 windows and 7; 13 windows
+def test_a_split_equals_a_plain_loop(n):
+    ids = make_tokenizer('char', ALPHABET).encode(text_of(n)).astype(np.int32)
+    forward = jax.jit(MODEL.apply)
+    nats, targets = 0.0, 0
+    for start in range(0, n - 1, T):
+        window = ids[start:start + T + 1]
+        # The model is causal: what stands after the window changes nothing before it.
+        logits_TV = np.float64(forward({'params': PARAMS}, np.resize(window[:-1], (1, T)))[0])
+        for t, target in enumerate(window[1:]):
+            nats -= logits_TV[t, target] - math.log(np.exp(logits_TV[t]).sum())
+            targets += 1
+    n_bytes = len(text_of(n)[1:].encode())
+
+    got = evaluated(text_of(n), batch_size=3)
+    assert (got.tokens, got.bytes) == (targets, n_bytes) and targets == n - 1
+    assert got.loss == pytest.approx(nats / targets, rel=1e-6)
+    assert got.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
+    assert got.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_batch_size_and_shards_change_nothing():
+    text = text_of(101)
+    one = evaluated(text, 3)
+    assert one == evaluated(text, 3) == evaluated(text, 3, cuts=(1, 2, 50))
+    for batch_size in (1, 5, 16):
+        other = evaluated(text, batch_size)
+        assert other.loss == pytest.approx(one.loss, rel=1e-6)
+        assert (other.tokens, other.bytes) == (one.tokens, one.bytes)
+
+
+@pytest.mark.parametrize('block', [1, 7, 100, 1 << 22])
+def test_bytes_of_the_targets(block):
+    text = text_of(101)
+    for tokenizer in (make_tokenizer('char', ALPHABET), ByteTokenizer()):
+        tokens = Tokens((tokenizer.encode(text),))
+        first = tokenizer.decode_bytes(tokens.read(0, 1))
+        assert count_bytes(tokens, tokenizer, block) == len(text.encode()) - len(first)

@@ -1,0 +1,83 @@
+"""The optimizer written out from its equations and optax's: the same updates, the same training, the same layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import flat, rough_params, shapes, tiny
+
+from gpt2_jax import parallel
+from gpt2_jax.optim import make_optimizer, make_schedule
+from gpt2_jax.step import token_losses
+
+IMPLEMENTATIONS = ('optax', 'explicit')
+
+
+def make(implementation, steps=100, **changes):
+    settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0) | changes
+    schedule = make_schedule(implementation=implementation, learning_rate=1e-2, end_learning_rate=1e-3,
+                             warmup_steps=10, steps=steps)
+    return make_optimizer(implementation=implementation, schedule=schedule, **settings)
+
+
+def test_equal_updates_over_100_steps():
+    """Of the same gradients, of which about half are clipped, through warmup and cosine."""
+    start = rough_params(tiny())
+    optimizers = [make(implementation) for implementation in IMPLEMENTATIONS]
+    both = [(start, optimizer.init(start)) for optimizer in optimizers]
+
+    @jax.jit
+    def update(both, grads):
+        both = [(params, *optimizer.update(grads, state, params))
+                for (params, state), optimizer in zip(both, optimizers, strict=True)]
+        return [(optax.apply_updates(params, updates), state) for params, updates, state in both], [
+            updates for _, updates, _ in both]
+
+    rng, clipped = np.random.default_rng(0), 0
+    for step in range(100):
+        spread = 10 ** rng.uniform(-4, 0)
+        grads = jax.tree.map(lambda leaf, std=spread: np.float32(rng.normal(0, std, leaf.shape)), start)
+        clipped += float(optax.tree.norm(grads)) > 1
+        both, updates = update(both, grads)
+        for trees in (updates, [params for params, _ in both]):
+            theirs, ours = map(flat, trees)
+            for name, leaf in ours.items():
+                assert np.linalg.norm(leaf - theirs[name]) < 1e-6 * np.linalg.norm(leaf), f'{name}, step {step}'
+    assert 30 < clipped < 70
+
+
+def test_equal_loss_curves():
+    """The gradients are those of each one's own parameters, so differences would add up."""
+    model = tiny(n_layer=1)
+    start, text = rough_params(model, std=0.1), np.random.default_rng(0).integers(0, 11, (4, 13))
+
+    def loss(params):
+        return token_losses(model.apply({'params': params}, text[:, :-1]), text[:, 1:]).mean()
+
+    def curve(optimizer):
+        def update(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+        return jax.jit(lambda: jax.lax.scan(update, (start, optimizer.init(start)), length=100)[1])()
+
+    theirs, ours = (curve(make(implementation)) for implementation in IMPLEMENTATIONS)
+    assert theirs[-1] < 0.2 * theirs[0]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_moments_lie_as_their_parameters(implementation):
+    """One table of shardings serves both: each moment ends in its parameter's path."""
+    params = shapes(tiny())
+    state = jax.eval_shape(make(implementation).init, params)
+    mesh = parallel.make_mesh(data=1, fsdp=1, tensor=1)
+    layout, state_layout, state = (flat(tree) for tree in (
+        parallel.shardings(mesh, params), parallel.shardings(mesh, state), state))
+    for name, leaf in flat(params).items():
+        moments = [path for path in state if path.endswith('/' + name)]
+        assert [(state[path].shape, state_layout[path]) for path in moments] == [(leaf.shape, layout[name])] * 2
+    assert sum(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in state.values()) == {'optax': 2, 'explicit': 1}[
+        implementation]

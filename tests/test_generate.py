@@ -1,0 +1,211 @@
+"""Generation: cached against uncached text, the choice of the next token against numpy, and streaming."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import rough_params, tiny
+
+from gpt2_jax import generate as generation
+from gpt2_jax.errors import UsageError
+from gpt2_jax.generate import CHUNK, Sampling, choose, default_prompt, generate, print_samples, stream_text
+from gpt2_jax.tokenizers import ByteTokenizer, make_tokenizer
+
+CONTEXT, HALF = 20, 10
+MODEL = tiny(n_positions=CONTEXT, n_layer=2)
+PARAMS = rough_params(MODEL, seed=1, std=0.5)  # its greedy text is no mere repetition
+PROMPT = [3, 1, 4]
+GREEDY, LIVELY = Sampling(temperature=0), Sampling(temperature=2.0, top_k=7, top_p=0.9)
+forward = jax.jit(MODEL.apply)
+
+
+def text(prompt=PROMPT, **options):
+    """(num_samples, n) tokens."""
+    notes = options.setdefault('notify', lambda note: None)
+    return np.concatenate(list(generate(MODEL, PARAMS, np.array(prompt), **options | {'notify': notes})), axis=1)
+
+
+def greedy_without_cache(prompt, n):
+    """Each token by a full forward pass over the window, which restarts from its last half whenever it is full."""
+    window, out = list(prompt), []
+    for _ in range(n):
+        if len(window) >= CONTEXT:
+            window = window[-HALF:]
+        padded = np.array([window + [0] * (CONTEXT - len(window))])
+        window.append(int(forward({'params': PARAMS}, padded)[0, len(window) - 1].argmax()))
+        out.append(window[-1])
+    return out
+
+
+@pytest.mark.parametrize('prompt', [PROMPT, [5], list(range(10)) + list(range(9)), [2, 7] * 10, [1, 2, 3] * 11])
+def test_greedy_cached_equals_uncached(prompt):
+    """Also past the context, several times, and for prompts as long as the context and longer."""
+    expected = greedy_without_cache(prompt, 45)
+    assert len(set(expected)) > 3
+    assert text(prompt, max_new_tokens=45, sampling=GREEDY)[0].tolist() == expected
+
+
+def test_one_compilation_for_all_lengths():
+    generation.prefill.clear_cache()
+    generation.decode.clear_cache()
+    for length in (1, 2, 11, 19, 20, 21, 50):
+        text([1] * length, max_new_tokens=length, sampling=GREEDY)
+    assert generation.prefill._cache_size() == 1
+    assert generation.decode._cache_size() == 1
+
+
+def test_seeds_and_samples():
+    three = text(max_new_tokens=30, num_samples=3, seed=7, sampling=LIVELY)
+    assert three.shape == (3, 30) and three.dtype == np.int32
+    assert len({tuple(row) for row in three}) == 3
+    assert np.array_equal(three, text(max_new_tokens=30, num_samples=3, seed=7, sampling=LIVELY))
+    assert not np.array_equal(three, text(max_new_tokens=30, num_samples=3, seed=8, sampling=LIVELY))
+    one = text(max_new_tokens=30, seed=7, sampling=LIVELY)
+    assert np.array_equal(one[0], three[0])  # whatever is sampled beside it
+    assert np.array_equal(one[:, :21], text(max_new_tokens=21, seed=7, sampling=LIVELY))  # and however long
+
+
+def test_chunks():
+    chunks = generate(MODEL, PARAMS, np.array(PROMPT), max_new_tokens=21, num_samples=3, sampling=LIVELY,
+                      notify=lambda note: None)
+    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 17 - CHUNK), (3, 21 - 17)]  # 3 + 17 = the context
+
+
+def test_the_context():
+    notes = []
+    text(max_new_tokens=CONTEXT - 3, sampling=GREEDY, strict_context=True, notify=notes.append)
+    assert notes == []
+    text(max_new_tokens=CONTEXT - 2, sampling=GREEDY, notify=notes.append)
+    text(max_new_tokens=45, sampling=GREEDY, notify=notes.append)
+    assert notes == ['the context of 20 tokens is full: going on from its last 10'] * 2  # once each
+    for prompt, n in ((PROMPT, CONTEXT - 2), ([1] * 21, 1)):
+        with pytest.raises(UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'):
+            text(prompt, max_new_tokens=n, strict_context=True)
+    with pytest.raises(UsageError, match='the prompt is empty'):
+        text([], max_new_tokens=1)
+
+
+def test_the_shortest_context():
+    model = tiny(n_positions=1, n_layer=1)
+    params, expected = rough_params(model, std=0.5), [4]
+    next_V = jax.jit(model.apply)({'params': params}, np.arange(11)[:, None])[:, 0].argmax(-1)  # of each token alone
+    for _ in range(5):
+        expected.append(int(next_V[expected[-1]]))
+    chunks = generate(model, params, np.array([4]), max_new_tokens=5, sampling=GREEDY, notify=lambda note: None)
+    got = [next(chunks, None) for _ in range(5)]
+    assert np.concatenate(got, axis=1)[0].tolist() == expected[1:]
+
+
+def numpy_distribution(logits, temperature, top_k, top_p):
+    """What the next token should be drawn from, with the filters as loops."""
+    probs = np.exp(np.float64(logits) / temperature)
+    order = np.argsort(-probs).tolist()
+    order = order[:top_k] if top_k else order
+    total, kept, mass = sum(probs[order]), [], 0.0
+    for token in order:
+        if mass < top_p:
+            kept.append(token)
+        mass += probs[token] / total
+    filtered = np.zeros(len(probs))
+    filtered[kept] = probs[kept] / sum(probs[kept])
+    return filtered
+
+
+DRAWS = 20_000
+LOGITS = np.float32([0.3, 2.0, -1.0, 1.1, 0.0, 1.9, -3.0, 0.7])
+
+
+def draw(sampling, logits=LOGITS):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(DRAWS))
+    tokens = jax.jit(choose, static_argnums=2)(np.tile(logits, (DRAWS, 1)), keys, sampling)
+    return np.bincount(tokens, minlength=len(logits)) / DRAWS
+
+
+@pytest.mark.parametrize('settings', [
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (3.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 8, 1.0), (1.0, 99, 1.0),
+    (1.0, 0, 0.8), (1.0, 0, 0.3), (2.0, 5, 0.7)])
+def test_draws_follow_the_filtered_distribution(settings):
+    expected, got = numpy_distribution(LOGITS, *settings), draw(Sampling(*settings))
+    assert np.array_equal(got > 0, expected > 0)
+    assert np.all(np.abs(got - expected) <= 5 * np.sqrt(expected * (1 - expected) / DRAWS))
+
+
+def test_choices_without_chance():
+    logits_BV = np.random.default_rng(0).normal(0, 3, (64, 11)).astype(np.float32)
+    keys_B = jax.random.split(jax.random.key(0), 64)
+    best_B = logits_BV.argmax(-1)
+    for sampling in (GREEDY, Sampling(temperature=0, top_k=5, top_p=0.5), Sampling(top_k=1), Sampling(top_p=1e-6)):
+        assert np.array_equal(choose(logits_BV, keys_B, sampling), best_B), sampling
+    assert not np.array_equal(choose(logits_BV, keys_B, Sampling()), best_B)
+
+
+def test_wrong_sampling():
+    for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan),
+                  dict(temperature=math.nan)):
+        with pytest.raises(UsageError, match=f'{next(iter(wrong))} = .* is not allowed; expected'):
+            Sampling(**wrong)
+
+
+def all_chunkings(ids, max_cuts):
+    """The ids of one row cut in every way at up to `max_cuts` places, as generate() yields them."""
+    cuts = [()] + [(a,) for a in range(len(ids) + 1)]
+    if max_cuts == 2:
+        cuts += [(a, b) for a in range(len(ids) + 1) for b in range(a, len(ids) + 1)]
+    return [np.split(np.asarray(ids)[None], cut, axis=1) for cut in cuts] + [np.split(ids[None], len(ids), axis=1)]
+
+
+@pytest.mark.parametrize('tokenizer', [ByteTokenizer(), make_tokenizer('char', 'né 中文😀')])
+def test_streamed_text_equals_decoded_text(tokenizer):
+    whole = 'né 中文 😀n'
+    ids = tokenizer.encode(whole)
+    for chunks in all_chunkings(ids, 2):
+        pieces = list(stream_text(chunks, tokenizer))
+        assert ''.join(pieces) == whole
+        assert not any('\ufffd' in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_text():
+    ids = np.frombuffer(b'a\xff\xc3b\xe4\xb8', np.uint8)  # ends in the middle of a character
+    for chunks in all_chunkings(ids, 2):
+        assert ''.join(stream_text(chunks, ByteTokenizer())) == ByteTokenizer().decode(ids)
+
+
+@pytest.mark.parametrize('whole, stop', [
+    ('to be\n\nor not', '\n\n'), ('aaab and more', 'aab'), ('ababac!', 'abac'), ('stop', 'stop'), ('no end', 'END'),
+    ('almost: sto', 'stop'), ('x中中文y', '中文'), ('a.b.c', '.')])
+def test_stop_strings_never_leak(whole, stop):
+    tokenizer = ByteTokenizer()
+    for chunks in all_chunkings(tokenizer.encode(whole), 2):
+        assert ''.join(stream_text(chunks, tokenizer, stop=stop)) == whole.split(stop)[0]
+
+
+def test_stopping_stops_decoding():
+    chunks = iter(np.split(ByteTokenizer().encode('one. two. three')[None], 15, axis=1))
+    assert ''.join(stream_text(chunks, ByteTokenizer(), stop='. t')) == 'one'
+    assert len(list(chunks)) == 15 - len('one. t')
+
+
+def test_rows_are_streamed_apart():
+    ids = np.stack([ByteTokenizer().encode(row) for row in ('first', 'other')])
+    chunks = np.split(ids, 5, axis=1)
+    assert [''.join(stream_text(chunks, ByteTokenizer(), row)) for row in (0, 1)] == ['first', 'other']
+
+
+def test_default_prompt():
+    assert default_prompt(make_tokenizer('char', 'ab\n')).tolist() == [0]
+    assert default_prompt(ByteTokenizer()).tolist() == [10]
+    assert default_prompt(make_tokenizer('char', 'ab')).tolist() == [0]
+
+
+def test_printed_samples(capsys):
+    tokenizer = make_tokenizer('char', 'abcdefghijk')
+    options = dict(max_new_tokens=21, seed=7, sampling=LIVELY, notify=lambda note: None)
+    rows = [tokenizer.decode(row) for row in text(num_samples=3, **options)]
+    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, stop='', **options)
+    assert capsys.readouterr().out == f'dbe{rows[0]}\n'
+    stop = rows[2][5:7]
+    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=stop, **options)
+    assert capsys.readouterr().out == ''.join(
+        f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1))

@@ -1,0 +1,116 @@
+"""One device equals eight: the same runs on meshes of simulated devices, all in one process of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+# data x fsdp x tensor
+ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
+MESHES = (ONE, DATA, FSDP, ALL, TENSOR)
+STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
+
+
+def run_on(mesh_sizes: str, corpus: str) -> dict:
+    """A few updates and an evaluation on one mesh, and how the state lies on it."""
+    from tiny import flat
+
+    from gpt2_jax import parallel
+    from gpt2_jax.config import default_config, resolve
+    from gpt2_jax.recipe import build
+    config = default_config()
+    config.model.update(n_layer=1, n_head=HEADS, n_embd=32, n_positions=T,
+                        embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+    config.data.corpus = corpus
+    config.train.update(steps=STEPS, batch_size=ROWS, accumulate=ACCUMULATE)
+    config.optim.update(learning_rate=1e-2, warmup_steps=1)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
+    recipe = build(resolve(config))
+    programs = []
+
+    def compile_and_keep(mesh, function):
+        def call(*args):
+            if not compiled:
+                compiled.append(function.lower(*args).compile())
+                programs.append(compiled[0].as_text())
+            return in_turn(mesh, compiled[0])(*args)
+        compiled = []
+        return call
+
+    in_turn, parallel.in_turn = parallel.in_turn, compile_and_keep
+    train_step, evaluate, state, records = recipe.train_step(), recipe.evaluator(), recipe.new_state(), []
+    parallel.in_turn = in_turn
+    for step in range(STEPS):
+        state, metrics = train_step(state, recipe.batch(step))
+        records.append({name: float(value) for name, value in metrics.items()})
+    sizes = {name: leaf.size for name, leaf in flat(state).items()}
+    stored = {name: max(piece.data.size for piece in leaf.addressable_shards) for name, leaf in flat(state).items()}
+    return {'records': records, 'evaluation': evaluate(state.params)._asdict(), 'programs': programs,
+            'devices': recipe.mesh.size, 'sizes': sizes, 'stored': stored}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp('parallel')
+    letters = [chr(code) for code in range(97, 97 + 30)]  # a vocabulary that 2 divides, and 4 does not
+    text = ''.join(np.random.default_rng(0).choice(letters, 1500))
+    (folder / 'text.txt').write_text(text)
+    done = subprocess.run([sys.executable, '-W', 'error', __file__, str(folder / 'text.txt')], text=True, timeout=300,
+                          capture_output=True, env=os.environ | {
+                              'JAX_NUM_CPU_DEVICES': '8', 'JAX_PLATFORMS': 'cpu',
+                              'XLA_FLAGS': '--xla_backend_optimization_level=0'})  # compiles sooner
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize('mesh', MESHES[1:])
+def test_training_equals_one_device(runs, mesh):
+    """With dropout, in two micro-batches: loss, norms and learning rate of every step."""
+    losses = [record['loss'] for record in runs[ONE]['records']]
+    assert len(set(losses)) == STEPS and runs[mesh]['devices'] in (4, 8)
+    for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize('mesh', MESHES[1:])
+def test_evaluation_equals_one_device(runs, mesh):
+    assert runs[mesh]['evaluation'] == pytest.approx(runs[ONE]['evaluation'], rel=1e-5)
+    assert runs[mesh]['evaluation']['tokens'] == 149
+
+
+@pytest.mark.parametrize('mesh, pieces', [(ONE, 1), (DATA, 1), (FSDP, 4), (ALL, 4), (TENSOR, 4)])
+def test_matrices_and_their_moments_are_stored_in_pieces(runs, mesh, pieces):
+    """ZeRO: no device holds a whole matrix, nor its moments. Read after the updates: they keep the layout."""
+    sizes, stored = runs[mesh]['sizes'], runs[mesh]['stored']
+    kernels = [name for name in sizes if name.endswith('kernel')]
+    assert len(kernels) == 3 * 4  # parameters and two moments
+    assert {sizes[name] / stored[name] for name in kernels} == {pieces}
+    embeddings = {name: sizes[name] / stored[name] for name in sizes if name.endswith('embedding')}
+    assert len(embeddings) == 3 * 2
+    fsdp, tensor = (int(size) for size in mesh.split()[1:])
+    for name, parts in embeddings.items():
+        assert parts == fsdp * (tensor if 'wte' in name and 30 % tensor == 0 else 1)
+
+
+def test_each_device_works_on_its_own_rows(runs):
+    """In each micro-batch and in evaluation no device does another's share, and none moves activations to another.
+
+    Parameters in pieces are brought to the rows: else XLA splits the activations by feature, and moves those.
+    """
+    for mesh in MESHES:
+        data, fsdp, tensor = map(int, mesh.split())
+        rows, heads = ROWS // ACCUMULATE // data // fsdp, HEADS // tensor
+        assert len(runs[mesh]['programs']) == 2  # update and evaluation
+        for program in runs[mesh]['programs']:
+            products = re.findall(r'= f32\[([\d,]+)\]\S* (?:dot|custom-call)\(', program)
+            scores = {shape for shape in products if shape.endswith(f'{T},{T}')}
+            assert scores == {','.join(str(n) for n in (rows, heads, T, T) if n > 1)}, mesh
+            assert 'all-to-all' not in program
+
+
+if __name__ == '__main__':
+    print(json.dumps({mesh: run_on(mesh, sys.argv[1]) for mesh in MESHES}))

@@ -1,0 +1,268 @@
+"""A run that was stopped, by whatever, goes on as if it had not been; and what keeps it from going on is named."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+
+import kill_runs
+import pytest
+import runs
+from runs import make_config
+
+from gpt2_jax import train as train_lib
+from gpt2_jax.checkpoint import steps_in
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.recipe import Recipe
+
+STEPS = runs.SMALL['train.steps']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+
+
+@pytest.fixture(scope='module')
+def reference(text, tmp_path_factory):
+    """The run that is left in peace."""
+    folder = tmp_path_factory.mktemp('reference') / 'run'
+    assert runs.quiet_train(make_config(text), folder)[0] == 0
+    return folder
+
+
+@pytest.fixture(scope='module')
+def half(text, tmp_path_factory):
+    """A run that was stopped at step 12, where no save was due."""
+    folder = tmp_path_factory.mktemp('half') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 12, signal.SIGTERM)
+        code, printed = runs.quiet_train(make_config(text), folder)
+    assert code == 128 + signal.SIGTERM and 'stopped by SIGTERM at step 12' in printed
+    return folder
+
+
+@pytest.fixture
+def stopped(half, tmp_path):
+    return runs.copy(half, tmp_path / 'run')
+
+
+def signal_at(patch, step, number):
+    """Has the signal come with an update."""
+    make = Recipe.train_step
+
+    def with_signal(self):
+        update = make(self)
+
+        def train_step(state, batch):
+            if state.step == step - 1:
+                signal.raise_signal(number)
+            return update(state, batch)
+
+        return train_step
+
+    patch.setattr(Recipe, 'train_step', with_signal)
+
+
+def signal_after_fetch(patch, step, number):
+    """Has the signal come in the middle of a pass of the loop: after it was looked for, before the pass saves."""
+    fetch = train_lib.Loop.fetch
+
+    def with_signal(self, count):
+        fetch(self, count)
+        if self.done == step:
+            signal.raise_signal(number)
+
+    patch.setattr(train_lib.Loop, 'fetch', with_signal)
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob('*') if path.name != '.lock'}
+
+
+def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
+    draw, run = random.Random(3), tmp_path / 'run'
+
+    def start():
+        return kill_runs.start(run, text, runs.compile_cache().name, runs.SMALL)
+
+    moments = (kill_runs.kill(start(), run, draw, in_save=True, delay=0) for _ in range(3))
+    assert any('in the save of' in str(moment) for moment in moments)  # as a rule the first
+    process = start()
+    time.sleep(draw.uniform(1, 3))  # most often: while it compiles, or in its first steps
+    process.kill()
+    process.communicate()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        known, process = steps_in(run / 'checkpoints'), start()
+        while process.poll() is None and set(steps_in(run / 'checkpoints')) <= set(known):
+            time.sleep(0.002)
+        process.send_signal(number)
+        printed, _ = process.communicate()
+        assert process.returncode == 128 + number, printed
+        assert re.search(rf'stopped by {number.name} at step \d+, which is saved', printed), printed
+    kill_runs.finish(start())
+    assert runs.differences(run, reference) == []
+
+
+@pytest.mark.parametrize('number, at', [(signal.SIGTERM, 7), (signal.SIGINT, 9)])  # 7 is evaluated, 10 is saved
+def test_signal_saves_and_leaves(number, at, text, reference, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_after_fetch(patch, at, number)
+        code, printed = runs.quiet_train(make_config(text, log__every=1), tmp_path)
+    assert code == 128 + number and f'stopped by {number.name} at step {at + 1}, which is saved' in printed
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert runs.quiet_train(make_config(text, log__every=1), tmp_path)[0] == 0
+    assert runs.different_states(tmp_path, reference) == []
+    steps = [record['step'] for record in runs.metrics(tmp_path) if record['split'] == 'train']
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_how_often_it_is_evaluated_changes_no_parameter(text, reference, tmp_path):
+    for every in (10, 1000):
+        assert runs.quiet_train(make_config(text, eval__every=every), tmp_path / str(every))[0] == 0
+        assert runs.different_states(tmp_path / str(every), reference) == []
+
+
+def test_finished_run_says_so_and_changes_nothing(text, reference):
+    before = snapshot(reference)
+    code, printed = runs.quiet_train(make_config(text), reference)
+    best = json.loads((reference / 'summary.json').read_text())['best_val_loss']
+    assert code == 0 and f'is finished: {STEPS} steps, best validation loss {best:.4f}' in printed
+    assert snapshot(reference) == before
+
+
+def test_killed_between_the_last_save_and_the_summary(text, reference, tmp_path):
+    run = runs.copy(reference, tmp_path / 'run')
+    (run / 'summary.json').unlink()
+    assert runs.quiet_train(make_config(text), run)[0] == 0
+    assert runs.differences(run, reference) == []
+    summary, wanted = (json.loads((folder / 'summary.json').read_text()) for folder in (run, reference))
+    assert all(summary[key] == wanted[key] for key in ('seconds_to_first_step', 'tokens_per_second'))
+
+
+def test_summary(text, reference):
+    summary = json.loads((reference / 'summary.json').read_text())
+    assert summary['steps'] == STEPS and summary['tokens'] == STEPS * 4 * 16
+    validated = [record for record in runs.metrics(reference) if record['split'] == 'val']
+    best = min(validated, key=lambda record: record['loss'])
+    assert (summary['best_step'], summary['best_val_loss']) == (best['step'], best['loss'])
+    assert summary['final_val_loss'] == validated[-1]['loss'] and validated[-1]['step'] == STEPS
+    assert summary['val_tokens'] == best['tokens'] == -(-len(text.read_text()) // 10) - 1
+    assert 0 < summary['seconds_to_first_step'] < summary['seconds_total'] < 100
+    assert summary['tokens_per_second'] > 0 and summary['parameters'] == 13_664
+    assert summary['device'].startswith('cpu') and summary['jax_version']
+
+
+def test_settings_of_no_consequence_may_change(text, reference, stopped):
+    changed = make_config(text, eval__every=5, eval__sample_tokens=0, checkpoint__every=4, log__every=1)
+    assert runs.quiet_train(changed, stopped)[0] == 0
+    assert runs.different_states(stopped, reference) == []
+
+
+def test_other_settings_may_not(text, stopped):
+    before = snapshot(stopped)
+    changed = make_config(text, model__n_embd=16, train__seed=5, optim__beta1=0.8, eval__every=3)
+    with pytest.raises(UsageError) as error:
+        runs.quiet_train(changed, stopped)
+    for part in ('model.n_embd: 32 there, 16 now', 'train.seed: 0 there, 5 now', 'optim.beta1: 0.9 there, 0.8 now',
+                 '--fresh', '--workdir'):
+        assert part in str(error.value)
+    assert 'eval.every' not in str(error.value)
+    assert snapshot(stopped) == before
+
+
+def test_changed_text_is_refused(text, stopped, tmp_path):
+    other = tmp_path / 'text.txt'  # another text under the same path
+    shutil.copy(text, tmp_path / 'kept')
+    words = text.read_text()
+    try:
+        text.write_text(words[:-1] + words[0])
+        with pytest.raises(UsageError, match=r'data\.corpus \(its text\).* there, .* now'):
+            runs.quiet_train(make_config(text), stopped)
+    finally:
+        shutil.copy(tmp_path / 'kept', text)
+    shutil.copy(text, other)  # the same text under another path
+    with pytest.raises(UsageError, match=r'data\.corpus: '):
+        runs.quiet_train(make_config(other), stopped)
+
+
+def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
+    run = runs.copy(reference, tmp_path / 'run')
+    with pytest.raises(UsageError, match=r'train\.steps: 18 there, 30 now \(a larger .* with --extend'):
+        runs.quiet_train(make_config(text, train__steps=30), run)
+    with pytest.raises(UsageError, match=r'train\.steps: 18 there, 12 now; '):
+        runs.quiet_train(make_config(text, train__steps=12), run, extend=True)
+    code, printed = runs.quiet_train(make_config(text, train__steps=30), run, extend=True)
+    assert code == 0
+    told = re.search(r'extended from 18 to 30 steps: the schedule is laid out anew .* learning rate at step 18 goes '
+                     r'from (\S+) to (\S+)', printed)
+    assert float(told[1]) == pytest.approx(6e-5) and float(told[2]) > 3e-4
+    records = runs.metrics(run)
+    assert records[:len(runs.metrics(reference))] == runs.metrics(reference)
+    assert records[-1]['step'] == 30
+    assert max(runs.events(run).values()) == 1
+    assert json.loads((run / 'summary.json').read_text())['steps'] == 30
+
+
+def test_fresh_moves_the_old_run_aside(text, reference, stopped):
+    before = {path.relative_to(stopped): path.read_bytes() for path in stopped.rglob('*') if path.is_file()}
+    code, printed = runs.quiet_train(make_config(text), stopped, fresh=True)
+    aside, = (folder for folder in stopped.parent.iterdir() if folder != stopped)
+    assert code == 0 and f'the old run was moved to {aside}' in printed
+    before.pop(next(path for path in before if path.name == '.lock'))
+    assert all((aside / path).read_bytes() == data for path, data in before.items())
+    assert runs.differences(stopped, reference) == []
+
+
+def test_fresh_that_cannot_start_moves_nothing(text, stopped):
+    before = snapshot(stopped)
+    with pytest.raises(UserError, match='too few'):
+        runs.quiet_train(make_config(text, model__n_positions=5000), stopped, fresh=True)
+    assert snapshot(stopped) == before
+
+
+def test_logs_are_cut_back_to_the_checkpoint(text, reference, stopped):
+    for name in ('metrics.jsonl', 'samples.txt'):
+        with open(stopped / name, 'a') as file:
+            file.write('{"step": 14, "split": "train", "loss"')
+    event_file, = (stopped / 'tensorboard').iterdir()
+    data = event_file.read_bytes()
+    event_file.write_bytes(data + data[:-5])  # every figure once more, and half a record
+    (stopped / 'tensorboard/events.out.tfevents.later').write_bytes(data)
+    assert runs.quiet_train(make_config(text), stopped)[0] == 0
+    assert runs.differences(stopped, reference) == []
+
+
+def test_logs_of_something_else_are_left_alone(text, tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('mine\n')
+    with pytest.raises(UserError, match=r'not the folder of a run, but has metrics\.jsonl'):
+        runs.quiet_train(make_config(text), tmp_path)
+    assert (tmp_path / 'metrics.jsonl').read_text() == 'mine\n'
+
+
+def test_evaluate_restores_best_and_latest_to_the_digit(reference):
+    summary = json.loads((reference / 'summary.json').read_text())
+    for which, step, loss in (('best', summary['best_step'], summary['best_val_loss']),
+                              ('latest', STEPS, summary['final_val_loss'])):
+        code, out, err = runs.script('evaluate', f'--ckpt_dir={reference}', f'--which={which}')
+        assert (code, err) == (0, '')
+        assert out.startswith(f'step {step}, val: loss {loss!r} nats per token')
+
+
+def test_sample_needs_nothing_but_the_folder(text, reference, tmp_path, monkeypatch):
+    options = ('--prompt=ba', '--max_new_tokens=40', '--seed=7')
+    code, out, _ = runs.script('sample', f'--ckpt_dir={reference}', *options)
+    assert code == 0 and out.startswith('ba') and len(out) == 43
+    moved = runs.copy(reference, tmp_path / 'else where')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('gpt2_jax.data.load', None)  # no text is looked for
+    assert runs.script('sample', f'--ckpt_dir={moved}', *options)[1] == out
+    assert runs.script('sample', f'--ckpt_dir={moved}', *options[:-1], '--seed=8')[1] != out
