@@ -1,4 +1,4 @@
-"""How fast it is: training steps, decoding and start-up, each over repeated windows that end when the device is done."""
+"""How fast it is: training steps and decoding, over repeated windows that end when the device is done."""
 
 import statistics
 import time
@@ -78,7 +78,8 @@ def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int
     params = recipe.new_state().params
 
     def run():
-        chunks = generate(recipe.model, params, [0], max_new_tokens=new_tokens, num_samples=num_samples, sampling=sampling)
+        chunks = generate(recipe.model, params, [0], max_new_tokens=new_tokens, num_samples=num_samples,
+                          sampling=sampling)
         return sum(chunk.shape[1] for chunk in chunks)
 
     began = time.monotonic()

@@ -1,6 +1,7 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
 import importlib.metadata
+import itertools
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import gpt2_jax
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
 
+WRONG_RESULT = 'get_config() must return what default_config() of gpt2_jax.config makes, with other values'
 STDIN_SECONDS = 2  # for the first byte of a piped prompt; name it by --prompt_file=- to wait for ever
 
 
@@ -43,7 +46,7 @@ def config_name() -> str:
 def _check_config_flags(argv: list[str]) -> str | None:
     """Every --config.KEY must be a setting, and the file of --config=FILE be there; returns that file."""
     path = None
-    for arg, following in zip(argv, [*argv[1:], ''], strict=True):
+    for arg, following in itertools.pairwise([*argv, '']):
         if match := re.match(r'--?(?:no)?config\.([^=]+)', arg):
             try:
                 check_key(match[1])
@@ -64,6 +67,8 @@ def _config_error(error: BaseException, path: str) -> UsageError:
         error = error.__cause__ or error.__context__
         frames += traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename == path]
+    if 'Attempting to lookup' in str(error):  # a setting of the command line, in something that has none
+        return UsageError(f'{path}: {WRONG_RESULT}')
     where = f'{path}, line {frames[-1].lineno} ({frames[-1].line})' if frames else path
     what = f'{type(error).__name__}: {error}'
     for key in re.findall(r'\w\.(\w+\.\w+)', frames[-1].line if frames else ''):  # config.train.steps -> train.steps
@@ -81,19 +86,21 @@ def _check_config(config, path: str) -> None:
     sections = config.to_dict() if isinstance(config, ConfigDict) else {}
     keys = {f'{section}.{name}' for section, values in sections.items() if isinstance(values, dict) for name in values}
     if keys != set(SETTINGS):
-        raise UsageError(f'{path}: get_config() must return what default_config() of gpt2_jax.config makes, with other '
-                         'values')
+        raise UsageError(f'{path}: {WRONG_RESULT}')
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses all flags; returns the arguments that are none. Raises UsageError; --help and --version exit with 0."""
     # First of all: they must answer also where the rest of the line is wrong.
     if {'--help', '-help', '-h', '--helpfull'} & set(argv):
-        module = sys.modules['__main__']
-        print((module.__doc__ or '').strip(), flags.FLAGS.module_help(module).strip(), sep='\n\n')
+        script = sys.modules['__main__']
+        print((script.__doc__ or '').strip(), end='\n\n')
+        for module in (script, sys.modules[__name__]):  # the flags of each, without its name
+            print(flags.FLAGS.module_help(module).strip().partition('\n')[2])
         if 'config' in flags.FLAGS:
-            print('\nSettings, each to be changed by --config.KEY=VALUE:')
-            print('\n'.join(f'  {describe(key)}' for key in SETTINGS))
+            print('\nSettings, each to be changed by --config.KEY=VALUE, and their defaults:')
+            for key, (default, *_) in SETTINGS.items():
+                print(f'  {describe(key)} [{"open" if isinstance(default, type) else repr(default)}]')
         sys.exit(0)
     if '--version' in argv:
         libraries = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax'))
@@ -158,6 +165,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     for name in ('absl', 'asyncio'):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_noise
+    # JAX's cache of compiled programs is a convenience: without it, or past a damaged entry, it compiles.
+    warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
+    if hasattr(sys.stdout, 'reconfigure'):  # it is None where it was closed
+        sys.stdout.reconfigure(errors='replace')  # what a terminal cannot show must not end a run
     message = None
     try:
         code = main(_parse(sys.argv)) or 0

@@ -123,22 +123,23 @@ def download(name: str) -> Path:
 
     Raises UserError that says how else to get the files.
     """
-    elsewise = (f'there is no folder {name}; to take the model {name} from the hub without this, fetch '
-                f'{", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into a folder, and give that')
+    otherwise = (f'Otherwise fetch {", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into a folder, '
+                 'and give that')
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"huggingface_hub is not installed, which downloads it: pip install -e '.[hub]'; "
-                        f'{elsewise}') from None
+        raise UserError(f'there is no folder {name}; and to take it for a name on the hub, huggingface_hub must be '
+                        f"installed: pip install -e '.[hub]'. {otherwise}") from None
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=HUB_SECONDS)
-        files = {file.rfilename: file for file in info.siblings if file.rfilename in HUB_FILES}
-        paths = {name_: Path(huggingface_hub.hf_hub_download(name, name_, revision=info.sha)) for name_ in files}
+        listed = {file.rfilename: file for file in info.siblings if file.rfilename in HUB_FILES}
+        paths = {file: Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha)) for file in listed}
     except Exception as error:  # no network, no such model, a proxy's answer: the hub's library has many
         text = ' '.join(str(error).split())[:200]
-        raise UserError(f'{name} could not be had from the hub ({type(error).__name__}: {text}); {elsewise}') from None
+        raise UserError(f'there is no folder {name}, and the hub could not be asked for it ({type(error).__name__}: '
+                        f'{text}). {otherwise}') from None
     for file, path in paths.items():
-        if not _is_published(path, files[file]):
+        if not _is_published(path, listed[file]):
             raise UserError(f'{path} is not the file that the hub publishes: delete it, and run this again')
     return paths[huggingface.CONFIG].parent if paths else Path(name)
 

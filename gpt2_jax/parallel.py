@@ -6,6 +6,7 @@ their parameter's path, so the same table serves them.
 
 import contextlib
 import os
+import platform
 import re
 
 import jax
@@ -14,20 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.published import folders
 
-# Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. A device
-# that is not here has an unknown peak: no guess is made.
+# Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. The
+# peak of any other name is unknown, and not guessed from a part of it: an L40 is no L4, an H200 NVL no H200.
 PEAK_BF16_FLOPS = {
-    'NVIDIA A100': 312e12,
-    'NVIDIA H100 PCIe': 756e12,
-    'NVIDIA H100 80GB HBM3': 989.4e12,
-    'NVIDIA H200': 989.4e12,
-    'NVIDIA L4': 121e12,
-    'NVIDIA L40S': 362e12,
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5p': 459e12,
-    'TPU v6 lite': 918e12,
+    'NVIDIA A100': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 80GB HBM3': 989.4e12, 'NVIDIA H200': 989.4e12,
+    'NVIDIA L4': 121e12, 'NVIDIA L40S': 362e12,
+    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v6 lite': 918e12,
 }
 
 # Path pattern -> mesh axis of each dimension. Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, section 3)
@@ -47,10 +42,15 @@ PARTITION_RULES = (
 
 
 def select_platform(name: str) -> None:
-    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process; call before any other use of JAX.
+    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process, and keeps what it compiles; call before JAX is used.
+
+    Compiled programs go to the user's cache, one folder a machine: the next start of a run, and a resumed one, needs
+    none of the seconds to minutes of compilation, and runs the very same program.
 
     Raises UsageError where no such device is seen.
     """
+    if not jax.config.jax_compilation_cache_dir:  # the environment's JAX_COMPILATION_CACHE_DIR comes first
+        jax.config.update('jax_compilation_cache_dir', str(folders('xla')[-1] / platform.node()))
     if name == 'cpu':
         jax.config.update('jax_platforms', 'cpu')
     elif name != 'auto':
@@ -64,8 +64,7 @@ def select_platform(name: str) -> None:
 
 def peak_flops(device: jax.Device) -> float | None:
     """The device's dense bf16 peak in FLOP/s; None where it is not known."""
-    matches = [name for name in PEAK_BF16_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
+    return PEAK_BF16_FLOPS.get(device.device_kind)
 
 
 def describe_device(device: jax.Device) -> str:
@@ -138,7 +137,8 @@ def memory_errors(knobs: str):
         # A GPU says the first, a CPU the second.
         if not isinstance(error, MemoryError) and not re.search('RESOURCE_EXHAUSTED|Out of memory', str(error)):
             raise
-        amount = re.search(r'allocat\w+ (?:of )?(\d+) ?(?:bytes)?', str(error))
-        wanted = f' for an array of {int(amount[1]) / 2**30:.1f} GiB' if amount else ''
-        raise UserError(f'out of memory{wanted} on {describe_device(jax.devices()[0])}: {knobs}') from None
+        amount = re.search(r'allocat\w+ (?:of )?([\d.]+) ?([KMGT]iB)?', str(error))  # in bytes where no unit is named
+        size = amount and (f'{amount[1]} {amount[2]}' if amount[2] else f'{float(amount[1]) / 2**30:,.1f} GiB')
+        raise UserError(f'out of memory{f" for an array of {size}" if size else ""} on '
+                        f'{describe_device(jax.devices()[0])}: {knobs}') from None
 

@@ -13,7 +13,7 @@ from gpt2_jax import cli
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
 _WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode'], 'What to measure.')
-_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 0, 'Use random tokens of this many kinds; 0: the corpus.', lower_bound=0)
+_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 0, 'Random tokens of so many kinds; 0: the corpus.', lower_bound=0)
 _WINDOWS = flags.DEFINE_integer('windows', 10, 'Measurements to take the median of.', lower_bound=1)
 _SECONDS = flags.DEFINE_float('seconds', 1.0, 'Length of a window of training steps.', lower_bound=0)
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at once.', lower_bound=1)
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
                                          Sampling(1.0, _TOP_K.value))
     for name, value in figures.items():
         print(f'{name:32}{value}')
-    print(json.dumps({'config': cli.config_name(), 'what': _WHAT.value, 'device': parallel.describe_device(parts.device),
-                      **figures}))
+    print(json.dumps({'config': cli.config_name(), 'what': _WHAT.value,
+                      'device': parallel.describe_device(parts.device), **figures}))
 
 
 if __name__ == '__main__':

@@ -8,10 +8,10 @@ import json
 import os
 import random
 import runpy
-import shutil
 import struct
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event
 from gpt2_jax import config as config_lib
 from gpt2_jax.checkpoint import FOLDER, Checkpoints, sealed_in
 from gpt2_jax.config import default_config
-from gpt2_jax.recipe import build
+from gpt2_jax.recipe import Recipe, build
 from gpt2_jax.train import train
 
 # Dropout, so that a mask drawn anew would show; saves and evaluations at steps that seldom meet.
@@ -89,8 +89,9 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
     path, known = Path(__file__).parents[1] / 'scripts' / f'{name}.py', set(flags.FLAGS)
     argv, out, err = [str(path), *map(str, arguments)], io.StringIO(), io.StringIO()
     try:
-        with (mock.patch.object(sys, 'argv', argv), open(os.devnull) as nothing, mock.patch.object(sys, 'stdin', nothing),
-              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        with (open(os.devnull) as nothing, warnings.catch_warnings(), mock.patch.multiple(
+                sys, argv=argv, stdin=nothing, stdout=out, stderr=err, unraisablehook=sys.unraisablehook)):
+            warnings.filterwarnings('ignore', r'the load_module\(\) method', DeprecationWarning)  # of ml_collections
             runpy.run_path(str(path), run_name='__main__')
     except SystemExit as end:
         return end.code, out.getvalue(), err.getvalue()
@@ -101,9 +102,15 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
     raise AssertionError('a script ends with sys.exit')
 
 
-def copy(run: Path, to: Path) -> Path:
-    """A copy of a run's folder."""
-    return shutil.copytree(run, to)
+def before_updates(patch, change) -> None:
+    """Has every update begin with change(state), which returns the state to go on with."""
+    make = Recipe.train_step
+
+    def with_change(self):
+        update = make(self)
+        return lambda state, batch: update(change(state), batch)
+
+    patch.setattr(Recipe, 'train_step', with_change)
 
 
 def metrics(run: Path) -> list[dict]:

@@ -44,8 +44,8 @@ def test_wrong_lines_are_named(tmp_path, content, named, ending):
 
 
 @pytest.mark.parametrize('change', [
-    lambda data: data[:-9], lambda data: b'{"text": ""}', lambda data: data[:200] + b'\xff\xff' + data[202:],
-    lambda data: data[:-8] + bytes(8)])
+    lambda data: data[:-9], lambda data: b'{"text": ""}', lambda data: data[:10] + b'\xff' + data[11:],
+    lambda data: data[:-8] + bytes(8)], ids=['cut', 'no gzip', 'no deflate', 'wrong checksum'])
 def test_damaged_gzip_is_named(tmp_path, change):
     data = gzip.compress(json.dumps({'text': ' '.join(map(str, range(999)))}).encode())
     assert len(data) > 300

@@ -61,7 +61,8 @@ def numpy_gpt2(params, cfg, tokens_T):
 
 
 @pytest.mark.parametrize('changes', [
-    {}, dict(bias=False, activation_function='gelu', n_head=4, n_inner=24, n_layer=3), dict(vocab_size=1030, n_layer=1)])
+    {}, dict(bias=False, activation_function='gelu', n_head=4, n_inner=24, n_layer=3),
+    dict(vocab_size=1030, n_layer=1)])
 def test_forward_equals_numpy(changes):
     model = tiny(**changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)  # off, unless asked for
     params, tokens_BT = rough_params(model), tokens(model, length=9)

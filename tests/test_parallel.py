@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from gpt2_jax.parallel import peak_flops
 
 # data x fsdp x tensor
 ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
@@ -110,6 +113,15 @@ def test_each_device_works_on_its_own_rows(runs):
             scores = {shape for shape in products if shape.endswith(f'{T},{T}')}
             assert scores == {','.join(str(n) for n in (rows, heads, T, T) if n > 1)}, mesh
             assert 'all-to-all' not in program
+
+
+@pytest.mark.parametrize('kind, peak', [
+    ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989.4e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA L4', 121e12), ('NVIDIA L40S', 362e12), ('NVIDIA L40', None),
+    ('NVIDIA H200 NVL', None), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('cpu', None)])
+def test_peaks_are_known_or_unknown(kind, peak):
+    """Never guessed: of what is named alike, one may be twice as fast as the other."""
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
 
 
 if __name__ == '__main__':

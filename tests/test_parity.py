@@ -73,7 +73,7 @@ def greedy_by_transformers(theirs, prompt_T, n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: '-'.join(str(value) for value in shape.values()))
-def test_logits_gradients_and_greedy_text(shape, tmp_path, capsys):
+def test_logits_gradients_and_greedy_text(shape, tmp_path):
     config = {name: value for name, value in shape.items() if name not in 'BT'}
     theirs = rough_gpt2(**config)
     tokens_BT = np.random.default_rng(1).integers(0, config['vocab_size'], (shape['B'], shape['T']), np.int32)
@@ -93,9 +93,8 @@ def test_logits_gradients_and_greedy_text(shape, tmp_path, capsys):
     assert set(ours) == {f'transformer.{name}' for name in gradients}
     errors = {name: np.abs(ours[f'transformer.{name}'] - gradient).max() / np.abs(gradient).max()
               for name, gradient in gradients.items()}
-    with capsys.disabled():
-        print(f'\nlogits up to {np.abs(logits_BTV).max():.2f} differ by at most {logit_error:.1e}, gradients by '
-              f'{max(errors.values()):.1e} of the largest of their leaf')
+    print(f'logits up to {np.abs(logits_BTV).max():.2f} differ by at most {logit_error:.1e}, gradients by '
+          f'{max(errors.values()):.1e} of the largest of their leaf')
     assert logits_BTV.std() > 0.3
     assert logit_error <= 2e-5
     assert abs(our_loss - loss) <= 2e-6 * loss
@@ -243,7 +242,7 @@ class Pair:
 
 @pytest.mark.parametrize('implementation', ['optax', 'explicit'])
 @pytest.mark.parametrize('learning_rate', [LEARNING_RATE, 0.01])
-def test_updates_by_the_same_gradients(learning_rate, implementation, capsys):
+def test_updates_by_the_same_gradients(learning_rate, implementation):
     """From the first on, over scales at which clipping is at work and at which it is not."""
     pair, rng = Pair(learning_rate, implementation), np.random.default_rng(3)
     before = weights_of(pair.theirs)
@@ -251,16 +250,15 @@ def test_updates_by_the_same_gradients(learning_rate, implementation, capsys):
     for scale in (1e-2, 1e-4, 1.0, 1e-3, 1e-2):
         pair.step_by_gradients({name: np.float32(rng.normal(0, scale, leaf.shape)) for name, leaf in before.items()})
         largest.append(max(leaf.max() for leaf in pair.differences().values()))
-    with capsys.disabled():
-        print(f'\nlearning rate {learning_rate}: parameters differ by at most {largest[0]:.1e} after 1 update, '
-              f'{largest[-1]:.1e} after {len(largest)}')
+    print(f'learning rate {learning_rate}: parameters differ by at most {largest[0]:.1e} after 1 update, '
+          f'{largest[-1]:.1e} after {len(largest)}')
     moved = {name: np.abs(leaf - before[name]).mean() for name, leaf in weights_of(pair.theirs).items()}
     assert min(moved.values()) > 0.5 * learning_rate
     assert max(largest) <= 1e-6
 
 
-@pytest.mark.parametrize('earlier, eps', [(0, EPS), (0, 1e-6), (5, EPS)])
-def test_an_update_by_the_same_batch(earlier, eps, capsys):
+@pytest.mark.parametrize('earlier, eps', [(0, EPS), (0, 1e-5), (5, EPS)])
+def test_an_update_by_the_same_batch(earlier, eps):
     """The whole step of both, forward and backward pass, clipping, AdamW: within 0.01 of the learning rate.
 
     The first update of Adam is a sign, lr g / (|g| + eps), so with eps = 1e-8 it says nothing where g is rounding: the
@@ -287,7 +285,7 @@ def test_an_update_by_the_same_batch(earlier, eps, capsys):
     train_step = jax.jit(make_train_step(pair.model, pair.optimizer, pair.schedule, seed=0, accumulate=1))
     pair.state, metrics = train_step(pair.state.replace(params=params),
                                      {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]})
-    assert norm > 1.5 * CLIP  # it was clipped
+    assert norm > 1.3 * CLIP  # it was clipped
     np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics['loss'], loss.item(), rtol=1e-6)
     compared = {name: np.abs(g) >= (earlier == 0 and eps == EPS) * 1e-5 * np.abs(g).max()
@@ -296,9 +294,8 @@ def test_an_update_by_the_same_batch(earlier, eps, capsys):
     moved = {name: np.abs(leaf - before[name])[compared[name]].mean() for name, leaf in weights_of(pair.theirs).items()}
     left_out = {name: np.sum(~compared[name] & (gradients[name] != 0)) for name in compared}
     worst = max(errors, key=errors.get)
-    with capsys.disabled():
-        print(f'\n{earlier} updates, eps {eps}, one update more: apart by at most {errors[worst]:.1e} of the learning '
-              f'rate, in {worst}; left out {sum(left_out.values())} of {sum(leaf.size for leaf in before.values()):,}')
+    print(f'{earlier} updates, eps {eps}, one update more: apart by at most {errors[worst]:.1e} of the learning '
+          f'rate, in {worst}; left out {sum(left_out.values())} of {sum(leaf.size for leaf in before.values()):,}')
     assert errors[worst] <= 0.01
     assert min(moved.values()) > 0.1 * LEARNING_RATE
     assert all(n <= (64 if name.endswith('c_attn.bias') else 25) for name, n in left_out.items()), left_out

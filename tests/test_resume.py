@@ -15,7 +15,6 @@ from runs import make_config
 from gpt2_jax import train as train_lib
 from gpt2_jax.checkpoint import steps_in
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.recipe import Recipe
 
 STEPS = runs.SMALL['train.steps']
 
@@ -52,24 +51,17 @@ def half(text, tmp_path_factory):
 
 @pytest.fixture
 def stopped(half, tmp_path):
-    return runs.copy(half, tmp_path / 'run')
+    return shutil.copytree(half, tmp_path / 'run')
 
 
 def signal_at(patch, step, number):
     """Has the signal come with an update."""
-    make = Recipe.train_step
+    def change(state):
+        if state.step == step - 1:
+            signal.raise_signal(number)
+        return state
 
-    def with_signal(self):
-        update = make(self)
-
-        def train_step(state, batch):
-            if state.step == step - 1:
-                signal.raise_signal(number)
-            return update(state, batch)
-
-        return train_step
-
-    patch.setattr(Recipe, 'train_step', with_signal)
+    runs.before_updates(patch, change)
 
 
 def signal_after_fetch(patch, step, number):
@@ -140,7 +132,7 @@ def test_finished_run_says_so_and_changes_nothing(text, reference):
 
 
 def test_killed_between_the_last_save_and_the_summary(text, reference, tmp_path):
-    run = runs.copy(reference, tmp_path / 'run')
+    run = shutil.copytree(reference, tmp_path / 'run')
     (run / 'summary.json').unlink()
     assert runs.quiet_train(make_config(text), run)[0] == 0
     assert runs.differences(run, reference) == []
@@ -195,7 +187,7 @@ def test_changed_text_is_refused(text, stopped, tmp_path):
 
 
 def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
-    run = runs.copy(reference, tmp_path / 'run')
+    run = shutil.copytree(reference, tmp_path / 'run')
     with pytest.raises(UsageError, match=r'train\.steps: 18 there, 30 now \(a larger .* with --extend'):
         runs.quiet_train(make_config(text, train__steps=30), run)
     with pytest.raises(UsageError, match=r'train\.steps: 18 there, 12 now; '):
@@ -261,7 +253,7 @@ def test_sample_needs_nothing_but_the_folder(text, reference, tmp_path, monkeypa
     options = ('--prompt=ba', '--max_new_tokens=40', '--seed=7')
     code, out, _ = runs.script('sample', f'--ckpt_dir={reference}', *options)
     assert code == 0 and out.startswith('ba') and len(out) == 43
-    moved = runs.copy(reference, tmp_path / 'else where')
+    moved = shutil.copytree(reference, tmp_path / 'else where')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('gpt2_jax.data.load', None)  # no text is looked for
     assert runs.script('sample', f'--ckpt_dir={moved}', *options)[1] == out

@@ -1,5 +1,7 @@
 """Token files of others: read as they are, with or without a header, and every damage named."""
 
+import glob
+
 import numpy as np
 import pytest
 from bpe import MERGES, SMALL
@@ -30,8 +32,11 @@ def folder(tmp_path):
     return tmp_path / 'web'
 
 
-def test_llm_c_files(folder, monkeypatch):
+@pytest.mark.parametrize('backwards', [False, True])
+def test_llm_c_files(folder, monkeypatch, backwards):
     monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
+    found = glob.glob  # lists files in the order of the disk
+    monkeypatch.setattr(glob, 'glob', lambda *args, **more: sorted(found(*args, **more), reverse=backwards))
     dataset = data.load(corpus=f'{folder}/web_*.bin', **SETTINGS)
     assert (dataset.name, dataset.tokenizer) == ('web', SMALL)
     assert dataset.train.read(0, 700).tolist() == IDS[:700].tolist()
@@ -56,11 +61,13 @@ def test_identity(folder):
     folder = folder.with_name('elsewhere')
     assert open_token_files(f'{folder}/*.bin', SMALL).sha256 == before
     others = {before}
-    put(folder / 'web_val_000000.bin', IDS[701:])
+    changed = IDS[700:].copy()
+    changed[5] ^= 1
+    put(folder / 'web_val_000000.bin', changed)
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
     (folder / 'web_train_000001.bin').rename(folder / 'web_train_000003.bin')  # another order
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
-    (folder / 'web_train_000003.bin').rename(folder / 'web_val_000001.bin')  # another split
+    (folder / 'web_train_000003.bin').rename(folder / 'web_train_val.bin')  # another split, in the same order
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
     others.add(open_token_files(f'{folder}/*.bin', tokenizers.Gpt2Tokenizer(MERGES + 'x y\n')).sha256)
     assert len(others) == 5
