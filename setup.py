@@ -8,6 +8,8 @@ from setuptools import setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'gpt2_jax/__init__.py').read_text()).group(1)
 
+PARQUET = ['pyarrow>=21,<27']
+
 setup(
     name='gpt2_jax',
     version=VERSION,
@@ -27,11 +29,13 @@ setup(
         'absl-py>=2.3,<3',
         'ml_collections>=1.1,<2',
         'rich>=14,<16',
+        'safetensors>=0.5,<0.9',
         'tensorboardX>=2.6.4,<3',
     ],
     extras_require={
         'cuda12': ['jax[cuda12]>=0.10.2,<0.12'],
         'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
-        'test': ['pytest>=8,<10', 'ruff>=0.14,<0.18'],
+        'parquet': PARQUET,
+        'test': ['pytest>=8,<10', 'ruff>=0.14,<0.18', 'hypothesis>=6.140,<7', *PARQUET],
     },
 )

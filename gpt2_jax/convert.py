@@ -105,17 +105,25 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
     """The tokenizer in a file, ours as JSON or GPT-2's merges; or the one that a published folder holds."""
-    names = [OUR_TOKENIZER, *vocabulary.NAMES]
+    names = [OUR_TOKENIZER, *vocabulary.NAMES, 'tokenizer.json']
     path = Path(file) if file else next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
         raise UserError(f'{folder} has no tokenizer: expected {" or ".join(names)} there, or as --tokenizer=FILE, that '
                         "may also be the tokenizer.json of a run's or a prepared folder")
-    if path.suffix == '.json':
-        try:
-            return tokenizers.from_json(path.read_text('utf-8'))
-        except UnicodeDecodeError as error:
-            raise UserError(f'{path} is no tokenizer: {error}') from None
-    return Gpt2Tokenizer(vocabulary.read_merges(path))
+    if path.suffix != '.json':
+        return Gpt2Tokenizer(vocabulary.read_merges(path))
+    try:
+        content = json.loads(path.read_text('utf-8'))
+        if 'model' not in content:
+            return tokenizers.from_json(json.dumps(content))
+        # As transformers writes it: each merge is 'left right', or a pair.
+        merges = ''.join(f'{merge if isinstance(merge, str) else " ".join(merge)}\n'
+                         for merge in content['model']['merges'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is no tokenizer: {type(error).__name__}: {error}') from None
+    if hashlib.sha256(merges.encode()).hexdigest() != vocabulary.MERGES_SHA256:
+        raise UserError(f"{path} does not hold GPT-2's merges: it is another tokenizer")
+    return Gpt2Tokenizer(merges)
 
 
 def download(name: str) -> Path:

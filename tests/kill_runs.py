@@ -90,12 +90,17 @@ def main() -> int:
     bad = kills = in_saves = 0
     for number in range(1, args.runs + 1):
         workdir, told = folder / f'run_{number}', []
-        for _ in range(args.kills):
+        while len(told) < args.kills:
+            began = time.monotonic()
             when = kill(start(workdir, text, cache), workdir, draw, in_save=draw.random() < 0.5, seconds=seconds)
-            told.append(when or 'not before its end')
-            kills, in_saves = kills + bool(when), in_saves + ('save' in (when or ''))
-            if not when:
+            if when:
+                told.append(when)
+            elif told:
                 break
+            else:  # the machine is less busy than it was: none goes unkilled
+                seconds = min(seconds, time.monotonic() - began)
+                shutil.rmtree(workdir)
+        kills, in_saves = kills + len(told), in_saves + sum('save' in when for when in told)
         output = finish(start(workdir, text, cache))
         wrong = runs.differences(workdir, reference)
         bad += bool(wrong)

@@ -3,6 +3,7 @@
 Runs where the extra `parity` is installed:  pip install -e '.[test,parity]' && pytest tests/test_parity.py -s
 """
 
+import hashlib
 import json
 import os
 import re
@@ -151,7 +152,7 @@ def test_activations_mean_what_their_names_mean(name):
     np.testing.assert_allclose(OURS[ACTIVATIONS[name]](x), theirs, rtol=0, atol=1e-6)
 
 
-def test_the_tokenizer_files_load_in_transformers(tmp_path):
+def test_the_tokenizer_goes_to_transformers_and_back(tmp_path, monkeypatch):
     merges = 't h\nth e\nĠ the\ni n\nĠ a\n'
     tokenizer = Gpt2Tokenizer(merges)
     for name, text in tokenizer.hub_files().items():
@@ -160,6 +161,17 @@ def test_the_tokenizer_files_load_in_transformers(tmp_path):
     text = 'the cat in the hat\n\n  and a thing — 你好, 12 thes'
     assert theirs(text)['input_ids'] == tokenizer.encode(text).tolist()
     assert theirs.decode(tokenizer.encode(text).tolist()) == text
+
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    write_folder(tmp_path, export_config(model.cfg, None), export_params(rough_params(model), model.cfg))
+    (tmp_path / 'merges.txt').unlink()
+    theirs.save_pretrained(tmp_path)  # as tokenizer.json
+    assert not (tmp_path / 'merges.txt').exists()
+    with pytest.raises(convert.UserError, match="does not hold GPT-2's merges: it is another tokenizer"):
+        convert.from_hf(str(tmp_path), tmp_path / 'run')
+    monkeypatch.setattr(convert.vocabulary, 'MERGES_SHA256', hashlib.sha256(merges.encode()).hexdigest())
+    convert.from_hf(str(tmp_path), tmp_path / 'run', notify=lambda text: None)
+    assert convert.checkpoint.load(tmp_path / 'run', 'best').tokenizer == tokenizer
 
 
 @pytest.mark.parametrize('kind', ['nanoGPT', 'transformers'])
