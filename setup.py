@@ -36,6 +36,8 @@ setup(
         'cuda12': ['jax[cuda12]>=0.10.2,<0.12'],
         'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
         'parquet': PARQUET,
+        'hub': ['huggingface_hub>=1,<3'],
+        'parity': ['torch>=2.13,<2.14', 'transformers>=5.23,<6'],
         'test': ['pytest>=8,<10', 'ruff>=0.14,<0.18', 'hypothesis>=6.140,<7', *PARQUET],
     },
 )

@@ -18,10 +18,10 @@ def get_config():
     config.model.embd_pdrop = config.model.attn_pdrop = config.model.resid_pdrop = 0.0
     config.model.bias = False
     config.data.fallback = 'python-topics'
-    config.train.steps = 2600
+    config.train.steps = 2800
     config.train.batch_size = 8
     config.optim.learning_rate = 4e-3  # a small model on a short budget likes it high
     config.optim.end_learning_rate = 1e-4
     config.optim.beta2 = 0.99  # few tokens a step: average the second moment over more of them
-    config.eval.every = 650
+    config.eval.every = 700
     return config

@@ -20,8 +20,9 @@ from gpt2_jax.published import folders
 # Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. The
 # peak of any other name is unknown, and not guessed from a part of it: an L40 is no L4, an H200 NVL no H200.
 PEAK_BF16_FLOPS = {
-    'NVIDIA A100': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 80GB HBM3': 989.4e12, 'NVIDIA H200': 989.4e12,
-    'NVIDIA L4': 121e12, 'NVIDIA L40S': 362e12,
+    'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12,
+    'NVIDIA A100 80GB PCIe': 312e12, 'NVIDIA H100 PCIe': 756e12, 'NVIDIA H100 80GB HBM3': 989.4e12,
+    'NVIDIA H200': 989.4e12, 'NVIDIA L4': 121e12, 'NVIDIA L40S': 362e12,
     'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v6 lite': 918e12,
 }
 
