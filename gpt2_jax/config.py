@@ -84,6 +84,9 @@ SETTINGS = {
     'train.seq_len': (int, or_none(at_least(1)), 'tokens per window (T); left open: n_positions'),
     'train.accumulate': (1, at_least(1), 'micro-batches an update is worked off in: less memory, the same gradient'),
     'train.seed': (0, below(0, 2**32), 'of initialisation, data order and dropout'),
+    'train.init_from': ('', TEXT, "the folder of a run to start from, as scripts/convert.py writes one; empty: random"),
+    'train.init_which': ('best', NAME, "the checkpoint there: 'best', 'latest' or a step"),
+    'train.init_optimizer': (False, SWITCH, 'go on with the optimizer of that checkpoint too, under a new schedule'),
     # -- optimizer
     'optim.implementation': ('optax', one_of('optax', 'explicit'), 'of AdamW, clipping and schedule: optax has them '
                              'too; explicit: written out from their equations'),

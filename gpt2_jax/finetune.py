@@ -17,6 +17,14 @@ from gpt2_jax.step import TrainState
 KEPT = ('n_layer', 'n_head', 'n_embd', 'n_inner', 'activation_function', 'layer_norm_epsilon', 'bias')
 
 
+def first_state(recipe: Recipe) -> TrainState:
+    """The state before a run's first update: drawn at random, or that of `train.init_from`. Raises as `start_state`."""
+    train = recipe.config.train
+    if not train.init_from:
+        return recipe.new_state()
+    return start_state(recipe, Path(train.init_from), which=train.init_which, keep_optimizer=train.init_optimizer)
+
+
 def start_state(parts: Recipe, run: Path, *, which: str = 'best', keep_optimizer: bool = False,
                 notify: Callable[[str], None] = print) -> TrainState:
     """The state before a run's first update, with the parameters of the checkpoint `which` in the folder `run`.

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax import batches, parallel, run_folder, tokenizers
+from gpt2_jax import batches, finetune, parallel, run_folder, tokenizers
 from gpt2_jax import config as config_lib
 from gpt2_jax.checkpoint import FOLDER, Checkpoints, best_in, sealed_in, set_aside_damaged
 from gpt2_jax.errors import DivergedError, UsageError
@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
                 return 0
             if start:
                 print(f'going on from checkpoint {start:,} in {workdir}', flush=True)
-            state = checkpoints.restore(start, recipe.abstract_state()) if start else recipe.new_state()
+            state = checkpoints.restore(start, recipe.abstract_state()) if start else finetune.first_state(recipe)
             run_folder.cut_back(workdir, log_sizes)
             (workdir / 'summary.json').unlink(missing_ok=True)
             run_folder.write_text(workdir / 'config.json', config_lib.to_json(config))

@@ -1,0 +1,25 @@
+"""Fine-tunes a published GPT-2 on TinyShakespeare: 24 updates of 32 x 1024 tokens at a small, steady learning rate.
+
+    python scripts/convert.py --from_hf=downloads/gpt2 --ckpt_dir=runs/gpt2
+    python scripts/train.py --config=configs/finetune_shakespeare.py
+
+Other sizes: --config=configs/finetune_shakespeare.py:gpt2-medium starts from runs/gpt2-medium. A shorter context,
+--config.model.n_positions=512, crops the positions.
+"""
+
+from gpt2_jax.config import PRESETS, default_config
+
+
+def get_config(size='gpt2'):
+    config = default_config()
+    config.model.update(PRESETS[size])
+    config.model.dtype = 'bfloat16'
+    config.data.tokenizer = 'gpt2'
+    config.train.init_from = f'runs/{size}'
+    config.train.steps = 24
+    config.train.batch_size = 32
+    config.train.accumulate = 8
+    config.optim.learning_rate = config.optim.end_learning_rate = 3e-5
+    config.optim.warmup_steps = 0
+    config.eval.every = 6
+    return config
