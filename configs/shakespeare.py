@@ -1,4 +1,10 @@
-"""The published character-level run on TinyShakespeare: 6 layers of width 384, context 256."""
+"""The published character-level run on TinyShakespeare: 6 layers of width 384, context 256.
+
+    python scripts/train.py --config=configs/shakespeare.py
+
+Hardware: one GPU; on an H100 9 ms a step. Validation loss of the best checkpoint, over the whole split: 1.457 nats, the
+mean of three seeds (1.459, 1.452, 1.459), reached after about 2,000 steps; the rest overfits.
+"""
 
 from gpt2_jax.config import default_config
 

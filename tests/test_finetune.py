@@ -10,7 +10,7 @@ from tiny import flat
 from gpt2_jax import checkpoint
 from gpt2_jax.checkpoint import FOLDER
 from gpt2_jax.config import resolve
-from gpt2_jax.errors import UsageError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.finetune import start_state
 from gpt2_jax.recipe import build
 
@@ -112,3 +112,17 @@ def test_dropout_precision_and_optimizer_may_be_others(text, base):
                      optim__clip_norm=0.0)
     state, _ = start(parts, base)
     assert jax.tree.structure(state) == jax.tree.structure(parts.shapes)
+
+
+def test_training_starts_there_and_goes_on_from_its_own_checkpoints(text, base, tmp_path):
+    config = runs.make_config(text, **SIZES, train__init_from=str(base), train__init_which='latest',
+                              train__init_optimizer=True, optim__learning_rate=1e-4)
+    code, out = runs.quiet_train(config, tmp_path / 'tuned')
+    assert code == 0 and f'starting from checkpoint 6 in {base}, with its optimizer' in out
+    parts = parts_of(text, optim__learning_rate=1e-4)
+    state, _ = start(parts, base, which='latest', keep_optimizer=True)
+    assert runs.metrics(tmp_path / 'tuned')[0]['loss'] == float(parts.train_step()(state, parts.batch(0))[1]['loss'])
+    assert 'going on' not in out and 'is finished' in runs.quiet_train(config, tmp_path / 'tuned')[1]
+    config.train.init_from = str(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='nowhere holds no checkpoint'):
+        runs.quiet_train(config, tmp_path / 'other')
