@@ -72,6 +72,7 @@ SETTINGS = {
     'model.remat': (False, SWITCH, 'recompute each block in the backward pass: less memory, a third more work'),
     'model.attention': ('explicit', one_of('explicit', 'cudnn'),
                         'explicit: every step in the open; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)'),
+    'model.kernels': ('open', one_of('open', 'fused'), 'of training: open: every step as in model.py; fused: the GPU kernels'),
     # -- data
     'data.corpus': ('tinyshakespeare', NAME, 'a corpus name, a text file, a folder made by scripts/prepare.py, or '
                     "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)"),

@@ -65,6 +65,7 @@ class GPT2Config:
     dtype: str
     remat: bool
     attention: str
+    kernels: str
 
     @property
     def head_dim(self) -> int:
@@ -104,6 +105,34 @@ class Affine(nn.Module):
         if self.cfg.bias:
             y_N = y_N + self.param('bias', nn.initializers.zeros, self.outputs).astype(dtype)
         return y_N.reshape(*x.shape[:2], *self.outputs)
+
+
+def dropout_seeds(cfg: GPT2Config, key):
+    """Two random words for each place with dropout, uint32 (1 + 3 L, 2): the embeddings; then, layer by layer, the
+    attention pattern, what attention adds, and what the MLP adds."""
+    return jax.random.bits(key, (1 + 3 * cfg.n_layer, 2), jnp.uint32)
+
+
+def keep_mask(index, seeds, rate: float):
+    """Which elements dropout keeps: True with probability 1 - rate, a hash of the seeds (2,) and the place `index`.
+
+    A mixing function of a few multiplications (the constants are Wellons' lowbias32), because JAX's generator,
+    made for more, costs as much as the layers around it; and because any kernel can draw the same mask again, anywhere.
+    """
+    x = index ^ seeds[0]
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return (x ^ (x >> 16)) * (seeds[1] | 1) >= jnp.uint32(rate * 2**32)
+
+
+def dropout(x, seeds, rate: float):
+    """Zeroes each element with probability `rate`, and scales the rest by 1 / (1 - rate); `seeds` None: nothing."""
+    if seeds is None or not rate:
+        return x
+    strides = [math.prod(x.shape[axis + 1:]) % 2**32 for axis in range(x.ndim)]
+    index = sum(lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride) for axis, stride in
+                enumerate(strides))
+    return jnp.where(keep_mask(index, seeds, rate), x / (1 - rate), 0)
 
 
 def residual_std(cfg: GPT2Config) -> float:
@@ -155,20 +184,20 @@ def _einsum_f32_backward(equation, precision, operands, g):
 einsum_f32.defvjp(_einsum_f32_forward, _einsum_f32_backward)
 
 
-def explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, dropout, precision):
+def explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, seeds, rate, precision):
     """Causal scaled dot-product attention, every step in the open (Vaswani et al. 2017, eq. 1).
 
         scores = q k^T / sqrt(K)        pattern = softmax(scores where s <= pos + t, else -inf)        z = pattern v
 
     Query t stands at position pos + t and sees the keys at positions s <= pos + t: without a cache pos is 0 and
     S = T; with one, S is the whole cache and what lies beyond the query is masked, written or not. The softmax is
-    in fp32. `dropout` maps the pattern (B, H, T, S) to itself. Returns z_BTHK.
+    in fp32; `seeds` and `rate` are those of the pattern's dropout. Returns z_BTHK.
     """
     T, S, K = q_BTHK.shape[1], k_BHSK.shape[2], q_BTHK.shape[-1]
     scores_BHTS = einsum_f32('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, precision) / math.sqrt(K)
     visible_TS = jnp.arange(S) <= pos + jnp.arange(T)[:, None]
     scores_BHTS = jnp.where(visible_TS, scores_BHTS, -jnp.inf)
-    pattern_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype))
+    pattern_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype), seeds, rate)
     return jnp.einsum('BHTS,BHSK->BTHK', pattern_BHTS, v_BHSK, precision=precision)
 
 
@@ -178,7 +207,7 @@ class CausalSelfAttention(nn.Module):
     cfg: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD, layer_cache, pos, deterministic: bool):
+    def __call__(self, x_BTD, layer_cache, pos, seeds_32):
         cfg, heads = self.cfg, (self.cfg.n_head, self.cfg.head_dim)
         qkv_BT3HK = Affine(cfg, (cfg.n_embd,), (3, *heads), cfg.initializer_range, name='c_attn')(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
@@ -190,10 +219,9 @@ class CausalSelfAttention(nn.Module):
                 k_BHSK, v_BHSK = layer_cache = tuple(
                     lax.dynamic_update_slice_in_dim(old, new, pos, axis=2)
                     for old, new in zip(layer_cache, (k_BHSK, v_BHSK), strict=True))
-            dropout = nn.Dropout(cfg.attn_pdrop, deterministic=deterministic)
-            z_BTHK = explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, dropout, cfg.precision)
+            z_BTHK = explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, seeds_32[0], cfg.attn_pdrop, cfg.precision)
         out_BTD = Affine(cfg, heads, (cfg.n_embd,), residual_std(cfg), name='c_proj')(z_BTHK)
-        return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD), layer_cache
+        return dropout(out_BTD, seeds_32[1], cfg.resid_pdrop), layer_cache
 
 
 class MLP(nn.Module):
@@ -202,12 +230,12 @@ class MLP(nn.Module):
     cfg: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD, deterministic: bool):
+    def __call__(self, x_BTD, seeds):
         cfg = self.cfg
         h_BTF = ACTIVATIONS[cfg.activation_function](
             Affine(cfg, (cfg.n_embd,), (cfg.d_ff,), cfg.initializer_range, name='c_fc')(x_BTD))
         out_BTD = Affine(cfg, (cfg.d_ff,), (cfg.n_embd,), residual_std(cfg), name='c_proj')(h_BTF)
-        return nn.Dropout(cfg.resid_pdrop, deterministic=deterministic)(out_BTD)
+        return dropout(out_BTD, seeds, cfg.resid_pdrop)
 
 
 class Block(nn.Module):
@@ -216,12 +244,44 @@ class Block(nn.Module):
     cfg: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD, layer_cache, pos, deterministic: bool):
+    def __call__(self, x_BTD, layer_cache, pos, seeds_32):
         attn_BTD, layer_cache = CausalSelfAttention(self.cfg, name='attn')(
-            LayerNorm(self.cfg, name='ln_1')(x_BTD), layer_cache, pos, deterministic)
+            LayerNorm(self.cfg, name='ln_1')(x_BTD), layer_cache, pos, seeds_32)
         x_BTD = x_BTD + attn_BTD
-        x_BTD = x_BTD + MLP(self.cfg, name='mlp')(LayerNorm(self.cfg, name='ln_2')(x_BTD), deterministic)
+        x_BTD = x_BTD + MLP(self.cfg, name='mlp')(LayerNorm(self.cfg, name='ln_2')(x_BTD), seeds_32[2])
         return x_BTD, layer_cache
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def look_up(cfg: GPT2Config, table_VD, tokens_BT):
+    """table[tokens], (B, T, D). The gradient adds rows up: for a small vocabulary by a matrix product.
+
+    A GPU does the usual scatter-add with atomics, in no fixed order, so that two runs differ; and 16,384 rows that all
+    go to 65 places wait for each other (15 of 25 ms a step in bf16 on an H100).
+    """
+    return table_VD[tokens_BT]
+
+
+def _look_up_forward(cfg, table_VD, tokens_BT):
+    return table_VD[tokens_BT], (tokens_BT, table_VD.shape[0])
+
+
+def _look_up_backward(cfg, saved, g_BTD):
+    tokens_BT, V = saved
+    if V > 1024:
+        return jnp.zeros((V, g_BTD.shape[-1]), g_BTD.dtype).at[tokens_BT].add(g_BTD), None
+    chosen_BTV = jax.nn.one_hot(tokens_BT, V, dtype=cfg.compute_dtype)
+    return jnp.einsum('BTV,BTD->VD', chosen_BTV, g_BTD.astype(cfg.compute_dtype), precision=cfg.precision,
+                      preferred_element_type=g_BTD.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def embed(cfg: GPT2Config, wte_VD, wpe_PD, tokens_BT, pos):
+    """wte[token] + wpe[position] for tokens at positions pos, pos + 1, ..: (B, T, D)."""
+    wpe_TD = lax.dynamic_slice_in_dim(wpe_PD, pos, tokens_BT.shape[1])
+    return (look_up(cfg, wte_VD, tokens_BT) + wpe_TD).astype(cfg.compute_dtype)
 
 
 class GPT2(nn.Module):
@@ -232,37 +292,32 @@ class GPT2(nn.Module):
     def setup(self):
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
-        # Looked up in fp32 also where the compute dtype is bf16: the gradient is a scatter-add, which a GPU does with
-        # atomics, and bf16 has slow ones (15 of 25 ms a step for 65 characters on an H100).
-        self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init, dtype=jnp.float32)
-        self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init, dtype=jnp.float32)
-        self.drop = nn.Dropout(cfg.embd_pdrop)
-        block = nn.remat(Block, static_argnums=(4,)) if cfg.remat else Block  # `deterministic`; self counts as 0
+        self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init)
+        self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init)
+        block = nn.remat(Block) if cfg.remat else Block
         self.h = [block(cfg) for _ in range(cfg.n_layer)]
         self.ln_f = LayerNorm(cfg)
 
-    def __call__(self, tokens_BT, deterministic: bool = True):
-        """Logits of the next token at every position: int (B, T) -> fp32 (B, T, V).
-
-        With `deterministic=False` dropout is on and `rngs={'dropout': key}` is needed.
-        """
-        x_BTD, _ = self.features(tokens_BT, deterministic=deterministic)
+    def __call__(self, tokens_BT, dropout_key=None):
+        """Logits of the next token at every position: int (B, T) -> fp32 (B, T, V). Without a key, no dropout."""
+        x_BTD, _ = self.features(tokens_BT, dropout_key=dropout_key)
         return self.head(x_BTD)
 
-    def features(self, tokens_BT, cache: Cache | None = None, pos=0, deterministic: bool = True):
+    def features(self, tokens_BT, cache: Cache | None = None, pos=0, dropout_key=None):
         """The final hidden states, and the cache with these tokens' keys and values written in.
 
         With a cache the tokens stand at positions pos .. pos + T - 1 and see what was written before.
         Raises ValueError where T is longer than the learned positions. Returns x_BTD, cache (or None).
         """
-        T = tokens_BT.shape[1]
-        if self.cfg.n_positions < T:
-            raise ValueError(f'a sequence of {T} tokens is longer than n_positions = {self.cfg.n_positions}')
-        x_BTD = (self.wte(tokens_BT) + self.wpe(pos + jnp.arange(T))).astype(self.cfg.compute_dtype)
-        x_BTD = self.drop(x_BTD, deterministic=deterministic)
+        cfg, T = self.cfg, tokens_BT.shape[1]
+        if cfg.n_positions < T:
+            raise ValueError(f'a sequence of {T} tokens is longer than n_positions = {cfg.n_positions}')
+        seeds = [None] * (1 + 3 * cfg.n_layer) if dropout_key is None else dropout_seeds(cfg, dropout_key)
+        x_BTD = embed(cfg, self.wte.embedding, self.wpe.embedding, tokens_BT, pos)
+        x_BTD = dropout(x_BTD, seeds[0], cfg.embd_pdrop)
         layers = []
         for i, block in enumerate(self.h):
-            x_BTD, layer_cache = block(x_BTD, cache and cache[i], pos, deterministic)
+            x_BTD, layer_cache = block(x_BTD, cache and cache[i], pos, seeds[1 + 3 * i:4 + 3 * i])
             layers.append(layer_cache)
         return self.ln_f(x_BTD), cache and tuple(layers)
 

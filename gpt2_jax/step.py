@@ -52,8 +52,10 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedu
     """
 
     def micro_loss(params, batch, key):
-        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'], deterministic=False,
-                                 rngs={'dropout': key})
+        if model.cfg.kernels == 'fused':
+            from gpt2_jax import fused
+            return fused.train_losses(model.cfg, gather(params), batch['inputs'], batch['targets'], key).sum()
+        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'], key)
         return token_losses(logits_BTV, batch['targets']).sum()
 
     def train_step(state: TrainState, batch: Batch):
@@ -75,7 +77,20 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedu
         loss, grads = jax.tree.map(lambda x: x / batch['targets'].size, total)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        import os
+        V = os.environ.get('OPT', '0')
+        if V in '123':
+            updates = jax.lax.optimization_barrier(updates)
         params = optax.apply_updates(state.params, updates)
+        if V == '9':
+            return TrainState(state.step + 1, params, opt_state), {'loss': loss}
+        if V == '2':
+            params = jax.lax.optimization_barrier(params)
+        if V != '0':
+            def norm(tree):
+                return jnp.sqrt(jnp.concatenate([jnp.square(l).sum(-1).ravel() for l in jax.tree.leaves(tree)]).sum())
+            metrics = {'loss': loss, 'grad_norm': norm(grads), 'update_norm': norm(updates), 'param_norm': norm(params)}
+            return TrainState(state.step + 1, params, opt_state), metrics
         metrics = {
             'loss': loss,
             'learning_rate': jnp.float32(schedule(state.step)),

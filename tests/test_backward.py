@@ -146,6 +146,6 @@ def test_attention(seed):
     q, k, v, dz = (draw(B, T, H, K, seed=4 * seed + i) for i in range(4))
 
     def attention(q, k, v):
-        return explicit_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), 0, lambda p: p, lax.Precision.HIGHEST)
+        return explicit_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), 0, None, 0.0, lax.Precision.HIGHEST)
 
     check(attention, [q, k, v], dz, attention_backward(q, k, v, dz))

@@ -19,6 +19,7 @@ from gpt2_jax.model import (
     GPT2Config,
     LayerNorm,
     count_params,
+    dropout_seeds,
     explicit_attention,
     flops_per_token,
     init_cache,
@@ -92,7 +93,7 @@ def test_attention_equals_fused_and_loop(T, S, pos):
     B, H, K = 2, 3, 4
     rng = np.random.default_rng(0)
     q_BTHK, k_BSHK, v_BSHK = (rng.normal(0, 2, (B, n, H, K)).astype(np.float32) for n in (T, S, S))
-    explicit = jax.jit(lambda *args: explicit_attention(*args, lambda pattern: pattern, jax.lax.Precision.HIGHEST))
+    explicit = jax.jit(lambda *args: explicit_attention(*args, None, 0.0, jax.lax.Precision.HIGHEST))
     z_BTHK = explicit(q_BTHK, k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2), pos)
     causal = dict(is_causal=True) if S == T else dict(mask=(np.arange(S) <= pos + np.arange(T)[:, None])[None, None])
     fused = jax.jit(lambda *args: jax.nn.dot_product_attention(*args, implementation='xla', **causal))
@@ -125,14 +126,10 @@ def test_gelu():
     assert np.abs(GELU['gelu'](x) - GELU['gelu_new'](x)).max() > 1e-4  # so the lines above tell them apart
 
 
-def dropout_key(seed):
-    return {'dropout': jax.random.key(seed, impl='rbg')}  # half the time to compile
-
-
 def test_remat_changes_nothing():
     def loss(params, seed, remat):
         model = tiny(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, n_layer=1, remat=remat)
-        logits_BTV = model.apply({'params': params}, tokens_BT[:, :-1], deterministic=False, rngs=dropout_key(seed))
+        logits_BTV = model.apply({'params': params}, tokens_BT[:, :-1], jax.random.key(seed))
         return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
 
     params, tokens_BT = rough_params(tiny(n_layer=1)), tokens(tiny())
@@ -239,9 +236,11 @@ def share_dropped(output, expected, rate):
         assert shares.std() < 1.5 * math.sqrt(rate * (1 - rate) / dropped.shape[axis])
 
 
-def on_and_off(module, params, *args):
-    return jax.jit(lambda: (module.apply({'params': params}, *args, False, rngs=dropout_key(5)),
-                            module.apply({'params': params}, *args, True)))()
+def on_and_off(module, params, *args, places):
+    """With seeds for so many places with dropout, and with none."""
+    seeds = dropout_seeds(tiny(n_layer=1).cfg, jax.random.key(5))
+    on, off = (seeds[0], None) if places == 1 else (seeds[1:1 + places], [None] * places)
+    return jax.jit(lambda: tuple(module.apply({'params': params}, *args, which) for which in (on, off)))()
 
 
 def test_dropout_of_the_pattern():
@@ -249,7 +248,7 @@ def test_dropout_of_the_pattern():
     kernel = np.zeros((T, 3, 1, T), np.float32)
     kernel[:, 2, 0] = np.eye(T)  # q = k = 0 and v = x = 1: the output is the pattern, 1 / (t + 1) for s <= t
     params = {'c_attn': {'kernel': kernel}, 'c_proj': {'kernel': np.eye(T, dtype=np.float32)[None]}}
-    (pattern_BTS, _), _ = on_and_off(CausalSelfAttention(model.cfg), params, x_BTD, None, 0)
+    (pattern_BTS, _), _ = on_and_off(CausalSelfAttention(model.cfg), params, x_BTD, None, 0, places=3)
     t, s = np.tril_indices(T)
     share_dropped(np.asarray(pattern_BTS)[:, t, s], 1 / (t + 1), 0.3)
 
@@ -257,9 +256,10 @@ def test_dropout_of_the_pattern():
 def test_dropout_of_what_enters_the_residual_stream():
     model = tiny(n_embd=T, resid_pdrop=0.2)
     block = rough_params(model)['h_0']
-    (out_BTD, _), (whole_BTD, _) = on_and_off(CausalSelfAttention(model.cfg), block['attn'], x_BTD, None, 0)
+    (out_BTD, _), (whole_BTD, _) = on_and_off(CausalSelfAttention(model.cfg), block['attn'], x_BTD, None, 0,
+                                                  places=3)
     share_dropped(out_BTD, whole_BTD, 0.2)
-    share_dropped(*on_and_off(MLP(model.cfg), block['mlp'], x_BTD), 0.2)
+    share_dropped(*on_and_off(MLP(model.cfg), block['mlp'], x_BTD, places=1), 0.2)
 
 
 def test_dropout_of_the_embeddings():
@@ -267,8 +267,8 @@ def test_dropout_of_the_embeddings():
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(model))  # blocks that add nothing
     params['wte']['embedding'] += 1
     params['ln_f']['scale'] += 1
-    x_BTD, _ = jax.jit(lambda: model.apply({'params': params}, tokens(model, B), deterministic=False,
-                                           method='features', rngs=dropout_key(5)))()
+    x_BTD, _ = jax.jit(lambda: model.apply({'params': params}, tokens(model, B), method='features',
+                                           dropout_key=jax.random.key(5)))()
     # LayerNorm maps the two values, 0 and 1 / 0.6, to a negative and a positive one.
     share_dropped(np.asarray(x_BTD) > 0, 0.6, 0.4)
 
@@ -295,7 +295,7 @@ def test_every_matrix_product_has_the_precision_asked_for(dtype, element, precis
     """A GPU would take TF32 for fp32 products that do not ask for more, and fp32 for a bf16 and an fp32 operand."""
     model = tiny(dtype=dtype)
     products = matrix_products(model, tokens(model))
-    assert len(products) == 3 * (2 * 6 + 1)  # forward, and two gradients of each
+    assert len(products) == 3 * (2 * 6 + 1) + 1  # forward, two gradients of each, and the look-up's gradient
     for line in products:
         assert re.search(rf'precision = \[{precision}, {precision}\] : '
                          rf'\(tensor<[\dx]+x{element}>, tensor<[\dx]+x{element}>\)', line), line
@@ -308,7 +308,8 @@ def test_flops_per_token_counts_every_matrix_product():
         contracted = map(int, re.search(r'contracting_dims = \[([\d, ]+)\]', line)[1].split(','))
         left, out = (list(map(int, shape.split('x'))) for shape in re.findall(r'tensor<([\dx]+)xf32>', line)[::2])
         flops += 2 * math.prod(out) * math.prod(left[i] for i in contracted)  # 2 m n k
-    assert flops == flops_per_token(model.cfg, 12) * tokens_BT.size
+    look_up = 2 * 11 * 16  # its gradient is one for a small vocabulary only, and not counted
+    assert flops == (flops_per_token(model.cfg, 12) + look_up) * tokens_BT.size
 
 
 def test_too_long_a_sequence():

@@ -102,8 +102,7 @@ def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
     @jax.jit
     def loss_by_hand(step, micro, inputs_BT, targets_BT):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), micro)
-        logits_BTV = DROPPING.apply({'params': rough_params(MODEL)}, inputs_BT, deterministic=False,
-                                    rngs={'dropout': key})
+        logits_BTV = DROPPING.apply({'params': rough_params(MODEL)}, inputs_BT, key)
         return token_losses(logits_BTV, targets_BT).mean()
 
     # Each row twice, so both micro-batches (rows m, m + k, ..) are equal: their losses differ by the keys alone.
