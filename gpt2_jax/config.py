@@ -72,7 +72,8 @@ SETTINGS = {
     'model.remat': (False, SWITCH, 'recompute each block in the backward pass: less memory, a third more work'),
     'model.attention': ('explicit', one_of('explicit', 'cudnn'),
                         'explicit: every step in the open; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)'),
-    'model.kernels': ('open', one_of('open', 'fused'), 'of training: open: every step as in model.py; fused: the GPU kernels'),
+    'model.kernels': ('open', one_of('open', 'fused'), 'of training and decoding: open: every step as in model.py; '
+                      'fused: the GPU kernels, which compute the same (one device)'),
     # -- data
     'data.corpus': ('tinyshakespeare', NAME, 'a corpus name, a text file, a folder made by scripts/prepare.py, or '
                     "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)"),
@@ -89,8 +90,8 @@ SETTINGS = {
     'train.init_which': ('best', NAME, "the checkpoint there: 'best', 'latest' or a step"),
     'train.init_optimizer': (False, SWITCH, 'go on with the optimizer of that checkpoint too, under a new schedule'),
     # -- optimizer
-    'optim.implementation': ('optax', one_of('optax', 'explicit'), 'of AdamW, clipping and schedule: optax has them '
-                             'too; explicit: written out from their equations'),
+    'optim.implementation': ('optax', one_of('optax', 'explicit', 'fused'), 'of AdamW, clipping and schedule: '
+                             'optax has them; explicit: written out from their equations; fused: as GPU kernels'),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (6e-5, at_least(0), 'where the cosine ends; a tenth of the peak, as GPT-3'),
     'optim.warmup_steps': (100, at_least(0), 'updates of linear warmup; a run that is shorter only warms up'),

@@ -1,51 +1,64 @@
-"""The training loss by fused kernels: what GPT2.__call__ and token_losses compute, from the same parameters."""
+"""The training loss and its gradient by fused kernels: what the open model and token_losses compute."""
 
 import jax
 import jax.numpy as jnp
 
 from gpt2_jax import kernels
-from gpt2_jax.model import ACTIVATIONS, GPT2Config, dropout, dropout_seeds, embed
+from gpt2_jax.model import GPT2Config, add_rows, dropout, dropout_seeds, embed
 
 
-def _affine(x_N, params, dtype):
-    """x W + b over all dimensions of x but the first."""
-    kernel = params['kernel'].astype(dtype)
-    y_N = jnp.tensordot(x_N, kernel, x_N.ndim - 1)
-    return y_N + params['bias'].astype(dtype) if 'bias' in params else y_N
+def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
+    """Cross-entropy of each target in nats, with dropout, from the embeddings: (B, T, D), (B, T) -> fp32 (B T,).
 
-
-def train_losses(cfg: GPT2Config, params, tokens_BT, targets_BT, dropout_key):
-    """Cross-entropy of each target in nats, with dropout: (B, T), (B, T) -> fp32 (B T,). Differentiable in `params`.
-
-    The same masks as the open model draws for the same key. B T is a multiple of 1024, T of kernels.BLOCK.
+    The same masks as the open model draws for the same key.
     """
-    B, T = tokens_BT.shape
-    N, H, K, dtype = B * T, cfg.n_head, cfg.head_dim, cfg.compute_dtype
+    B, T, D = x_BTD.shape
+    N, H, K = B * T, cfg.n_head, cfg.head_dim
     seeds = dropout_seeds(cfg, dropout_key)
 
-    def add_norm(x_ND, branch_ND, norm, seeds):
-        return kernels.add_norm(x_ND, branch_ND, norm['scale'], norm.get('bias'), seeds, cfg.resid_pdrop,
+    def add_norm(x_ND, branch, norm, seeds):
+        return kernels.add_norm(x_ND, *branch, norm['scale'], norm.get('bias'), seeds, cfg.resid_pdrop,
                                 cfg.layer_norm_epsilon)
 
-    def block(x_ND, branch_ND, h, seeds_32):
-        """`branch` is what the block before has to add; returns this block's own, not yet added."""
-        x_ND, y_ND = add_norm(x_ND, branch_ND, h['ln_1'], seeds_32[0])
-        qkv_N3HK = _affine(y_ND, h['attn']['c_attn'], dtype)
-        import os
-        if os.environ.get('FA') == 'cudnn':
-            q = qkv_N3HK.reshape(B, T, 3, H, K)
-            z_BTHK = jax.nn.dot_product_attention(q[:, :, 0], q[:, :, 1], q[:, :, 2], is_causal=True, implementation='cudnn')
-        else:
-          z_BTHK = kernels.attention(qkv_N3HK.reshape(B, T, 3, H, K), seeds_32[1], cfg.attn_pdrop)
-        branch_ND = _affine(z_BTHK.reshape(N, H, K), h['attn']['c_proj'], dtype)
-        x_ND, y_ND = add_norm(x_ND, branch_ND, h['ln_2'], seeds_32[2])
-        h_NF = ACTIVATIONS[cfg.activation_function](_affine(y_ND, h['mlp']['c_fc'], dtype))
-        return x_ND, _affine(h_NF, h['mlp']['c_proj'], dtype)
+    def product(x_N, affine):
+        return jnp.tensordot(x_N, affine['kernel'], x_N.ndim - 1)
 
-    x_BTD = embed(cfg, params['wte']['embedding'], params['wpe']['embedding'], tokens_BT, 0)
-    x_ND, branch_ND = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, -1), None
+    def block(x_ND, branch, h, seeds_32):
+        """`branch` is what the block before has to add, and its bias; returns this block's own, not yet added."""
+        attn, mlp = h['attn'], h['mlp']
+        x_ND, y_ND = add_norm(x_ND, branch, h['ln_1'], seeds_32[0])
+        qkv_BT3HK = product(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
+        z_BTHK = kernels.attention(qkv_BT3HK, attn['c_attn'].get('bias'), seeds_32[1], cfg.attn_pdrop)
+        branch = product(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
+        x_ND, y_ND = add_norm(x_ND, branch, h['ln_2'], seeds_32[2])
+        h_NF = kernels.gelu(product(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
+        return x_ND, (product(h_NF, mlp['c_proj']), mlp['c_proj'].get('bias'))
+
+    x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
     for i in range(cfg.n_layer):
         run = jax.checkpoint(block) if cfg.remat else block
-        x_ND, branch_ND = run(x_ND, branch_ND, params[f'h_{i}'], seeds[3 * i:3 * i + 3])
-    _, y_ND = add_norm(x_ND, branch_ND, params['ln_f'], seeds[-1])
-    return kernels.head_loss(y_ND, params['wte']['embedding'].astype(dtype), targets_BT.reshape(-1))
+        x_ND, branch = run(x_ND, branch, params[f'h_{i}'], seeds[3 * i:3 * i + 3])
+    _, y_ND = add_norm(x_ND, branch, params['ln_f'], seeds[-1])
+    return kernels.head_loss(y_ND, params['wte']['embedding'], targets_BT.reshape(-1))
+
+
+def value_and_grad(cfg: GPT2Config, params, batch, dropout_key, n_targets: int):
+    """The summed loss of a (micro-)batch over `n_targets`, and its gradient; that of a kernel in the compute dtype.
+
+    Kernels are cast before they are differentiated by: their gradients, which the products give in the compute dtype,
+    are then read as they are, at half the bytes.
+    """
+    def cast(path, leaf):
+        return leaf.astype(cfg.compute_dtype) if path[-1].key == 'kernel' else leaf
+
+    def loss(params, x_BTD):
+        return train_losses(cfg, params, x_BTD, batch['targets'], dropout_key).sum() / n_targets
+
+    wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
+    x_BTD = embed(cfg, wte_VD, wpe_PD, batch['inputs'], 0)
+    value, (grads, dx_BTD) = jax.value_and_grad(loss, (0, 1))(jax.tree_util.tree_map_with_path(cast, params), x_BTD)
+    # The look-up's gradient goes on top of the head's, instead of into a table of zeros that is then added.
+    dwpe_TD = dx_BTD.astype(jnp.float32).sum(0)
+    return value, grads | {
+        'wte': {'embedding': add_rows(cfg, grads['wte']['embedding'], batch['inputs'], dx_BTD)},
+        'wpe': {'embedding': jnp.pad(dwpe_TD, ((0, wpe_PD.shape[0] - dwpe_TD.shape[0]), (0, 0)))}}

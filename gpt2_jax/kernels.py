@@ -1,11 +1,16 @@
 """Fused GPU kernels of the training step, written in Pallas (Triton), each with its own backward pass.
 
 They compute what model.py and step.py spell out, in fewer passes over memory, which is where a small model's time
-goes. On a CPU they run in Pallas' interpreter: slow, and only there to be tested against the open formulas.
+goes: between two matrix products stands one kernel. On a CPU they run in Pallas' interpreter: slow, and only there to be
+tested against the open formulas.
 
-    attention        softmax(q k^T / sqrt(K), causal) v, dropout of the pattern included (Dao et al. 2022, FlashAttention)
-    add_norm         x + dropout(branch), and its LayerNorm
+    attention        softmax(q k^T / sqrt(K), causal) v with the pattern's dropout (Dao et al. 2022, FlashAttention)
+    add_norm         x + dropout(branch + bias), and its LayerNorm
+    gelu             gelu_new(x + bias)
     head_loss        the cross-entropy of the tied head, with the gradient of the logits made in the forward pass
+    adamw            the update of a parameter
+
+The gradient of a bias or scale is a sum over all rows: each program adds up its own, and XLA the few sums of programs.
 """
 
 import functools
@@ -19,10 +24,17 @@ from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.model import keep_mask
 
-BLOCK = 64  # queries, and keys, that an attention kernel works on at a time
 LOG2_E = math.log2(math.e)
-NORM_ROWS, NORM_WARPS, NORM_PROGRAMS, BACKWARD_ROWS, BACKWARD_WARPS = 4, 4, 256, 4, 4
-COLUMNS, SOFTMAX_WARPS = 4096, 8
+GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+
+# Sizes of blocks, as tuned on an H100.
+TUNE = {
+    'fwd': (64, 64, 4, 3), 'bwd': (64, 64, 4, 3),  # outer, inner, warps, stages
+    'norm': (2, 2), 'norm_bwd': (1024, 1, 1),  # rows, warps; programs, rows, warps
+    'gelu': (4, 512, 4), 'gelu_bwd': (512, 4, 512, 4),  # rows, columns, warps; row programs, rows, columns, warps
+    'softmax': (4096, 2, 8),  # columns, unroll, warps
+    'adamw': (2048, 4),  # elements, warps
+}
 
 
 def _call(kernel, *, grid, warps, stages=2, **options):
@@ -31,135 +43,183 @@ def _call(kernel, *, grid, warps, stages=2, **options):
                           compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages))
 
 
-def _keep(seeds_ref, rate, row0, col0, n_columns):
-    """The dropout mask of a block of the pattern, whose element (0, 0) is that of row `row0` and column `col0`."""
-    rows = (row0 + jnp.arange(BLOCK)).astype(jnp.uint32)
-    columns = (col0 + jnp.arange(BLOCK)).astype(jnp.uint32)
-    return keep_mask(rows[:, None] * jnp.uint32(n_columns) + columns[None, :], (seeds_ref[0], seeds_ref[1]), rate)
+def _places(start, n):
+    return (start + jnp.arange(n)).astype(jnp.int32)
 
 
-def _scores(q, k, masked):
-    """log2(e) q k^T / sqrt(K) of a block, -inf above the diagonal where the block lies on it."""
-    scores = plgpu.dot(q, k.T) * (LOG2_E / math.sqrt(q.shape[-1]))
-    if masked:
-        scores = jnp.where(jnp.arange(BLOCK)[:, None] >= jnp.arange(BLOCK)[None, :], scores, -jnp.inf)
-    return scores
+# -- attention
 
 
-def _forward_kernel(seeds_ref, q_ref, k_ref, v_ref, z_ref, lse_ref, *, rate):
-    b, h, i = (pl.program_id(axis) for axis in range(3))
-    T, K = k_ref.shape
-    q = q_ref[...]
-    row0 = ((b * pl.num_programs(1) + h) * T + i * BLOCK)
+def _scores(a, b, queries, keys, masked):
+    """log2(e) a b^T / sqrt(K) of two blocks, one of queries and one of keys; -inf where a key comes after its query."""
+    scores = plgpu.dot(a, b.T) * (LOG2_E / math.sqrt(a.shape[-1]))
+    return jnp.where(queries >= keys, scores, -jnp.inf) if masked else scores
 
-    def body(j, carry, masked=False):
-        z, most, total = carry
-        block = pl.ds(j * BLOCK, BLOCK)
-        scores = _scores(q, k_ref[block, :], masked)
+
+def _keep(seeds_ref, rate, first_row, T, queries, keys):
+    """The dropout mask of a block of the pattern of one text and head, whose rows are numbered from `first_row` on."""
+    index = (first_row + queries).astype(jnp.uint32) * jnp.uint32(T) + keys.astype(jnp.uint32)
+    return keep_mask(index, (seeds_ref[0], seeds_ref[1]), rate)
+
+
+def _biased(ins, name, start, n):
+    """Rows start .. start + n of q or v, with their bias.
+
+    That of k adds the same to all scores of a query, which softmax takes no notice of: it is left out everywhere.
+    """
+    rows = ins[name][pl.ds(start, n), :]
+    if ins['bias'] is None:
+        return rows
+    return (rows.astype(jnp.float32) + ins['bias']['qkv'.index(name)][None, :]).astype(rows.dtype)
+
+
+def _forward_kernel(ins, outs, *, rate, outer, inner):
+    b, h = pl.program_id(0), pl.program_id(1)
+    i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long rows first, so that no long one is left alone at the end
+    T, K = ins['k'].shape
+    first_row = (b * pl.num_programs(1) + h) * T
+    q, queries = _biased(ins, 'q', i * outer, outer), _places(i * outer, outer)[:, None]
+
+    def body(masked, j, carry):
+        z, most, total, kept = carry
+        block, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
+        scores = _scores(q, ins['k'][block, :], queries, keys, masked)
         most_now = jnp.maximum(most, scores.max(-1))
-        shrink = jnp.exp2(most - most_now)
-        p = jnp.exp2(scores - most_now[:, None])
+        shrink, p = jnp.exp2(most - most_now), jnp.exp2(scores - most_now[:, None])
         total = total * shrink + p.sum(-1)
         if rate:
-            p = jnp.where(_keep(seeds_ref, rate, row0, j * BLOCK, T), p, 0.0)
-        v = v_ref[block, :]
-        return z * shrink[:, None] + plgpu.dot(p.astype(v.dtype), v), most_now, total
+            p = jnp.where(_keep(ins['seeds'], rate, first_row, T, queries, keys), p, 0.0)
+            kept = kept * shrink + p.sum(-1)
+        v = ins['v'][block, :]
+        return z * shrink[:, None] + plgpu.dot(p.astype(v.dtype), v), most_now, total, kept
 
-    carry = jnp.zeros((BLOCK, K), jnp.float32), jnp.full((BLOCK,), -jnp.inf, jnp.float32), jnp.zeros((BLOCK,), jnp.float32)
-    z, most, total = body(i, lax.fori_loop(0, i, body, carry), masked=True)
-    z_ref[...] = (z / (total[:, None] * (1 - rate))).astype(z_ref.dtype)
-    lse_ref[...] = most + jnp.log2(total)
+    zero_Q = jnp.zeros((outer,), jnp.float32)
+    carry = jnp.zeros((outer, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
+    diagonal = i * (outer // inner)
+    carry = lax.fori_loop(0, diagonal, functools.partial(body, False), carry)
+    z, most, total, kept = lax.fori_loop(diagonal, diagonal + outer // inner, functools.partial(body, True), carry)
+    if ins['bias'] is not None:
+        z += (kept if rate else total)[:, None] * ins['bias'][2][None, :]
+    mine = pl.ds(i * outer, outer)
+    outs['z'][mine, :] = (z / (total[:, None] * (1 - rate))).astype(outs['z'].dtype)
+    outs['lse'][mine] = most + jnp.log2(total)
 
 
-def _backward_kernel(seeds_ref, q_ref, k_ref, v_ref, dz_ref, lse_ref, delta_ref, dqkv_ref, *, rate):
+def _backward_kernel(ins, outs, *, rate, outer, inner):
     """Block i of dq, and block i of dk and dv: together n + 1 of the n^2 / 2 blocks in each of the n programs."""
     b, h, i = (pl.program_id(axis) for axis in range(3))
-    T, K = k_ref.shape
-    row0 = (b * pl.num_programs(1) + h) * T
-    mine = pl.ds(i * BLOCK, BLOCK)
+    T, K = ins['k'].shape
+    first_row = (b * pl.num_programs(1) + h) * T
+    mine, places, blocks = pl.ds(i * outer, outer), _places(i * outer, outer), outer // inner
+    k, v = ins['k'][mine, :], _biased(ins, 'v', i * outer, outer)
+    zero = jnp.zeros((outer, K), jnp.float32)
 
-    def block(queries, keys, q, dz, lse, delta, k, v, masked):
-        """(pattern after dropout, gradient of the scores) of one block."""
-        p = jnp.exp2(_scores(q, k, masked) - lse[:, None])
-        dp, dropped = plgpu.dot(dz, v.T), p
+    def gradients(p, dp, delta, queries, keys):
+        """(pattern after dropout, gradient of the scores) from the pattern p and the gradient of what it became."""
+        dropped = p
         if rate:
-            keep = _keep(seeds_ref, rate, row0 + queries * BLOCK, keys * BLOCK, T)
+            keep = _keep(ins['seeds'], rate, first_row, T, queries, keys)
             dropped, dp = (jnp.where(keep, x / (1 - rate), 0.0) for x in (p, dp))
-        return dropped.astype(q.dtype), (p * (dp - delta[:, None]) / math.sqrt(K)).astype(q.dtype)
+        return dropped.astype(k.dtype), (p * (dp - delta) / math.sqrt(K)).astype(k.dtype)
 
-    k, v = k_ref[mine, :], v_ref[mine, :]
-
-    def over_queries(j, carry, masked=False):
+    def over_queries(masked, j, carry):  # transposed, keys before queries, so that no product transposes a pattern
         dk, dv = carry
-        theirs = pl.ds(j * BLOCK, BLOCK)
-        q, dz = q_ref[theirs, :], dz_ref[theirs, :]
-        dropped, ds = block(j, i, q, dz, lse_ref[theirs], delta_ref[theirs], k, v, masked)
-        return dk + plgpu.dot(ds.T, q), dv + plgpu.dot(dropped.T, dz)
+        theirs, keys, queries = pl.ds(j * inner, inner), places[:, None], _places(j * inner, inner)[None, :]
+        q, dz = _biased(ins, 'q', j * inner, inner), ins['dz'][theirs, :]
+        p = jnp.exp2(_scores(k, q, queries, keys, masked) - ins['lse'][theirs][None, :])
+        dropped, ds = gradients(p, plgpu.dot(v, dz.T), ins['delta'][theirs][None, :], queries, keys)
+        return dk + plgpu.dot(ds, q), dv + plgpu.dot(dropped, dz)
 
-    zero = jnp.zeros((BLOCK, K), jnp.float32)
-    dk, dv = lax.fori_loop(i + 1, T // BLOCK, over_queries, over_queries(i, (zero, zero), masked=True))
-    dqkv_ref[:, 1, :], dqkv_ref[:, 2, :] = dk.astype(k.dtype), dv.astype(v.dtype)
+    carry = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(over_queries, True), (zero, zero))
+    dk, dv = lax.fori_loop((i + 1) * blocks, T // inner, functools.partial(over_queries, False), carry)
 
-    q, dz, lse, delta = q_ref[mine, :], dz_ref[mine, :], lse_ref[mine], delta_ref[mine]
+    q, dz = _biased(ins, 'q', i * outer, outer), ins['dz'][mine, :]
+    lse, delta = ins['lse'][mine][:, None], ins['delta'][mine][:, None]
+    through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
 
-    def over_keys(j, dq, masked=False):
-        theirs = pl.ds(j * BLOCK, BLOCK)
-        k = k_ref[theirs, :]
-        _, ds = block(i, j, q, dz, lse, delta, k, v_ref[theirs, :], masked)
+    def over_keys(masked, j, dq):
+        queries, keys = places[:, None], _places(j * inner, inner)[None, :]
+        k, v = (ins[name][pl.ds(j * inner, inner), :] for name in 'kv')
+        p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
+        _, ds = gradients(p, plgpu.dot(dz, v.T) + through_bias, delta, queries, keys)
         return dq + plgpu.dot(ds, k)
 
-    dqkv_ref[:, 0, :] = over_keys(i, lax.fori_loop(0, i, over_keys, zero), masked=True).astype(q.dtype)
+    dq = lax.fori_loop(0, i * blocks, functools.partial(over_keys, False), zero)
+    dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(over_keys, True), dq)
+    for which, gradient in enumerate((dq, dk, dv)):
+        outs['dqkv'][:, which, :] = gradient.astype(k.dtype)
+        if outs['dbias'] is not None:
+            outs['dbias'][which, :] = gradient.sum(0)
 
 
-def _part(which, T, K, blocked):
-    """One of q, k, v (0, 1, 2) in qkv_BT3HK: of one text and head a block of T, or all of it."""
-    return pl.BlockSpec((None, BLOCK if blocked else T, None, None, K),
-                        lambda b, h, i: (b, i if blocked else 0, which, h, 0))
+def _specs(T, K):
+    """Of one text and head: all rows of q, k, v; seeds and bias."""
+    def part(which):
+        return pl.BlockSpec((None, T, None, None, K), lambda b, h, i: (b, 0, which, h, 0))
+    return {'seeds': pl.BlockSpec((2,), lambda b, h, i: (0,)), 'q': part(0), 'k': part(1), 'v': part(2),
+            'bias': pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))}
 
 
-def _attention_forward(qkv_BT3HK, seeds, rate):
+def _only(present, specs):
+    """`specs` with None for what is not there."""
+    return {name: None if present[name] is None else spec for name, spec in specs.items()}
+
+
+def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     B, T, _, H, K = qkv_BT3HK.shape
-    return _call(
-        functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), warps=4, name='attention_forward',
-        in_specs=[pl.BlockSpec((2,), lambda b, h, i: (0,)), _part(0, T, K, True), _part(1, T, K, False),
-                  _part(2, T, K, False)],
-        out_specs=[pl.BlockSpec((None, BLOCK, None, K), lambda b, h, i: (b, i, h, 0)),
-                   pl.BlockSpec((None, None, BLOCK), lambda b, h, i: (b, h, i))],
-        out_shape=[jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
-    )(seeds, qkv_BT3HK, qkv_BT3HK, qkv_BT3HK)
+    outer, inner, warps, stages = TUNE['fwd']
+    ins = {'seeds': seeds, 'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK)
+    outs = _call(
+        functools.partial(_forward_kernel, rate=rate, outer=outer, inner=inner), grid=(B, H, T // outer), warps=warps,
+        stages=stages, name='attention_forward', in_specs=[_only(ins, _specs(T, K))],
+        out_specs={'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
+                   'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))},
+        out_shape={'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
+                   'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32)},
+    )(ins)
+    return outs['z'], outs['lse']
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def attention(qkv_BT3HK, seeds, rate):
-    """Causal attention from the fused projection: (B, T, 3, H, K) -> (B, T, H, K); T is a multiple of BLOCK.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention(qkv_BT3HK, bias_3HK, seeds, rate):
+    """Causal attention from the fused projection and its bias (or None): (B, T, 3, H, K) -> (B, T, H, K).
 
     The pattern never reaches memory; the backward pass computes it anew from the log-sum-exp of its rows, and draws the
-    same dropout mask, a hash of (seeds, place).
+    same dropout mask, a hash of (seeds, place). T is a multiple of 128.
     """
-    return _attention_forward(qkv_BT3HK, seeds, rate)[0]
+    return _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate)[0]
 
 
-def _attention_fwd(qkv_BT3HK, seeds, rate):
-    z_BTHK, lse_BHT = _attention_forward(qkv_BT3HK, seeds, rate)
-    return z_BTHK, (qkv_BT3HK, seeds, z_BTHK, lse_BHT)
+def _attention_fwd(qkv_BT3HK, bias_3HK, seeds, rate):
+    z_BTHK, lse_BHT = _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate)
+    return z_BTHK, (qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT)
 
 
 def _attention_bwd(rate, saved, dz_BTHK):
-    qkv_BT3HK, seeds, z_BTHK, lse_BHT = saved
+    qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
+    outer, inner, warps, stages = TUNE['bwd']
     delta_BHT = (z_BTHK.astype(jnp.float32) * dz_BTHK.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    whole_T = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))
-    dqkv_BT3HK = _call(
-        functools.partial(_backward_kernel, rate=rate), grid=(B, H, T // BLOCK), warps=4, name='attention_backward',
-        in_specs=[pl.BlockSpec((2,), lambda b, h, i: (0,)), *(_part(which, T, K, False) for which in range(3)),
-                  pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), whole_T, whole_T],
-        out_specs=pl.BlockSpec((None, BLOCK, 3, None, K), lambda b, h, i: (b, i, 0, h, 0)),
-        out_shape=jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
-    )(seeds, qkv_BT3HK, qkv_BT3HK, qkv_BT3HK, dz_BTHK, lse_BHT, delta_BHT)
-    return dqkv_BT3HK, None
+    ins = {'seeds': seeds, 'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK) | {
+        'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
+    row, biased = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)), bias_3HK is not None
+    specs = _specs(T, K) | {'dz': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), 'lse': row,
+                            'delta': row}
+    n = T // outer
+    outs = _call(
+        functools.partial(_backward_kernel, rate=rate, outer=outer, inner=inner), grid=(B, H, n), warps=warps,
+        stages=stages, name='attention_backward', in_specs=[_only(ins, specs)],
+        out_specs={'dqkv': pl.BlockSpec((None, outer, 3, None, K), lambda b, h, i: (b, i, 0, h, 0)),
+                   'dbias': pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0)) if biased else None},
+        out_shape={'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
+                   'dbias': jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32) if biased else None},
+    )(ins)
+    return outs['dqkv'], outs['dbias'].sum(0) if biased else None, None
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
+
+# -- add_norm
 
 
 def _rows(ref, index, D):
@@ -191,161 +251,296 @@ def _dropped(x, seeds_ref, rate, row0, D):
 
 
 def _add_norm_kernel(ins, outs, *, D, rate, eps):
-    """x <- x + dropout(branch), rounded as it is stored; y <- LayerNorm(x)."""
+    """x <- x + dropout(branch + bias), rounded as it is stored; y <- LayerNorm(x)."""
     rows, width = outs['y'].shape
     inside = jnp.arange(width) < D
+
+    def vector(name):
+        return plgpu.load(ins[name], mask=inside, other=0.0)
+
     x = _rows(ins['x'], slice(None), D)
     if ins['branch'] is not None:
-        branch = _dropped(_rows(ins['branch'], slice(None), D), ins['seeds'], rate, pl.program_id(0) * rows, D)
+        branch = _rows(ins['branch'], slice(None), D)
+        if ins['branch_bias'] is not None:
+            branch += vector('branch_bias')
+        branch = _dropped(branch, ins['seeds'], rate, pl.program_id(0) * rows, D)
         stored = (x + branch).astype(outs['x'].dtype)
         plgpu.store(outs['x'], stored, mask=inside[None, :])
         x = stored.astype(jnp.float32)
-    y = _normalised(x, D, eps)[0] * plgpu.load(ins['scale'], mask=inside, other=0.0)
+    y = _normalised(x, D, eps)[0] * vector('scale')
     if ins['bias'] is not None:
-        y += plgpu.load(ins['bias'], mask=inside, other=0.0)
+        y += vector('bias')
     plgpu.store(outs['y'], y.astype(outs['y'].dtype), mask=inside[None, :])
 
 
-def _add_norm_backward_kernel(ins, outs, *, D, rate, eps):
-    """The gradients of x, of the branch, and this program's share of those of scale and bias."""
+def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk):
+    """The gradients of x and of the branch, and this program's share of those of scale and biases."""
     span, width = ins['x'].shape
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
-    def body(r, carry):
-        dscale, dbias = carry
-        here = pl.ds(r * BACKWARD_ROWS, BACKWARD_ROWS), slice(None)
+    def body(r, sums):
+        here = pl.ds(r * chunk, chunk), slice(None)
         x_hat, rstd = _normalised(_rows(ins['x'], here, D), D, eps)
         dy = _rows(ins['dy'], here, D)
         g = dy * scale
         dx = (g - g.sum(-1, keepdims=True) / D - x_hat * ((g * x_hat).sum(-1, keepdims=True) / D)) * rstd
-        dx += _rows(ins['dx'], here, D)
+        if ins['dx'] is not None:
+            dx += _rows(ins['dx'], here, D)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
+        dbranch = _dropped(dx, ins['seeds'], rate, row0 + r * chunk, D)
         if outs['dbranch'] is not None:
-            dbranch = _dropped(dx, ins['seeds'], rate, row0 + r * BACKWARD_ROWS, D)
             plgpu.store(outs['dbranch'].at[here], dbranch.astype(outs['dbranch'].dtype), mask=inside[None, :])
-        return dscale + (dy * x_hat).sum(0), dbias + dy.sum(0)
+        terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
+        return {name: total + terms[name].sum(0) for name, total in sums.items()}
 
-    zero = jnp.zeros(width, jnp.float32)
-    dscale, dbias = lax.fori_loop(0, span // BACKWARD_ROWS, body, (zero, zero))
-    plgpu.store(outs['dscale'], dscale, mask=inside)
-    if outs['dbias'] is not None:
-        plgpu.store(outs['dbias'], dbias, mask=inside)
+    names = [name for name in ('scale', 'bias', 'branch_bias') if outs[name] is not None]
+    sums = lax.fori_loop(0, span // chunk, body, {name: jnp.zeros(width, jnp.float32) for name in names})
+    for name, total in sums.items():
+        plgpu.store(outs[name], total, mask=inside)
 
 
-def _add_norm_fwd(x_ND, branch_ND, scale_D, bias_D, seeds, rate, eps):
+def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
     N, D = x_ND.shape
-    width = pl.next_power_of_2(D)
-    rows, vector = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
+    width, (n_rows, warps) = pl.next_power_of_2(D), TUNE['norm']
+    rows, vector = pl.BlockSpec((n_rows, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     both = branch_ND is not None
-    ins = {'seeds': seeds, 'x': x_ND, 'branch': branch_ND, 'scale': scale_D, 'bias': bias_D}
+    ins = {'seeds': seeds, 'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
+           'bias': bias_D}
     outs = _call(
-        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // NORM_ROWS,), warps=NORM_WARPS,
-        name='add_norm',
-        in_specs=[{'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'branch': rows if both else None,
-                   'scale': vector, 'bias': None if bias_D is None else vector}],
+        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // n_rows,), warps=warps, name='add_norm',
+        in_specs=[_only(ins, {'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'branch': rows,
+                              'branch_bias': vector, 'scale': vector, 'bias': vector})],
         out_specs={'x': rows if both else None, 'y': rows},
         out_shape={'x': like_x if both else None, 'y': like_x},
     )(ins)
     sum_ND = outs['x'] if both else x_ND
-    return (sum_ND, outs['y']), (sum_ND, both, scale_D, bias_D, seeds)
+    return (sum_ND, outs['y']), (sum_ND, both, branch_bias_D is not None, scale_D, bias_D is not None, seeds)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def add_norm(x_ND, branch_ND, scale_D, bias_D, seeds, rate, eps):
-    """x + dropout(branch), and the LayerNorm of that: (N, D), (N, D). `branch` and `bias` may be None."""
-    return _add_norm_fwd(x_ND, branch_ND, scale_D, bias_D, seeds, rate, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+    """x + dropout(branch + branch_bias), and the LayerNorm of that: (N, D), (N, D).
+
+    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of 1024.
+    """
+    return _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)[0]
 
 
 def _add_norm_bwd(rate, eps, saved, cotangents):
-    x_ND, both, scale_D, bias_D, seeds = saved
+    x_ND, both, branch_biased, scale_D, biased, seeds = saved
     dx_ND, dy_ND = cotangents
     N, D = x_ND.shape
-    width = pl.next_power_of_2(D)
-    programs = min(NORM_PROGRAMS, N // BACKWARD_ROWS)
+    width, (programs, chunk, warps) = pl.next_power_of_2(D), TUNE['norm_bwd']
+    programs = min(programs, N // chunk)
     rows, vector = pl.BlockSpec((N // programs, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
-    like_x, shares = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct((programs, D), jnp.float32)
-    share = pl.BlockSpec((None, width), lambda i: (i, 0))
-    drops, biased = both and rate > 0, bias_D is not None
+    drops = both and rate > 0
+    like_x, sums = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct((programs, D), jnp.float32)
+    shapes = {'dx': like_x, 'dbranch': like_x if drops else None, 'scale': sums, 'bias': sums if biased else None,
+              'branch_bias': sums if branch_biased else None}
+    mine = pl.BlockSpec((None, width), lambda i: (i, 0))
     outs = _call(
-        functools.partial(_add_norm_backward_kernel, D=D, rate=rate, eps=eps), grid=(programs,), warps=BACKWARD_WARPS,
-        name='add_norm_backward',
+        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, chunk=chunk),
+        grid=(programs,), warps=warps, name='add_norm_backward',
         in_specs=[{'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'dx': rows, 'dy': rows, 'scale': vector}],
-        out_specs={'dx': rows, 'dbranch': rows if drops else None, 'dscale': share, 'dbias': share if biased else None},
-        out_shape={'dx': like_x, 'dbranch': like_x if drops else None, 'dscale': shares,
-                   'dbias': shares if biased else None},
+        out_specs=_only(shapes, {'dx': rows, 'dbranch': rows, 'scale': mine, 'bias': mine, 'branch_bias': mine}),
+        out_shape=shapes,
     )({'seeds': seeds, 'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D})
     dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None
-    return outs['dx'], dbranch, outs['dscale'].sum(0), outs['dbias'].sum(0) if biased else None, None
+    dscale, dbias, dbranch_bias = (None if outs[name] is None else outs[name].sum(0)
+                                   for name in ('scale', 'bias', 'branch_bias'))
+    return outs['dx'], dbranch, dbranch_bias, dscale, dbias, None
 
 
 add_norm.defvjp(_add_norm_fwd, _add_norm_bwd)
 
+# -- gelu
 
-def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V):
+
+def _gelu_parts(x):
+    """x, and the sigmoid s with gelu_new(x) = x s: (1 + tanh(u)) / 2 is the sigmoid of 2 u, one exponential."""
+    return 1 / (1 + jnp.exp2((-2 * LOG2_E * GELU_SCALE) * (x + GELU_CUBE * x * x * x)))
+
+
+def _gelu_kernel(ins, outs):
+    x = ins['x'][...].astype(jnp.float32)
+    if ins['bias'] is not None:
+        x += ins['bias'][...][None, :]
+    outs['h'][...] = (x * _gelu_parts(x)).astype(outs['h'].dtype)
+
+
+def _gelu_backward_kernel(ins, outs, *, chunk):
+    span, columns = ins['x'].shape
+    bias = None if ins['bias'] is None else ins['bias'][...][None, :]
+
+    def body(r, total):
+        here = pl.ds(r * chunk, chunk), slice(None)
+        x = ins['x'][here].astype(jnp.float32)
+        if bias is not None:
+            x += bias
+        s = _gelu_parts(x)
+        slope = s + x * s * (1 - s) * (2 * GELU_SCALE) * (1 + 3 * GELU_CUBE * x * x)
+        dx = ins['dh'][here].astype(jnp.float32) * slope
+        outs['dx'][here] = dx.astype(outs['dx'].dtype)
+        return total + dx.sum(0) if bias is not None else total
+
+    total = lax.fori_loop(0, span // chunk, body, jnp.zeros(columns, jnp.float32))
+    if bias is not None:
+        outs['dbias'][...] = total
+
+
+def _columns(F, most):
+    """The largest power of two that divides F, up to `most`."""
+    return min(F & -F, most)
+
+
+@jax.custom_vjp
+def gelu(x_NF, bias_F):
+    """gelu_new(x + bias), (N, F); the bias may be None."""
+    return _gelu_fwd(x_NF, bias_F)[0]
+
+
+def _gelu_fwd(x_NF, bias_F):
+    N, F = x_NF.shape
+    rows, columns, warps = TUNE['gelu']
+    columns = _columns(F, columns)
+    block, vector = pl.BlockSpec((rows, columns), lambda i, j: (i, j)), pl.BlockSpec((columns,), lambda i, j: (j,))
+    ins = {'x': x_NF, 'bias': bias_F}
+    h_NF = _call(_gelu_kernel, grid=(N // rows, F // columns), warps=warps, name='gelu',
+                 in_specs=[_only(ins, {'x': block, 'bias': vector})], out_specs={'h': block},
+                 out_shape={'h': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype)})(ins)['h']
+    return h_NF, (x_NF, bias_F)
+
+
+def _gelu_bwd(saved, dh_NF):
+    x_NF, bias_F = saved
+    N, F = x_NF.shape
+    programs, chunk, columns, warps = TUNE['gelu_bwd']
+    columns, programs = _columns(F, columns), min(programs, N // chunk)
+    block, vector = (pl.BlockSpec((N // programs, columns), lambda i, j: (i, j)),
+                     pl.BlockSpec((columns,), lambda i, j: (j,)))
+    ins = {'x': x_NF, 'bias': bias_F, 'dh': dh_NF}
+    shapes = {'dx': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype),
+              'dbias': None if bias_F is None else jax.ShapeDtypeStruct((programs, F), jnp.float32)}
+    outs = _call(functools.partial(_gelu_backward_kernel, chunk=chunk), grid=(programs, F // columns), warps=warps,
+                 name='gelu_backward', in_specs=[_only(ins, {'x': block, 'bias': vector, 'dh': block})],
+                 out_specs=_only(shapes, {'dx': block, 'dbias': pl.BlockSpec((None, columns), lambda i, j: (i, j))}),
+                 out_shape=shapes)(ins)
+    return outs['dx'], None if bias_F is None else outs['dbias'].sum(0)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+# -- head_loss
+
+
+def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns, unroll):
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
     target, padded = targets_ref[...], logits_ref.shape[0]
 
     def load(j):
-        column = j * COLUMNS + jnp.arange(COLUMNS)
-        logits = plgpu.load(logits_ref.at[pl.ds(j * COLUMNS, COLUMNS)], mask=column < V, other=-jnp.inf)
-        return column, logits.astype(jnp.float32)
+        column = j * columns + jnp.arange(columns)
+        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < V, other=-jnp.inf)
+        return column, logits.astype(jnp.float32) * LOG2_E
 
     def scan(j, carry):
         most, total, hit = carry
-        column, logits = load(j)
-        most_now = jnp.maximum(most, jnp.maximum(logits, -1e30))  # finite also where all of a lane is padding
-        total = total * jnp.exp(most - most_now) + jnp.exp(logits - most_now)
-        return most_now, total, hit + jnp.where(column == target, logits, 0.0)
+        parts = [load(j * unroll + u) for u in range(unroll)]
+        most_now = functools.reduce(jnp.maximum, (logits for _, logits in parts), most)
+        total = total * jnp.exp2(most - most_now)
+        for column, logits in parts:
+            total += jnp.exp2(logits - most_now)
+            hit += jnp.where(column == target, logits, 0.0)
+        return most_now, total, hit
 
-    blocks, zero = pl.cdiv(padded, COLUMNS), jnp.zeros(COLUMNS, jnp.float32)
-    most, total, hit = lax.fori_loop(0, blocks, scan, (zero - 1e30, zero, zero))
+    zero = jnp.zeros(columns, jnp.float32)
+    # Lanes of padding alone begin finite, so that no -inf - -inf is met.
+    most, total, hit = lax.fori_loop(0, pl.cdiv(padded, columns * unroll), scan, (zero - 1e30, zero, zero))
     top = most.max(0)
-    lse = top + jnp.log((total * jnp.exp(most - top)).sum(0))
-    nats_ref[...] = lse - hit.sum(0)
+    lse = top + jnp.log2((total * jnp.exp2(most - top)).sum(0))
+    nats_ref[...] = (lse - hit.sum(0)) / LOG2_E
 
     def write(j, _):
         column, logits = load(j)
-        gradient = jnp.exp(logits - lse) - jnp.where(column == target, 1.0, 0.0)
-        plgpu.store(dlogits_ref.at[pl.ds(j * COLUMNS, COLUMNS)], gradient.astype(dlogits_ref.dtype), mask=column < padded)
+        gradient = jnp.exp2(logits - lse) - jnp.where(column == target, 1.0, 0.0)
+        plgpu.store(dlogits_ref.at[pl.ds(j * columns, columns)], gradient.astype(dlogits_ref.dtype), mask=column < padded)
 
-    lax.fori_loop(0, blocks, write, None)
+    lax.fori_loop(0, pl.cdiv(padded, columns), write, None)
 
 
 def _softmax_gradient(logits_NV, targets_N, V):
     """(gradient of the logits, in their memory; nats_N). Columns from V on are padding: gradient 0."""
     N, padded = logits_NV.shape
+    columns, unroll, warps = TUNE['softmax']
+    columns = min(columns, pl.next_power_of_2(padded))
     row = pl.BlockSpec((None, padded), lambda n: (n, 0))
     one = pl.BlockSpec((None,), lambda n: (n,))
-    return _call(functools.partial(_softmax_gradient_kernel, V=V), grid=(N,), warps=SOFTMAX_WARPS,
-                 name='softmax_gradient', in_specs=[one, row], out_specs=[row, one], input_output_aliases={1: 0},
-                 out_shape=[jax.ShapeDtypeStruct(logits_NV.shape, logits_NV.dtype),
-                            jax.ShapeDtypeStruct((N,), jnp.float32)])(targets_N, logits_NV)
+    return _call(functools.partial(_softmax_gradient_kernel, V=V, columns=columns, unroll=unroll), grid=(N,),
+                 warps=warps, name='softmax_gradient', in_specs=[one, row], out_specs=[row, one],
+                 input_output_aliases={1: 0}, out_shape=[jax.ShapeDtypeStruct(logits_NV.shape, logits_NV.dtype),
+                                                         jax.ShapeDtypeStruct((N,), jnp.float32)])(targets_N, logits_NV)
 
 
 def _head_loss_fwd(x_ND, wte_VD, targets_N):
     V = wte_VD.shape[0]
-    wte_VD = jnp.pad(wte_VD, ((0, -V % 128), (0, 0)))
-    dlogits_NV, nats_N = _softmax_gradient(x_ND @ wte_VD.T, targets_N, V)
-    return nats_N, (x_ND, wte_VD, dlogits_NV, V)
+    head_VD = jnp.pad(wte_VD.astype(x_ND.dtype), ((0, -V % 128), (0, 0)))
+    dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
+    return nats_N, (x_ND, head_VD, dlogits_NV, V)
 
 
 @jax.custom_vjp
 def head_loss(x_ND, wte_VD, targets_N):
-    """Cross-entropy in nats, fp32, of each target under softmax(x wte^T): (N, D), (V, D), (N,) -> (N,).
+    """Cross-entropy in nats, fp32, of each target under softmax(x wte^T): (N, D), fp32 (V, D), (N,) -> (N,).
 
-    The logits are written once, in the operands' dtype, and then overwritten by their own gradient: the backward pass
-    is two matrix products. Left to XLA, an fp32 copy of this largest of all arrays goes through memory six times.
+    The logits are written once, in the dtype of x, and then overwritten by their own gradient: the backward pass is
+    two matrix products. Left to XLA, an fp32 copy of this largest of all arrays goes through memory six times.
     """
     return _head_loss_fwd(x_ND, wte_VD, targets_N)[0]
 
 
 def _head_loss_bwd(saved, g_N):
-    x_ND, wte_VD, dlogits_NV, V = saved
-    g_N1 = g_N[:, None].astype(x_ND.dtype)
-    dwte_VD = jnp.einsum('NV,ND->VD', dlogits_NV, x_ND * g_N1)
-    return (dlogits_NV @ wte_VD) * g_N1, dwte_VD[:V], None
+    x_ND, head_VD, dlogits_NV, V = saved
+    g_N1, dtype = g_N[:, None], x_ND.dtype
+    dwte_VD = jnp.einsum('NV,ND->VD', dlogits_NV, (x_ND * g_N1).astype(dtype), preferred_element_type=jnp.float32)
+    return ((dlogits_NV @ head_VD) * g_N1).astype(dtype), dwte_VD[:V], None
 
 
 head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
+
+# -- adamw
+
+
+def _adamw_kernel(scalars_ref, g_ref, m_ref, v_ref, p_ref, m_out, v_out, p_out, sums_ref, *, size, beta1, beta2, eps,
+                  weight_decay):
+    """One block of a leaf: the equations of optim.make_optimizer, and the sums of (update)^2 and p^2."""
+    block = m_ref.shape[0]
+    inside = pl.program_id(0) * block + jnp.arange(block) < size
+    learning_rate, factor, correct1, correct2 = (scalars_ref[i] for i in range(4))
+    g, m, v, p = (plgpu.load(ref, mask=inside, other=0.0).astype(jnp.float32) for ref in (g_ref, m_ref, v_ref, p_ref))
+    g *= factor
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    update = -learning_rate * (m * correct1 / (jnp.sqrt(v * correct2) + eps) + weight_decay * p)
+    p += update
+    for ref, value in ((m_out, m), (v_out, v), (p_out, p)):
+        plgpu.store(ref, value, mask=inside)
+    sums_ref[0], sums_ref[1] = (update * update).sum(0), (p * p).sum(0)
+
+
+def adamw(g, m, v, p, scalars, *, beta1, beta2, eps, weight_decay):
+    """One AdamW update of one leaf, in place: (m, v, p, partial sums of (update)^2 and of p^2, (programs, 2)).
+
+    `scalars` fp32 (4,): learning rate, what clipping multiplies g by, 1 / (1 - beta1^s), 1 / (1 - beta2^s).
+    """
+    block, warps = TUNE['adamw']
+    shape, size, programs = p.shape, p.size, pl.cdiv(p.size, block)
+    part, four = pl.BlockSpec((block,), lambda i: (i,)), pl.BlockSpec((4,), lambda i: (0,))
+    f32 = jax.ShapeDtypeStruct((size,), jnp.float32)
+    m, v, p, sums = _call(
+        functools.partial(_adamw_kernel, size=size, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
+        grid=(programs,), warps=warps, name='adamw', in_specs=[four, part, part, part, part],
+        out_specs=[part, part, part, pl.BlockSpec((None, 2), lambda i: (i, 0))],
+        out_shape=[f32, f32, f32, jax.ShapeDtypeStruct((programs, 2), jnp.float32)],
+        input_output_aliases={2: 0, 3: 1, 4: 2},
+    )(scalars, *(leaf.reshape(-1) for leaf in (g, m, v, p)))
+    return m.reshape(shape), v.reshape(shape), p.reshape(shape), sums

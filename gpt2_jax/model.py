@@ -252,30 +252,29 @@ class Block(nn.Module):
         return x_BTD, layer_cache
 
 
+def add_rows(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
+    """The table with each row of `rows` added at its token: the gradient of a look-up, on top of another.
+
+    For a small vocabulary it is a matrix product. A GPU does the usual scatter-add with atomics, in no fixed order, so
+    that two runs differ; and 16,384 rows that all go to 65 places wait for each other (15 of 25 ms a step in bf16 on an
+    H100).
+    """
+    V = table_VD.shape[0]
+    if V > 1024:
+        return table_VD.at[tokens_BT].add(rows_BTD.astype(table_VD.dtype))
+    chosen_BTV = jax.nn.one_hot(tokens_BT, V, dtype=cfg.compute_dtype)
+    return table_VD + jnp.einsum('BTV,BTD->VD', chosen_BTV, rows_BTD.astype(cfg.compute_dtype), precision=cfg.precision,
+                                 preferred_element_type=table_VD.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def look_up(cfg: GPT2Config, table_VD, tokens_BT):
-    """table[tokens], (B, T, D). The gradient adds rows up: for a small vocabulary by a matrix product.
-
-    A GPU does the usual scatter-add with atomics, in no fixed order, so that two runs differ; and 16,384 rows that all
-    go to 65 places wait for each other (15 of 25 ms a step in bf16 on an H100).
-    """
+    """table[tokens], (B, T, D)."""
     return table_VD[tokens_BT]
 
 
-def _look_up_forward(cfg, table_VD, tokens_BT):
-    return table_VD[tokens_BT], (tokens_BT, table_VD.shape[0])
-
-
-def _look_up_backward(cfg, saved, g_BTD):
-    tokens_BT, V = saved
-    if V > 1024:
-        return jnp.zeros((V, g_BTD.shape[-1]), g_BTD.dtype).at[tokens_BT].add(g_BTD), None
-    chosen_BTV = jax.nn.one_hot(tokens_BT, V, dtype=cfg.compute_dtype)
-    return jnp.einsum('BTV,BTD->VD', chosen_BTV, g_BTD.astype(cfg.compute_dtype), precision=cfg.precision,
-                      preferred_element_type=g_BTD.dtype), None
-
-
-look_up.defvjp(_look_up_forward, _look_up_backward)
+look_up.defvjp(lambda cfg, table_VD, tokens_BT: (table_VD[tokens_BT], (jnp.zeros_like(table_VD), tokens_BT)),
+               lambda cfg, saved, g_BTD: (add_rows(cfg, *saved, g_BTD), None))
 
 
 def embed(cfg: GPT2Config, wte_VD, wpe_PD, tokens_BT, pos):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from gpt2_jax import batches, data, parallel, step
 from gpt2_jax.evaluate import Evaluation, evaluate
 from gpt2_jax.model import GPT2, GPT2Config, count_params, flops_per_token, init_params
-from gpt2_jax.optim import decay_mask, make_optimizer, make_schedule
+from gpt2_jax.optim import Optimizer, decay_mask, make_optimizer, make_schedule
 from gpt2_jax.shards import Dataset
 from gpt2_jax.writers import duration
 
@@ -39,7 +39,7 @@ class Recipe:
     dataset: Dataset
     model: GPT2
     schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     shapes: step.TrainState
     layout: step.TrainState
 

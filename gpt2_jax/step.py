@@ -3,6 +3,7 @@
     train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
 """
 
+import functools
 from collections.abc import Callable
 
 import flax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_jax.model import GPT2
+from gpt2_jax.optim import Optimizer, apply_update
 
 # A batch: 'inputs' and 'targets', int32 (B, T), where targets are the inputs one place later in the text; for
 # evaluation also 'mask' (B, T), 1.0 where the target counts.
@@ -26,7 +28,7 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params, optimizer: Optimizer) -> TrainState:
     """The state before the first update."""
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
@@ -38,7 +40,7 @@ def token_losses(logits_BTV, targets_BT):
     return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
 
 
-def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, seed: int,
+def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule, *, seed: int,
                     accumulate: int, gather: Callable = lambda params: params):
     """The function train_step(state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -51,53 +53,33 @@ def make_train_step(model: GPT2, optimizer: optax.GradientTransformation, schedu
     clipping), update_norm and param_norm (after the update).
     """
 
-    def micro_loss(params, batch, key):
-        if model.cfg.kernels == 'fused':
-            from gpt2_jax import fused
-            return fused.train_losses(model.cfg, gather(params), batch['inputs'], batch['targets'], key).sum()
-        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'], key)
-        return token_losses(logits_BTV, batch['targets']).sum()
+    def open_loss(params, batch, dropout_key, n_targets):
+        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'], dropout_key)
+        return token_losses(logits_BTV, batch['targets']).sum() / n_targets
+
+    if model.cfg.kernels == 'fused':
+        from gpt2_jax import fused  # Pallas is loaded where it is used
+        value_and_grad = functools.partial(fused.value_and_grad, model.cfg)
+    else:
+        value_and_grad = jax.value_and_grad(open_loss)
 
     def train_step(state: TrainState, batch: Batch):
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        step_key, n_targets = jax.random.fold_in(jax.random.key(seed), state.step), batch['targets'].size
 
-        def accumulate_one(total, micro):
+        def add_one(total, micro):
             index, micro_batch = micro
-            value = jax.value_and_grad(micro_loss)(state.params, micro_batch, jax.random.fold_in(step_key, index))
+            value = value_and_grad(state.params, micro_batch, jax.random.fold_in(step_key, index), n_targets)
             return jax.tree.map(jnp.add, total, value), None
 
-        # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of every one.
-        micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         if accumulate == 1:
-            total, _ = accumulate_one((0.0, jax.tree.map(jnp.zeros_like, state.params)),
-                                      (0, jax.tree.map(lambda x: x[0], micro_batches)))
+            loss, grads = value_and_grad(state.params, batch, jax.random.fold_in(step_key, 0), n_targets)
         else:
+            # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of each.
+            micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-            total, _ = jax.lax.scan(accumulate_one, zero, (jnp.arange(accumulate), micro_batches))
-        loss, grads = jax.tree.map(lambda x: x / batch['targets'].size, total)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        import os
-        V = os.environ.get('OPT', '0')
-        if V in '123':
-            updates = jax.lax.optimization_barrier(updates)
-        params = optax.apply_updates(state.params, updates)
-        if V == '9':
-            return TrainState(state.step + 1, params, opt_state), {'loss': loss}
-        if V == '2':
-            params = jax.lax.optimization_barrier(params)
-        if V != '0':
-            def norm(tree):
-                return jnp.sqrt(jnp.concatenate([jnp.square(l).sum(-1).ravel() for l in jax.tree.leaves(tree)]).sum())
-            metrics = {'loss': loss, 'grad_norm': norm(grads), 'update_norm': norm(updates), 'param_norm': norm(params)}
-            return TrainState(state.step + 1, params, opt_state), metrics
-        metrics = {
-            'loss': loss,
-            'learning_rate': jnp.float32(schedule(state.step)),
-            'grad_norm': optax.tree.norm(grads),
-            'update_norm': optax.tree.norm(updates),
-            'param_norm': optax.tree.norm(params),
-        }
+            (loss, grads), _ = jax.lax.scan(add_one, zero, (jnp.arange(accumulate), micro_batches))
+        params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
+        metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
