@@ -57,7 +57,7 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Pass
                          f'the field {text_field!r} of each line or row')
     passages = []
     for number, document in enumerate(documents.read(path, text_field), 1):
-        before, _, word = ''.join(document).strip().rpartition(' ')
+        before, _, word = ''.join(document).rstrip().rpartition(' ')
         if not before:
             raise UserError(f'{path}, passage {number} is {word!r:.40}: expected at least two words with a space '
                             'between them')

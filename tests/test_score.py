@@ -119,10 +119,10 @@ def test_lambada_by_hand(tmp_path):
     rng = np.random.default_rng(0)
     passages = [' '.join(''.join(rng.choice(list('abc'), rng.integers(1, 3))) for _ in range(n))
                 for n in rng.integers(2, 9, 80)]
-    passages[5] = ' a  b '  # what stands after the last word does not count, nor what stands before the first
+    passages[5] = ' a  b  '  # spaces count, but for those after the last word
     nats, right, last_nats, last_right, cropped = [], [], [], [], 0
     for passage in passages:
-        before, word = passage.strip().rsplit(' ', 1)
+        before, word = passage.rstrip().rsplit(' ', 1)
         answer = 1 + len(word)  # a token a character, the space before it being one
         ids = tokenizer.encode(f'{before} {word}')
         cropped += len(ids) > T + 1
