@@ -53,25 +53,29 @@ def rows(tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int,
     return {'inputs': inputs, 'targets': targets}
 
 
-def eval_batches(tokens: Tokens, *, batch_size: int, seq_len: int) -> Iterator[Batch]:
-    """All N - 1 targets exactly once, in order, in windows of T that each begin with an empty context.
+def eval_batches(tokens: Tokens, *, batch_size: int, seq_len: int, stride: int | None = None) -> Iterator[Batch]:
+    """All N - 1 targets exactly once, in order, in windows of T; by default each begins with an empty context.
 
-    Yields inputs and targets int32 (B, T) and mask float32 (B, T): 1 at a target, 0 at the padding after the last
-    one, which fills its window and its batch, so that every batch has one shape. UserError below 2 tokens.
+    With a stride S <= T windows begin S apart, and only the last S targets of each count, but all of the first one:
+    every other target is seen with a context of more than T - S tokens, for T / S times the work.
+
+    Yields inputs and targets int32 (B, T) and mask float32 (B, T): 1 at a target that counts, 0 elsewhere and at the
+    padding after the last one, which fills its window and its batch, so that every batch has one shape. UserError
+    below 2 tokens.
     """
-    B, T = batch_size, seq_len
-    n_targets = len(tokens) - 1
+    B, T, S, n_targets = batch_size, seq_len, stride or seq_len, len(tokens) - 1
     if n_targets < 1:
         raise UserError(f'evaluation needs at least 2 tokens, and this split has {len(tokens)}: '
                         f'use more text, or a larger val_fraction')
-    for first in range(0, n_targets, B * T):
-        span = tokens.read(first, min(first + B * T, n_targets) + 1)
-        inputs, targets = np.zeros((2, B * T), np.int32)
-        mask = np.zeros(B * T, np.float32)
-        size = len(span) - 1
-        inputs[:size], targets[:size], mask[:size] = span[:-1], span[1:], 1
-        yield {name: flat.reshape(B, T) for name, flat in
-               (('inputs', inputs), ('targets', targets), ('mask', mask))}
+    starts = range(0, max(n_targets - T + S, 1), S)
+    for first in range(0, len(starts), B):
+        inputs, targets = np.zeros((2, B, T), np.int32)
+        mask = np.zeros((B, T), np.float32)
+        for row, start in enumerate(starts[first:first + B]):
+            window = tokens.read(start, min(start + T, n_targets) + 1)
+            size = len(window) - 1
+            inputs[row, :size], targets[row, :size], mask[row, T - S if start else 0:size] = window[:-1], window[1:], 1
+        yield {'inputs': inputs, 'targets': targets, 'mask': mask}
 
 
 def prefetch(make: Callable[[int], Batch], start: int, stop: int, depth: int = 2) -> Iterator[Batch]:

@@ -21,14 +21,14 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(eval_step, params, tokens: Tokens, tokenizer: Tokenizer, *, batch_size: int, seq_len: int,
-             mesh) -> Evaluation:
-    """All N - 1 targets of `tokens`, in consecutive windows of `seq_len` with the context reset at each.
+             mesh, stride: int | None = None) -> Evaluation:
+    """All N - 1 targets of `tokens` once, in windows of `seq_len`; see batches.eval_batches for `stride`.
 
     Deterministic. Rows are summed on the device in fp32, and over rows in fp64 on the host. The targets are the text
     but its first token, so their bytes are the text's less that token's.
     """
     rows = [eval_step(params, parallel.put_batch(mesh, batch))
-            for batch in batches.eval_batches(tokens, batch_size=batch_size, seq_len=seq_len)]
+            for batch in batches.eval_batches(tokens, batch_size=batch_size, seq_len=seq_len, stride=stride)]
     nats = math.fsum(np.concatenate([np.asarray(nats_B, np.float64) for nats_B in rows]))
     n_tokens = len(tokens) - 1
     n_bytes = count_bytes(tokens, tokenizer)

@@ -81,14 +81,14 @@ class Recipe:
                                       accumulate=train.accumulate, gather=parallel.make_gather(self.mesh))
         return parallel.in_turn(self.mesh, jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None)))
 
-    def evaluator(self):
-        """The function run(params, split='val') -> Evaluation over that whole split."""
+    def evaluator(self, stride: int | None = None):
+        """The function run(params, split='val') -> Evaluation over that whole split; `stride` as in evaluate."""
         train, gather = self.config.train, parallel.make_gather(self.mesh)
         eval_step = parallel.in_turn(self.mesh, jax.jit(step.make_eval_step(self.model, gather)))
 
         def run(params, split: str = 'val') -> Evaluation:
             return evaluate(eval_step, params, getattr(self.dataset, split), self.dataset.tokenizer, mesh=self.mesh,
-                            batch_size=train.batch_size // train.accumulate, seq_len=train.seq_len)
+                            batch_size=train.batch_size // train.accumulate, seq_len=train.seq_len, stride=stride)
 
         return run
 

@@ -21,18 +21,20 @@ HEADER, MAGIC, VERSION = 256, 20240520, 1
 BLOCK = 1 << 22  # tokens checked at once
 
 
-def open_token_files(pattern: str, tokenizer: Tokenizer) -> Dataset:
+def open_token_files(pattern: str, tokenizer: Tokenizer, wanted: tuple[str, ...] = SPLITS) -> Dataset:
     """Memory-maps the files that match a glob, in the order of their names, after reading all of them once.
 
-    A file with 'val' in its name is for validation, any other for training; there must be both. Raises UserError
-    naming a file that is damaged, or that holds other tokens than `tokenizer` has.
+    A file with 'val' in its name is for validation, any other for training; there must be some of each split that is
+    `wanted`, and those of another are left alone. Raises UserError naming a file that is damaged, or that holds other
+    tokens than `tokenizer` has.
     """
     paths = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     splits = ['val' if 'val' in path.name else 'train' for path in paths]
-    for split in SPLITS:
+    for split in wanted:
         if split not in splits:
             raise UserError(f'no {split} file among the {len(paths)} that match {pattern}: expected .bin files of '
                             f"GPT-2 tokens, those for validation with 'val' in their names, the others for training")
+    paths, splits = zip(*[pair for pair in zip(paths, splits, strict=True) if pair[1] in wanted], strict=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
         arrays, digests = zip(*pool.map(lambda path: _open(path, tokenizer.vocab_size), paths), strict=True)
     train, val = (Tokens(tuple(array for array, of in zip(arrays, splits, strict=True) if of == split))

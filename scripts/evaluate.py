@@ -1,47 +1,61 @@
-"""Evaluates a checkpoint on a whole split: the same figures that training printed.
+"""Evaluates a checkpoint: on its own corpus, on any text, or on LAMBADA's passages.
 
+    # a whole split of its own corpus: the same figures that training printed
     python scripts/evaluate.py --ckpt_dir=runs/quickstart
     python scripts/evaluate.py --ckpt_dir=runs/quickstart --which=latest --split=train
+
+    # any text (file, .jsonl, .parquet, corpus by name), prepared folder or pattern of .bin files; with more context
+    python scripts/evaluate.py --ckpt_dir=runs/gpt2 --text=wiki.test.tokens --detokenizer=wikitext --stride=32
+
+    # the last word of each passage
+    python scripts/evaluate.py --ckpt_dir=runs/gpt2 --lambada=lambada_test.jsonl
 """
 
-import math
 from pathlib import Path
 
 from absl import flags
 
-from gpt2_jax import cli
-from gpt2_jax.errors import UserError
+from gpt2_jax import cli, detokenizers
+from gpt2_jax.errors import UsageError
 
-_CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder.", required=True)
+_CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder, or a converted one.", required=True)
 _WHICH = flags.DEFINE_string('which', 'best', "The checkpoint: 'best', 'latest' or a step.")
-_SPLIT = flags.DEFINE_enum('split', 'val', ['val', 'train'], 'The part of the text.')
+_SPLIT = flags.DEFINE_enum('split', None, ['val', 'train'], 'The part of a corpus or prepared folder; val by default.')
+_TEXT = flags.DEFINE_string('text', None, 'What to score in place of its own corpus: a text or tokens.')
+_LAMBADA = flags.DEFINE_string('lambada', None, 'Passages to score the last words of: a .jsonl or .parquet file.')
+_CONTEXT = flags.DEFINE_integer('context', None, 'Tokens in a window; by default as trained.', lower_bound=1)
+_STRIDE = flags.DEFINE_integer('stride', None, 'Windows begin this many tokens apart, and all but the first count only '
+                               'their last ones; by default the context: none is seen twice.', lower_bound=1)
+_DETOKENIZER = flags.DEFINE_enum('detokenizer', 'none', list(detokenizers.RULES), "The corpus's own way of spacing, to "
+                                 'be undone before scoring.')
+_TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'Where .jsonl and .parquet files have a text.')
+_ROWS = flags.DEFINE_integer('batch_size', None, 'Windows at once; by default as trained, 8 for texts.', lower_bound=1)
 _PLATFORM = cli.platform_flag()
 
 
 def main(arguments: list[str]) -> None:
     """One call of the library."""
     cli.no_more(arguments)
-    import jax
-
-    from gpt2_jax import checkpoint, parallel, recipe
-    from gpt2_jax.train import MEMORY_KNOBS
+    where, unused = '', []
+    if _LAMBADA.value is not None:
+        where, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
+    elif _TEXT.value is None:
+        where, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
+    for flag in unused:
+        if flag.present:
+            raise UsageError(f'--{flag.name} means nothing {where}: leave it out')
+    from gpt2_jax import checkpoint, lambada, parallel, score
     parallel.select_platform(_PLATFORM.value)
     restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
-    config, trained_on = restored.config, restored.meta['corpus']
-    if trained_on['fallback']:
-        config.data.corpus = trained_on['name']
-    if math.prod(config.mesh.values()) > len(jax.devices()):  # it was trained on more than there are here
-        config.mesh.update(data=1, fsdp=1, tensor=1)
-    parts = recipe.build(config)
-    if parts.dataset.sha256 != trained_on['sha256']:
-        now = parts.dataset
-        raise UserError(f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but data.corpus is '
-                        f'now {now.name} {now.sha256[:12]}: bring the old text back to compare figures')
-    with parallel.memory_errors(MEMORY_KNOBS):
-        result = parts.evaluator()(jax.device_put(restored.params, parts.layout.params), _SPLIT.value)
-    print(f'step {restored.step}, {_SPLIT.value}: loss {result.loss!r} nats per token, perplexity '
-          f'{result.perplexity:.4f}, {result.bits_per_byte:.4f} bits per byte, over {result.tokens:,} tokens of '
-          f'{result.bytes:,} bytes')
+    options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
+    if _LAMBADA.value is not None:
+        result = lambada.score_lambada(restored, _LAMBADA.value, text_field=_TEXT_FIELD.value, **options)
+    elif _TEXT.value is not None:
+        result = score.score_text(restored, _TEXT.value, split=_SPLIT.value, detokenizer=_DETOKENIZER.value,
+                                  text_field=_TEXT_FIELD.value, stride=_STRIDE.value, **options)
+    else:
+        result = score.score_corpus(restored, split=_SPLIT.value or 'val', stride=_STRIDE.value, **options)
+    print(f'step {restored.step}, {result}')
 
 
 if __name__ == '__main__':

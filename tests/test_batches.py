@@ -109,6 +109,22 @@ def test_evaluation_covers_each_target_once(n_tokens, cuts):
     assert seen == list(range(1, n_tokens))
 
 
+@pytest.mark.parametrize('n_tokens', [2, T, T + 1, T + 2, T + 3, T + 4, B * T + 1, 3 * B * T + 2, N])
+@pytest.mark.parametrize('stride', [1, 3, T - 1, T])
+def test_a_stride_covers_each_target_once(n_tokens, stride):
+    seen = []
+    for got in eval_batches(sequence(n_tokens, (1, 2)), batch_size=B, seq_len=T, stride=stride):
+        for inputs, targets, mask in zip(got['inputs'], got['targets'], got['mask'] == 1, strict=True):
+            counted = targets[mask]
+            assert np.array_equal(counted, inputs[mask] + 1)
+            if mask.any():
+                start, end = inputs[0], counted[-1]
+                assert start % stride == 0 and np.array_equal(inputs[:end - start], np.arange(start, end))
+                assert mask.sum() == min(end, T if start == 0 else end - start - (T - stride))
+            seen += counted.tolist()
+    assert seen == list(range(1, n_tokens))
+
+
 @pytest.mark.parametrize('n_tokens', [0, 1])
 def test_nothing_to_evaluate(n_tokens):
     with pytest.raises(UserError, match=f'at least 2 tokens, and this split has {n_tokens}'):

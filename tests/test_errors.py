@@ -45,6 +45,10 @@ def made(tmp_path_factory):
     damaged = shutil.copytree(folder / 'run', folder / 'damaged') / FOLDER / str(STEPS)
     (damaged / 'params/_METADATA').write_text('{}')
     assert runs.script('prepare', f'--input={text}', f'--out_dir={folder}/shards', '--shard_tokens=3000')[0] == 0
+    assert runs.script('prepare', f'--input={text}', f'--out_dir={folder}/bytes', '--tokenizer=byte')[0] == 0
+    (folder / 'passages.jsonl').write_text('{"text": "ba bo"}\n{"text": "ba\n')
+    (folder / 'other_field.jsonl').write_text('{"body": "ba bo"}\n')
+    (folder / 'unknown.txt').write_text('ba Zu')
     for name in ('shard_damaged', 'shard_missing', 'manifest_damaged'):
         shutil.copytree(folder / 'shards', folder / name)
     shard = folder / 'shard_damaged/train_00001.npy'
@@ -61,6 +65,10 @@ def train(*changes, config='fine', corpus='text.txt', workdir='new'):
     settings = [f'--config.{key}={value}' for key, value in runs.SMALL.items()]
     return ('train', f'--config={{made}}/{config}.py', *settings, f'--config.data.corpus={{made}}/{corpus}',
             f'--workdir={{made}}/{workdir}', *changes)
+
+
+def evaluate(*options):
+    return ('evaluate', '--ckpt_dir={made}/run', *options)
 
 
 def sample(*options, run='run'):
@@ -139,8 +147,32 @@ ROWS = {
     'no probability': (sample('--top_p=0'), 2, ['top_p = 0', 'above 0']),
     'no samples': (sample('--num_samples=0'), 2, ['num_samples=0', 'positive integer']),
     'no run': (('sample',), 2, ['--ckpt_dir is missing']),
-    'unknown split': (('evaluate', '--ckpt_dir={made}/run', '--split=test'), 2, ['split=test', 'val|train']),
+    'unknown split': (evaluate('--split=test'), 2, ['split=test', 'val|train']),
     'evaluation without a checkpoint': (('evaluate', '--ckpt_dir={made}/empty'), 1, ['holds no checkpoint']),
+    'no text to score': (evaluate('--text={made}/nowhere.txt'), 1, ['no text file', 'nowhere.txt']),
+    'text to score that is not UTF-8': (evaluate('--text={made}/latin1.txt'), 1, ['latin1.txt is not UTF-8']),
+    'empty text to score': (evaluate('--text={made}/empty.txt'), 1, ['empty.txt is empty']),
+    'unknown character in a text to score': (evaluate('--text={made}/unknown.txt'), 1, [
+        "unknown character 'Z' (U+005A) at position 3", 'alphabet of 12']),
+    'documents without the field': (evaluate('--text={made}/other_field.jsonl'), 1, ["line 1 has no text in 'text'"]),
+    'tokens of another tokenizer to score': (evaluate('--text={made}/bytes'), 2, [
+        "another tokenizer, byte of 256 tokens, than the checkpoint's, char of 12"]),
+    'token files for a tokenizer of characters': (evaluate('--text={made}/*.bin'), 2, [
+        'files of GPT-2 tokens', "'char'"]),
+    'split of a text': (evaluate('--text={made}/text.txt', '--split=train'), 2, ['--split is for prepared folders']),
+    'stride beyond the context': (evaluate('--text={made}/text.txt', '--stride=17'), 2, ['stride = 17', '--stride=16']),
+    'no stride': (evaluate('--text={made}/text.txt', '--stride=0'), 2, ['stride=0', 'positive integer']),
+    'context beyond the positions': (evaluate('--text={made}/text.txt', '--context=17'), 2, [
+        'context = 17', 'the 16 positions', '--context=16']),
+    'two things to score': (evaluate('--text={made}/text.txt', '--lambada={made}/passages.jsonl'), 2, [
+        '--text means nothing with --lambada']),
+    'stride for passages': (evaluate('--lambada={made}/passages.jsonl', '--stride=4'), 2, [
+        '--stride means nothing with --lambada']),
+    'de-tokenizer for its own corpus': (evaluate('--detokenizer=ptb'), 2, ['means nothing without --text']),
+    'unknown de-tokenizer': (evaluate('--text={made}/text.txt', '--detokenizer=penn'), 2, ['detokenizer=penn', 'ptb']),
+    'no passages': (evaluate('--lambada={made}/nowhere.jsonl'), 1, ['nowhere.jsonl', 'No such file']),
+    'damaged passages': (evaluate('--lambada={made}/passages.jsonl'), 1, ['passages.jsonl, line 2 is not JSON']),
+    'passages in no known form': (evaluate('--lambada={made}/text.txt'), 2, ['text.txt is no file of passages']),
     'no input': (('prepare', '--out_dir={made}/out'), 2, ['--input is missing']),
     'input that is not there': (('prepare', '--input={made}/nowhere.txt', '--out_dir={made}/out'), 1, [
         'nowhere.txt', 'No such file']),

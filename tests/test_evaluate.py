@@ -18,23 +18,23 @@ ALPHABET = 'ab éß中文😀🙂\n'  # one to four bytes each
 MODEL = tiny(vocab_size=len(set(ALPHABET)), n_layer=1)
 PARAMS = rough_params(MODEL)
 eval_step = jax.jit(make_eval_step(MODEL))
+forward = jax.jit(MODEL.apply)
 
 
 def text_of(n):
     return ''.join(np.random.default_rng(n).choice(list(ALPHABET), n))
 
 
-def evaluated(text, batch_size, cuts=()):
+def evaluated(text, batch_size, cuts=(), stride=None):
     tokenizer = make_tokenizer('char', ALPHABET)
     tokens = Tokens(tuple(np.split(tokenizer.encode(text), cuts)))
-    return evaluate(eval_step, PARAMS, tokens, tokenizer, batch_size=batch_size, seq_len=T,
+    return evaluate(eval_step, PARAMS, tokens, tokenizer, batch_size=batch_size, seq_len=T, stride=stride,
                     mesh=make_mesh(data=1, fsdp=1, tensor=1))
 
 
 @pytest.mark.parametrize('n', [2, 9, 10, 104, 105])  # one target; one window; one and 1; 12 windows and 7; 13 windows
 def test_a_split_equals_a_plain_loop(n):
     ids = make_tokenizer('char', ALPHABET).encode(text_of(n)).astype(np.int32)
-    forward = jax.jit(MODEL.apply)
     nats, targets = 0.0, 0
     for start in range(0, n - 1, T):
         window = ids[start:start + T + 1]
@@ -50,6 +50,23 @@ def test_a_split_equals_a_plain_loop(n):
     assert got.loss == pytest.approx(nats / targets, rel=1e-6)
     assert got.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
     assert got.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize('stride', [1, 3, 5, T])
+@pytest.mark.parametrize('n', [2, T, T + 1, T + 2, 42])
+def test_a_stride_gives_every_target_the_context_it_says(n, stride):
+    ids = make_tokenizer('char', ALPHABET).encode(text_of(n)).astype(np.int32)
+    nats = 0.0
+    for target in range(1, n):  # each by itself, from the context its window gives it
+        start = max(0, math.ceil((target - T) / stride) * stride)
+        assert target <= T or T - stride < target - start <= T
+        context = np.resize(ids[start:target], (1, T))  # as above: what stands after it changes nothing
+        logits_V = np.float64(forward({'params': PARAMS}, context)[0, target - start - 1])
+        nats -= logits_V[ids[target]] - math.log(np.exp(logits_V).sum())
+    got = evaluated(text_of(n), batch_size=3, stride=stride)
+    assert (got.tokens, got.bytes) == (n - 1, len(text_of(n)[1:].encode()))
+    assert got.loss == pytest.approx(nats / (n - 1), rel=1e-6)
+    assert (got == evaluated(text_of(n), batch_size=3)) == (stride == T or n <= T + 1)
 
 
 def test_batch_size_and_shards_change_nothing():

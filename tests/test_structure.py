@@ -16,26 +16,27 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import those of the lines above its own, and no other.
 LAYERS = (
     'errors',
-    'config documents published run_folder writers',
+    'config detokenizers documents published run_folder writers',
     'vocabulary',
     'tokenizers',
     'corpora shards',
     'batches token_files',
-    'data',
+    'data texts',
     'model optim',
     'parallel huggingface',
     'step',
     'checkpoint evaluate generate',
     'recipe',
-    'benchmark convert finetune',
-    'train',
+    'benchmark convert finetune score',
+    'lambada train',
     'cli',
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
-# Of no part in the way from one's own text to sampled verse: speed, and what is published by others.
-BESIDE = ('benchmark', 'convert', 'documents', 'finetune', 'huggingface', 'published', 'token_files', 'vocabulary')
-NO_JAX = ('config', 'documents', 'published', 'vocabulary', 'tokenizers', 'corpora', 'shards', 'batches', 'token_files',
-          'data', 'cli')
+# Of no part in the way from one's own text to sampled verse: speed, and what is published by others, or scored on it.
+BESIDE = ('benchmark', 'convert', 'detokenizers', 'documents', 'finetune', 'huggingface', 'lambada', 'published',
+          'score', 'texts', 'token_files', 'vocabulary')
+NO_JAX = ('config', 'detokenizers', 'documents', 'published', 'vocabulary', 'tokenizers', 'corpora', 'shards',
+          'batches', 'token_files', 'data', 'texts', 'cli')
 
 
 def imports(path: Path) -> set[str]:

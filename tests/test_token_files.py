@@ -53,6 +53,14 @@ def test_headerless_files(tmp_path, monkeypatch):
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
 
 
+def test_one_split_alone(folder):
+    put(folder / 'web_train_000001.bin', IDS + SMALL.vocab_size)  # damaged, but not wanted
+    dataset = open_token_files(f'{folder}/*.bin', SMALL, ('val',))
+    assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist() and len(dataset.train) == 0
+    with pytest.raises(UserError, match='no train file among the 1 that match'):
+        open_token_files(f'{folder}/*_val_*.bin', SMALL, ('train',))
+
+
 def test_identity(folder):
     pattern = f'{folder}/*.bin'
     before = open_token_files(pattern, SMALL).sha256

@@ -1,0 +1,55 @@
+"""From the tokenized text of older benchmarks to text as people write it (GPT-2, section 3.1).
+
+WikiText, PTB and the One Billion Word Benchmark come with a space around every sign: `a two @-@ part episode , he
+said .` GPT-2 has seldom seen such text, and its paper scores it after "invertible de-tokenizers", which it did not
+publish; those here are our own. Each rule undoes one habit of the corpus's tokenizer, so that the old text can be had
+back; where that tokenizer could have met either spelling (a dash between words), the text is left as it is. Nothing
+else is changed: <unk>, PTB's N and its lower case stay.
+"""
+
+import re
+from collections.abc import Callable
+
+# What to look for, and what to put there, as re.sub takes them; in this order, each over the whole text.
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+
+# The tokenizer of Moses, that WikiText and the One Billion Word Benchmark come from.
+MOSES: Rules = (
+    (r'(?<!\S)" ([^"\n]+) "(?!\S)', r'"\1"'),       # in pairs, from the line's beginning
+    (r' ([.,:;!?%]|\.\.\.)(?=[ \n"]|$)', r'\1'),
+    (r'(?<=\d): (?=\d)', ':'),                      # 22 : 30, of which the rule above has left 22: 30
+    (r'([(\[{]) ', r'\1'),
+    (r' ([)\]}])', r'\1'),
+    (r"(?<=[\w>]) '(?=\w)", "'"),                   # Teddy 's, don 't, Chang 'an
+    (r"(?<=s) '(?= \w)", "'"),                      # the ships ' officers
+    (r'([$£€#]) (?=\d)', r'\1'),
+    (r'(?<=\d) ([\u2013/]) (?=\d)', r'\1'),         # an en dash, in 2000 - 2005
+)
+EDGES: Rules = ((r'(?m)^ ', ''), (r'(?m) $', ''))  # each line begins and ends with a space
+WIKITEXT: Rules = (
+    (r' @([-,.])@ ', r'\1'),                        # co @-@ stars, 1 @,@ 050, 16 @.@ 9
+    (r'(?m)^((?: =)+) (.+?)((?: =)+) $', lambda m: f' {m[1].replace(" ", "")} {m[2]} {m[3].replace(" ", "")} '),
+    *MOSES,
+    *EDGES,
+)
+PTB: Rules = (
+    (r" n't\b", "n't"),
+    (r"(?<=\S) (?='(?:s|re|ve|ll|d|m)\b)", ''),
+    (r"(?<=s) '(?= \w)", "'"),
+    (r'([$#]) (?=N\b|\d)', r'\1'),
+    (r'\\/', '/'),
+    *EDGES,
+)
+RULES: dict[str, Rules] = {'none': (), 'wikitext': WIKITEXT, 'ptb': PTB, '1bw': MOSES}
+
+
+def make_detokenizer(name: str) -> Callable[[str], str]:
+    """The function from a corpus's text to natural text, by the name of its corpus in RULES; 'none' changes nothing."""
+    rules = [(re.compile(pattern), written) for pattern, written in RULES[name]]
+
+    def detokenize(text: str) -> str:
+        for pattern, written in rules:
+            text = pattern.sub(written, text)
+        return text
+
+    return detokenize

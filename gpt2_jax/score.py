@@ -1,0 +1,126 @@
+"""What a checkpoint makes of its own corpus, or of any other text, and by which protocol: windows, stride, words."""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from gpt2_jax import config as config_lib
+from gpt2_jax import parallel, recipe, texts
+from gpt2_jax.checkpoint import Restored
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.evaluate import Evaluation
+from gpt2_jax.shards import Dataset, Tokens
+from gpt2_jax.tokenizers import Tokenizer
+
+ROWS = 8  # windows at once: the logits of 1,024 tokens are 0.2 GiB each with GPT-2's vocabulary
+MEMORY_KNOBS = 'lower --batch_size'
+
+
+class Windows(NamedTuple):
+    """How a text is cut: windows of `context` tokens that begin `stride` apart, `rows` at once; see eval_batches."""
+
+    context: int
+    stride: int
+    rows: int
+
+    def __str__(self):
+        kind = ('each window begins with an empty context' if self.stride == self.context else
+                'all of the first window counts, and the end of each later one')
+        return f'context {self.context}, stride {self.stride} ({kind})'
+
+
+class Score(NamedTuple):
+    """Figures of one text, and how they came about; printed, three lines. `text` is None where no words are counted."""
+
+    name: str
+    evaluation: Evaluation
+    windows: Windows
+    tokenizer: Tokenizer
+    detokenizer: str = 'none'
+    text: texts.Text | None = None
+
+    def perplexity_per(self, count: int) -> float:
+        """exp(nats of all targets / count): per word of the original text, where count is its words."""
+        nats = self.evaluation.loss * self.evaluation.tokens
+        return math.exp(min(nats / count, 700)) if count else math.inf
+
+    def __str__(self):
+        loss, perplexity, bits_per_byte, n_tokens, n_bytes = self.evaluation
+        lines = [f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits '
+                 f'per byte, over {n_tokens:,} tokens of {n_bytes:,} bytes']
+        if self.text:
+            words, ends = self.text.words, self.text.lines
+            lines.append(f'per word: perplexity {self.perplexity_per(words):.4f} over {words:,} words of the original '
+                         f'text; {self.perplexity_per(words + ends):.4f} with its {ends:,} ends of lines as words too')
+        lines.append(f'protocol: {self.windows}; all tokens but the first are targets; detokenizer {self.detokenizer}; '
+                     f'tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,})')
+        return '\n'.join(lines)
+
+
+def make_windows(restored: Restored, *, context: int | None, stride: int | None, rows: int) -> Windows:
+    """Windows of the context that the checkpoint was trained with, each after the other, where no more is asked for.
+
+    Raises UsageError where `context` is more than its positions, or `stride` more than the context.
+    """
+    positions = restored.model.cfg.n_positions
+    context = context or restored.config.train.seq_len
+    windows = Windows(context, stride or context, rows)
+    if context > positions:
+        raise UsageError(f'context = {context} is longer than the {positions} positions of the checkpoint: '
+                         f'give at most --context={positions}')
+    if windows.stride > context:
+        raise UsageError(f'stride = {stride} is more than the context of {context}, so tokens would be left out: give '
+                         f'at most --stride={context}')
+    return windows
+
+
+def build(restored: Restored, windows: Windows, dataset: Dataset | None = None) -> tuple[recipe.Recipe, dict]:
+    """The recipe that evaluates in these windows, and the parameters where it has them. Raises UserError.
+
+    Its data are `dataset`, or the corpus of the run.
+    """
+    config = restored.config.copy_and_resolve_references()
+    config.train.update(seq_len=windows.context, batch_size=windows.rows, accumulate=1)
+    if math.prod(config.mesh.values()) > len(jax.devices()):  # it was trained on more than there are here
+        config.mesh.update(data=1, fsdp=1, tensor=1)
+    parts = recipe.build(config_lib.resolve(config), dataset)
+    return parts, jax.device_put(restored.params, parts.layout.params)
+
+
+def score_corpus(restored: Restored, *, split: str = 'val', context: int | None = None, stride: int | None = None,
+                 rows: int | None = None) -> Score:
+    """The `split` of the corpus that the checkpoint was trained on: by default, the figures that training printed.
+
+    Raises UserError where that corpus cannot be had again.
+    """
+    if not restored.step:  # no update was made here: published weights, as convert.from_hf writes them
+        raise UsageError(f'the checkpoint is {restored.meta["corpus"]["name"]}, which come without their corpus: give '
+                         'what to score as --text=FILE or --lambada=FILE')
+    config, trained_on = restored.config, restored.meta['corpus']
+    if trained_on['fallback']:
+        config.data.corpus = trained_on['name']
+    windows = make_windows(restored, context=context, stride=stride,
+                           rows=rows or config.train.batch_size // config.train.accumulate)
+    with parallel.memory_errors(MEMORY_KNOBS):
+        parts, params = build(restored, windows)
+        now = parts.dataset
+        if now.sha256 != trained_on['sha256']:
+            raise UserError(f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but data.corpus '
+                            f'is now {now.name} {now.sha256[:12]}: bring the old text back to compare figures')
+        return Score(split, parts.evaluator(windows.stride)(params, split), windows, now.tokenizer)
+
+
+def score_text(restored: Restored, source: str, *, split: str | None = None, detokenizer: str = 'none',
+               text_field: str = 'text', context: int | None = None, stride: int | None = None,
+               rows: int = ROWS) -> Score:
+    """Any text, by the checkpoint's tokenizer: see texts.open_text for `source` and the three options after it.
+
+    All tokens but the first are targets. Raises UserError.
+    """
+    windows = make_windows(restored, context=context, stride=stride, rows=rows)
+    text = texts.open_text(source, restored.tokenizer, split=split, detokenizer=detokenizer, text_field=text_field)
+    dataset = Dataset(text.name, restored.tokenizer, Tokens(()), text.tokens, '')
+    with parallel.memory_errors(MEMORY_KNOBS):
+        parts, params = build(restored, windows, dataset)
+        return Score(text.name, parts.evaluator(windows.stride)(params), windows, restored.tokenizer, detokenizer, text)

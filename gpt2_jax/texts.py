@@ -1,0 +1,82 @@
+"""A text to score: its tokens by a checkpoint's tokenizer, and the words that they are counted against."""
+
+import codecs
+import dataclasses
+
+import numpy as np
+
+from gpt2_jax import corpora, documents, shards, token_files
+from gpt2_jax.detokenizers import make_detokenizer
+from gpt2_jax.errors import UsageError
+from gpt2_jax.shards import Dataset, Tokens
+from gpt2_jax.tokenizers import Gpt2Tokenizer, Tokenizer
+
+DOCUMENTS = ('.jsonl', '.jsonl.gz', '.parquet')  # files that hold many texts
+BLOCK = 1 << 20  # tokens decoded at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """Tokens to score, and what the original text counted: `words` between whitespace, and `lines`, ends of lines."""
+
+    name: str
+    tokens: Tokens
+    words: int
+    lines: int
+
+
+def open_text(source: str, tokenizer: Tokenizer, *, split: str | None, detokenizer: str, text_field: str) -> Text:
+    """The text that `source` names, in the tokens of `tokenizer`.
+
+    A text file, a corpus by name, or a file of documents (see documents.py) is taken whole, after the de-tokenizer of
+    that name; between documents stands the separator, if the tokenizer has one. Of a prepared folder or of token files
+    (see data.load) it is the `split`, 'val' where that is None. Raises UserError, also where tokens are another
+    tokenizer's.
+    """
+    dataset = _prepared(source, tokenizer, split or 'val')
+    if dataset:
+        if detokenizer != 'none':
+            raise UsageError(f'{source} holds tokens, and a de-tokenizer takes text: give the text itself')
+        tokens = getattr(dataset, split or 'val')
+        return Text(f'{source} ({split or "val"})', tokens, *count_words(tokens, tokenizer))
+    if split:
+        raise UsageError(f'{source} is a text and is scored whole: --split is for prepared folders and token files')
+    texts = [corpora.find_text(source).text] if not source.endswith(DOCUMENTS) else [
+        ''.join(document) for document in documents.read(source, text_field)]
+    detokenize = make_detokenizer(detokenizer)
+    pieces = [tokenizer.encode(detokenize(text)) for text in texts if text]
+    if tokenizer.separator is not None:
+        separator = np.array([tokenizer.separator], np.min_scalar_type(tokenizer.separator))
+        pieces = [array for piece in pieces for array in (separator, piece)][1:]
+    tokens = Tokens((np.concatenate(pieces),) if pieces else ())
+    return Text(source, tokens, sum(len(text.split()) for text in texts), sum(text.count('\n') for text in texts))
+
+
+def _prepared(source: str, tokenizer: Tokenizer, split: str) -> Dataset | None:
+    """The tokens that others or scripts/prepare.py have made, where `source` names any."""
+    if source.endswith('.bin'):
+        if not isinstance(tokenizer, Gpt2Tokenizer):
+            raise UsageError(f"{source} names files of GPT-2 tokens, but the checkpoint's tokenizer is "
+                             f'{tokenizer.name!r}: give the text itself')
+        return token_files.open_token_files(source, tokenizer, (split,))
+    if not shards.is_prepared(source):
+        return None
+    dataset = shards.open_shards(source)
+    if dataset.tokenizer != tokenizer:
+        other = dataset.tokenizer
+        raise UsageError(f'{source} was prepared with another tokenizer, {other.name} of {other.vocab_size:,} tokens, '
+                         f"than the checkpoint's, {tokenizer.name} of {tokenizer.vocab_size:,}: give the text itself")
+    return dataset
+
+
+def count_words(tokens: Tokens, tokenizer: Tokenizer, block: int = BLOCK) -> tuple[int, int]:
+    """The words and the ends of lines in the text of `tokens`, as Text has them; a separator ends a word."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a block may end within a character
+    words, lines, in_word = 0, 0, False
+    for start in range(0, len(tokens), block):
+        data = tokenizer.decode_bytes(tokens.read(start, min(start + block, len(tokens))))
+        if text := decoder.decode(data.replace(b'<|endoftext|>', b' ')):
+            words += len(text.split()) - (in_word and not text[0].isspace())
+            lines += text.count('\n')
+            in_word = not text[-1].isspace()
+    return words, lines

@@ -1,0 +1,234 @@
+"""Scoring: a text's figures against training's own, against arithmetic by hand, and as a user asks for them."""
+
+import dataclasses
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import runs
+from bpe import SMALL
+from test_huggingface import FIXTURE, LETTERS, convert_fixture
+from tiny import rough_params, tiny
+
+from gpt2_jax import checkpoint, lambada, score, tokenizers
+from gpt2_jax.config import default_config, resolve
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.tokenizers import ByteTokenizer, CharTokenizer
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A finished run, its text, and the part of it that was kept for validation."""
+    folder = tmp_path_factory.mktemp('score')
+    path = runs.write_text(folder / 'text.txt')
+    assert runs.quiet_train(runs.make_config(path), folder / 'run')[0] == 0
+    text = path.read_text()
+    (folder / 'val.txt').write_text(text[len(text) - math.ceil(len(text) / 10):])
+    return folder
+
+
+def restored(tokenizer=SMALL, seed=0, **changes) -> checkpoint.Restored:
+    """A small random model, as checkpoint.load gives one."""
+    model = tiny(vocab_size=tokenizer.vocab_size, **changes)
+    config = default_config()
+    config.model.update({name: value for name, value in dataclasses.asdict(model.cfg).items() if name != 'vocab_size'})
+    return checkpoint.Restored(7, model, rough_params(model, seed), tokenizer, resolve(config), {})
+
+
+def by_hand(model: checkpoint.Restored):
+    """The function losses(ids) -> (nats, right) of ids[1:], each given all before it: (N - 1,) each, in fp64."""
+    forward = jax.jit(model.model.apply)
+
+    def losses(ids):
+        window = np.resize(ids[:-1], (1, model.model.cfg.n_positions))  # causal: what stands after it changes nothing
+        logits = np.float64(forward({'params': model.params}, np.int32(window)))[0, :len(ids) - 1]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -logp[np.arange(len(ids) - 1), ids[1:]], logits.argmax(-1) == ids[1:]
+
+    return losses
+
+
+def test_the_validation_text_gives_trainings_own_figure(run):
+    summary = json.loads((run / 'run/summary.json').read_text())
+    model = checkpoint.load(run / 'run', 'latest')
+    context = model.model.cfg.n_positions
+    for stride in (None, context):  # the context by default
+        got = score.score_text(model, str(run / 'val.txt'), stride=stride, rows=runs.SMALL['train.batch_size'])
+        assert got.evaluation.loss == summary['final_val_loss']
+        assert got.windows == (context, context, runs.SMALL['train.batch_size'])
+    own = score.score_corpus(model)
+    assert own.evaluation == got.evaluation and own.windows == got.windows
+    more = score.score_text(model, str(run / 'val.txt'), stride=1)
+    assert more.evaluation.tokens == got.evaluation.tokens and more.evaluation.loss != got.evaluation.loss
+    same = score.score_corpus(model, stride=1)
+    assert same.evaluation.loss == pytest.approx(more.evaluation.loss, rel=1e-6)
+
+
+def test_the_figures_are_sums_over_what_is_counted(tmp_path):
+    spaced = ' the end , they \'ll two @-@ part é . \n'
+    (tmp_path / 'a.txt').write_text(spaced, 'utf-8')
+    model = restored(n_positions=64)
+    got = score.score_text(model, str(tmp_path / 'a.txt'), detokenizer='wikitext', context=64)
+    ids = SMALL.encode("the end, they'll two-part é.\n")
+    nats = by_hand(model)(ids)[0].sum()
+    n_bytes = len("the end, they'll two-part é.\n".encode()) - len(SMALL.decode_bytes(ids[:1]))
+    assert (got.evaluation.tokens, got.evaluation.bytes) == (len(ids) - 1, n_bytes)
+    assert (got.text.words, got.text.lines) == (10, 1)
+    figures = {'nats': nats / (len(ids) - 1), 'bits': nats / math.log(2) / n_bytes,
+               'token': math.exp(nats / (len(ids) - 1)), 'word': math.exp(nats / 10), 'lines too': math.exp(nats / 11)}
+    assert got.evaluation.loss == pytest.approx(figures['nats'], rel=1e-5)
+    assert got.perplexity_per(got.text.words) == pytest.approx(figures['word'], rel=1e-4)
+    printed = [float(number) for number in re.findall(r'(?:loss|perplexity|bytes?,|;) ([\d.]+)', str(got))]
+    assert printed == pytest.approx([figures[name] for name in ('nats', 'token', 'word', 'lines too')], rel=1e-4)
+    assert f'{got.evaluation.bits_per_byte:.4f} bits per byte' in str(got)
+    assert got.evaluation.bits_per_byte == pytest.approx(figures['bits'], rel=1e-5)
+    for words in ('context 64, stride 64', 'detokenizer wikitext', 'tokenizer gpt2 (277)', '10 words'):
+        assert words in str(got)
+
+
+@pytest.mark.parametrize('context, stride', [(12, 12), (12, 5), (7, 7), (7, 2)])
+def test_the_context_is_the_one_asked_for(tmp_path, context, stride):
+    (tmp_path / 'a.txt').write_text('to be or not to be, that is the question')
+    model = restored(ByteTokenizer())
+    losses, ids = by_hand(model), ByteTokenizer().encode((tmp_path / 'a.txt').read_text())
+    starts = [max(0, math.ceil((target - context) / stride) * stride) for target in range(1, len(ids))]
+    nats = sum(losses(ids[start:target + 1])[0][-1] for target, start in enumerate(starts, 1))
+    got = score.score_text(model, str(tmp_path / 'a.txt'), context=context, stride=stride)
+    assert got.evaluation.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+
+
+def write_passages(path, *passages):
+    path.write_text(''.join(json.dumps({'text': passage}) + '\n' for passage in passages))
+    return str(path)
+
+
+def test_lambada_by_hand(tmp_path):
+    tokenizer = CharTokenizer(' abc')
+    model = restored(tokenizer, seed=5)  # one that is right now and then
+    T, losses = model.model.cfg.n_positions, by_hand(model)
+    rng = np.random.default_rng(0)
+    passages = [' '.join(''.join(rng.choice(list('abc'), rng.integers(1, 3))) for _ in range(n))
+                for n in rng.integers(2, 9, 80)]
+    passages[5] = ' a  b  '  # spaces count, but for those after the last word
+    nats, right, last_nats, last_right, cropped = [], [], [], [], 0
+    for passage in passages:
+        before, word = passage.rstrip().rsplit(' ', 1)
+        answer = 1 + len(word)  # a token a character, the space before it being one
+        ids = tokenizer.encode(f'{before} {word}')
+        cropped += len(ids) > T + 1
+        each, hits = losses(ids[-T - 1:])
+        nats.append(each[-answer:].sum())
+        right.append(hits[-answer:].all())
+        last_nats.append(each[-1])
+        last_right.append(hits[-1])
+    assert 0 < cropped < 80 and 0 < sum(right) < sum(last_right) < 80  # or nothing would be told apart
+    path = write_passages(tmp_path / 'a.jsonl', *passages)
+    for rows in (1, 7, 128):
+        got = lambada.score_lambada(model, path, rows=rows)
+        assert (got.passages, got.cropped, got.context) == (80, cropped, T)
+        assert got.accuracy == pytest.approx(np.mean(right))
+        assert got.token_accuracy == pytest.approx(np.mean(last_right))
+        assert got.perplexity == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+        assert got.token_perplexity == pytest.approx(math.exp(np.mean(last_nats)), rel=1e-4)
+    assert f'accuracy {np.mean(right):.2%}, perplexity {got.perplexity:.4f}; last token' in str(got)
+
+
+def test_the_last_word_may_be_many_tokens(tmp_path):
+    """As GPT-2's tokenizer gives them: those of the word with the space before it."""
+    before, answer = SMALL.encode('the end, they'), SMALL.encode(" they'll")
+    assert len(answer) > 2
+    model = restored(n_positions=16)
+    nats, _ = by_hand(model)(np.concatenate([before, answer]))
+    got = lambada.score_lambada(model, write_passages(tmp_path / 'a.jsonl', "the end, they they'll"))
+    assert got.perplexity == pytest.approx(math.exp(nats[-len(answer):].sum()), rel=1e-4)
+
+
+def test_lambada_is_compiled_once(tmp_path, monkeypatch):
+    traced = []
+    make = lambada.make_answer_step
+
+    def counting(*args):
+        step = make(*args)
+        return lambda params, batch: traced.append(batch['inputs'].shape) or step(params, batch)
+
+    monkeypatch.setattr(lambada, 'make_answer_step', counting)
+    passages = [f'{"ab " * n}c' for n in range(1, 6)]
+    lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages), rows=2)
+    assert traced == [(2, 10)]  # no longer than the longest passage needs
+
+
+@pytest.mark.parametrize('passages, words', [
+    (['the end', 'word'], "passage 2 is 'word': expected at least two words"),
+    (['the end', ' word '], 'passage 2 is'), (['  '], 'passage 1 is'), ([], 'holds no passages'),
+    (['the ' + 'x' * 13], 'last word of 14 tokens, and the context is 12')])
+def test_passages_without_an_answer(tmp_path, passages, words):
+    with pytest.raises(UserError, match=words):
+        lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages))
+
+
+def test_passages_come_in_json_lines_or_parquet(tmp_path):
+    with pytest.raises(UsageError, match=r'a.txt is no file of passages: expected .jsonl'):
+        lambada.score_lambada(restored(), str(tmp_path / 'a.txt'))
+
+
+@pytest.mark.parametrize('context, stride, words', [
+    (13, None, 'context = 13 is longer than the 12 positions of the checkpoint: give at most --context=12'),
+    (8, 9, 'stride = 9 is more than the context of 8, .*: give at most --stride=8'),
+    (None, 13, 'stride = 13 is more than the context of 12')])
+def test_windows_that_cannot_be(context, stride, words):
+    with pytest.raises(UsageError, match=words):
+        score.make_windows(restored(), context=context, stride=stride, rows=1)
+
+
+def test_more_devices_than_there_are():
+    model = restored()
+    model.config.mesh.update(data=512)
+    parts, _ = score.build(model, score.make_windows(model, context=None, stride=None, rows=3),
+                           SimpleNamespace(tokenizer=SMALL))
+    assert parts.mesh.size == 1 and len(jax.devices()) < 512
+
+
+def test_a_converted_folder_as_a_user(tmp_path):
+    """Published weights have no corpus of their own; they are scored on any other."""
+    (tmp_path / 'letters.json').write_text(tokenizers.to_json(LETTERS))
+    convert_fixture(FIXTURE, ckpt_dir=tmp_path / 'run', tokenizer_file=tmp_path / 'letters.json')
+    code, _, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
+    assert code == 2 and err.count('\n') == 1 and 'the weights of' in err and '--text=FILE or --lambada=FILE' in err
+    text = LETTERS.alphabet * 3 + '\n'
+    (tmp_path / 'a.txt').write_text(text[:-1])
+    code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run', f'--text={tmp_path}/a.txt', '--stride=8')
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith(f'step 0, {tmp_path}/a.txt: loss ') and 'over 191 tokens of 191 bytes' in lines[0]
+    assert lines[1].startswith('per word: perplexity') and 'over 1 words' in lines[1] and len(lines) == 3
+    assert 'context 32, stride 8 (all of the first window' in lines[2] and 'detokenizer none' in lines[2]
+    code, shorter, _ = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run', f'--text={tmp_path}/a.txt', '--stride=8',
+                                   '--context=16', '--batch_size=2')
+    assert code == 0 and 'context 16, stride 8' in shorter
+
+
+def test_lambada_as_a_user(tmp_path, run):
+    words = (run / 'text.txt').read_text().split()[:12]
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'passage': ' '.join(words).replace('.', '')}))
+    code, out, err = runs.script('evaluate', f'--ckpt_dir={run}/run', f'--lambada={tmp_path}/a.jsonl',
+                                 '--text_field=passage')
+    assert code == 0, err
+    assert 'a.jsonl: last word: accuracy' in out and 'over 1 passages' in out and 'no stop-word filter' in out
+    assert 'context 16, 1 passages cropped' in out
+
+
+def test_bytes_are_bits_per_byte(tmp_path):
+    """With a token a byte, the figure is the loss in bits."""
+    (tmp_path / 'a.txt').write_text('été ' * 9, 'utf-8')
+    got = score.score_text(restored(ByteTokenizer()), str(tmp_path / 'a.txt')).evaluation
+    assert got.bits_per_byte == pytest.approx(got.loss / math.log(2)) and got.bytes == 9 * 6 - 1
