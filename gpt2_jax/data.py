@@ -7,14 +7,20 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.tokenizers import make_tokenizer
 
 
-def load(*, corpus: str, tokenizer: str, val_fraction: float, fallback: str,
+def load(*, corpus: str, tokenizer: str, val_fraction: float, holdout: float, fallback: str,
          notify: Callable[[str], None] = print) -> shards.Dataset:
     """The data set that a configuration's `data` section names.
 
-    Where a named corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises
+    With a `holdout`, that last part of the training tokens takes the place of the validation tokens. Where a named corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises
     UserError (see corpora.find_text, shards.open_shards and token_files.open_token_files), and UsageError where the
     tokens are another tokenizer's.
     """
+    dataset = _load(corpus, tokenizer, val_fraction, fallback, notify)
+    return shards.hold_out(dataset, holdout) if holdout else dataset
+
+
+def _load(corpus: str, tokenizer: str, val_fraction: float, fallback: str,
+          notify: Callable[[str], None]) -> shards.Dataset:
     if corpus.endswith('.bin'):
         if tokenizer != 'gpt2':
             raise UsageError(f'{corpus} names files of GPT-2 tokens, but data.tokenizer is {tokenizer!r}: set '

@@ -7,6 +7,10 @@ from gpt2_jax import kernels
 from gpt2_jax.model import GPT2Config, add_rows, dropout, dropout_seeds, embed
 
 
+# For tests on a CPU, which have no cuDNN, to replace.
+CUDNN = 'cudnn'
+
+
 def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
     """Cross-entropy of each target in nats, with dropout, from the embeddings: (B, T, D), (B, T) -> fp32 (B T,).
 
@@ -23,13 +27,33 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
     def product(x_N, affine):
         return jnp.tensordot(x_N, affine['kernel'], x_N.ndim - 1)
 
+    def cudnn_attention(y_ND, attn):
+        """What the attention adds, and its bias, by cuDNN, which wants q, k and v apart.
+
+        Three products, because cutting up one and joining its gradient are four more passes over memory. The bias of k
+        adds the same to all scores of a query, which softmax takes no notice of; that of v, as each row of the pattern
+        sums to 1, adds the same to every z: to the projection's bias.
+        """
+        kernel_D3HK, bias_3HK = attn['c_attn']['kernel'], attn['c_attn'].get('bias')
+        q_NHK, k_NHK, v_NHK = (jnp.tensordot(y_ND, kernel_D3HK[:, i], 1) for i in range(3))
+        bias_D = attn['c_proj'].get('bias')
+        if bias_3HK is not None:
+            q_NHK += bias_3HK[0].astype(q_NHK.dtype)
+            bias_D += jnp.tensordot(bias_3HK[2], attn['c_proj']['kernel'].astype(jnp.float32), 2, precision='highest')
+        z_BTHK = jax.nn.dot_product_attention(*(x.reshape(B, T, H, K) for x in (q_NHK, k_NHK, v_NHK)), is_causal=True,
+                                              implementation=CUDNN)
+        return product(z_BTHK.reshape(N, H, K), attn['c_proj']), bias_D
+
     def block(x_ND, branch, h, seeds_32):
         """`branch` is what the block before has to add, and its bias; returns this block's own, not yet added."""
         attn, mlp = h['attn'], h['mlp']
         x_ND, y_ND = add_norm(x_ND, branch, h['ln_1'], seeds_32[0])
-        qkv_BT3HK = product(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
-        z_BTHK = kernels.attention(qkv_BT3HK, attn['c_attn'].get('bias'), seeds_32[1], cfg.attn_pdrop)
-        branch = product(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
+        if cfg.attention == 'cudnn':
+            branch = cudnn_attention(y_ND, attn)
+        else:
+            qkv_BT3HK = product(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
+            z_BTHK = kernels.attention(qkv_BT3HK, attn['c_attn'].get('bias'), seeds_32[1], cfg.attn_pdrop)
+            branch = product(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
         x_ND, y_ND = add_norm(x_ND, branch, h['ln_2'], seeds_32[2])
         h_NF = kernels.gelu(product(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
         return x_ND, (product(h_NF, mlp['c_proj']), mlp['c_proj'].get('bias'))

@@ -11,6 +11,7 @@ tested against the open formulas.
     adamw            the update of a parameter
 
 The gradient of a bias or scale is a sum over all rows: each program adds up its own, and XLA the few sums of programs.
+Each call is jitted by itself, so that the equal ones of all layers are traced and lowered once.
 """
 
 import functools
@@ -165,6 +166,7 @@ def _only(present, specs):
     return {name: None if present[name] is None else spec for name, spec in specs.items()}
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     B, T, _, H, K = qkv_BT3HK.shape
     outer, inner, warps, stages = TUNE['fwd']
@@ -195,6 +197,7 @@ def _attention_fwd(qkv_BT3HK, bias_3HK, seeds, rate):
     return z_BTHK, (qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
@@ -273,8 +276,8 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
     plgpu.store(outs['y'], y.astype(outs['y'].dtype), mask=inside[None, :])
 
 
-def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk):
-    """The gradients of x and of the branch, and this program's share of those of scale and biases."""
+def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk, summed):
+    """The gradients of x and of the branch, and this program's share of those of scale and biases: `summed`."""
     span, width = ins['x'].shape
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
@@ -294,13 +297,13 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk):
         terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
         return {name: total + terms[name].sum(0) for name, total in sums.items()}
 
-    names = [name for name in ('scale', 'bias', 'branch_bias') if outs[name] is not None]
-    sums = lax.fori_loop(0, span // chunk, body, {name: jnp.zeros(width, jnp.float32) for name in names})
-    for name, total in sums.items():
-        plgpu.store(outs[name], total, mask=inside)
+    sums = lax.fori_loop(0, span // chunk, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
+    for row, name in enumerate(summed):
+        plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
 
-def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
     N, D = x_ND.shape
     width, (n_rows, warps) = pl.next_power_of_2(D), TUNE['norm']
     rows, vector = pl.BlockSpec((n_rows, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
@@ -315,8 +318,13 @@ def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, 
         out_specs={'x': rows if both else None, 'y': rows},
         out_shape={'x': like_x if both else None, 'y': like_x},
     )(ins)
-    sum_ND = outs['x'] if both else x_ND
-    return (sum_ND, outs['y']), (sum_ND, both, branch_bias_D is not None, scale_D, bias_D is not None, seeds)
+    return outs['x'] if both else x_ND, outs['y']
+
+
+def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+    out = _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
+    present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
+    return out, (out[0], scale_D, seeds, present)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -325,32 +333,36 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
 
     `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of 1024.
     """
-    return _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)[0]
+    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
 
 
 def _add_norm_bwd(rate, eps, saved, cotangents):
-    x_ND, both, branch_biased, scale_D, biased, seeds = saved
-    dx_ND, dy_ND = cotangents
+    *arrays, present = saved
+    return *_add_norm_backward(*arrays, *cotangents, present, rate, eps), None
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
+    both, branch_biased, biased = present
     N, D = x_ND.shape
     width, (programs, chunk, warps) = pl.next_power_of_2(D), TUNE['norm_bwd']
     programs = min(programs, N // chunk)
     rows, vector = pl.BlockSpec((N // programs, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
     drops = both and rate > 0
-    like_x, sums = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype), jax.ShapeDtypeStruct((programs, D), jnp.float32)
-    shapes = {'dx': like_x, 'dbranch': like_x if drops else None, 'scale': sums, 'bias': sums if biased else None,
-              'branch_bias': sums if branch_biased else None}
-    mine = pl.BlockSpec((None, width), lambda i: (i, 0))
+    summed = ('scale',) + ('bias',) * biased + ('branch_bias',) * branch_biased
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    shapes = {'dx': like_x, 'dbranch': like_x if drops else None,
+              'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32)}
+    mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
     outs = _call(
-        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, chunk=chunk),
+        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, chunk=chunk, summed=summed),
         grid=(programs,), warps=warps, name='add_norm_backward',
         in_specs=[{'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'dx': rows, 'dy': rows, 'scale': vector}],
-        out_specs=_only(shapes, {'dx': rows, 'dbranch': rows, 'scale': mine, 'bias': mine, 'branch_bias': mine}),
-        out_shape=shapes,
+        out_specs=_only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
     )({'seeds': seeds, 'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D})
     dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None
-    dscale, dbias, dbranch_bias = (None if outs[name] is None else outs[name].sum(0)
-                                   for name in ('scale', 'bias', 'branch_bias'))
-    return outs['dx'], dbranch, dbranch_bias, dscale, dbias, None
+    sums = dict(zip(summed, outs['sums'].sum(0), strict=True))
+    return outs['dx'], dbranch, sums.get('branch_bias'), sums['scale'], sums.get('bias')
 
 
 add_norm.defvjp(_add_norm_fwd, _add_norm_bwd)
@@ -401,6 +413,7 @@ def gelu(x_NF, bias_F):
     return _gelu_fwd(x_NF, bias_F)[0]
 
 
+@jax.jit
 def _gelu_fwd(x_NF, bias_F):
     N, F = x_NF.shape
     rows, columns, warps = TUNE['gelu']
@@ -413,6 +426,7 @@ def _gelu_fwd(x_NF, bias_F):
     return h_NF, (x_NF, bias_F)
 
 
+@jax.jit
 def _gelu_bwd(saved, dh_NF):
     x_NF, bias_F = saved
     N, F = x_NF.shape
@@ -439,9 +453,10 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
     target, padded = targets_ref[...], logits_ref.shape[0]
 
-    def load(j):
+    def load(j, policy=TUNE.get('first')):
         column = j * columns + jnp.arange(columns)
-        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < V, other=-jnp.inf)
+        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < V, other=-jnp.inf,
+                            eviction_policy=policy)
         return column, logits.astype(jnp.float32) * LOG2_E
 
     def scan(j, carry):
@@ -462,7 +477,7 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
     nats_ref[...] = (lse - hit.sum(0)) / LOG2_E
 
     def write(j, _):
-        column, logits = load(j)
+        column, logits = load(j, TUNE.get('second'))
         gradient = jnp.exp2(logits - lse) - jnp.where(column == target, 1.0, 0.0)
         plgpu.store(dlogits_ref.at[pl.ds(j * columns, columns)], gradient.astype(dlogits_ref.dtype), mask=column < padded)
 
@@ -527,6 +542,7 @@ def _adamw_kernel(scalars_ref, g_ref, m_ref, v_ref, p_ref, m_out, v_out, p_out, 
     sums_ref[0], sums_ref[1] = (update * update).sum(0), (p * p).sum(0)
 
 
+@functools.partial(jax.jit, static_argnames=('beta1', 'beta2', 'eps', 'weight_decay'))
 def adamw(g, m, v, p, scalars, *, beta1, beta2, eps, weight_decay):
     """One AdamW update of one leaf, in place: (m, v, p, partial sums of (update)^2 and of p^2, (programs, 2)).
 

@@ -73,9 +73,13 @@ def make_optimizer(*, implementation: str = 'optax', schedule: optax.Schedule, b
 
 
 def global_norm(tree):
-    """sqrt(sum of all squares), fp32. Rows first, then their sums: of each leaf one pass, of all but one sum."""
-    rows = [jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(jnp.concatenate(rows).sum())
+    """sqrt(sum of all squares), fp32, in few passes: by rows of each matrix, all vectors in one, then their sums."""
+    vectors, rows = [], []
+    for leaf in jax.tree.leaves(tree):
+        (rows if leaf.size > 1 << 16 else vectors).append(leaf)
+    rows = [jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1) for leaf in rows]
+    vectors = [jnp.square(jnp.concatenate([leaf.reshape(-1) for leaf in vectors]))] if vectors else []
+    return jnp.sqrt(jnp.concatenate(rows + vectors).sum())
 
 
 def apply_update(optimizer: Optimizer, grads, opt_state, params):

@@ -124,9 +124,14 @@ def in_turn(mesh: Mesh, function):
     return lambda *args: jax.block_until_ready(function(*args))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The rows of a batch dealt out over 'data' and 'fsdp'."""
+    return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
 def put_batch(mesh: Mesh, batch):
-    """A batch of numpy rows as global arrays, the rows dealt out over 'data' and 'fsdp'."""
-    return jax.device_put(batch, NamedSharding(mesh, P(('data', 'fsdp'))))
+    """A batch of numpy rows as global arrays."""
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 @contextlib.contextmanager

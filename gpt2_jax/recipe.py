@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
+from concurrent.futures import Executor
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -68,29 +71,55 @@ class Recipe:
         return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                             self.shapes, self.layout)
 
+    def _abstract_batch(self, rows: int, **dtypes):
+        return {name: jax.ShapeDtypeStruct((rows, self.config.train.seq_len), dtype,
+                                           sharding=parallel.batch_sharding(self.mesh)) for name, dtype in dtypes.items()}
+
     def batch(self, index: int) -> step.Batch:
         """The batch of update number `index`, on the devices."""
         train = self.config.train
         return parallel.put_batch(self.mesh, batches.rows(self.dataset.train, seed=train.seed, step=index,
                                                           batch_size=train.batch_size, seq_len=train.seq_len))
 
-    def train_step(self):
-        """The compiled update, train_step(state, batch) -> (state, metrics); it takes over the state's memory."""
+    def train_step(self, pool: Executor | None = None):
+        """The update, train_step(state, batch) -> (state, metrics); it takes over the state's memory.
+
+        It is compiled at the first call, or, given a pool, from now on, on a thread of that.
+        """
         train = self.config.train
         update = step.make_train_step(self.model, self.optimizer, self.schedule, seed=train.seed,
                                       accumulate=train.accumulate, gather=parallel.make_gather(self.mesh))
-        return parallel.in_turn(self.mesh, jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None)))
+        jitted = jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None))
+        return parallel.in_turn(self.mesh, _ahead(pool, jitted, lambda: (
+            self.abstract_state(), self._abstract_batch(train.batch_size, inputs=np.int32, targets=np.int32))))
 
-    def evaluator(self, stride: int | None = None):
-        """The function run(params, split='val') -> Evaluation over that whole split; `stride` as in evaluate."""
+    def evaluator(self, stride: int | None = None, pool: Executor | None = None):
+        """The function run(params, split='val') -> Evaluation over that whole split.
+
+        `stride` as in evaluate; `pool` as in train_step.
+        """
         train, gather = self.config.train, parallel.make_gather(self.mesh)
-        eval_step = parallel.in_turn(self.mesh, jax.jit(step.make_eval_step(self.model, gather)))
+        rows = train.batch_size // train.accumulate
+        eval_step = parallel.in_turn(self.mesh, _ahead(pool, jax.jit(step.make_eval_step(self.model, gather)), lambda: (
+            self.abstract_state().params,
+            self._abstract_batch(rows, inputs=np.int32, targets=np.int32, mask=np.float32))))
 
         def run(params, split: str = 'val') -> Evaluation:
             return evaluate(eval_step, params, getattr(self.dataset, split), self.dataset.tokenizer, mesh=self.mesh,
-                            batch_size=train.batch_size // train.accumulate, seq_len=train.seq_len, stride=stride)
+                            batch_size=rows, seq_len=train.seq_len, stride=stride)
 
         return run
+
+
+def _ahead(pool: Executor | None, jitted, shapes: Callable):
+    """`jitted`; given a pool, its compilation for arguments of those shapes begins there now, and a call waits for it.
+
+    XLA takes seconds to minutes for a program, on one core for the most part: several are compiled side by side.
+    """
+    if pool is None:
+        return jitted
+    compiled = pool.submit(lambda: jitted.lower(*shapes()).compile())
+    return lambda *args: compiled.result()(*args)
 
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Recipe:

@@ -43,8 +43,8 @@ class Tokens:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start .. stop - 1, at least one, as (stop - start,); a view where they lie in one array."""
+    def part(self, start: int, stop: int) -> 'Tokens':
+        """Ids start .. stop - 1, at least one, without a copy."""
         if not 0 <= start < stop <= len(self):
             raise IndexError(f'no tokens [{start}, {stop}) in a sequence of {len(self)}')
         i = bisect.bisect_right(self.ends, start)
@@ -53,6 +53,11 @@ class Tokens:
             begin = self.ends[i] - len(self.arrays[i])
             pieces.append(self.arrays[i][start - begin:stop - begin])
             start, i = self.ends[i], i + 1
+        return Tokens(tuple(pieces))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids start .. stop - 1, at least one, as (stop - start,); a view where they lie in one array."""
+        pieces = self.part(start, stop).arrays
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -73,6 +78,17 @@ def from_text(name: str, text: str, tokenizer: Tokenizer, val_fraction: float) -
     train, val = (Tokens((tokenizer.encode(part),)) for part in (text[:cut], text[cut:]))
     identity = [hashlib.sha256(text.encode()).hexdigest(), tokenizers.fingerprint(tokenizer), val_fraction]
     return Dataset(name, tokenizer, train, val, sha256_of(identity))
+
+
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """The dataset with the last `fraction` of its training tokens to validate on, and its validation tokens unused."""
+    n = len(dataset.train)
+    cut = round(n * (1 - fraction))
+    if not 0 < cut < n:
+        raise UserError(f'data.holdout = {fraction} leaves {cut} of {n} training tokens to train on and {n - cut} to '
+                        'validate on: expected some of each')
+    return dataclasses.replace(dataset, name=f'{dataset.name}, training text', train=dataset.train.part(0, cut),
+                               val=dataset.train.part(cut, n), sha256=sha256_of([dataset.sha256, 'holdout', fraction]))
 
 
 def is_prepared(path: str | os.PathLike) -> bool:

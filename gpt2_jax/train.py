@@ -12,7 +12,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
     with run_folder.claim(workdir), parallel.memory_errors(MEMORY_KNOBS):
         for report in set_aside_damaged(workdir / FOLDER):
             print(report, flush=True)
-        with Checkpoints(workdir / FOLDER) as checkpoints:
+        with Checkpoints(workdir / FOLDER) as checkpoints, ThreadPoolExecutor(2, 'compile') as pool:
             start, progress, log_sizes = _where_to_start(recipe, workdir, checkpoints, extend)
             if start == config.train.steps and (workdir / 'summary.json').exists():
                 print(f'the run in {workdir} is finished: {start:,} steps, best validation loss '
@@ -81,14 +82,15 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
                 return 0
             if start:
                 print(f'going on from checkpoint {start:,} in {workdir}', flush=True)
+            train_step, evaluate = recipe.train_step(pool), recipe.evaluator(pool=pool)
             state = checkpoints.restore(start, recipe.abstract_state()) if start else finetune.first_state(recipe)
             run_folder.cut_back(workdir, log_sizes)
             (workdir / 'summary.json').unlink(missing_ok=True)
             run_folder.write_text(workdir / 'config.json', config_lib.to_json(config))
             run_folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(recipe.dataset.tokenizer))
             with RunLog(workdir, start, config.train.steps) as log:
-                loop = Loop(recipe, workdir, checkpoints, log, progress, started)
-                caught = loop.run(state, start)
+                loop = Loop(recipe, workdir, checkpoints, log, progress, started, evaluate)
+                caught = loop.run(train_step, state, start)
             checkpoints.wait()
         if caught:
             print(f'stopped by {caught.name} at step {loop.done:,}, which is saved; the same command goes on')
@@ -166,19 +168,18 @@ class Loop:
     """One pass of the training loop over its steps, and what it counts."""
 
     def __init__(self, recipe: Recipe, workdir: Path, checkpoints: Checkpoints, log: RunLog, progress: Progress,
-                 started: float):
+                 started: float, evaluate: Callable):
         self.recipe, self.config, self.workdir = recipe, recipe.config, workdir
         self.checkpoints, self.log, self.progress, self.started = checkpoints, log, progress, started
         self.seconds_before, self.told_time = progress.seconds, False
-        self.evaluate = recipe.evaluator()
+        self.evaluate = evaluate
         self.pending = []  # (step, its metrics, still on the device)
         self.done = 0
         self.mark = None  # where the stretch under measurement began: (time, step)
 
-    def run(self, state: TrainState, start: int) -> signal.Signals | None:
+    def run(self, train_step: Callable, state: TrainState, start: int) -> signal.Signals | None:
         """Updates from step `start` to the last; returns the signal that cut it short, if one did."""
         config, steps = self.config, self.config.train.steps
-        train_step = self.recipe.train_step()
         self.done = start
         with _signals() as noted, contextlib.closing(batches.prefetch(self.recipe.batch, start, steps)) as stream:
             for index, batch in enumerate(stream, start):
@@ -269,7 +270,8 @@ class Loop:
         if better:
             progress.best_step, progress.best_val_loss = self.done, result.loss
         progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
-        self.log.record(self.done, 'val', result._asdict())
+        seconds = self.seconds_before + time.monotonic() - self.started
+        self.log.record(self.done, 'val', {**result._asdict(), 'seconds': seconds})
         self.log.say(f'step {self.done}: validation loss {result.loss:.4f} nats, perplexity {result.perplexity:.3f}, '
                      f'{result.bits_per_byte:.4f} bits per byte over {result.tokens:,} tokens, in '
                      f'{time.monotonic() - began:.1f} s' + (' (best so far)' if better else ''))

@@ -116,7 +116,7 @@ def before_updates(patch, change) -> None:
 def metrics(run: Path) -> list[dict]:
     """The records of a run, without what a clock measured."""
     records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text('utf-8').splitlines()]
-    return [{key: value for key, value in record.items() if key not in ('tokens_per_second', 'mfu')}
+    return [{key: value for key, value in record.items() if key not in ('tokens_per_second', 'mfu', 'seconds')}
             for record in records]
 
 
