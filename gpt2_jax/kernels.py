@@ -38,9 +38,13 @@ TUNE = {
 }
 
 
+def interprets() -> bool:
+    """Whether kernels run in the interpreter, where there is no GPU."""
+    return jax.default_backend() != 'gpu'
+
+
 def _call(kernel, *, grid, warps, stages=2, **options):
-    """pallas_call on a GPU; in the interpreter elsewhere."""
-    return pl.pallas_call(kernel, grid=grid, interpret=jax.default_backend() != 'gpu', **options,
+    return pl.pallas_call(kernel, grid=grid, interpret=interprets(), **options,
                           compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages))
 
 

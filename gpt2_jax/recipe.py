@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from gpt2_jax import batches, data, parallel, step
+from gpt2_jax.errors import UsageError
 from gpt2_jax.evaluate import Evaluation, evaluate
 from gpt2_jax.model import GPT2, GPT2Config, count_params, flops_per_token, init_params
 from gpt2_jax.optim import Optimizer, decay_mask, make_optimizer, make_schedule
@@ -23,6 +24,11 @@ CPU_CORE_FLOPS = 45e9
 
 ROUNDING = {'float32': 'full fp32 matrix products', 'tf32': 'TF32 matrix products, where the device has them',
             'bfloat16': 'bf16 matrix products, accumulated in fp32'}
+
+
+KERNELS = {'open': 'those XLA makes of the open model',
+           'fused': 'the GPU kernels of kernels.py for LayerNorm, GELU, dropout and loss in training'}
+FUSED = {'explicit': 'the kernel of kernels.py', 'cudnn': 'cudnn'}
 
 
 def schedule_of(config: ConfigDict) -> optax.Schedule:
@@ -84,9 +90,15 @@ class Recipe:
     def train_step(self, pool: Executor | None = None):
         """The update, train_step(state, batch) -> (state, metrics); it takes over the state's memory.
 
-        It is compiled at the first call, or, given a pool, from now on, on a thread of that.
+        It is compiled at the first call, or, given a pool, from now on, on a thread of that. Raises UsageError where
+        it asks for GPU kernels and there is no GPU.
         """
         train = self.config.train
+        for key, value in (('model.kernels', self.config.model.kernels),
+                           ('optim.implementation', self.config.optim.implementation)):
+            if value == 'fused' and self.device.platform != 'gpu':
+                raise UsageError(f"{key} = 'fused' needs an NVIDIA GPU, but this runs on {self.device.platform}: set "
+                                 '--config.model.kernels=open --config.optim.implementation=optax')
         update = step.make_train_step(self.model, self.optimizer, self.schedule, seed=train.seed,
                                       accumulate=train.accumulate, gather=parallel.make_gather(self.mesh))
         jitted = jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None))
@@ -146,7 +158,8 @@ def describe(recipe: Recipe) -> list[str]:
         f'device     {parallel.describe_device(recipe.device)}; mesh data {config.mesh.data} x fsdp {config.mesh.fsdp} '
         f'x tensor {config.mesh.tensor}; jax {jax.__version__}',
         f'precision  {cfg.dtype}: {ROUNDING[cfg.dtype]}; parameters, moments, softmax, LayerNorm and loss in fp32',
-        f'attention  {cfg.attention}' + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
+        f'kernels    {KERNELS[cfg.kernels]}; attention: {cfg.attention if cfg.kernels == "open" else FUSED[cfg.attention]}'
+        + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens, '
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, '

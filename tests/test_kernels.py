@@ -1,0 +1,149 @@
+"""The fused kernels, in Pallas' interpreter: what model.py, step.py and optim.py spell out, value and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import flat, rough_params, shapes, tiny, tokens
+
+from gpt2_jax import fused, kernels
+from gpt2_jax.config import default_config, resolve
+from gpt2_jax.errors import UsageError
+from gpt2_jax.optim import make_optimizer, make_schedule
+from gpt2_jax.recipe import build
+from gpt2_jax.step import init_state, make_train_step
+
+# Three heads and a width that is no power of two; two blocks of queries; an odd vocabulary, in more than one block.
+SIZE = dict(n_head=3, n_embd=48, n_positions=128, vocab_size=301)
+DROPOUT = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
+ROWS = 4
+SCHEDULE = make_schedule(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2, steps=50)
+OPEN, FUSED = (dict(kernels='open', implementation='explicit'), dict(kernels='fused', implementation='fused'))
+
+
+def optimizer(implementation, clip_norm=0.1):
+    return make_optimizer(implementation=implementation, schedule=SCHEDULE, beta1=0.9, beta2=0.95, eps=1e-8,
+                          weight_decay=0.1, clip_norm=clip_norm)
+
+
+def batch(model, rows=ROWS, seed=1):
+    text_BT = tokens(model, batch=rows, length=model.cfg.n_positions + 1, seed=seed)
+    return {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]}
+
+
+def first_update(kernels, implementation, accumulate=1, rows=ROWS, **changes):
+    """Gradients (AdamW's first m is a tenth of them) and metrics of one update from rough parameters."""
+    model = tiny(**SIZE | changes, kernels=kernels)
+    adamw = optimizer(implementation, clip_norm=0)
+    state = init_state(rough_params(tiny(**SIZE | changes | {'attention': 'explicit'}), std=0.1), adamw)
+    update = jax.jit(make_train_step(model, adamw, SCHEDULE, seed=3, accumulate=accumulate))
+    state, metrics = update(state, batch(model, rows))
+    return flat(state.opt_state.m), metrics
+
+
+def check_equal(ours, theirs, tolerance):
+    (gradients, metrics), (expected, expected_metrics) = ours, theirs
+    for name, leaf in expected.items():
+        # A bias of k changes nothing: its gradient is 0, or what rounding makes of it.
+        k_bias = np.max(np.abs(expected[name.replace('bias', 'kernel')])) if 'c_attn/bias' in name else 0
+        assert np.max(np.abs(gradients[name] - leaf)) < tolerance * max(np.max(np.abs(leaf)), k_bias), name
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize('changes', [{}, DROPOUT, {'bias': False, 'remat': True, **DROPOUT},
+                                     {'dtype': 'bfloat16', **DROPOUT}], ids=['plain', 'dropout', 'remat', 'bf16'])
+def test_gradients_equal_the_open_model(changes):
+    """The same masks too: with dropout, loss and gradients would differ by a tenth."""
+    tolerance = 0.03 if 'dtype' in changes else 1e-5
+    check_equal(first_update(**FUSED, **changes), first_update(**OPEN, **changes), tolerance)
+
+
+def test_cudnn_attention_between_the_kernels(monkeypatch):
+    """Its three products, and the biases moved about, with XLA's attention in the place of cuDNN's."""
+    monkeypatch.setattr(fused, 'CUDNN', 'xla')
+    check_equal(first_update(**FUSED, attention='cudnn'), first_update(**OPEN), 1e-5)
+
+
+def test_micro_batches():
+    one, four = (first_update(**FUSED, accumulate=k, rows=4 * ROWS, n_layer=1) for k in (1, 4))
+    check_equal(four, one, 1e-5)
+
+
+def test_updates_equal_the_explicit_optimizer():
+    """Through warmup, clipping and decay, from the same gradients; and the norms that come with them."""
+    ours, theirs = (optimizer(name) for name in ('fused', 'explicit'))
+    params = rough_params(tiny(**SIZE, n_layer=1))
+    state, (theirs_params, theirs_state) = (params, ours.init(params)), (params, theirs.init(params))
+    rng = np.random.default_rng(0)
+    from gpt2_jax.optim import apply_update
+    for _ in range(4):
+        grads = jax.tree.map(lambda leaf: np.float32(rng.normal(0, 0.1, leaf.shape)), params)
+        *state, norms = jax.jit(functools.partial(apply_update, ours))(grads, state[1], state[0])
+        theirs_params, theirs_state, expected = jax.jit(functools.partial(apply_update, theirs))(
+            grads, theirs_state, theirs_params)
+        for name, leaf in flat(theirs_params).items():
+            np.testing.assert_allclose(flat(state[0])[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert set(norms) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(norms[name], value, rtol=1e-5, err_msg=name)
+        assert norms['grad_norm'] > 0.1  # clipped
+
+
+@pytest.mark.parametrize('changes', [{}, DROPOUT])
+def test_it_compiles_for_a_gpu_as_far_as_that_goes_without_one(monkeypatch, changes):
+    monkeypatch.setattr(kernels, 'interprets', lambda: False)
+    model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16', kernels='fused') | changes)
+    update = jax.jit(make_train_step(model, optimizer('fused'), SCHEDULE, seed=0, accumulate=1))
+    state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
+    text = update.trace(state, batch(model)).lower(lowering_platforms=('cuda',)).as_text()
+    for name in ('attention_forward', 'attention_backward', 'add_norm', 'gelu', 'softmax_gradient', 'adamw'):
+        assert name in text
+    assert shapes(model)
+
+
+def test_where_the_kernels_do_not_go():
+    def config(**changes):
+        config = default_config()
+        config.model.update(n_layer=1, n_head=2, n_embd=128, n_positions=128, dtype='bfloat16', kernels='fused')
+        config.train.batch_size = 16
+        for key, value in changes.items():
+            section, name = key.split('__')
+            config[section][name] = value
+        return resolve(config)
+
+    assert config().model.kernels == 'fused'
+    for key, value, says in (('model__dtype', 'float32', 'bfloat16'), ('model__activation_function', 'gelu', 'gelu_new'),
+                             ('model__n_embd', 96, 'power of two'), ('train__seq_len', 96, 'multiple of 64'),
+                             ('train__batch_size', 24, 'multiple of 2,048'), ('mesh__data', 2, 'one device')):
+        with pytest.raises(UsageError, match=says):
+            config(**{key: value})
+
+
+def test_no_gpu_no_fused_training(tmp_path):
+    (tmp_path / 'text.txt').write_text('abcdefgh' * 200)
+    config = default_config()
+    config.model.update(n_layer=1, n_head=2, n_embd=128, n_positions=128, dtype='bfloat16', kernels='fused')
+    config.train.batch_size = 16
+    config.data.corpus = str(tmp_path / 'text.txt')
+    with pytest.raises(UsageError, match="model.kernels = 'fused' needs an NVIDIA GPU.*--config.model.kernels=open"):
+        build(resolve(config)).train_step()
+    config.model.kernels, config.optim.implementation = 'open', 'fused'
+    with pytest.raises(UsageError, match="optim.implementation = 'fused' needs an NVIDIA GPU"):
+        build(resolve(config)).train_step()
+
+
+def test_every_logit_matters_to_the_loss():
+    """Of vocabularies below, at and above the sizes of blocks, far from 0, with the target in any block."""
+    rng = np.random.default_rng(0)
+    for V in (5, 128, 5000):
+        x_ND, wte_VD = (np.float32(rng.normal(0, 3, (n, 16))) for n in (8, V))
+        targets_N = rng.integers(0, V, 8)
+        targets_N[:2] = 0, V - 1
+        nats_N = jax.jit(kernels.head_loss)(x_ND, wte_VD, targets_N)
+        logits_NV = np.float64(x_ND) @ wte_VD.T
+        expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
+        np.testing.assert_allclose(nats_N, expected_N - logits_NV[np.arange(8), targets_N], rtol=1e-4, atol=1e-4)
+    assert jnp.isfinite(nats_N).all()
