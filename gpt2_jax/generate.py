@@ -62,6 +62,20 @@ def choose(logits_BV, keys_B, sampling: Sampling):
 
 
 @functools.partial(jax.jit, static_argnames='model')
+def lay_out(model: GPT2, params):
+    """The parameters as prefill reads them, and as decode does; made once, and not at every token.
+
+    Matrices in the compute dtype, embeddings and LayerNorms in fp32: the model that is trained and evaluated.
+    """
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf, params)
+    if model.cfg.kernels == 'open':
+        return params, params
+    from gpt2_jax import decode_kernels
+    return params, decode_kernels.lay_out(model.cfg, params)
+
+
+@functools.partial(jax.jit, static_argnames='model')
 def prefill(model: GPT2, params, tokens_BT, length):
     """The logits after the first `length` tokens, and a cache that holds them. tokens_BT is padded to n_positions."""
     x_BTD, cache = model.apply({'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]),
@@ -71,22 +85,68 @@ def prefill(model: GPT2, params, tokens_BT, length):
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache'))
-def decode(model: GPT2, params, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
+def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
     """Chooses and feeds back CHUNK tokens, of which the first stands at position `pos`.
 
     `done` counts the tokens drawn before: token i of a row depends on that row's key and i alone. Returns the tokens
     (B, CHUNK), the logits after them, and the cache. Tokens past the context are drawn too, and of no use: a loop of
     fixed length runs on a GPU without asking the host after each token whether to go on.
+
+    With model.kernels = 'fused' by decode_kernels.py, but for top_p and vocabularies above its MAX_VOCAB.
     """
+    V = logits_BV.shape[1]
+    fused = model.cfg.kernels == 'fused'
+    if fused:
+        from gpt2_jax import decode_kernels
+    fused_choice = fused and sampling.top_p == 1 and V <= decode_kernels.MAX_VOCAB
+
+    def keys_at(i):
+        return jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i)
+
+    noise_CBV = None
+    if fused_choice and sampling.temperature:  # what jax.random.categorical would add, for all tokens at once
+        noise_CBV = jax.vmap(lambda i: jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_at(i)))(jnp.arange(CHUNK))
 
     def one(carry, i):
         logits_BV, cache = carry
-        token_B = choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i), sampling)
-        x_B1D, cache = model.apply({'params': params}, token_B[:, None], cache, pos + i, method='features')
-        return (model.apply({'params': params}, x_B1D[:, 0], method='head'), cache), token_B
+        if fused_choice:
+            token_B = decode_kernels.choose(logits_BV, noise_CBV, i, temperature=sampling.temperature,
+                                            top_k=sampling.top_k)
+        else:
+            token_B = choose(logits_BV, keys_at(i), sampling)
+        if fused:
+            return decode_kernels.next_logits(model.cfg, weights, token_B, cache, pos + i), token_B
+        x_B1D, cache = model.apply({'params': weights}, token_B[:, None], cache, pos + i, method='features')
+        return (model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache), token_B
 
     (logits_BV, cache), tokens_CB = jax.lax.scan(one, (logits_BV, cache), jnp.arange(CHUNK))
     return tokens_CB.T, logits_BV, cache
+
+
+def _dispatched(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
+    """Chunks of tokens that the device may still be at work on, each with how many of its columns count."""
+    context = model.cfg.n_positions
+    params, weights = lay_out(model, params)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+    text = [(np.tile(np.asarray(prompt, np.int32), (num_samples, 1)), len(prompt))]
+    pos, done, told = context + 1, 0, False  # no cache yet
+    while done < max_new_tokens:
+        if pos >= context:
+            text_BT = np.concatenate([np.asarray(part)[:, :n] for part, n in text], axis=1)
+            if text_BT.shape[1] >= context:
+                text_BT = text_BT[:, -max(context // 2, 1):]
+                if not told:
+                    notify(f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}')
+                    told = True
+            pos = text_BT.shape[1]
+            text = [(text_BT, pos)]
+            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
+        # At least one: a context of a single token is full at once, and begins anew for each.
+        n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
+        tokens_BC, logits_BV, cache = decode(model, weights, logits_BV, cache, pos, keys_B, done, sampling)
+        pos, done = pos + n, done + n
+        text.append((tokens_BC, n))
+        yield text[-1]
 
 
 def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, seed: int = 0,
@@ -104,27 +164,15 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
     if strict_context and len(prompt) + max_new_tokens > context:
         raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
                          f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart')
-    # Once, and not at every token: decoding one text is bound by reading the weights.
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, model.cfg.compute_dtype), params)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
-    text_BT = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
-    pos, done, told = context + 1, 0, False  # no cache yet
-    while done < max_new_tokens:
-        if pos >= context:
-            if text_BT.shape[1] >= context:
-                text_BT = text_BT[:, -max(context // 2, 1):]
-                if not told:
-                    notify(f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}')
-                    told = True
-            pos = text_BT.shape[1]
-            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
-        # At least one: a context of a single token is full at once, and begins anew for each.
-        n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
-        tokens_BC, logits_BV, cache = decode(model, params, logits_BV, cache, pos, keys_B, done, sampling)
-        tokens = np.asarray(tokens_BC)[:, :n]
-        text_BT = np.concatenate([text_BT, tokens], axis=1)
-        pos, done = pos + n, done + n
-        yield tokens
+    waiting = []
+    for chunk in _dispatched(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
+        # A chunk is fetched when the next has been dispatched: the device works on while the caller has this one.
+        waiting.append(chunk)
+        if len(waiting) > 1:
+            tokens_BC, n = waiting.pop(0)
+            yield np.asarray(tokens_BC)[:, :n]
+    for tokens_BC, n in waiting:
+        yield np.asarray(tokens_BC)[:, :n]
 
 
 def stream_text(chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int = 0, stop: str = '') -> Iterator[str]:
