@@ -26,10 +26,11 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
 
 # Sizes of blocks, as (planned to be) tuned on an H100.
-PROGRAMS = 132  # that a matrix is shared among, at least, where that leaves each enough: the multiprocessors
-ONE_OUTS, ONE_WARPS = (4, 32), 4  # of one row: outputs a program, least and most; 32 lanes read 256 inputs of an output
-ROWS_OUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = (16, 64), 4, 4, 32  # of several rows, by tensor cores: 16 at least
-INPUTS = 256  # that a program reads at a time, of each of its outputs
+# A matrix is shared among so many programs, at least, with outputs from least to most for each, and is read by blocks of
+# inputs. One row has programs of one warp, which sums among its own lanes, the whole of its share on its way at once;
+# more rows are for the tensor cores, which take 16 and more.
+ONE_PROGRAMS, ONE_OUTS, ONE_INPUTS, ONE_WARPS = 528, (1, 8), 256, 1
+ROWS_PROGRAMS, ROWS_OUTS, ROWS_INPUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = 132, (16, 64), 128, 4, 4, 32
 POSITIONS, ATTEND_WARPS = 256, 8  # of the cache, read at a time
 COLUMNS, CHOOSE_WARPS = 2048, 16  # of the logits; all of a row lie in one program's registers
 MAX_VOCAB = 2**16
@@ -46,49 +47,56 @@ def _inside(axis, size, total):
     return None if total % size == 0 else pl.program_id(axis) * size + jnp.arange(size) < total
 
 
-def _tile(ref, j, block, inside=None):
-    """Columns j * block and on of the rows `inside`, and zeros for what does not exist."""
+def _blocks(D, most):
+    """Blocks, of a power of two, that D columns are cut into: their size, and how many. The last may be part padding."""
+    size = min(most, pl.next_power_of_2(D))
+    return size, pl.cdiv(D, size)
+
+
+def _tile(ref, D, j, block, inside=None):
+    """Columns j * block and on, of D, of the rows `inside`, and zeros for what does not exist."""
     mask = None if inside is None else inside[:, None]
-    if ref.shape[-1] % block:
-        columns = (j * block + jnp.arange(block) < ref.shape[-1])[None, :]
+    if D % block:
+        columns = (j * block + jnp.arange(block) < D)[None, :]
         mask = columns if mask is None else mask & columns
     return plgpu.load(ref.at[:, pl.ds(j * block, block)], mask=mask, other=None if mask is None else 0)
 
 
-def _normalised(x, ins, D, block, eps):
-    """LayerNorm of rows that are cut into blocks, the statistics in fp32."""
-    dtype, x = x[0].dtype, [part.astype(jnp.float32) for part in x]
+def _statistics(x, D, eps):
+    """Mean and 1 / std of rows that are cut into blocks, in fp32."""
+    x, block = [part.astype(jnp.float32) for part in x], x[0].shape[-1]
     mean = sum(x).sum(-1, keepdims=True) / D
     centred = [jnp.where((j * block + jnp.arange(block) < D)[None, :], part - mean, 0) for j, part in enumerate(x)]
-    rstd = lax.rsqrt(sum(map(jnp.square, centred)).sum(-1, keepdims=True) / D + eps)
-    y = [part * rstd * _tile(ins['scale'], j, block) for j, part in enumerate(centred)]
-    if ins['shift'] is not None:
-        y = [part + _tile(ins['shift'], j, block) for j, part in enumerate(y)]
-    return [part.astype(dtype) for part in y]
+    return mean, lax.rsqrt(sum(map(jnp.square, centred)).sum(-1, keepdims=True) / D + eps)
 
 
-def _affine_kernel(ins, y_ref, *, B, N, eps, gelu, precision):
-    (rows, outs), D = y_ref.shape, ins['x'].shape[-1]
-    block = min(INPUTS, pl.next_power_of_2(D))
-    blocks = range(pl.cdiv(D, block))
+def _affine_kernel(ins, y_ref, *, B, D, N, eps, gelu, precision):
+    rows, outs = y_ref.shape
+    block, blocks = _blocks(D, ROWS_INPUTS if rows > 1 else ONE_INPUTS)
     row, out = _inside(0, rows, B), _inside(1, outs, N)
 
-    def product(x, w):
-        return plgpu.dot(x, w.T, precision=precision)
+    def weights(j):
+        return _tile(ins['w'], D, j, block, out)
 
-    if rows > 1 and ins['scale'] is None:  # inputs and weights stream through shared memory, both too large for more
-        y = lax.fori_loop(0, len(blocks), lambda j, y: y + product(_tile(ins['x'], j, block, row),
-                                                                   _tile(ins['w'], j, block, out)),
+    def inputs(j):
+        return _tile(ins['x'], D, j, block, row)
+
+    def normalised(j, x):
+        if ins['scale'] is None:
+            return x
+        y = (x.astype(jnp.float32) - mean) * rstd * _tile(ins['scale'], D, j, block)
+        return (y if ins['shift'] is None else y + _tile(ins['shift'], D, j, block)).astype(x.dtype)
+
+    w = [weights(j) for j in range(blocks)] if rows == 1 else None  # first of all: on their way during the LayerNorm
+    x = [inputs(j) for j in range(blocks)] if rows == 1 or ins['scale'] is not None else None
+    if ins['scale'] is not None:
+        mean, rstd = _statistics(x, D, eps)
+    if rows == 1:
+        y = sum(w[j].astype(jnp.float32) * normalised(j, x[j]).astype(jnp.float32) for j in range(blocks))
+        y = y.sum(-1)[None, :]
+    else:  # both stream through shared memory, the next blocks while these are multiplied
+        y = lax.fori_loop(0, blocks, lambda j, y: y + plgpu.dot(normalised(j, inputs(j)), weights(j).T, precision=precision),
                           jnp.zeros((rows, outs), jnp.float32))
-    else:
-        w = [_tile(ins['w'], j, block, out) for j in blocks]  # first: they are on their way during the LayerNorm
-        x = [_tile(ins['x'], j, block, row) for j in blocks]
-        if ins['scale'] is not None:
-            x = _normalised(x, ins, D, block, eps)
-        if rows > 1:
-            y = sum(map(product, x, w))
-        else:
-            y = sum(a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(x, w, strict=True)).sum(-1)[None, :]
     mine = None
     for part in (None if row is None else row[:, None], None if out is None else out[None, :]):
         mine = part if mine is None else mine if part is None else mine & part
@@ -110,37 +118,38 @@ def affine(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
     """
     (B, D), N = x_BD.shape, weights['kernel'].shape[0]
     rows = 1 if B == 1 else max(16, min(MAX_ROWS, pl.next_power_of_2(B)))
-    least, most = ONE_OUTS if B == 1 else ROWS_OUTS
-    outs = max(least, min(most, 2 ** (max(N // PROGRAMS, 1).bit_length() - 1)))
+    programs, (least, most) = (ONE_PROGRAMS, ONE_OUTS) if B == 1 else (ROWS_PROGRAMS, ROWS_OUTS)
+    outs = max(least, min(most, 2 ** (max(N // programs, 1).bit_length() - 1)))
     norm = norm or {}
     ins = {'x': x_BD, 'w': weights['kernel'], 'bias': weights.get('bias'), 'scale': norm.get('scale'),
            'shift': norm.get('bias'), 'residual': residual_BN}
     ins = {name: value[None] if value is not None and value.ndim == 1 else value for name, value in ins.items()}
-    vector = pl.BlockSpec((1, D), lambda i, j: (0, 0))
-    specs = {'x': pl.BlockSpec((rows, D), lambda i, j: (i, 0)), 'w': pl.BlockSpec((outs, D), lambda i, j: (j, 0)),
+    width = math.prod(_blocks(D, ONE_INPUTS if B == 1 else ROWS_INPUTS))
+    vector = pl.BlockSpec((1, width), lambda i, j: (0, 0))
+    specs = {'x': pl.BlockSpec((rows, width), lambda i, j: (i, 0)), 'w': pl.BlockSpec((outs, width), lambda i, j: (j, 0)),
              'bias': pl.BlockSpec((1, outs), lambda i, j: (0, j)), 'scale': vector, 'shift': vector,
              'residual': pl.BlockSpec((rows, outs), lambda i, j: (i, j))}
     return _call(
-        functools.partial(_affine_kernel, B=B, N=N, eps=cfg.layer_norm_epsilon, gelu=gelu, precision=cfg.precision),
+        functools.partial(_affine_kernel, B=B, D=D, N=N, eps=cfg.layer_norm_epsilon, gelu=gelu, precision=cfg.precision),
         grid=(pl.cdiv(B, rows), pl.cdiv(N, outs)), warps=ONE_WARPS if B == 1 else ROWS_WARPS, stages=ROWS_STAGES,
         in_specs=[{name: None if ins[name] is None else spec for name, spec in specs.items()}],
         out_specs=specs['residual'], out_shape=jax.ShapeDtypeStruct((B, N), dtype or x_BD.dtype))(ins)
 
 
-def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_out_ref, v_out_ref):
-    S, K = k_ref.shape
-    width, pos = pl.next_power_of_2(K), jnp.minimum(pos_ref[0], S - 1)  # where the context is full, nobody looks
-    lane, columns = pl.ds(0, width), jnp.arange(width) < K
-    q, k, v = (plgpu.load(ref.at[lane], mask=columns, other=0) for ref in (q_ref, new_k_ref, new_v_ref))
-    plgpu.store(k_out_ref.at[pos, lane], k, mask=columns)
-    plgpu.store(v_out_ref.at[pos, lane], v, mask=columns)
+def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_out_ref, v_out_ref, *, K):
+    S, width = k_ref.shape
+    pos = jnp.minimum(pos_ref[0], S - 1)  # what is decoded past the context is of no use, but must not write past it
+    columns = jnp.arange(width) < K
+    q, k, v = (plgpu.load(ref, mask=columns, other=0) for ref in (q_ref, new_k_ref, new_v_ref))
+    plgpu.store(k_out_ref.at[pos, :], k, mask=columns)
+    plgpu.store(v_out_ref.at[pos, :], v, mask=columns)
     q, k, v = q.astype(jnp.float32) / math.sqrt(K), k.astype(jnp.float32), v.astype(jnp.float32)
 
     def body(j, carry):
         """Place p of every block has a softmax of its own, so that the loop waits for no one's sum but its own."""
         z, most, total = carry
         here = j * POSITIONS + jnp.arange(POSITIONS) < pos
-        at, mask = (pl.ds(j * POSITIONS, POSITIONS), lane), here[:, None] & columns[None, :]
+        at, mask = (pl.ds(j * POSITIONS, POSITIONS), slice(None)), here[:, None] & columns[None, :]
         keys, values = (plgpu.load(ref.at[at], mask=mask, other=0).astype(jnp.float32) for ref in (k_ref, v_ref))
         scores = jnp.where(here, (keys * q[None, :]).sum(-1), -1e30)
         most_now = jnp.maximum(most, scores)
@@ -154,7 +163,7 @@ def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_
     top = jnp.maximum(most.max(), own)
     weight, own = jnp.exp(most - top), jnp.exp(own - top)
     z = ((z * weight[:, None]).sum(0) + own * v) / ((total * weight).sum() + own)
-    plgpu.store(z_ref.at[lane], z.astype(z_ref.dtype), mask=columns)
+    plgpu.store(z_ref, z.astype(z_ref.dtype), mask=columns)
 
 
 @jax.jit
@@ -164,15 +173,16 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
     Returns z_BHK and the cache, which keeps its memory. What the cache holds from `pos` on is never seen.
     """
     B, H, S, K = k_BHSK.shape
-    cache = pl.BlockSpec((None, None, S, K), lambda b, h: (b, h, 0, 0))
+    width = pl.next_power_of_2(K)
+    cache = pl.BlockSpec((None, None, S, width), lambda b, h: (b, h, 0, 0))
 
     def part(which):
-        return pl.BlockSpec((None, None, None, K), lambda b, h: (b, which, h, 0))
+        return pl.BlockSpec((None, None, None, width), lambda b, h: (b, which, h, 0))
 
     return _call(
-        _attend_kernel, grid=(B, H), warps=ATTEND_WARPS, input_output_aliases={4: 1, 5: 2},
+        functools.partial(_attend_kernel, K=K), grid=(B, H), warps=ATTEND_WARPS, input_output_aliases={4: 1, 5: 2},
         in_specs=[pl.BlockSpec((1,), lambda b, h: (0,)), *map(part, range(3)), cache, cache],
-        out_specs=[pl.BlockSpec((None, None, K), lambda b, h: (b, h, 0)), cache, cache],
+        out_specs=[pl.BlockSpec((None, None, width), lambda b, h: (b, h, 0)), cache, cache],
         out_shape=[jax.ShapeDtypeStruct((B, H, K), qkv_B3HK.dtype), *(jax.ShapeDtypeStruct(old.shape, old.dtype)
                                                                      for old in (k_BHSK, v_BHSK))],
     )(pos_1, qkv_B3HK, qkv_B3HK, qkv_B3HK, k_BHSK, v_BHSK)
@@ -203,14 +213,14 @@ def _kth_largest(x, k):
     return jnp.where(n == k, middle, low)
 
 
-def _choose_kernel(i_ref, logits_ref, noise_ref, token_ref, *, V, temperature, top_k):
-    size = min(COLUMNS, pl.next_power_of_2(V))
-    columns = [j * size + jnp.arange(size) for j in range(pl.cdiv(V, size))]
+def _choose_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperature, top_k):
+    size, blocks = _blocks(V, COLUMNS)
+    columns = [j * size + jnp.arange(size) for j in range(blocks)]
 
     def load(ref, j, *index):
         return plgpu.load(ref.at[(*index, pl.ds(j * size, size))], mask=columns[j] < V, other=-jnp.inf)
 
-    x = [load(logits_ref, j) for j in range(len(columns))]
+    x = [load(logits_ref, j) for j in range(blocks)]
     if temperature:
         x = [part / temperature for part in x]
         bound = _kth_largest(x, top_k) if 0 < top_k < V else -jnp.inf
@@ -218,22 +228,26 @@ def _choose_kernel(i_ref, logits_ref, noise_ref, token_ref, *, V, temperature, t
     best, where = x[0], columns[0]
     for part, column in zip(x[1:], columns[1:], strict=True):
         where, best = jnp.where(part > best, column, where), jnp.maximum(part, best)
-    token_ref[...] = jnp.where(best == best.max(), where, V - 1).min()  # of equals, the first
+    tokens_ref[i_ref[0]] = jnp.where(best == best.max(), where, V - 1).min()  # of equals, the first
 
 
 @functools.partial(jax.jit, static_argnames=('temperature', 'top_k'))
-def choose(logits_BV, noise_CBV, i, *, temperature, top_k):
-    """The token of each row that is largest after noise[i] is added, of its top_k; with temperature 0 the largest.
+def choose(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
+    """tokens[i] of each row becomes that of its top_k which is likeliest after noise[i] is added to the logits.
 
-    With Gumbel noise that is a draw from the softmax: (B, V), (C, B, V), () -> (B,).
+    With Gumbel noise that is a draw from the softmax; with temperature 0 there is none, nor top_k. tokens_CB keeps its
+    memory: written by XLA, the token would be a copy of its own, on a stream that the next kernel waits for.
     """
-    B, V = logits_BV.shape
-    noise = None if noise_CBV is None else pl.BlockSpec((noise_CBV.shape[0], None, V), lambda b: (0, b, 0))
+    (B, V), C = logits_BV.shape, tokens_CB.shape[0]
+    width = math.prod(_blocks(V, COLUMNS))
+    tokens, noise = pl.BlockSpec((C, None), lambda b: (0, b)), pl.BlockSpec((C, None, width), lambda b: (0, b, 0))
     return _call(
         functools.partial(_choose_kernel, V=V, temperature=temperature, top_k=top_k), grid=(B,), warps=CHOOSE_WARPS,
-        in_specs=[pl.BlockSpec((1,), lambda b: (0,)), pl.BlockSpec((None, V), lambda b: (b, 0)), noise],
-        out_specs=pl.BlockSpec((None,), lambda b: (b,)), out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
-    )(jnp.reshape(i, 1), logits_BV, noise_CBV)
+        in_specs=[pl.BlockSpec((1,), lambda b: (0,)), pl.BlockSpec((None, width), lambda b: (b, 0)),
+                  None if noise_CBV is None else noise, tokens],
+        out_specs=tokens, out_shape=jax.ShapeDtypeStruct(tokens_CB.shape, jnp.int32),
+        input_output_aliases={2 if noise_CBV is None else 3: 0},
+    )(jnp.reshape(i, 1), logits_BV, noise_CBV, tokens_CB)
 
 
 def lay_out(cfg: GPT2Config, params):

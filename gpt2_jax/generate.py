@@ -107,19 +107,22 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
     if fused_choice and sampling.temperature:  # what jax.random.categorical would add, for all tokens at once
         noise_CBV = jax.vmap(lambda i: jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_at(i)))(jnp.arange(CHUNK))
 
-    def one(carry, i):
-        logits_BV, cache = carry
+    def one(i, carry):
+        logits_BV, cache, tokens_CB = carry
         if fused_choice:
-            token_B = decode_kernels.choose(logits_BV, noise_CBV, i, temperature=sampling.temperature,
-                                            top_k=sampling.top_k)
+            tokens_CB = decode_kernels.choose(logits_BV, noise_CBV, tokens_CB, i, temperature=sampling.temperature,
+                                              top_k=sampling.top_k)
         else:
-            token_B = choose(logits_BV, keys_at(i), sampling)
+            tokens_CB = tokens_CB.at[i].set(choose(logits_BV, keys_at(i), sampling))
         if fused:
-            return decode_kernels.next_logits(model.cfg, weights, token_B, cache, pos + i), token_B
-        x_B1D, cache = model.apply({'params': weights}, token_B[:, None], cache, pos + i, method='features')
-        return (model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache), token_B
+            logits_BV, cache = decode_kernels.next_logits(model.cfg, weights, tokens_CB[i], cache, pos + i)
+        else:
+            x_B1D, cache = model.apply({'params': weights}, tokens_CB[i][:, None], cache, pos + i, method='features')
+            logits_BV = model.apply({'params': weights}, x_B1D[:, 0], method='head')
+        return logits_BV, cache, tokens_CB
 
-    (logits_BV, cache), tokens_CB = jax.lax.scan(one, (logits_BV, cache), jnp.arange(CHUNK))
+    tokens_CB = jnp.zeros((CHUNK, len(keys_B)), jnp.int32)
+    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, (logits_BV, cache, tokens_CB))
     return tokens_CB.T, logits_BV, cache
 
 
