@@ -1,4 +1,4 @@
-"""Decoding by fused GPU kernels, written in Pallas (Triton): five a layer for each token, instead of fourteen.
+"""Decoding by fused GPU kernels, written in Pallas (Triton): five a layer for each token, instead of eighteen.
 
 A token's arithmetic is nothing; what takes time is reading every weight once, and starting kernels. So these are few,
 and each starts so many programs that all of the GPU reads weights:
@@ -26,9 +26,9 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
 
 # Sizes of blocks, as (planned to be) tuned on an H100.
-# A matrix is shared among so many programs, at least, with outputs from least to most for each, and is read by blocks of
-# inputs. One row has programs of one warp, which sums among its own lanes, the whole of its share on its way at once;
-# more rows are for the tensor cores, which take 16 and more.
+# A matrix is shared among so many programs, at least, with outputs from least to most for each, and read by blocks of
+# inputs. One row has programs of one warp, which sums among its own lanes, all of its share on its way at once; more
+# rows are for the tensor cores, which take 16 and more.
 ONE_PROGRAMS, ONE_OUTS, ONE_INPUTS, ONE_WARPS = 528, (1, 8), 256, 1
 ROWS_PROGRAMS, ROWS_OUTS, ROWS_INPUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = 132, (16, 64), 128, 4, 4, 32
 POSITIONS, ATTEND_WARPS = 256, 8  # of the cache, read at a time
@@ -48,7 +48,7 @@ def _inside(axis, size, total):
 
 
 def _blocks(D, most):
-    """Blocks, of a power of two, that D columns are cut into: their size, and how many. The last may be part padding."""
+    """Blocks, of a power of two, that D columns are cut into: their size, and how many. The last may hold padding."""
     size = min(most, pl.next_power_of_2(D))
     return size, pl.cdiv(D, size)
 
@@ -95,7 +95,8 @@ def _affine_kernel(ins, y_ref, *, B, D, N, eps, gelu, precision):
         y = sum(w[j].astype(jnp.float32) * normalised(j, x[j]).astype(jnp.float32) for j in range(blocks))
         y = y.sum(-1)[None, :]
     else:  # both stream through shared memory, the next blocks while these are multiplied
-        y = lax.fori_loop(0, blocks, lambda j, y: y + plgpu.dot(normalised(j, inputs(j)), weights(j).T, precision=precision),
+        y = lax.fori_loop(0, blocks, lambda j, y: y + plgpu.dot(normalised(j, inputs(j)), weights(j).T,
+                                                                precision=precision),
                           jnp.zeros((rows, outs), jnp.float32))
     mine = None
     for part in (None if row is None else row[:, None], None if out is None else out[None, :]):
@@ -126,11 +127,14 @@ def affine(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
     ins = {name: value[None] if value is not None and value.ndim == 1 else value for name, value in ins.items()}
     width = math.prod(_blocks(D, ONE_INPUTS if B == 1 else ROWS_INPUTS))
     vector = pl.BlockSpec((1, width), lambda i, j: (0, 0))
-    specs = {'x': pl.BlockSpec((rows, width), lambda i, j: (i, 0)), 'w': pl.BlockSpec((outs, width), lambda i, j: (j, 0)),
+    specs = {'x': pl.BlockSpec((rows, width), lambda i, j: (i, 0)),
+             'w': pl.BlockSpec((outs, width), lambda i, j: (j, 0)),
              'bias': pl.BlockSpec((1, outs), lambda i, j: (0, j)), 'scale': vector, 'shift': vector,
              'residual': pl.BlockSpec((rows, outs), lambda i, j: (i, j))}
+    kernel = functools.partial(_affine_kernel, B=B, D=D, N=N, eps=cfg.layer_norm_epsilon, gelu=gelu,
+                               precision=cfg.precision)
     return _call(
-        functools.partial(_affine_kernel, B=B, D=D, N=N, eps=cfg.layer_norm_epsilon, gelu=gelu, precision=cfg.precision),
+        kernel,
         grid=(pl.cdiv(B, rows), pl.cdiv(N, outs)), warps=ONE_WARPS if B == 1 else ROWS_WARPS, stages=ROWS_STAGES,
         in_specs=[{name: None if ins[name] is None else spec for name, spec in specs.items()}],
         out_specs=specs['residual'], out_shape=jax.ShapeDtypeStruct((B, N), dtype or x_BD.dtype))(ins)
@@ -189,7 +193,7 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
 
 
 def _kth_largest(x, k):
-    """A threshold that exactly the k largest of all elements of the blocks `x` reach, and what equals the least of them.
+    """A threshold that exactly the k largest of all elements of the blocks `x` reach, and what equals the k-th.
 
     By bisection between the least and the largest, until k elements reach the middle, or no number lies between.
     """
@@ -202,7 +206,7 @@ def _kth_largest(x, k):
 
     def halve(state):
         low, high, middle, n = state
-        low, high = jnp.where(n >= k, middle, low), jnp.where(n >= k, high, middle)
+        low, high = jnp.where(n > k, middle, low), jnp.where(n > k, high, middle)
         middle = 0.5 * low + 0.5 * high
         return low, high, middle, count(middle)
 
@@ -250,8 +254,18 @@ def choose(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
     )(jnp.reshape(i, 1), logits_BV, noise_CBV, tokens_CB)
 
 
+def chooser(keys_CB, V, temperature, top_k):
+    """The function pick(logits_BV, tokens_CB, i) -> tokens_CB that draws as jax.random.categorical with keys_CB[i].
+
+    What that adds to the logits is the same whatever they are: it is made for all tokens of the chunk at once.
+    """
+    noise_CBV = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (V,))))(keys_CB) if temperature else None
+    return lambda logits_BV, tokens_CB, i: choose(logits_BV, noise_CBV, tokens_CB, i, temperature=temperature,
+                                                  top_k=top_k)
+
+
 def lay_out(cfg: GPT2Config, params):
-    """The parameters as decoding reads them: matrices in the compute dtype as (N, D), embeddings and LayerNorms fp32."""
+    """The parameters as decoding reads them: matrices (N, D) in the compute dtype, embeddings and norms in fp32."""
     dtype = cfg.compute_dtype
 
     def matrix(affine, outputs):

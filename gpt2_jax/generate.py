@@ -92,37 +92,30 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
     (B, CHUNK), the logits after them, and the cache. Tokens past the context are drawn too, and of no use: a loop of
     fixed length runs on a GPU without asking the host after each token whether to go on.
 
-    With model.kernels = 'fused' by decode_kernels.py, but for top_p and vocabularies above its MAX_VOCAB.
+    With model.kernels = 'fused' this is done by decode_kernels.py, but for choices it does not cover (top_p).
     """
-    V = logits_BV.shape[1]
-    fused = model.cfg.kernels == 'fused'
-    if fused:
+    keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(jnp.arange(CHUNK))
+
+    def pick(logits_BV, tokens_CB, i):
+        return tokens_CB.at[i].set(choose(logits_BV, keys_CB[i], sampling))
+
+    def step(token_B, cache, pos):
+        x_B1D, cache = model.apply({'params': weights}, token_B[:, None], cache, pos, method='features')
+        return model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache
+
+    if model.cfg.kernels == 'fused':
         from gpt2_jax import decode_kernels
-    fused_choice = fused and sampling.top_p == 1 and V <= decode_kernels.MAX_VOCAB
-
-    def keys_at(i):
-        return jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i)
-
-    noise_CBV = None
-    if fused_choice and sampling.temperature:  # what jax.random.categorical would add, for all tokens at once
-        noise_CBV = jax.vmap(lambda i: jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_at(i)))(jnp.arange(CHUNK))
+        step = functools.partial(decode_kernels.next_logits, model.cfg, weights)
+        if sampling.top_p == 1 and logits_BV.shape[1] <= decode_kernels.MAX_VOCAB:
+            pick = decode_kernels.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
 
     def one(i, carry):
         logits_BV, cache, tokens_CB = carry
-        if fused_choice:
-            tokens_CB = decode_kernels.choose(logits_BV, noise_CBV, tokens_CB, i, temperature=sampling.temperature,
-                                              top_k=sampling.top_k)
-        else:
-            tokens_CB = tokens_CB.at[i].set(choose(logits_BV, keys_at(i), sampling))
-        if fused:
-            logits_BV, cache = decode_kernels.next_logits(model.cfg, weights, tokens_CB[i], cache, pos + i)
-        else:
-            x_B1D, cache = model.apply({'params': weights}, tokens_CB[i][:, None], cache, pos + i, method='features')
-            logits_BV = model.apply({'params': weights}, x_B1D[:, 0], method='head')
-        return logits_BV, cache, tokens_CB
+        tokens_CB = pick(logits_BV, tokens_CB, i)
+        return *step(tokens_CB[i], cache, pos + i), tokens_CB
 
-    tokens_CB = jnp.zeros((CHUNK, len(keys_B)), jnp.int32)
-    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, (logits_BV, cache, tokens_CB))
+    carry = logits_BV, cache, jnp.zeros(keys_CB.shape, jnp.int32)
+    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, carry)
     return tokens_CB.T, logits_BV, cache
 
 
@@ -167,14 +160,11 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
     if strict_context and len(prompt) + max_new_tokens > context:
         raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
                          f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart')
-    waiting = []
-    for chunk in _dispatched(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
-        # A chunk is fetched when the next has been dispatched: the device works on while the caller has this one.
-        waiting.append(chunk)
-        if len(waiting) > 1:
-            tokens_BC, n = waiting.pop(0)
-            yield np.asarray(tokens_BC)[:, :n]
-    for tokens_BC, n in waiting:
+    chunks = _dispatched(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify)
+    chunk = next(chunks, None)
+    while chunk is not None:
+        # Fetched when the next has been dispatched: the device works on while the caller has this one.
+        (tokens_BC, n), chunk = chunk, next(chunks, None)
         yield np.asarray(tokens_BC)[:, :n]
 
 

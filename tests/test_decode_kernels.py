@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import rough_params, shapes, tiny, tokens
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from tiny import flat, rough_params, shapes, tiny, tokens
 
 from gpt2_jax import decode_kernels, generate
 from gpt2_jax.generate import CHUNK, Sampling
 from gpt2_jax.model import init_cache
 
-SMALL = dict(ONE_INPUTS=16, ROWS_INPUTS=16, POSITIONS=4, COLUMNS=8, MAX_ROWS=16)  # so that tiny models have many blocks of everything
+# Of tiny models, many blocks of everything.
+SMALL = dict(ONE_INPUTS=16, ROWS_INPUTS=16, POSITIONS=4, COLUMNS=8, MAX_ROWS=16)
+FOR_A_GPU = {name: getattr(decode_kernels, name) for name in SMALL}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -56,6 +59,16 @@ def test_bfloat16_is_as_near_to_fp32_as_the_open_model(batch):
     assert np.sqrt(np.square(got).mean()) < 1.2 * np.sqrt(np.square(rounding).mean())
 
 
+@pytest.mark.parametrize('kernels', ['open', 'fused'])
+def test_what_is_rounded(kernels):
+    """The matrices alone, so that text comes from the model that is evaluated."""
+    model = tiny(dtype='bfloat16', kernels=kernels)
+    for part in generate.lay_out(model, rough_params(model)):
+        for name, leaf in flat(part).items():
+            exact = {'wte', 'wpe', 'ln_1', 'ln_2', 'ln_f'} & set(name.split('/'))
+            assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
+
+
 def test_past_the_context_nothing_else_is_touched():
     model = tiny()
     weights = decode_kernels.lay_out(model.cfg, jax.tree.map(jnp.asarray, rough_params(model)))
@@ -91,14 +104,13 @@ def test_the_kth_largest(name):
         assert np.array_equal(kept(x, k) & (x > -np.inf), (x >= kth) & (x > -np.inf)), k
 
 
-@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(1.0), Sampling(0.5, 3), Sampling(1.0, 7), Sampling(1.0, 99)])
+@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(), Sampling(0.5, 3), Sampling(1.0, 7), Sampling(1.0, 99)])
 def test_choices_equal_the_open_ones(sampling):
-    logits_BV = np.stack([x[:60] for x in rows().values()] * 4)
+    logits_BV = np.stack([np.resize(x, 60) for x in rows().values()] * 4)
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
-    noise_BV = sampling.temperature and jax.vmap(lambda key: jax.random.gumbel(key, (60,)))(keys_B)
-    noise_CBV = jnp.stack([noise_BV * 0, noise_BV]) if sampling.temperature else None
-    got = decode_kernels.choose(logits_BV, noise_CBV, jnp.full((2, len(logits_BV)), -1), 1,
-                                temperature=sampling.temperature, top_k=sampling.top_k)
+    keys_CB = jnp.stack([keys_B[::-1], keys_B])
+    pick = decode_kernels.chooser(keys_CB, 60, sampling.temperature, sampling.top_k)
+    got = pick(logits_BV, jnp.full(keys_CB.shape, -1), 1)
     assert np.all(got[0] == -1)
     assert np.array_equal(got[1], generate.choose(logits_BV, keys_B, sampling))
 
@@ -109,7 +121,7 @@ def test_the_same_text(samples, sampling):
     """Also across chunks, and past the context."""
     def text(kernels):
         model = tiny(n_positions=2 * CHUNK + 3, kernels=kernels)
-        chunks = generate.generate(model, rough_params(model, seed=2, std=0.5), [3, 1, 4], max_new_tokens=3 * CHUNK,
+        chunks = generate.generate(model, rough_params(model, seed=13, std=0.6), [3, 1, 4], max_new_tokens=3 * CHUNK,
                                    num_samples=samples, seed=5, sampling=sampling, notify=lambda note: None)
         return np.concatenate(list(chunks), axis=1)
 
@@ -118,12 +130,12 @@ def test_the_same_text(samples, sampling):
     assert np.array_equal(text('fused'), expected)
 
 
+@pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')  # jax 0.11 says so
 @pytest.mark.parametrize('batch', [1, 32])
-def test_lowers_for_a_gpu(batch, monkeypatch):
+def test_lowers_for_a_gpu(batch):
     """At the size of GPT-2, with the block sizes that a GPU is given; no GPU is needed."""
-    monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in BLOCKS.items():
+        for name, value in FOR_A_GPU.items():
             patch.setattr(decode_kernels, name, value)
         patch.setattr(jax, 'default_backend', lambda: 'gpu')
         jax.clear_caches()
@@ -132,11 +144,10 @@ def test_lowers_for_a_gpu(batch, monkeypatch):
         cache = jax.eval_shape(lambda: init_cache(model.cfg, batch))
         keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
         logits_BV = jax.ShapeDtypeStruct((batch, 50257), jnp.float32)
-        traced = generate.decode.trace(model, weights, logits_BV, cache, 5, keys_B, 0, Sampling(1.0, 200))
-        text = traced.lower(lowering_platforms=('cuda',)).as_text()
+        h100 = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu'))
+        with use_abstract_mesh(h100):
+            traced = generate.decode.trace(model, weights, logits_BV, cache, 5, keys_B, 0, Sampling(1.0, 200))
+            text = traced.lower(lowering_platforms=('cuda',)).as_text()
         jax.clear_caches()
     assert text.count('_attend_kernel') and text.count('_choose_kernel')
     assert text.count('custom_call @__gpu$xla.gpu.triton') == 7  # five a layer, the head, and the choice
-
-
-BLOCKS = {name: getattr(decode_kernels, name) for name in SMALL}

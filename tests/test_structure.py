@@ -23,6 +23,8 @@ LAYERS = (
     'batches token_files',
     'data',
     'model optim',
+    'kernels decode_kernels',
+    'fused',
     'parallel huggingface',
     'step',
     'checkpoint evaluate generate',
@@ -33,7 +35,8 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 # Of no part in the way from one's own text to sampled verse: speed, and what is published by others.
-BESIDE = ('benchmark', 'convert', 'documents', 'finetune', 'huggingface', 'published', 'token_files', 'vocabulary')
+BESIDE = ('benchmark', 'convert', 'decode_kernels', 'documents', 'finetune', 'fused', 'huggingface', 'kernels',
+          'published', 'token_files', 'vocabulary')
 NO_JAX = ('config', 'documents', 'published', 'vocabulary', 'tokenizers', 'corpora', 'shards', 'batches', 'token_files',
           'data', 'cli')
 
