@@ -62,6 +62,20 @@ def choose(logits_BV, keys_B, sampling: Sampling):
 
 
 @functools.partial(jax.jit, static_argnames='model')
+def lay_out(model: GPT2, params):
+    """The parameters as prefill reads them, and as decode does; made once, and not at every token.
+
+    Matrices in the compute dtype, embeddings and LayerNorms in fp32: the model that is trained and evaluated.
+    """
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf, params)
+    if model.cfg.kernels == 'open':
+        return params, params
+    from gpt2_jax import decode_kernels
+    return params, decode_kernels.lay_out(model.cfg, params)
+
+
+@functools.partial(jax.jit, static_argnames='model')
 def prefill(model: GPT2, params, tokens_BT, length):
     """The logits after the first `length` tokens, and a cache that holds them. tokens_BT is padded to n_positions."""
     x_BTD, cache = model.apply({'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]),
@@ -71,22 +85,64 @@ def prefill(model: GPT2, params, tokens_BT, length):
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache'))
-def decode(model: GPT2, params, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
+def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
     """Chooses and feeds back CHUNK tokens, of which the first stands at position `pos`.
 
     `done` counts the tokens drawn before: token i of a row depends on that row's key and i alone. Returns the tokens
     (B, CHUNK), the logits after them, and the cache. Tokens past the context are drawn too, and of no use: a loop of
     fixed length runs on a GPU without asking the host after each token whether to go on.
+
+    With model.kernels = 'fused' this is done by decode_kernels.py, but for choices it does not cover (top_p).
     """
+    keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(jnp.arange(CHUNK))
 
-    def one(carry, i):
-        logits_BV, cache = carry
-        token_B = choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i), sampling)
-        x_B1D, cache = model.apply({'params': params}, token_B[:, None], cache, pos + i, method='features')
-        return (model.apply({'params': params}, x_B1D[:, 0], method='head'), cache), token_B
+    def pick(logits_BV, tokens_CB, i):
+        return tokens_CB.at[i].set(choose(logits_BV, keys_CB[i], sampling))
 
-    (logits_BV, cache), tokens_CB = jax.lax.scan(one, (logits_BV, cache), jnp.arange(CHUNK))
+    def step(token_B, cache, pos):
+        x_B1D, cache = model.apply({'params': weights}, token_B[:, None], cache, pos, method='features')
+        return model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache
+
+    if model.cfg.kernels == 'fused':
+        from gpt2_jax import decode_kernels
+        step = functools.partial(decode_kernels.next_logits, model.cfg, weights)
+        if sampling.top_p == 1 and logits_BV.shape[1] <= decode_kernels.MAX_VOCAB:
+            pick = decode_kernels.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
+
+    def one(i, carry):
+        logits_BV, cache, tokens_CB = carry
+        tokens_CB = pick(logits_BV, tokens_CB, i)
+        return *step(tokens_CB[i], cache, pos + i), tokens_CB
+
+    carry = logits_BV, cache, jnp.zeros(keys_CB.shape, jnp.int32)
+    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, carry)
     return tokens_CB.T, logits_BV, cache
+
+
+def _dispatched(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
+    """Chunks of tokens that the device may still be at work on, each with how many of its columns count."""
+    context = model.cfg.n_positions
+    params, weights = lay_out(model, params)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+    text = [(np.tile(np.asarray(prompt, np.int32), (num_samples, 1)), len(prompt))]
+    pos, done, told = context + 1, 0, False  # no cache yet
+    while done < max_new_tokens:
+        if pos >= context:
+            text_BT = np.concatenate([np.asarray(part)[:, :n] for part, n in text], axis=1)
+            if text_BT.shape[1] >= context:
+                text_BT = text_BT[:, -max(context // 2, 1):]
+                if not told:
+                    notify(f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}')
+                    told = True
+            pos = text_BT.shape[1]
+            text = [(text_BT, pos)]
+            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
+        # At least one: a context of a single token is full at once, and begins anew for each.
+        n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
+        tokens_BC, logits_BV, cache = decode(model, weights, logits_BV, cache, pos, keys_B, done, sampling)
+        pos, done = pos + n, done + n
+        text.append((tokens_BC, n))
+        yield text[-1]
 
 
 def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, seed: int = 0,
@@ -104,27 +160,12 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
     if strict_context and len(prompt) + max_new_tokens > context:
         raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
                          f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart')
-    # Once, and not at every token: decoding one text is bound by reading the weights.
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, model.cfg.compute_dtype), params)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
-    text_BT = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
-    pos, done, told = context + 1, 0, False  # no cache yet
-    while done < max_new_tokens:
-        if pos >= context:
-            if text_BT.shape[1] >= context:
-                text_BT = text_BT[:, -max(context // 2, 1):]
-                if not told:
-                    notify(f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}')
-                    told = True
-            pos = text_BT.shape[1]
-            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
-        # At least one: a context of a single token is full at once, and begins anew for each.
-        n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
-        tokens_BC, logits_BV, cache = decode(model, params, logits_BV, cache, pos, keys_B, done, sampling)
-        tokens = np.asarray(tokens_BC)[:, :n]
-        text_BT = np.concatenate([text_BT, tokens], axis=1)
-        pos, done = pos + n, done + n
-        yield tokens
+    chunks = _dispatched(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify)
+    chunk = next(chunks, None)
+    while chunk is not None:
+        # Fetched when the next has been dispatched: the device works on while the caller has this one.
+        (tokens_BC, n), chunk = chunk, next(chunks, None)
+        yield np.asarray(tokens_BC)[:, :n]
 
 
 def stream_text(chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int = 0, stop: str = '') -> Iterator[str]:

@@ -22,7 +22,9 @@ LAYERS = (
     'corpora shards',
     'batches token_files',
     'data texts',
-    'model optim',
+    'model',
+    'kernels decode_kernels',
+    'optim fused',
     'parallel huggingface',
     'step',
     'checkpoint evaluate generate',
@@ -33,8 +35,8 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 # Of no part in the way from one's own text to sampled verse: speed, and what is published by others, or scored on it.
-BESIDE = ('benchmark', 'convert', 'detokenizers', 'documents', 'finetune', 'huggingface', 'lambada', 'published',
-          'score', 'texts', 'token_files', 'vocabulary')
+BESIDE = ('benchmark', 'convert', 'decode_kernels', 'detokenizers', 'documents', 'finetune', 'fused', 'huggingface',
+          'kernels', 'lambada', 'published', 'score', 'texts', 'token_files', 'vocabulary')
 NO_JAX = ('config', 'detokenizers', 'documents', 'published', 'vocabulary', 'tokenizers', 'corpora', 'shards',
           'batches', 'token_files', 'data', 'texts', 'cli')
 

@@ -1,0 +1,298 @@
+"""Decoding by fused GPU kernels, written in Pallas (Triton): five a layer for each token, instead of eighteen.
+
+A token's arithmetic is nothing; what takes time is reading every weight once, and starting kernels. So these are few,
+and each starts so many programs that all of the GPU reads weights:
+
+    affine     LayerNorm(x) W + b, through GELU, or added to the residual stream
+    attend     writes one token's keys and values into the cache, and reads no more of it than is written
+    choose     temperature, top_k and the draw, without a sort
+
+They compute what model.py and generate.py spell out, with the roundings of fewer stored results. On a CPU they run in
+Pallas' interpreter: slow, and only there to be tested against the open formulas.
+
+Shapes as in model.py; N stands for the outputs of a matrix, which is kept as (N, D): a program's share is in one piece.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
+
+# Sizes of blocks, as (planned to be) tuned on an H100.
+# A matrix is shared among so many programs, at least, with outputs from least to most for each, and read by blocks of
+# inputs. One row has programs of one warp, which sums among its own lanes, all of its share on its way at once; more
+# rows are for the tensor cores, which take 16 and more.
+ONE_PROGRAMS, ONE_OUTS, ONE_INPUTS, ONE_WARPS = 528, (1, 8), 256, 1
+ROWS_PROGRAMS, ROWS_OUTS, ROWS_INPUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = 132, (16, 64), 128, 4, 4, 32
+POSITIONS, ATTEND_WARPS = 256, 8  # of the cache, read at a time
+COLUMNS, CHOOSE_WARPS = 2048, 16  # of the logits; all of a row lie in one program's registers
+MAX_VOCAB = 2**16
+
+
+def _call(kernel, *, warps, stages=2, **options):
+    """pallas_call on a GPU; in the interpreter elsewhere."""
+    return pl.pallas_call(kernel, interpret=jax.default_backend() != 'gpu', **options,
+                          compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages))
+
+
+def _inside(axis, size, total):
+    """Which of this program's `size` places along a grid axis exist; None: all."""
+    return None if total % size == 0 else pl.program_id(axis) * size + jnp.arange(size) < total
+
+
+def _blocks(D, most):
+    """Blocks, of a power of two, that D columns are cut into: their size, and how many. The last may hold padding."""
+    size = min(most, pl.next_power_of_2(D))
+    return size, pl.cdiv(D, size)
+
+
+def _tile(ref, D, j, block, inside=None):
+    """Columns j * block and on, of D, of the rows `inside`, and zeros for what does not exist."""
+    mask = None if inside is None else inside[:, None]
+    if D % block:
+        columns = (j * block + jnp.arange(block) < D)[None, :]
+        mask = columns if mask is None else mask & columns
+    return plgpu.load(ref.at[:, pl.ds(j * block, block)], mask=mask, other=None if mask is None else 0)
+
+
+def _statistics(x, D, eps):
+    """Mean and 1 / std of rows that are cut into blocks, in fp32."""
+    x, block = [part.astype(jnp.float32) for part in x], x[0].shape[-1]
+    mean = sum(x).sum(-1, keepdims=True) / D
+    centred = [jnp.where((j * block + jnp.arange(block) < D)[None, :], part - mean, 0) for j, part in enumerate(x)]
+    return mean, lax.rsqrt(sum(map(jnp.square, centred)).sum(-1, keepdims=True) / D + eps)
+
+
+def _affine_kernel(ins, y_ref, *, B, D, N, eps, gelu, precision):
+    rows, outs = y_ref.shape
+    block, blocks = _blocks(D, ROWS_INPUTS if rows > 1 else ONE_INPUTS)
+    row, out = _inside(0, rows, B), _inside(1, outs, N)
+
+    def weights(j):
+        return _tile(ins['w'], D, j, block, out)
+
+    def inputs(j):
+        return _tile(ins['x'], D, j, block, row)
+
+    def normalised(j, x):
+        if ins['scale'] is None:
+            return x
+        y = (x.astype(jnp.float32) - mean) * rstd * _tile(ins['scale'], D, j, block)
+        return (y if ins['shift'] is None else y + _tile(ins['shift'], D, j, block)).astype(x.dtype)
+
+    w = [weights(j) for j in range(blocks)] if rows == 1 else None  # first of all: on their way during the LayerNorm
+    x = [inputs(j) for j in range(blocks)] if rows == 1 or ins['scale'] is not None else None
+    if ins['scale'] is not None:
+        mean, rstd = _statistics(x, D, eps)
+    if rows == 1:
+        y = sum(w[j].astype(jnp.float32) * normalised(j, x[j]).astype(jnp.float32) for j in range(blocks))
+        y = y.sum(-1)[None, :]
+    else:  # both stream through shared memory, the next blocks while these are multiplied
+        y = lax.fori_loop(0, blocks, lambda j, y: y + plgpu.dot(normalised(j, inputs(j)), weights(j).T,
+                                                                precision=precision),
+                          jnp.zeros((rows, outs), jnp.float32))
+    mine = None
+    for part in (None if row is None else row[:, None], None if out is None else out[None, :]):
+        mine = part if mine is None else mine if part is None else mine & part
+    zero = None if mine is None else 0
+    if ins['bias'] is not None:
+        y += plgpu.load(ins['bias'], mask=None if out is None else out[None, :], other=zero).astype(jnp.float32)
+    if gelu:
+        y = nn.gelu(y, approximate=True)
+    if ins['residual'] is not None:
+        y += plgpu.load(ins['residual'], mask=mine, other=zero).astype(jnp.float32)
+    plgpu.store(y_ref, y.astype(y_ref.dtype), mask=mine)
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'gelu', 'dtype'))
+def affine(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=False, dtype=None):
+    """residual + gelu(LayerNorm(x) W^T + b), each but the product where it is given: (B, D) -> (B, N).
+
+    `weights` and `norm` are {'kernel': (N, D), 'bias': (N,)} and {'scale': (D,), 'bias': (D,)}, with or without biases.
+    """
+    (B, D), N = x_BD.shape, weights['kernel'].shape[0]
+    rows = 1 if B == 1 else max(16, min(MAX_ROWS, pl.next_power_of_2(B)))
+    programs, (least, most) = (ONE_PROGRAMS, ONE_OUTS) if B == 1 else (ROWS_PROGRAMS, ROWS_OUTS)
+    outs = max(least, min(most, 2 ** (max(N // programs, 1).bit_length() - 1)))
+    norm = norm or {}
+    ins = {'x': x_BD, 'w': weights['kernel'], 'bias': weights.get('bias'), 'scale': norm.get('scale'),
+           'shift': norm.get('bias'), 'residual': residual_BN}
+    ins = {name: value[None] if value is not None and value.ndim == 1 else value for name, value in ins.items()}
+    width = math.prod(_blocks(D, ONE_INPUTS if B == 1 else ROWS_INPUTS))
+    vector = pl.BlockSpec((1, width), lambda i, j: (0, 0))
+    specs = {'x': pl.BlockSpec((rows, width), lambda i, j: (i, 0)),
+             'w': pl.BlockSpec((outs, width), lambda i, j: (j, 0)),
+             'bias': pl.BlockSpec((1, outs), lambda i, j: (0, j)), 'scale': vector, 'shift': vector,
+             'residual': pl.BlockSpec((rows, outs), lambda i, j: (i, j))}
+    kernel = functools.partial(_affine_kernel, B=B, D=D, N=N, eps=cfg.layer_norm_epsilon, gelu=gelu,
+                               precision=cfg.precision)
+    return _call(
+        kernel,
+        grid=(pl.cdiv(B, rows), pl.cdiv(N, outs)), warps=ONE_WARPS if B == 1 else ROWS_WARPS, stages=ROWS_STAGES,
+        in_specs=[{name: None if ins[name] is None else spec for name, spec in specs.items()}],
+        out_specs=specs['residual'], out_shape=jax.ShapeDtypeStruct((B, N), dtype or x_BD.dtype))(ins)
+
+
+def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_out_ref, v_out_ref, *, K):
+    S, width = k_ref.shape
+    pos = jnp.minimum(pos_ref[0], S - 1)  # what is decoded past the context is of no use, but must not write past it
+    columns = jnp.arange(width) < K
+    q, k, v = (plgpu.load(ref, mask=columns, other=0) for ref in (q_ref, new_k_ref, new_v_ref))
+    plgpu.store(k_out_ref.at[pos, :], k, mask=columns)
+    plgpu.store(v_out_ref.at[pos, :], v, mask=columns)
+    q, k, v = q.astype(jnp.float32) / math.sqrt(K), k.astype(jnp.float32), v.astype(jnp.float32)
+
+    def body(j, carry):
+        """Place p of every block has a softmax of its own, so that the loop waits for no one's sum but its own."""
+        z, most, total = carry
+        here = j * POSITIONS + jnp.arange(POSITIONS) < pos
+        at, mask = (pl.ds(j * POSITIONS, POSITIONS), slice(None)), here[:, None] & columns[None, :]
+        keys, values = (plgpu.load(ref.at[at], mask=mask, other=0).astype(jnp.float32) for ref in (k_ref, v_ref))
+        scores = jnp.where(here, (keys * q[None, :]).sum(-1), -1e30)
+        most_now = jnp.maximum(most, scores)
+        shrink, p = jnp.exp(most - most_now), jnp.where(here, jnp.exp(scores - most_now), 0)
+        return z * shrink[:, None] + p[:, None] * values, most_now, total * shrink + p
+
+    zero = jnp.zeros(POSITIONS, jnp.float32)
+    z, most, total = lax.fori_loop(0, pl.cdiv(pos, POSITIONS), body,
+                                   (jnp.zeros((POSITIONS, width), jnp.float32), zero - 1e30, zero))
+    own = (q * k).sum()
+    top = jnp.maximum(most.max(), own)
+    weight, own = jnp.exp(most - top), jnp.exp(own - top)
+    z = ((z * weight[:, None]).sum(0) + own * v) / ((total * weight).sum() + own)
+    plgpu.store(z_ref, z.astype(z_ref.dtype), mask=columns)
+
+
+@jax.jit
+def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
+    """One token's attention at position `pos` to itself and what the cache holds before; writes it into the cache.
+
+    Returns z_BHK and the cache, which keeps its memory. What the cache holds from `pos` on is never seen.
+    """
+    B, H, S, K = k_BHSK.shape
+    width = pl.next_power_of_2(K)
+    cache = pl.BlockSpec((None, None, S, width), lambda b, h: (b, h, 0, 0))
+
+    def part(which):
+        return pl.BlockSpec((None, None, None, width), lambda b, h: (b, which, h, 0))
+
+    return _call(
+        functools.partial(_attend_kernel, K=K), grid=(B, H), warps=ATTEND_WARPS, input_output_aliases={4: 1, 5: 2},
+        in_specs=[pl.BlockSpec((1,), lambda b, h: (0,)), *map(part, range(3)), cache, cache],
+        out_specs=[pl.BlockSpec((None, None, width), lambda b, h: (b, h, 0)), cache, cache],
+        out_shape=[jax.ShapeDtypeStruct((B, H, K), qkv_B3HK.dtype), *(jax.ShapeDtypeStruct(old.shape, old.dtype)
+                                                                     for old in (k_BHSK, v_BHSK))],
+    )(pos_1, qkv_B3HK, qkv_B3HK, qkv_B3HK, k_BHSK, v_BHSK)
+
+
+def _kth_largest(x, k):
+    """A threshold that exactly the k largest of all elements of the blocks `x` reach, and what equals the k-th.
+
+    By bisection between the least and the largest, until k elements reach the middle, or no number lies between.
+    """
+    def count(bound):
+        return sum((part >= bound).astype(jnp.int32) for part in x).sum()
+
+    def undecided(state):
+        low, high, middle, n = state
+        return (n != k) & (low < middle) & (middle < high)
+
+    def halve(state):
+        low, high, middle, n = state
+        low, high = jnp.where(n > k, middle, low), jnp.where(n > k, high, middle)
+        middle = 0.5 * low + 0.5 * high
+        return low, high, middle, count(middle)
+
+    least = functools.reduce(jnp.minimum, [jnp.where(part == -jnp.inf, jnp.inf, part) for part in x]).min()
+    most = functools.reduce(jnp.maximum, x).max()
+    # Invariant: k or more reach `low`, fewer `high`. The largest itself is tried first: k could be equal to it.
+    low, _, middle, n = lax.while_loop(undecided, halve, (least, jnp.float32(jnp.inf), most, count(most)))
+    return jnp.where(n == k, middle, low)
+
+
+def _choose_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperature, top_k):
+    size, blocks = _blocks(V, COLUMNS)
+    columns = [j * size + jnp.arange(size) for j in range(blocks)]
+
+    def load(ref, j, *index):
+        return plgpu.load(ref.at[(*index, pl.ds(j * size, size))], mask=columns[j] < V, other=-jnp.inf)
+
+    x = [load(logits_ref, j) for j in range(blocks)]
+    if temperature:
+        x = [part / temperature for part in x]
+        bound = _kth_largest(x, top_k) if 0 < top_k < V else -jnp.inf
+        x = [jnp.where(part >= bound, part + load(noise_ref, j, i_ref[0]), -jnp.inf) for j, part in enumerate(x)]
+    best, where = x[0], columns[0]
+    for part, column in zip(x[1:], columns[1:], strict=True):
+        where, best = jnp.where(part > best, column, where), jnp.maximum(part, best)
+    tokens_ref[i_ref[0]] = jnp.where(best == best.max(), where, V - 1).min()  # of equals, the first
+
+
+@functools.partial(jax.jit, static_argnames=('temperature', 'top_k'))
+def choose(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
+    """tokens[i] of each row becomes that of its top_k which is likeliest after noise[i] is added to the logits.
+
+    With Gumbel noise that is a draw from the softmax; with temperature 0 there is none, nor top_k. tokens_CB keeps its
+    memory: written by XLA, the token would be a copy of its own, on a stream that the next kernel waits for.
+    """
+    (B, V), C = logits_BV.shape, tokens_CB.shape[0]
+    width = math.prod(_blocks(V, COLUMNS))
+    tokens, noise = pl.BlockSpec((C, None), lambda b: (0, b)), pl.BlockSpec((C, None, width), lambda b: (0, b, 0))
+    return _call(
+        functools.partial(_choose_kernel, V=V, temperature=temperature, top_k=top_k), grid=(B,), warps=CHOOSE_WARPS,
+        in_specs=[pl.BlockSpec((1,), lambda b: (0,)), pl.BlockSpec((None, width), lambda b: (b, 0)),
+                  None if noise_CBV is None else noise, tokens],
+        out_specs=tokens, out_shape=jax.ShapeDtypeStruct(tokens_CB.shape, jnp.int32),
+        input_output_aliases={2 if noise_CBV is None else 3: 0},
+    )(jnp.reshape(i, 1), logits_BV, noise_CBV, tokens_CB)
+
+
+def chooser(keys_CB, V, temperature, top_k):
+    """The function pick(logits_BV, tokens_CB, i) -> tokens_CB that draws as jax.random.categorical with keys_CB[i].
+
+    What that adds to the logits is the same whatever they are: it is made for all tokens of the chunk at once.
+    """
+    noise_CBV = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (V,))))(keys_CB) if temperature else None
+    return lambda logits_BV, tokens_CB, i: choose(logits_BV, noise_CBV, tokens_CB, i, temperature=temperature,
+                                                  top_k=top_k)
+
+
+def lay_out(cfg: GPT2Config, params):
+    """The parameters as decoding reads them: matrices (N, D) in the compute dtype, embeddings and norms in fp32."""
+    dtype = cfg.compute_dtype
+
+    def matrix(affine, outputs):
+        flat = {'kernel': affine['kernel'].astype(dtype).reshape(-1, outputs).T}
+        return flat | ({'bias': affine['bias'].astype(dtype).reshape(-1)} if cfg.bias else {})
+
+    D, F = cfg.n_embd, cfg.d_ff
+    layers = [{'ln_1': h['ln_1'], 'ln_2': h['ln_2'],
+               'c_attn': matrix(h['attn']['c_attn'], 3 * D), 'attn_proj': matrix(h['attn']['c_proj'], D),
+               'c_fc': matrix(h['mlp']['c_fc'], F), 'mlp_proj': matrix(h['mlp']['c_proj'], D)}
+              for h in (params[f'h_{i}'] for i in range(cfg.n_layer))]
+    wte_VD = params['wte']['embedding']
+    return {'wte': wte_VD, 'wpe': params['wpe']['embedding'], 'h': layers, 'ln_f': params['ln_f'],
+            'head': {'kernel': wte_VD.astype(dtype)}}
+
+
+def next_logits(cfg: GPT2Config, weights, token_B, cache: Cache, pos):
+    """The logits after a token at position `pos`, and the cache with it: what GPT2.features and .head compute."""
+    B, pos_1, layers = token_B.shape[0], jnp.reshape(pos, 1), []
+    x_BD = embed(cfg, weights['wte'], weights['wpe'], token_B[:, None], pos)[:, 0]
+    in_kernel = cfg.activation_function == 'gelu_new'  # Triton, as Pallas has it, knows no erf
+    for h, (k_BHSK, v_BHSK) in zip(weights['h'], cache, strict=True):
+        qkv_B3HK = affine(cfg, x_BD, h['c_attn'], h['ln_1']).reshape(B, 3, cfg.n_head, cfg.head_dim)
+        z_BHK, *layer_cache = attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1)
+        x_BD = affine(cfg, z_BHK.reshape(B, -1), h['attn_proj'], None, x_BD)
+        h_BF = affine(cfg, x_BD, h['c_fc'], h['ln_2'], gelu=in_kernel)
+        h_BF = h_BF if in_kernel else ACTIVATIONS[cfg.activation_function](h_BF)
+        x_BD = affine(cfg, h_BF, h['mlp_proj'], None, x_BD)
+        layers.append(tuple(layer_cache))
+    return affine(cfg, x_BD, weights['head'], weights['ln_f'], dtype=jnp.float32), tuple(layers)
