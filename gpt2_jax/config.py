@@ -198,20 +198,6 @@ def resolve(config: ConfigDict) -> ConfigDict:
         'dropout of the pattern and no fp32': model.attention == 'cudnn' and (
             model.attn_pdrop > 0 or model.dtype != 'bfloat16'),
     }
-    if model.kernels == 'fused' or config.optim.implementation == 'fused':
-        where = "the fused kernels (model.kernels, optim.implementation)"
-        wrong[f'{where} run on one device: mesh.data, mesh.fsdp and mesh.tensor must be 1'] = max(mesh.values()) > 1
-    if model.kernels == 'fused':
-        head_dim, what = model.n_embd // model.n_head, "model.kernels = 'fused' needs"
-        wrong |= {
-            f"{what} model.dtype = 'bfloat16'": model.dtype != 'bfloat16',
-            f"{what} model.activation_function = 'gelu_new'": model.activation_function != 'gelu_new',
-            f'{what} a head width, n_embd / n_head = {head_dim}, that is a power of two from 16 to 128':
-                head_dim not in (16, 32, 64, 128),
-            f'{what} train.seq_len = {train.seq_len} to be a multiple of 64': train.seq_len % 64,
-            f'{what} {rows} rows x {train.seq_len} tokens of a micro-batch to be a multiple of 2,048':
-                rows * train.seq_len % 2048,
-        }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UsageError(message)

@@ -103,7 +103,7 @@ def _affine_kernel(ins, y_ref, *, B, D, N, eps, gelu, precision):
         mine = part if mine is None else mine if part is None else mine & part
     zero = None if mine is None else 0
     if ins['bias'] is not None:
-        y += plgpu.load(ins['bias'], mask=None if out is None else out[None, :], other=zero).astype(jnp.float32)
+        y += plgpu.load(ins['bias'], mask=None if out is None else out[None, :], other=None if out is None else 0).astype(jnp.float32)
     if gelu:
         y = nn.gelu(y, approximate=True)
     if ins['residual'] is not None:

@@ -28,14 +28,18 @@ from gpt2_jax.model import keep_mask
 LOG2_E = math.log2(math.e)
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
-# Sizes of blocks, as tuned on an H100.
-TUNE = {
-    'fwd': (64, 64, 4, 3), 'bwd': (64, 64, 4, 3),  # outer, inner, warps, stages
-    'norm': (2, 2), 'norm_bwd': (1024, 1, 1),  # rows, warps; programs, rows, warps
-    'gelu': (4, 512, 4), 'gelu_bwd': (512, 4, 512, 4),  # rows, columns, warps; row programs, rows, columns, warps
-    'softmax': (4096, 2, 8),  # columns, unroll, warps
-    'adamw': (2048, 4),  # elements, warps
-}
+# Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100, at the shapes of
+# configs/shakespeare.py and configs/gpt2_124m.py.
+BLOCK = 64  # queries that an attention kernel works on at a time, and keys; a head's T is a multiple of it
+ATTENTION = dict(warps=4, stages=3)
+DROPPED_BLOCK = 16  # where the backward pass draws a dropout mask, which takes registers: 87 instead of 98 us
+NORM_ROWS, NORM_WARPS = 2, 2
+NORM_PROGRAMS = 1024  # of the backward pass, each with its share of all rows, which it goes through one by one
+GELU_ROWS, GELU_COLUMNS, GELU_WARPS = 4, 512, 4
+GELU_PROGRAMS = 512  # of the backward pass, for each block of columns
+COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 2, 8
+ADAMW_BLOCK, ADAMW_WARPS = 2048, 4
+ROWS = GELU_PROGRAMS * GELU_ROWS  # of x: a multiple of this
 
 
 def interprets() -> bool:
@@ -78,16 +82,16 @@ def _biased(ins, name, start, n):
     return (rows.astype(jnp.float32) + ins['bias']['qkv'.index(name)][None, :]).astype(rows.dtype)
 
 
-def _forward_kernel(ins, outs, *, rate, outer, inner):
+def _forward_kernel(ins, outs, *, rate):
     b, h = pl.program_id(0), pl.program_id(1)
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long rows first, so that no long one is left alone at the end
     T, K = ins['k'].shape
     first_row = (b * pl.num_programs(1) + h) * T
-    q, queries = _biased(ins, 'q', i * outer, outer), _places(i * outer, outer)[:, None]
+    q, queries = _biased(ins, 'q', i * BLOCK, BLOCK), _places(i * BLOCK, BLOCK)[:, None]
 
     def body(masked, j, carry):
         z, most, total, kept = carry
-        block, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
+        block, keys = pl.ds(j * BLOCK, BLOCK), _places(j * BLOCK, BLOCK)[None, :]
         scores = _scores(q, ins['k'][block, :], queries, keys, masked)
         most_now = jnp.maximum(most, scores.max(-1))
         shrink, p = jnp.exp2(most - most_now), jnp.exp2(scores - most_now[:, None])
@@ -98,26 +102,24 @@ def _forward_kernel(ins, outs, *, rate, outer, inner):
         v = ins['v'][block, :]
         return z * shrink[:, None] + plgpu.dot(p.astype(v.dtype), v), most_now, total, kept
 
-    zero_Q = jnp.zeros((outer,), jnp.float32)
-    carry = jnp.zeros((outer, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
-    diagonal = i * (outer // inner)
-    carry = lax.fori_loop(0, diagonal, functools.partial(body, False), carry)
-    z, most, total, kept = lax.fori_loop(diagonal, diagonal + outer // inner, functools.partial(body, True), carry)
+    zero_Q = jnp.zeros((BLOCK,), jnp.float32)
+    carry = jnp.zeros((BLOCK, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
+    z, most, total, kept = body(True, i, lax.fori_loop(0, i, functools.partial(body, False), carry))
     if ins['bias'] is not None:
         z += (kept if rate else total)[:, None] * ins['bias'][2][None, :]
-    mine = pl.ds(i * outer, outer)
+    mine = pl.ds(i * BLOCK, BLOCK)
     outs['z'][mine, :] = (z / (total[:, None] * (1 - rate))).astype(outs['z'].dtype)
     outs['lse'][mine] = most + jnp.log2(total)
 
 
-def _backward_kernel(ins, outs, *, rate, outer, inner):
+def _backward_kernel(ins, outs, *, rate, inner):
     """Block i of dq, and block i of dk and dv: together n + 1 of the n^2 / 2 blocks in each of the n programs."""
     b, h, i = (pl.program_id(axis) for axis in range(3))
     T, K = ins['k'].shape
     first_row = (b * pl.num_programs(1) + h) * T
-    mine, places, blocks = pl.ds(i * outer, outer), _places(i * outer, outer), outer // inner
-    k, v = ins['k'][mine, :], _biased(ins, 'v', i * outer, outer)
-    zero = jnp.zeros((outer, K), jnp.float32)
+    mine, places, blocks = pl.ds(i * BLOCK, BLOCK), _places(i * BLOCK, BLOCK), BLOCK // inner
+    k, v = ins['k'][mine, :], _biased(ins, 'v', i * BLOCK, BLOCK)
+    zero = jnp.zeros((BLOCK, K), jnp.float32)
 
     def gradients(p, dp, delta, queries, keys):
         """(pattern after dropout, gradient of the scores) from the pattern p and the gradient of what it became."""
@@ -138,7 +140,7 @@ def _backward_kernel(ins, outs, *, rate, outer, inner):
     carry = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(over_queries, True), (zero, zero))
     dk, dv = lax.fori_loop((i + 1) * blocks, T // inner, functools.partial(over_queries, False), carry)
 
-    q, dz = _biased(ins, 'q', i * outer, outer), ins['dz'][mine, :]
+    q, dz = _biased(ins, 'q', i * BLOCK, BLOCK), ins['dz'][mine, :]
     lse, delta = ins['lse'][mine][:, None], ins['delta'][mine][:, None]
     through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
 
@@ -173,11 +175,10 @@ def _only(present, specs):
 @functools.partial(jax.jit, static_argnums=3)
 def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     B, T, _, H, K = qkv_BT3HK.shape
-    outer, inner, warps, stages = TUNE['fwd']
     ins = {'seeds': seeds, 'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK)
     outs = _call(
-        functools.partial(_forward_kernel, rate=rate, outer=outer, inner=inner), grid=(B, H, T // outer), warps=warps,
-        stages=stages, name='attention_forward', in_specs=[_only(ins, _specs(T, K))],
+        functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), **ATTENTION, name='attention_forward',
+        in_specs=[_only(ins, _specs(T, K))],
         out_specs={'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
                    'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))},
         out_shape={'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
@@ -191,7 +192,7 @@ def attention(qkv_BT3HK, bias_3HK, seeds, rate):
     """Causal attention from the fused projection and its bias (or None): (B, T, 3, H, K) -> (B, T, H, K).
 
     The pattern never reaches memory; the backward pass computes it anew from the log-sum-exp of its rows, and draws the
-    same dropout mask, a hash of (seeds, place). T is a multiple of 128.
+    same dropout mask, a hash of (seeds, place). T is a multiple of BLOCK.
     """
     return _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate)[0]
 
@@ -205,18 +206,17 @@ def _attention_fwd(qkv_BT3HK, bias_3HK, seeds, rate):
 def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
-    outer, inner, warps, stages = TUNE['bwd']
     delta_BHT = (z_BTHK.astype(jnp.float32) * dz_BTHK.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     ins = {'seeds': seeds, 'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK) | {
         'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
     row, biased = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)), bias_3HK is not None
     specs = _specs(T, K) | {'dz': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), 'lse': row,
                             'delta': row}
-    n = T // outer
+    n = T // BLOCK
     outs = _call(
-        functools.partial(_backward_kernel, rate=rate, outer=outer, inner=inner), grid=(B, H, n), warps=warps,
-        stages=stages, name='attention_backward', in_specs=[_only(ins, specs)],
-        out_specs={'dqkv': pl.BlockSpec((None, outer, 3, None, K), lambda b, h, i: (b, i, 0, h, 0)),
+        functools.partial(_backward_kernel, rate=rate, inner=DROPPED_BLOCK if rate else BLOCK), grid=(B, H, n),
+        **ATTENTION, name='attention_backward', in_specs=[_only(ins, specs)],
+        out_specs={'dqkv': pl.BlockSpec((None, BLOCK, 3, None, K), lambda b, h, i: (b, i, 0, h, 0)),
                    'dbias': pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0)) if biased else None},
         out_shape={'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
                    'dbias': jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32) if biased else None},
@@ -280,14 +280,14 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
     plgpu.store(outs['y'], y.astype(outs['y'].dtype), mask=inside[None, :])
 
 
-def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk, summed):
+def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, summed):
     """The gradients of x and of the branch, and this program's share of those of scale and biases: `summed`."""
     span, width = ins['x'].shape
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
     def body(r, sums):
-        here = pl.ds(r * chunk, chunk), slice(None)
+        here = pl.ds(r, 1), slice(None)
         x_hat, rstd = _normalised(_rows(ins['x'], here, D), D, eps)
         dy = _rows(ins['dy'], here, D)
         g = dy * scale
@@ -295,13 +295,13 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk, summed):
         if ins['dx'] is not None:
             dx += _rows(ins['dx'], here, D)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
-        dbranch = _dropped(dx, ins['seeds'], rate, row0 + r * chunk, D)
+        dbranch = _dropped(dx, ins['seeds'], rate, row0 + r, D)
         if outs['dbranch'] is not None:
             plgpu.store(outs['dbranch'].at[here], dbranch.astype(outs['dbranch'].dtype), mask=inside[None, :])
         terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
         return {name: total + terms[name].sum(0) for name, total in sums.items()}
 
-    sums = lax.fori_loop(0, span // chunk, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
+    sums = lax.fori_loop(0, span, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
     for row, name in enumerate(summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
@@ -309,14 +309,15 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, chunk, summed):
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
     N, D = x_ND.shape
-    width, (n_rows, warps) = pl.next_power_of_2(D), TUNE['norm']
-    rows, vector = pl.BlockSpec((n_rows, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
+    width = pl.next_power_of_2(D)
+    rows, vector = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     both = branch_ND is not None
     ins = {'seeds': seeds, 'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
            'bias': bias_D}
     outs = _call(
-        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // n_rows,), warps=warps, name='add_norm',
+        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // NORM_ROWS,), warps=NORM_WARPS,
+        name='add_norm',
         in_specs=[_only(ins, {'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'branch': rows,
                               'branch_bias': vector, 'scale': vector, 'bias': vector})],
         out_specs={'x': rows if both else None, 'y': rows},
@@ -349,8 +350,7 @@ def _add_norm_bwd(rate, eps, saved, cotangents):
 def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
     both, branch_biased, biased = present
     N, D = x_ND.shape
-    width, (programs, chunk, warps) = pl.next_power_of_2(D), TUNE['norm_bwd']
-    programs = min(programs, N // chunk)
+    width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N)
     rows, vector = pl.BlockSpec((N // programs, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
     drops = both and rate > 0
     summed = ('scale',) + ('bias',) * biased + ('branch_bias',) * branch_biased
@@ -359,8 +359,8 @@ def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
               'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32)}
     mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
     outs = _call(
-        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, chunk=chunk, summed=summed),
-        grid=(programs,), warps=warps, name='add_norm_backward',
+        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, summed=summed),
+        grid=(programs,), warps=1, name='add_norm_backward',
         in_specs=[{'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'dx': rows, 'dy': rows, 'scale': vector}],
         out_specs=_only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
     )({'seeds': seeds, 'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D})
@@ -386,12 +386,12 @@ def _gelu_kernel(ins, outs):
     outs['h'][...] = (x * _gelu_parts(x)).astype(outs['h'].dtype)
 
 
-def _gelu_backward_kernel(ins, outs, *, chunk):
+def _gelu_backward_kernel(ins, outs):
     span, columns = ins['x'].shape
     bias = None if ins['bias'] is None else ins['bias'][...][None, :]
 
     def body(r, total):
-        here = pl.ds(r * chunk, chunk), slice(None)
+        here = pl.ds(r * GELU_ROWS, GELU_ROWS), slice(None)
         x = ins['x'][here].astype(jnp.float32)
         if bias is not None:
             x += bias
@@ -401,14 +401,14 @@ def _gelu_backward_kernel(ins, outs, *, chunk):
         outs['dx'][here] = dx.astype(outs['dx'].dtype)
         return total + dx.sum(0) if bias is not None else total
 
-    total = lax.fori_loop(0, span // chunk, body, jnp.zeros(columns, jnp.float32))
+    total = lax.fori_loop(0, span // GELU_ROWS, body, jnp.zeros(columns, jnp.float32))
     if bias is not None:
         outs['dbias'][...] = total
 
 
-def _columns(F, most):
-    """The largest power of two that divides F, up to `most`."""
-    return min(F & -F, most)
+def _columns(F):
+    """The largest power of two that divides F, up to GELU_COLUMNS."""
+    return min(F & -F, GELU_COLUMNS)
 
 
 @jax.custom_vjp
@@ -420,11 +420,10 @@ def gelu(x_NF, bias_F):
 @jax.jit
 def _gelu_fwd(x_NF, bias_F):
     N, F = x_NF.shape
-    rows, columns, warps = TUNE['gelu']
-    columns = _columns(F, columns)
-    block, vector = pl.BlockSpec((rows, columns), lambda i, j: (i, j)), pl.BlockSpec((columns,), lambda i, j: (j,))
+    columns = _columns(F)
+    block, vector = pl.BlockSpec((GELU_ROWS, columns), lambda i, j: (i, j)), pl.BlockSpec((columns,), lambda i, j: (j,))
     ins = {'x': x_NF, 'bias': bias_F}
-    h_NF = _call(_gelu_kernel, grid=(N // rows, F // columns), warps=warps, name='gelu',
+    h_NF = _call(_gelu_kernel, grid=(N // GELU_ROWS, F // columns), warps=GELU_WARPS, name='gelu',
                  in_specs=[_only(ins, {'x': block, 'bias': vector})], out_specs={'h': block},
                  out_shape={'h': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype)})(ins)['h']
     return h_NF, (x_NF, bias_F)
@@ -434,15 +433,13 @@ def _gelu_fwd(x_NF, bias_F):
 def _gelu_bwd(saved, dh_NF):
     x_NF, bias_F = saved
     N, F = x_NF.shape
-    programs, chunk, columns, warps = TUNE['gelu_bwd']
-    columns, programs = _columns(F, columns), min(programs, N // chunk)
+    columns, programs = _columns(F), min(GELU_PROGRAMS, N // GELU_ROWS)
     block, vector = (pl.BlockSpec((N // programs, columns), lambda i, j: (i, j)),
                      pl.BlockSpec((columns,), lambda i, j: (j,)))
     ins = {'x': x_NF, 'bias': bias_F, 'dh': dh_NF}
     shapes = {'dx': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype),
               'dbias': None if bias_F is None else jax.ShapeDtypeStruct((programs, F), jnp.float32)}
-    outs = _call(functools.partial(_gelu_backward_kernel, chunk=chunk), grid=(programs, F // columns), warps=warps,
-                 name='gelu_backward', in_specs=[_only(ins, {'x': block, 'bias': vector, 'dh': block})],
+    outs = _call(_gelu_backward_kernel, grid=(programs, F // columns), warps=GELU_WARPS, name='gelu_backward', in_specs=[_only(ins, {'x': block, 'bias': vector, 'dh': block})],
                  out_specs=_only(shapes, {'dx': block, 'dbias': pl.BlockSpec((None, columns), lambda i, j: (i, j))}),
                  out_shape=shapes)(ins)
     return outs['dx'], None if bias_F is None else outs['dbias'].sum(0)
@@ -453,19 +450,18 @@ gelu.defvjp(_gelu_fwd, _gelu_bwd)
 # -- head_loss
 
 
-def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns, unroll):
+def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
     target, padded = targets_ref[...], logits_ref.shape[0]
 
-    def load(j, policy=TUNE.get('first')):
+    def load(j):
         column = j * columns + jnp.arange(columns)
-        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < V, other=-jnp.inf,
-                            eviction_policy=policy)
+        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < V, other=-jnp.inf)
         return column, logits.astype(jnp.float32) * LOG2_E
 
     def scan(j, carry):
         most, total, hit = carry
-        parts = [load(j * unroll + u) for u in range(unroll)]
+        parts = [load(j * UNROLL + u) for u in range(UNROLL)]
         most_now = functools.reduce(jnp.maximum, (logits for _, logits in parts), most)
         total = total * jnp.exp2(most - most_now)
         for column, logits in parts:
@@ -475,13 +471,13 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
 
     zero = jnp.zeros(columns, jnp.float32)
     # Lanes of padding alone begin finite, so that no -inf - -inf is met.
-    most, total, hit = lax.fori_loop(0, pl.cdiv(padded, columns * unroll), scan, (zero - 1e30, zero, zero))
+    most, total, hit = lax.fori_loop(0, pl.cdiv(padded, columns * UNROLL), scan, (zero - 1e30, zero, zero))
     top = most.max(0)
     lse = top + jnp.log2((total * jnp.exp2(most - top)).sum(0))
     nats_ref[...] = (lse - hit.sum(0)) / LOG2_E
 
     def write(j, _):
-        column, logits = load(j, TUNE.get('second'))
+        column, logits = load(j)
         gradient = jnp.exp2(logits - lse) - jnp.where(column == target, 1.0, 0.0)
         plgpu.store(dlogits_ref.at[pl.ds(j * columns, columns)], gradient.astype(dlogits_ref.dtype), mask=column < padded)
 
@@ -491,12 +487,11 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
 def _softmax_gradient(logits_NV, targets_N, V):
     """(gradient of the logits, in their memory; nats_N). Columns from V on are padding: gradient 0."""
     N, padded = logits_NV.shape
-    columns, unroll, warps = TUNE['softmax']
-    columns = min(columns, pl.next_power_of_2(padded))
+    columns = min(COLUMNS, pl.next_power_of_2(padded))
     row = pl.BlockSpec((None, padded), lambda n: (n, 0))
     one = pl.BlockSpec((None,), lambda n: (n,))
-    return _call(functools.partial(_softmax_gradient_kernel, V=V, columns=columns, unroll=unroll), grid=(N,),
-                 warps=warps, name='softmax_gradient', in_specs=[one, row], out_specs=[row, one],
+    return _call(functools.partial(_softmax_gradient_kernel, V=V, columns=columns), grid=(N,),
+                 warps=SOFTMAX_WARPS, name='softmax_gradient', in_specs=[one, row], out_specs=[row, one],
                  input_output_aliases={1: 0}, out_shape=[jax.ShapeDtypeStruct(logits_NV.shape, logits_NV.dtype),
                                                          jax.ShapeDtypeStruct((N,), jnp.float32)])(targets_N, logits_NV)
 
@@ -552,13 +547,12 @@ def adamw(g, m, v, p, scalars, *, beta1, beta2, eps, weight_decay):
 
     `scalars` fp32 (4,): learning rate, what clipping multiplies g by, 1 / (1 - beta1^s), 1 / (1 - beta2^s).
     """
-    block, warps = TUNE['adamw']
-    shape, size, programs = p.shape, p.size, pl.cdiv(p.size, block)
-    part, four = pl.BlockSpec((block,), lambda i: (i,)), pl.BlockSpec((4,), lambda i: (0,))
+    shape, size, programs = p.shape, p.size, pl.cdiv(p.size, ADAMW_BLOCK)
+    part, four = pl.BlockSpec((ADAMW_BLOCK,), lambda i: (i,)), pl.BlockSpec((4,), lambda i: (0,))
     f32 = jax.ShapeDtypeStruct((size,), jnp.float32)
     m, v, p, sums = _call(
         functools.partial(_adamw_kernel, size=size, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
-        grid=(programs,), warps=warps, name='adamw', in_specs=[four, part, part, part, part],
+        grid=(programs,), warps=ADAMW_WARPS, name='adamw', in_specs=[four, part, part, part, part],
         out_specs=[part, part, part, pl.BlockSpec((None, 2), lambda i: (i, 0))],
         out_shape=[f32, f32, f32, jax.ShapeDtypeStruct((programs, 2), jnp.float32)],
         input_output_aliases={2: 0, 3: 1, 4: 2},

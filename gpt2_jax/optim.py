@@ -1,6 +1,6 @@
 """The optimizer of GPT-2's training: AdamW with masked decay, clipping by global norm, warmup and cosine.
 
-In implementations that compute the same: optax's, one written out from the equations, and that one as a GPU kernel.
+Each in two implementations that compute the same: optax's, and one written out from the equations. fused.py has a third.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ import optax
 DECAYED = ('kernel', 'embedding')
 
 
-class FusedAdamW(NamedTuple):
+class InPlace(NamedTuple):
     """An optimizer that changes parameters itself: update(grads, state, params) -> (params, state, norms)."""
 
     init: Callable
     update: Callable
 
 
-Optimizer = optax.GradientTransformation | FusedAdamW
+Optimizer = optax.GradientTransformation | InPlace
 
 
 def decay_mask(params):
@@ -54,15 +54,13 @@ def make_schedule(*, implementation: str = 'optax', learning_rate: float, end_le
 
 
 def make_optimizer(*, implementation: str = 'optax', schedule: optax.Schedule, beta1: float, beta2: float, eps: float,
-                   weight_decay: float, clip_norm: float) -> Optimizer:
+                   weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on gradients clipped to `clip_norm` (Pascanu et al. 2013).
 
         g <- g min(1, clip_norm / ||g||)            over all leaves at once; 0 turns clipping off
         m <- beta1 m + (1 - beta1) g                v <- beta2 v + (1 - beta2) g^2
         p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)     decay where masked
     """
-    if implementation == 'fused':
-        return fused_adamw(schedule, beta1, beta2, eps, weight_decay, clip_norm)
     if implementation == 'optax':
         clip = optax.clip_by_global_norm(clip_norm)
         update = optax.adamw(schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
@@ -85,7 +83,7 @@ def global_norm(tree):
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
     """One update: (params, opt_state, norms), where norms has grad_norm (before clipping), update_norm and param_norm
     (after the update)."""
-    if isinstance(optimizer, FusedAdamW):
+    if isinstance(optimizer, InPlace):
         return optimizer.update(grads, opt_state, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -112,7 +110,7 @@ class AdamWState(NamedTuple):
     v: optax.Params
 
 
-def _moments(params) -> AdamWState:
+def zero_moments(params) -> AdamWState:
     """The state before the first update."""
     return AdamWState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
@@ -134,33 +132,4 @@ def explicit_adamw(schedule: optax.Schedule, beta1: float, beta2: float, eps: fl
 
         return jax.tree.map(step, m, v, params, decay_mask(params)), AdamWState(s, m, v)
 
-    return optax.GradientTransformation(_moments, update)
-
-
-def fused_adamw(schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float,
-                clip_norm: float) -> FusedAdamW:
-    """Clipping and `explicit_adamw` with one kernel a leaf, which reads g, m, v and p once, and writes m, v and p.
-
-    XLA computes updates and moments in several passes over the same leaves, and copies what one still has to read and
-    another overwrites: 2.3 of 28 ms a step of the 124M model on an H100.
-    """
-    from gpt2_jax import kernels  # Pallas is loaded where it is used
-
-    def update(grads, state, params):
-        s = (state.count + 1).astype(jnp.float32)
-        norm = global_norm(grads)
-        factor = jnp.where(norm > clip_norm, clip_norm / norm, 1) if clip_norm else 1.0
-        scalars = jnp.stack([jnp.float32(x) for x in (
-            schedule(state.count), factor, 1 / (1 - beta1**s), 1 / (1 - beta2**s))])
-
-        def one(g, m, v, p, decays):
-            return kernels.adamw(g, m, v, p, scalars, beta1=beta1, beta2=beta2, eps=eps,
-                                 weight_decay=weight_decay if decays else 0.0)
-
-        leaves = jax.tree.map(one, grads, state.m, state.v, params, decay_mask(params))
-        m, v, params, sums = (jax.tree.map(lambda _, leaf, i=i: leaf[i], params, leaves) for i in range(4))
-        update_norm, param_norm = jnp.sqrt(jnp.concatenate(jax.tree.leaves(sums)).sum(0))
-        return params, AdamWState(state.count + 1, m, v), {
-            'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}
-
-    return FusedAdamW(_moments, update)
+    return optax.GradientTransformation(zero_moments, update)

@@ -1,6 +1,7 @@
 """What a configuration builds: data, model, optimizer, mesh and the compiled functions, before any parameter exists."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -11,7 +12,6 @@ import optax
 from ml_collections import ConfigDict
 
 from gpt2_jax import batches, data, parallel, step
-from gpt2_jax.errors import UsageError
 from gpt2_jax.evaluate import Evaluation, evaluate
 from gpt2_jax.model import GPT2, GPT2Config, count_params, flops_per_token, init_params
 from gpt2_jax.optim import Optimizer, decay_mask, make_optimizer, make_schedule
@@ -26,9 +26,10 @@ ROUNDING = {'float32': 'full fp32 matrix products', 'tf32': 'TF32 matrix product
             'bfloat16': 'bf16 matrix products, accumulated in fp32'}
 
 
-KERNELS = {'open': 'those XLA makes of the open model',
-           'fused': 'the GPU kernels of kernels.py for LayerNorm, GELU, dropout and loss in training'}
-FUSED = {'explicit': 'the kernel of kernels.py', 'cudnn': 'cudnn'}
+KERNELS = {'open': 'open: those that XLA makes of model.py',
+           'fused': 'fused: training by kernels.py, decoding by decode_kernels.py, evaluation by model.py'}
+ATTENTION = {('open', 'explicit'): 'explicit, as in model.py', ('open', 'cudnn'): 'cudnn',
+             ('fused', 'explicit'): 'fused, as in kernels.py', ('fused', 'cudnn'): 'cudnn'}
 
 
 def schedule_of(config: ConfigDict) -> optax.Schedule:
@@ -67,6 +68,11 @@ class Recipe:
         """Model FLOPs of one training token; see model.flops_per_token."""
         return flops_per_token(self.model.cfg, self.config.train.seq_len)
 
+    def check(self) -> None:
+        """Raises UsageError where the fused kernels are asked for and cannot do it; see fused.check."""
+        if 'fused' in (self.config.model.kernels, self.config.optim.implementation):
+            _fused().check(self.config, self.device.platform)
+
     def new_state(self) -> step.TrainState:
         """The state before the first update, laid out on the mesh."""
         return jax.jit(lambda: step.init_state(init_params(self.model, self.config.train.seed), self.optimizer),
@@ -90,15 +96,10 @@ class Recipe:
     def train_step(self, pool: Executor | None = None):
         """The update, train_step(state, batch) -> (state, metrics); it takes over the state's memory.
 
-        It is compiled at the first call, or, given a pool, from now on, on a thread of that. Raises UsageError where
-        it asks for GPU kernels and there is no GPU.
+        It is compiled at the first call, or, given a pool, from now on, on a thread of that. Raises as `check` does.
         """
         train = self.config.train
-        for key, value in (('model.kernels', self.config.model.kernels),
-                           ('optim.implementation', self.config.optim.implementation)):
-            if value == 'fused' and self.device.platform != 'gpu':
-                raise UsageError(f"{key} = 'fused' needs an NVIDIA GPU, but this runs on {self.device.platform}: set "
-                                 '--config.model.kernels=open --config.optim.implementation=optax')
+        self.check()
         update = step.make_train_step(self.model, self.optimizer, self.schedule, seed=train.seed,
                                       accumulate=train.accumulate, gather=parallel.make_gather(self.mesh))
         jitted = jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None))
@@ -123,6 +124,12 @@ class Recipe:
         return run
 
 
+def _fused():
+    """The module, which loads Pallas: half a second that only those who use it wait."""
+    from gpt2_jax import fused
+    return fused
+
+
 def _ahead(pool: Executor | None, jitted, shapes: Callable):
     """`jitted`; given a pool, its compilation for arguments of those shapes begins there now, and a call waits for it.
 
@@ -140,9 +147,10 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Recipe:
     dataset = dataset or data.load(**config.data)
     model = GPT2(GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size))
     schedule, optim = schedule_of(config), config.optim
-    optimizer = make_optimizer(implementation=optim.implementation, schedule=schedule, beta1=optim.beta1,
-                               beta2=optim.beta2, eps=optim.eps, weight_decay=optim.weight_decay,
-                               clip_norm=optim.clip_norm)
+    make = _fused().make_optimizer if optim.implementation == 'fused' else functools.partial(
+        make_optimizer, implementation=optim.implementation)
+    optimizer = make(schedule=schedule, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
+                     weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
     shapes = jax.eval_shape(lambda: step.init_state(init_params(model, 0), optimizer))
     return Recipe(config, mesh, dataset, model, schedule, optimizer, shapes, parallel.shardings(mesh, shapes))
 
@@ -158,8 +166,8 @@ def describe(recipe: Recipe) -> list[str]:
         f'device     {parallel.describe_device(recipe.device)}; mesh data {config.mesh.data} x fsdp {config.mesh.fsdp} '
         f'x tensor {config.mesh.tensor}; jax {jax.__version__}',
         f'precision  {cfg.dtype}: {ROUNDING[cfg.dtype]}; parameters, moments, softmax, LayerNorm and loss in fp32',
-        f'kernels    {KERNELS[cfg.kernels]}; attention: {cfg.attention if cfg.kernels == "open" else FUSED[cfg.attention]}'
-        + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
+        f'kernels    {KERNELS[cfg.kernels]}',
+        f'attention  {ATTENTION[cfg.kernels, cfg.attention]}' + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens, '
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, '

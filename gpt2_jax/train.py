@@ -65,6 +65,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
     with parallel.memory_errors(MEMORY_KNOBS):
         # What cannot be trained on is told before any folder is made or moved.
         recipe = build(config)
+        recipe.check()
         recipe.batch(0)
         next(batches.eval_batches(recipe.dataset.val, batch_size=1, seq_len=config.train.seq_len))
     print('\n'.join(describe(recipe)), flush=True)

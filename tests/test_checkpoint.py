@@ -202,7 +202,8 @@ def test_learning_rate_beyond_all_bounds(text, tmp_path):
 
 def test_validation_loss_that_is_not_finite(text, tmp_path, monkeypatch):
     make = Recipe.evaluator
-    monkeypatch.setattr(Recipe, 'evaluator', lambda self, **_: lambda params: make(self)(params)._replace(loss=float('inf')))
+    monkeypatch.setattr(Recipe, 'evaluator',
+                        lambda self, **_: lambda params: make(self)(params)._replace(loss=float('inf')))
     with pytest.raises(DivergedError, match=r'diverged at step 7: validation loss = inf; .* that of step 5'):
         runs.quiet_train(make_config(text), tmp_path)
 

@@ -11,9 +11,9 @@ from tiny import flat, rough_params, shapes, tiny, tokens
 from gpt2_jax import fused, kernels
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
-from gpt2_jax.optim import make_optimizer, make_schedule
-from gpt2_jax.recipe import build
+from gpt2_jax.optim import apply_update, make_optimizer, make_schedule
 from gpt2_jax.step import init_state, make_train_step
+from gpt2_jax.train import train
 
 # Three heads and a width that is no power of two; two blocks of queries; an odd vocabulary, in more than one block.
 SIZE = dict(n_head=3, n_embd=48, n_positions=128, vocab_size=301)
@@ -24,8 +24,9 @@ OPEN, FUSED = (dict(kernels='open', implementation='explicit'), dict(kernels='fu
 
 
 def optimizer(implementation, clip_norm=0.1):
-    return make_optimizer(implementation=implementation, schedule=SCHEDULE, beta1=0.9, beta2=0.95, eps=1e-8,
-                          weight_decay=0.1, clip_norm=clip_norm)
+    make = fused.make_optimizer if implementation == 'fused' else functools.partial(
+        make_optimizer, implementation=implementation)
+    return make(schedule=SCHEDULE, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=clip_norm)
 
 
 def batch(model, rows=ROWS, seed=1):
@@ -78,7 +79,6 @@ def test_updates_equal_the_explicit_optimizer():
     params = rough_params(tiny(**SIZE, n_layer=1))
     state, (theirs_params, theirs_state) = (params, ours.init(params)), (params, theirs.init(params))
     rng = np.random.default_rng(0)
-    from gpt2_jax.optim import apply_update
     for _ in range(4):
         grads = jax.tree.map(lambda leaf: np.float32(rng.normal(0, 0.1, leaf.shape)), params)
         *state, norms = jax.jit(functools.partial(apply_update, ours))(grads, state[1], state[0])
@@ -104,35 +104,35 @@ def test_it_compiles_for_a_gpu_as_far_as_that_goes_without_one(monkeypatch, chan
     assert shapes(model)
 
 
-def test_where_the_kernels_do_not_go():
+def test_where_the_kernels_do_not_go(tmp_path):
+    """One line that says what is in the way; and never a run that only seems to use them."""
+    (tmp_path / 'text.txt').write_text('abcdefgh' * 200)
+
     def config(**changes):
         config = default_config()
         config.model.update(n_layer=1, n_head=2, n_embd=128, n_positions=128, dtype='bfloat16', kernels='fused')
+        config.optim.implementation = 'fused'
+        config.data.corpus = str(tmp_path / 'text.txt')
         config.train.batch_size = 16
         for key, value in changes.items():
             section, name = key.split('__')
             config[section][name] = value
         return resolve(config)
 
-    assert config().model.kernels == 'fused'
-    for key, value, says in (('model__dtype', 'float32', 'bfloat16'), ('model__activation_function', 'gelu', 'gelu_new'),
-                             ('model__n_embd', 96, 'power of two'), ('train__seq_len', 96, 'multiple of 64'),
-                             ('train__batch_size', 24, 'multiple of 2,048'), ('mesh__data', 2, 'one device')):
+    fused.check(config(), 'gpu')
+    for key, value, says in (
+            ('model__dtype', 'float32', 'bfloat16'), ('model__activation_function', 'gelu', 'gelu_new'),
+            ('model__n_embd', 96, 'n_embd / n_head = 48, that is a power of two'),
+            ('train__seq_len', 96, 'seq_len = 96 to be a multiple of 64'),
+            ('train__batch_size', 24, '24 rows x 128 tokens .* multiple of 2,048'), ('mesh__data', 2, 'one device')):
         with pytest.raises(UsageError, match=says):
-            config(**{key: value})
-
-
-def test_no_gpu_no_fused_training(tmp_path):
-    (tmp_path / 'text.txt').write_text('abcdefgh' * 200)
-    config = default_config()
-    config.model.update(n_layer=1, n_head=2, n_embd=128, n_positions=128, dtype='bfloat16', kernels='fused')
-    config.train.batch_size = 16
-    config.data.corpus = str(tmp_path / 'text.txt')
-    with pytest.raises(UsageError, match="model.kernels = 'fused' needs an NVIDIA GPU.*--config.model.kernels=open"):
-        build(resolve(config)).train_step()
-    config.model.kernels, config.optim.implementation = 'open', 'fused'
-    with pytest.raises(UsageError, match="optim.implementation = 'fused' needs an NVIDIA GPU"):
-        build(resolve(config)).train_step()
+            fused.check(config(**{key: value}), 'gpu')
+    for changes, says in (({}, r"model.kernels and optim.implementation = 'fused' need an NVIDIA GPU, .* cpu; else"),
+                          ({'model__kernels': 'open'}, r"^optim.implementation = 'fused' needs an NVIDIA GPU"),
+                          ({'optim__implementation': 'optax'}, r"^model.kernels = 'fused' needs an NVIDIA GPU")):
+        with pytest.raises(UsageError, match=says):
+            train(config(**changes), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_every_logit_matters_to_the_loss():
