@@ -79,7 +79,7 @@ SETTINGS = {
                     "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)"),
     'data.tokenizer': ('char', one_of('char', 'byte', 'gpt2'), 'how text becomes tokens; must match prepared ones'),
     'data.val_fraction': (0.1, below(0, 1), 'the last part of a text, kept for validation; a folder has its own split'),
-    'data.holdout': (0.0, below(0, 1), 'the last part of the training text, to validate on instead, and not trained on: '
+    'data.holdout': (0.0, below(0, 1), 'the last part of the training text, to validate on instead of training on it: '
                      'to choose recipes without a look at the validation text'),
     'data.fallback': ('', TEXT, 'corpus to take, announced, where the one asked for can be had nowhere; empty: none'),
     # -- training

@@ -11,9 +11,10 @@ def load(*, corpus: str, tokenizer: str, val_fraction: float, holdout: float, fa
          notify: Callable[[str], None] = print) -> shards.Dataset:
     """The data set that a configuration's `data` section names.
 
-    With a `holdout`, that last part of the training tokens takes the place of the validation tokens. Where a named corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises
-    UserError (see corpora.find_text, shards.open_shards and token_files.open_token_files), and UsageError where the
-    tokens are another tokenizer's.
+    With a `holdout`, that last part of the training tokens takes the place of the validation tokens. Where a named
+    corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises UserError (see
+    corpora.find_text, shards.open_shards, hold_out and token_files.open_token_files), and UsageError where the tokens
+    are another tokenizer's.
     """
     dataset = _load(corpus, tokenizer, val_fraction, fallback, notify)
     return shards.hold_out(dataset, holdout) if holdout else dataset

@@ -98,16 +98,18 @@ def _affine_kernel(ins, y_ref, *, B, D, N, eps, gelu, precision):
         y = lax.fori_loop(0, blocks, lambda j, y: y + plgpu.dot(normalised(j, inputs(j)), weights(j).T,
                                                                 precision=precision),
                           jnp.zeros((rows, outs), jnp.float32))
-    mine = None
-    for part in (None if row is None else row[:, None], None if out is None else out[None, :]):
-        mine = part if mine is None else mine if part is None else mine & part
-    zero = None if mine is None else 0
+    row, out = None if row is None else row[:, None], None if out is None else out[None, :]
+    mine = row if out is None else out if row is None else row & out
+
+    def part(name, mask):
+        return plgpu.load(ins[name], mask=mask, other=None if mask is None else 0).astype(jnp.float32)
+
     if ins['bias'] is not None:
-        y += plgpu.load(ins['bias'], mask=None if out is None else out[None, :], other=None if out is None else 0).astype(jnp.float32)
+        y += part('bias', out)
     if gelu:
         y = nn.gelu(y, approximate=True)
     if ins['residual'] is not None:
-        y += plgpu.load(ins['residual'], mask=mine, other=zero).astype(jnp.float32)
+        y += part('residual', mine)
     plgpu.store(y_ref, y.astype(y_ref.dtype), mask=mine)
 
 

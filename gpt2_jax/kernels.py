@@ -1,8 +1,8 @@
 """Fused GPU kernels of the training step, written in Pallas (Triton), each with its own backward pass.
 
-They compute what model.py and step.py spell out, in fewer passes over memory, which is where a small model's time
-goes: between two matrix products stands one kernel. On a CPU they run in Pallas' interpreter: slow, and only there to be
-tested against the open formulas.
+They compute what model.py, step.py and optim.py spell out, in fewer passes over memory, which is where a small model's
+time goes: between two matrix products stands one kernel. On a CPU they run in Pallas' interpreter: slow, and only there
+to be tested against the open formulas.
 
     attention        softmax(q k^T / sqrt(K), causal) v with the pattern's dropout (Dao et al. 2022, FlashAttention)
     add_norm         x + dropout(branch + bias), and its LayerNorm
@@ -15,6 +15,7 @@ Each call is jitted by itself, so that the equal ones of all layers are traced a
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -39,6 +40,7 @@ GELU_ROWS, GELU_COLUMNS, GELU_WARPS = 4, 512, 4
 GELU_PROGRAMS = 512  # of the backward pass, for each block of columns
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 2, 8
 ADAMW_BLOCK, ADAMW_WARPS = 2048, 4
+ADAMW_VECTORS = 16  # in one call, so that its arguments are no more than CUDA takes
 ROWS = GELU_PROGRAMS * GELU_ROWS  # of x: a multiple of this
 
 
@@ -56,6 +58,24 @@ def _places(start, n):
     return (start + jnp.arange(n)).astype(jnp.int32)
 
 
+def _only(present, specs):
+    """`specs` with None for what is not there."""
+    return {name: None if present[name] is None else spec for name, spec in specs.items()}
+
+
+# A kernel's part of model.dropout_seeds: None where it drops nothing.
+SEED_SPECS = {'words': pl.BlockSpec((2,), lambda *grid: (0,)), 'place': pl.BlockSpec((1,), lambda *grid: (0,))}
+
+
+def _seed_inputs(seeds):
+    words_2, place = (None, None) if seeds is None else seeds
+    return {'words': words_2, 'place': None if place is None else jnp.reshape(place, 1)}
+
+
+def _seeds(ins):
+    return (ins['words'][0], ins['words'][1]), ins['place'][0]
+
+
 # -- attention
 
 
@@ -65,10 +85,10 @@ def _scores(a, b, queries, keys, masked):
     return jnp.where(queries >= keys, scores, -jnp.inf) if masked else scores
 
 
-def _keep(seeds_ref, rate, first_row, T, queries, keys):
+def _keep(seeds, rate, first_row, T, queries, keys):
     """The dropout mask of a block of the pattern of one text and head, whose rows are numbered from `first_row` on."""
     index = (first_row + queries).astype(jnp.uint32) * jnp.uint32(T) + keys.astype(jnp.uint32)
-    return keep_mask(index, (seeds_ref[0], seeds_ref[1]), rate)
+    return keep_mask(index, seeds, rate)
 
 
 def _biased(ins, name, start, n):
@@ -97,7 +117,7 @@ def _forward_kernel(ins, outs, *, rate):
         shrink, p = jnp.exp2(most - most_now), jnp.exp2(scores - most_now[:, None])
         total = total * shrink + p.sum(-1)
         if rate:
-            p = jnp.where(_keep(ins['seeds'], rate, first_row, T, queries, keys), p, 0.0)
+            p = jnp.where(_keep(_seeds(ins), rate, first_row, T, queries, keys), p, 0.0)
             kept = kept * shrink + p.sum(-1)
         v = ins['v'][block, :]
         return z * shrink[:, None] + plgpu.dot(p.astype(v.dtype), v), most_now, total, kept
@@ -125,7 +145,7 @@ def _backward_kernel(ins, outs, *, rate, inner):
         """(pattern after dropout, gradient of the scores) from the pattern p and the gradient of what it became."""
         dropped = p
         if rate:
-            keep = _keep(ins['seeds'], rate, first_row, T, queries, keys)
+            keep = _keep(_seeds(ins), rate, first_row, T, queries, keys)
             dropped, dp = (jnp.where(keep, x / (1 - rate), 0.0) for x in (p, dp))
         return dropped.astype(k.dtype), (p * (dp - delta) / math.sqrt(K)).astype(k.dtype)
 
@@ -163,19 +183,14 @@ def _specs(T, K):
     """Of one text and head: all rows of q, k, v; seeds and bias."""
     def part(which):
         return pl.BlockSpec((None, T, None, None, K), lambda b, h, i: (b, 0, which, h, 0))
-    return {'seeds': pl.BlockSpec((2,), lambda b, h, i: (0,)), 'q': part(0), 'k': part(1), 'v': part(2),
-            'bias': pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))}
-
-
-def _only(present, specs):
-    """`specs` with None for what is not there."""
-    return {name: None if present[name] is None else spec for name, spec in specs.items()}
+    bias = pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))
+    return SEED_SPECS | {'q': part(0), 'k': part(1), 'v': part(2), 'bias': bias}
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     B, T, _, H, K = qkv_BT3HK.shape
-    ins = {'seeds': seeds, 'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK)
+    ins = _seed_inputs(seeds) | {'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK)
     outs = _call(
         functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), **ATTENTION, name='attention_forward',
         in_specs=[_only(ins, _specs(T, K))],
@@ -207,7 +222,7 @@ def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
     delta_BHT = (z_BTHK.astype(jnp.float32) * dz_BTHK.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    ins = {'seeds': seeds, 'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK) | {
+    ins = _seed_inputs(seeds) | {'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK) | {
         'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
     row, biased = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)), bias_3HK is not None
     specs = _specs(T, K) | {'dz': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), 'lse': row,
@@ -249,11 +264,11 @@ def _normalised(x, D, eps):
     return centred * rstd, rstd
 
 
-def _dropped(x, seeds_ref, rate, row0, D):
+def _dropped(x, ins, rate, row0, D):
     """dropout(x) for rows from `row0` on."""
     if not rate:
         return x
-    keep = keep_mask(_row_index(row0, x.shape[0], D, x.shape[1]), (seeds_ref[0], seeds_ref[1]), rate)
+    keep = keep_mask(_row_index(row0, x.shape[0], D, x.shape[1]), _seeds(ins), rate)
     return jnp.where(keep, x / (1 - rate), 0.0)
 
 
@@ -270,7 +285,7 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
         branch = _rows(ins['branch'], slice(None), D)
         if ins['branch_bias'] is not None:
             branch += vector('branch_bias')
-        branch = _dropped(branch, ins['seeds'], rate, pl.program_id(0) * rows, D)
+        branch = _dropped(branch, ins, rate, pl.program_id(0) * rows, D)
         stored = (x + branch).astype(outs['x'].dtype)
         plgpu.store(outs['x'], stored, mask=inside[None, :])
         x = stored.astype(jnp.float32)
@@ -295,7 +310,7 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, summed):
         if ins['dx'] is not None:
             dx += _rows(ins['dx'], here, D)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
-        dbranch = _dropped(dx, ins['seeds'], rate, row0 + r, D)
+        dbranch = _dropped(dx, ins, rate, row0 + r, D)
         if outs['dbranch'] is not None:
             plgpu.store(outs['dbranch'].at[here], dbranch.astype(outs['dbranch'].dtype), mask=inside[None, :])
         terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
@@ -313,13 +328,13 @@ def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, ra
     rows, vector = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     both = branch_ND is not None
-    ins = {'seeds': seeds, 'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
-           'bias': bias_D}
+    ins = _seed_inputs(seeds) | {'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
+                                 'bias': bias_D}
     outs = _call(
         functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // NORM_ROWS,), warps=NORM_WARPS,
         name='add_norm',
-        in_specs=[_only(ins, {'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'branch': rows,
-                              'branch_bias': vector, 'scale': vector, 'bias': vector})],
+        in_specs=[_only(ins, SEED_SPECS | {'x': rows, 'branch': rows, 'branch_bias': vector, 'scale': vector,
+                                           'bias': vector})],
         out_specs={'x': rows if both else None, 'y': rows},
         out_shape={'x': like_x if both else None, 'y': like_x},
     )(ins)
@@ -358,12 +373,13 @@ def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
     shapes = {'dx': like_x, 'dbranch': like_x if drops else None,
               'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32)}
     mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
+    ins = _seed_inputs(seeds if drops else None) | {'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D}
     outs = _call(
         functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, summed=summed),
         grid=(programs,), warps=1, name='add_norm_backward',
-        in_specs=[{'seeds': pl.BlockSpec((2,), lambda i: (0,)), 'x': rows, 'dx': rows, 'dy': rows, 'scale': vector}],
+        in_specs=[_only(ins, SEED_SPECS | {'x': rows, 'dx': rows, 'dy': rows, 'scale': vector})],
         out_specs=_only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
-    )({'seeds': seeds, 'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D})
+    )(ins)
     dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None
     sums = dict(zip(summed, outs['sums'].sum(0), strict=True))
     return outs['dx'], dbranch, sums.get('branch_bias'), sums['scale'], sums.get('bias')
@@ -439,7 +455,8 @@ def _gelu_bwd(saved, dh_NF):
     ins = {'x': x_NF, 'bias': bias_F, 'dh': dh_NF}
     shapes = {'dx': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype),
               'dbias': None if bias_F is None else jax.ShapeDtypeStruct((programs, F), jnp.float32)}
-    outs = _call(_gelu_backward_kernel, grid=(programs, F // columns), warps=GELU_WARPS, name='gelu_backward', in_specs=[_only(ins, {'x': block, 'bias': vector, 'dh': block})],
+    outs = _call(_gelu_backward_kernel, grid=(programs, F // columns), warps=GELU_WARPS, name='gelu_backward',
+                 in_specs=[_only(ins, {'x': block, 'bias': vector, 'dh': block})],
                  out_specs=_only(shapes, {'dx': block, 'dbias': pl.BlockSpec((None, columns), lambda i, j: (i, j))}),
                  out_shape=shapes)(ins)
     return outs['dx'], None if bias_F is None else outs['dbias'].sum(0)
@@ -479,7 +496,8 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
     def write(j, _):
         column, logits = load(j)
         gradient = jnp.exp2(logits - lse) - jnp.where(column == target, 1.0, 0.0)
-        plgpu.store(dlogits_ref.at[pl.ds(j * columns, columns)], gradient.astype(dlogits_ref.dtype), mask=column < padded)
+        here = dlogits_ref.at[pl.ds(j * columns, columns)]
+        plgpu.store(here, gradient.astype(dlogits_ref.dtype), mask=column < padded)
 
     lax.fori_loop(0, pl.cdiv(padded, columns), write, None)
 
@@ -525,36 +543,70 @@ head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
 # -- adamw
 
 
-def _adamw_kernel(scalars_ref, g_ref, m_ref, v_ref, p_ref, m_out, v_out, p_out, sums_ref, *, size, beta1, beta2, eps,
-                  weight_decay):
-    """One block of a leaf: the equations of optim.make_optimizer, and the sums of (update)^2 and p^2."""
-    block = m_ref.shape[0]
-    inside = pl.program_id(0) * block + jnp.arange(block) < size
+def _adamw(scalars_ref, refs, outs, inside, rates):
+    """The equations of optim.make_optimizer for what is `inside` a block; returns the sums of (update)^2 and of p^2."""
     learning_rate, factor, correct1, correct2 = (scalars_ref[i] for i in range(4))
-    g, m, v, p = (plgpu.load(ref, mask=inside, other=0.0).astype(jnp.float32) for ref in (g_ref, m_ref, v_ref, p_ref))
+    beta1, beta2, eps, weight_decay = rates
+    g, m, v, p = (plgpu.load(ref, mask=inside, other=0.0).astype(jnp.float32) for ref in refs)
     g *= factor
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
     update = -learning_rate * (m * correct1 / (jnp.sqrt(v * correct2) + eps) + weight_decay * p)
     p += update
-    for ref, value in ((m_out, m), (v_out, v), (p_out, p)):
+    for ref, value in zip(outs, (m, v, p), strict=True):
         plgpu.store(ref, value, mask=inside)
-    sums_ref[0], sums_ref[1] = (update * update).sum(0), (p * p).sum(0)
+    return (update * update).sum(0), (p * p).sum(0)
 
 
-@functools.partial(jax.jit, static_argnames=('beta1', 'beta2', 'eps', 'weight_decay'))
-def adamw(g, m, v, p, scalars, *, beta1, beta2, eps, weight_decay):
+def _adamw_kernel(scalars_ref, g_ref, m_ref, v_ref, p_ref, m_out, v_out, p_out, sums_ref, *, size, rates):
+    inside = pl.program_id(0) * ADAMW_BLOCK + jnp.arange(ADAMW_BLOCK) < size
+    sums_ref[0], sums_ref[1] = _adamw(scalars_ref, (g_ref, m_ref, v_ref, p_ref), (m_out, v_out, p_out), inside, rates)
+
+
+@functools.partial(jax.jit, static_argnames='rates')
+def adamw(g, m, v, p, scalars, *, rates):
     """One AdamW update of one leaf, in place: (m, v, p, partial sums of (update)^2 and of p^2, (programs, 2)).
 
-    `scalars` fp32 (4,): learning rate, what clipping multiplies g by, 1 / (1 - beta1^s), 1 / (1 - beta2^s).
+    `scalars` fp32 (4,): learning rate, what clipping multiplies g by, 1 / (1 - beta1^s), 1 / (1 - beta2^s);
+    `rates`: beta1, beta2, eps, weight_decay.
     """
     shape, size, programs = p.shape, p.size, pl.cdiv(p.size, ADAMW_BLOCK)
     part, four = pl.BlockSpec((ADAMW_BLOCK,), lambda i: (i,)), pl.BlockSpec((4,), lambda i: (0,))
     f32 = jax.ShapeDtypeStruct((size,), jnp.float32)
     m, v, p, sums = _call(
-        functools.partial(_adamw_kernel, size=size, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
-        grid=(programs,), warps=ADAMW_WARPS, name='adamw', in_specs=[four, part, part, part, part],
-        out_specs=[part, part, part, pl.BlockSpec((None, 2), lambda i: (i, 0))],
+        functools.partial(_adamw_kernel, size=size, rates=rates), grid=(programs,), warps=ADAMW_WARPS, name='adamw',
+        in_specs=[four, part, part, part, part], out_specs=[part, part, part, pl.BlockSpec((None, 2), lambda i: (i, 0))],
         out_shape=[f32, f32, f32, jax.ShapeDtypeStruct((programs, 2), jnp.float32)],
         input_output_aliases={2: 0, 3: 1, 4: 2},
     )(scalars, *(leaf.reshape(-1) for leaf in (g, m, v, p)))
     return m.reshape(shape), v.reshape(shape), p.reshape(shape), sums
+
+
+def _adamw_vectors_kernel(scalars_ref, g_ref, *refs, starts, sizes, rates):
+    *leaves, sums_ref = refs
+    ins, outs, n = leaves[:len(leaves) // 2], leaves[len(leaves) // 2:], len(sizes)
+    for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        @pl.when(pl.program_id(0) == i)
+        def _(i=i, start=start, size=size):
+            block = ins[i].shape[0]
+            sums_ref[0], sums_ref[1] = _adamw(scalars_ref, (g_ref.at[pl.ds(start, block)], *ins[i::n]), outs[i::n],
+                                              jnp.arange(block) < size, rates)
+
+
+@functools.partial(jax.jit, static_argnames='rates')
+def adamw_vectors(g, m, v, p, scalars, *, rates):
+    """`adamw` for lists of small leaves, a program each: of 98 of the 148 leaves of the 124M model."""
+    shapes, sizes, n = [leaf.shape for leaf in p], tuple(leaf.size for leaf in p), len(p)
+    blocks = [pl.next_power_of_2(size) for size in sizes]
+    g = jnp.concatenate([leaf.reshape(-1) for leaf in g] + [jnp.zeros(max(blocks))])  # room for the last one's block
+    whole = [pl.BlockSpec((block,), lambda i: (0,)) for block in blocks] * 3
+    f32 = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes] * 3
+    *leaves, sums = _call(
+        functools.partial(_adamw_vectors_kernel, starts=tuple(itertools.accumulate(sizes, initial=0))[:-1], sizes=sizes,
+                          rates=rates), grid=(n,), warps=ADAMW_WARPS, name='adamw_vectors',
+        in_specs=[pl.BlockSpec((4,), lambda i: (0,)), pl.BlockSpec(g.shape, lambda i: (0,)), *whole],
+        out_specs=[*whole, pl.BlockSpec((None, 2), lambda i: (i, 0))],
+        out_shape=[*f32, jax.ShapeDtypeStruct((n, 2), jnp.float32)],
+        input_output_aliases={2 + i: i for i in range(3 * n)},
+    )(scalars, g, *(leaf.reshape(-1) for leaf in (*m, *v, *p)))
+    leaves = [leaf.reshape(shape) for leaf, shape in zip(leaves, shapes * 3, strict=True)]
+    return leaves[:n], leaves[n:2 * n], leaves[2 * n:], sums

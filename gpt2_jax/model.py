@@ -24,6 +24,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # One layer's keys and values of every position seen so far, (k_BHSK, v_BHSK); a cache is one pair per layer. Heads come
@@ -108,21 +109,30 @@ class Affine(nn.Module):
 
 
 def dropout_seeds(cfg: GPT2Config, key):
-    """Two random words for each place with dropout, uint32 (1 + 3 L, 2): the embeddings; then, layer by layer, the
-    attention pattern, what attention adds, and what the MLP adds."""
-    return jax.random.bits(key, (1 + 3 * cfg.n_layer, 2), jnp.uint32)
+    """What the mask of each place with dropout is drawn from: (two random words, the place's number).
+
+    Places: 0 the embeddings; then, layer by layer, the attention pattern, what attention adds, and what the MLP adds.
+    """
+    words_2 = jax.random.bits(key, (2,), jnp.uint32)
+    return [(words_2, np.uint32(place)) for place in range(1 + 3 * cfg.n_layer)]
+
+
+def mix(x):
+    """A number that hangs on every bit of x, uint32 (the constants are Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def keep_mask(index, seeds, rate: float):
-    """Which elements dropout keeps: True with probability 1 - rate, a hash of the seeds (2,) and the place `index`.
+    """Which elements dropout keeps: True with probability 1 - rate, a hash of seeds (words, place) and `index`.
 
-    A mixing function of a few multiplications (the constants are Wellons' lowbias32), because JAX's generator,
-    made for more, costs as much as the layers around it; and because any kernel can draw the same mask again, anywhere.
+    A few multiplications, because JAX's generator, made for more, costs as much as the layers around it; and because
+    any kernel can draw the same mask again, anywhere.
     """
-    x = index ^ seeds[0]
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return (x ^ (x >> 16)) * (seeds[1] | 1) >= jnp.uint32(rate * 2**32)
+    (a, b), place = seeds
+    place = place * jnp.uint32(0x9E3779B9)  # a step for each place that spreads them over all of the range
+    return mix(index ^ mix(a + place)) * (mix(b ^ place) | 1) >= jnp.uint32(rate * 2**32)
 
 
 def dropout(x, seeds, rate: float):
@@ -207,7 +217,7 @@ class CausalSelfAttention(nn.Module):
     cfg: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD, layer_cache, pos, seeds_32):
+    def __call__(self, x_BTD, layer_cache, pos, seeds_3):
         cfg, heads = self.cfg, (self.cfg.n_head, self.cfg.head_dim)
         qkv_BT3HK = Affine(cfg, (cfg.n_embd,), (3, *heads), cfg.initializer_range, name='c_attn')(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
@@ -219,9 +229,9 @@ class CausalSelfAttention(nn.Module):
                 k_BHSK, v_BHSK = layer_cache = tuple(
                     lax.dynamic_update_slice_in_dim(old, new, pos, axis=2)
                     for old, new in zip(layer_cache, (k_BHSK, v_BHSK), strict=True))
-            z_BTHK = explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, seeds_32[0], cfg.attn_pdrop, cfg.precision)
+            z_BTHK = explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, seeds_3[0], cfg.attn_pdrop, cfg.precision)
         out_BTD = Affine(cfg, heads, (cfg.n_embd,), residual_std(cfg), name='c_proj')(z_BTHK)
-        return dropout(out_BTD, seeds_32[1], cfg.resid_pdrop), layer_cache
+        return dropout(out_BTD, seeds_3[1], cfg.resid_pdrop), layer_cache
 
 
 class MLP(nn.Module):
@@ -244,11 +254,11 @@ class Block(nn.Module):
     cfg: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD, layer_cache, pos, seeds_32):
+    def __call__(self, x_BTD, layer_cache, pos, seeds_3):
         attn_BTD, layer_cache = CausalSelfAttention(self.cfg, name='attn')(
-            LayerNorm(self.cfg, name='ln_1')(x_BTD), layer_cache, pos, seeds_32)
+            LayerNorm(self.cfg, name='ln_1')(x_BTD), layer_cache, pos, seeds_3)
         x_BTD = x_BTD + attn_BTD
-        x_BTD = x_BTD + MLP(self.cfg, name='mlp')(LayerNorm(self.cfg, name='ln_2')(x_BTD), seeds_32[2])
+        x_BTD = x_BTD + MLP(self.cfg, name='mlp')(LayerNorm(self.cfg, name='ln_2')(x_BTD), seeds_3[2])
         return x_BTD, layer_cache
 
 

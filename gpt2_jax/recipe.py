@@ -84,8 +84,8 @@ class Recipe:
                             self.shapes, self.layout)
 
     def _abstract_batch(self, rows: int, **dtypes):
-        return {name: jax.ShapeDtypeStruct((rows, self.config.train.seq_len), dtype,
-                                           sharding=parallel.batch_sharding(self.mesh)) for name, dtype in dtypes.items()}
+        shape, sharding = (rows, self.config.train.seq_len), parallel.batch_sharding(self.mesh)
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
     def batch(self, index: int) -> step.Batch:
         """The batch of update number `index`, on the devices."""
@@ -167,7 +167,8 @@ def describe(recipe: Recipe) -> list[str]:
         f'x tensor {config.mesh.tensor}; jax {jax.__version__}',
         f'precision  {cfg.dtype}: {ROUNDING[cfg.dtype]}; parameters, moments, softmax, LayerNorm and loss in fp32',
         f'kernels    {KERNELS[cfg.kernels]}',
-        f'attention  {ATTENTION[cfg.kernels, cfg.attention]}' + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
+        f'attention  {ATTENTION[cfg.kernels, cfg.attention]}'
+        + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens, '
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, '
