@@ -1,14 +1,21 @@
-"""How fast it is: training steps and decoding, over repeated windows that end when the device is done."""
+"""How fast it is: training steps, decoding and start-up, over repeated windows that end when the device is done."""
 
+import json
+import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from gpt2_jax import parallel
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.errors import UserError
 from gpt2_jax.generate import CHUNK, Sampling, generate
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.shards import Dataset, Tokens
@@ -42,7 +49,7 @@ def _spread(figures: list[float]) -> dict[str, float]:
 
 
 def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
-    """Update, evaluation and compilation. Times in seconds, memory in bytes, rates in tokens per second."""
+    """Update, evaluation, save and compilation. Times in seconds, memory in bytes, rates in tokens per second."""
     began = time.monotonic()
     state = jax.block_until_ready(recipe.new_state())
     init_seconds = time.monotonic() - began
@@ -61,6 +68,13 @@ def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
     evaluate(state.params)
     began = time.monotonic()
     evaluate(state.params)
+    evaluation_seconds = time.monotonic() - began
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
+        began = time.monotonic()
+        checkpoints.save(1, state, {}, None)
+        blocked_seconds = time.monotonic() - began
+        checkpoints.wait()
+        save_seconds = time.monotonic() - began
     rate = recipe.tokens_per_step / step_seconds['median']
     peak = parallel.peak_flops(recipe.device)
     return {
@@ -68,13 +82,15 @@ def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
         'flops_per_token': recipe.flops_per_token,
         'mfu': rate * recipe.flops_per_token / peak / recipe.mesh.size if peak else None,
         'init_seconds': init_seconds, 'compile_and_first_step_seconds': compile_seconds,
-        'evaluation_seconds': time.monotonic() - began, 'evaluation_tokens': len(recipe.dataset.val) - 1,
+        'evaluation_seconds': evaluation_seconds, 'evaluation_tokens': len(recipe.dataset.val) - 1,
+        'save_seconds': save_seconds, 'save_holds_up_training_seconds': blocked_seconds,
         'peak_memory_bytes': (recipe.device.memory_stats() or {}).get('peak_bytes_in_use'),
     }
 
 
 def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int, sampling: Sampling) -> dict[str, Any]:
     """Generation from a one-token prompt, prefill included. Rates count the tokens of all samples."""
+    recipe.check()
     params = recipe.new_state().params
 
     def run():
@@ -93,3 +109,27 @@ def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int
     seconds = _spread(figures)
     return {'samples': num_samples, 'new_tokens': new_tokens, 'chunk': CHUNK, 'seconds': seconds,
             'first_call_seconds': first, 'tokens_per_second': num_samples * new_tokens / seconds['median']}
+
+
+def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
+    """From the start of a process to its first update, and to the end of a run of one update.
+
+    Cold: with nothing compiled before; warm: with the compiled programs kept. `train_command` is that of
+    scripts/train.py. Raises UserError where it fails.
+    """
+    figures = {}
+    for kind in ('cold', 'warm'):
+        summaries = []
+        with tempfile.TemporaryDirectory() as shared:
+            for window in range(windows + (kind == 'warm')):  # the first one fills the cache
+                with tempfile.TemporaryDirectory() as own:
+                    cache = {'JAX_COMPILATION_CACHE_DIR': shared if kind == 'warm' else own}
+                    done = subprocess.run([*train_command, '--config.train.steps=1', f'--workdir={own}/run'],
+                                          capture_output=True, text=True, env=os.environ | cache)
+                    if done.returncode:
+                        raise UserError(f'the run that was to be timed failed: {done.stderr.strip()[-500:]}')
+                    if window or kind == 'cold':
+                        summaries.append(json.loads(Path(own, 'run/summary.json').read_text('utf-8')))
+        for name in ('seconds_to_first_step', 'seconds_total'):
+            figures[f'{kind}_{name}'] = _spread([summary[name] for summary in summaries])
+    return figures

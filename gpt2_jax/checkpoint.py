@@ -220,8 +220,8 @@ class Restored:
 def load(run: Path, which: str) -> Restored:
     """The model of a run's folder: which='best', 'latest' or a step. Reads that folder alone, and changes nothing.
 
-    Where no checkpoint was evaluated, the latest is the best. Raises UserError where there is no such checkpoint, or it
-    is damaged.
+    Where no checkpoint was evaluated, the latest is the best. Without an NVIDIA GPU the kernels made for one are left
+    for the open model. Raises UserError where there is no such checkpoint, or it is damaged.
     """
     folder = run / FOLDER
     sealed = sealed_in(folder)
@@ -246,6 +246,8 @@ def load(run: Path, which: str) -> Restored:
     with _manager(folder, read_only=True) as manager:
         meta = _restore(manager, step, meta=ocp.args.JsonRestore()).meta
         config = config_lib.from_json(meta['config'])
+        if jax.default_backend() != 'gpu':
+            config.model.update(kernels='open', attention='explicit')
         tokenizer = tokenizers.from_json(meta['tokenizer'])
         model = GPT2(GPT2Config(**config.model, vocab_size=tokenizer.vocab_size))
         shapes = jax.eval_shape(lambda: init_params(model, 0))

@@ -43,6 +43,13 @@ def config_name() -> str:
     return '-'.join(filter(None, [os.path.splitext(os.path.basename(path))[0], argument]))
 
 
+def config_arguments() -> list[str]:
+    """The --config and --config.KEY of this command line, for another one."""
+    holder = flags.FLAGS['config']
+    return [f'--config={config_flags.get_config_filename(holder)}',
+            *(f'--config.{key}={value}' for key, value in config_flags.get_override_values(holder).items())]
+
+
 def _check_config_flags(argv: list[str]) -> str | None:
     """Every --config.KEY must be a setting, and the file of --config=FILE be there; returns that file."""
     path = None

@@ -18,6 +18,9 @@ def check(config: ConfigDict, platform: str) -> None:
     """Raises UsageError, which says what is in the way, where a resolved configuration asks for kernels in vain."""
     model, train, rows = config.model, config.train, config.train.batch_size // config.train.accumulate
     head_dim = model.n_embd // model.n_head
+    if model.attention == 'cudnn' and platform != 'gpu':
+        raise UsageError(f"model.attention = 'cudnn' needs an NVIDIA GPU, but this runs on {platform}: set "
+                         '--config.model.attention=explicit')
     asked = [key for key, value in (('model.kernels', model.kernels),
                                     ('optim.implementation', config.optim.implementation)) if value == 'fused']
     needs = {'an NVIDIA GPU, but this runs on ' + platform: platform == 'gpu',
@@ -138,11 +141,12 @@ def make_optimizer(*, schedule: optax.Schedule, beta1: float, beta2: float, eps:
             sums.append(partial)
         vectors = [i for i in new if not decays[i]]
         for group in (vectors[i:i + kernels.ADAMW_VECTORS] for i in range(0, len(vectors), kernels.ADAMW_VECTORS)):
-            *together, partial = kernels.adamw_vectors(*map(list, zip(*(leaves[i] for i in group), strict=True)), scalars,
-                                                       rates=(beta1, beta2, eps, 0.0))
+            columns = map(list, zip(*(leaves[i] for i in group), strict=True))
+            *together, partial = kernels.adamw_vectors(*columns, scalars, rates=(beta1, beta2, eps, 0.0))
             new |= zip(group, zip(*together, strict=True), strict=True)
             sums.append(partial)
-        m, v, params = (jax.tree.unflatten(jax.tree.structure(params), column) for column in zip(*new.values(), strict=True))
+        tree = jax.tree.structure(params)
+        m, v, params = (jax.tree.unflatten(tree, column) for column in zip(*new.values(), strict=True))
         update_norm, param_norm = jnp.sqrt(jnp.concatenate(sums).sum(0))
         return params, AdamWState(state.count + 1, m, v), {
             'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}

@@ -44,6 +44,20 @@ class Sampling:
                 raise UsageError(f'{name} = {getattr(self, name)} is not allowed; expected {expected}')
 
 
+def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
+    """The model to generate with. `kernels` is 'open', 'fused' (see decode_kernels.py), or 'auto': fused on an NVIDIA
+    GPU in bfloat16, which they are made for, else open. `dtype` is as the setting model.dtype; '': the model's own.
+
+    Raises UsageError where fused ones are asked for without a GPU.
+    """
+    dtype, on_gpu = dtype or model.cfg.dtype, jax.default_backend() == 'gpu'
+    if kernels == 'fused' and not on_gpu:
+        raise UsageError(f'--kernels=fused needs an NVIDIA GPU, but this runs on {jax.default_backend()}: use open')
+    if kernels == 'auto':
+        kernels = 'fused' if on_gpu and dtype == 'bfloat16' else 'open'
+    return GPT2(dataclasses.replace(model.cfg, kernels=kernels, dtype=dtype))
+
+
 def choose(logits_BV, keys_B, sampling: Sampling):
     """One token for each row, drawn with that row's key: (B, V), (B,) -> (B,)."""
     if sampling.temperature == 0:

@@ -574,7 +574,8 @@ def adamw(g, m, v, p, scalars, *, rates):
     f32 = jax.ShapeDtypeStruct((size,), jnp.float32)
     m, v, p, sums = _call(
         functools.partial(_adamw_kernel, size=size, rates=rates), grid=(programs,), warps=ADAMW_WARPS, name='adamw',
-        in_specs=[four, part, part, part, part], out_specs=[part, part, part, pl.BlockSpec((None, 2), lambda i: (i, 0))],
+        in_specs=[four, part, part, part, part],
+        out_specs=[part, part, part, pl.BlockSpec((None, 2), lambda i: (i, 0))],
         out_shape=[f32, f32, f32, jax.ShapeDtypeStruct((programs, 2), jnp.float32)],
         input_output_aliases={2: 0, 3: 1, 4: 2},
     )(scalars, *(leaf.reshape(-1) for leaf in (g, m, v, p)))

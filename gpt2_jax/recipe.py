@@ -69,8 +69,9 @@ class Recipe:
         return flops_per_token(self.model.cfg, self.config.train.seq_len)
 
     def check(self) -> None:
-        """Raises UsageError where the fused kernels are asked for and cannot do it; see fused.check."""
-        if 'fused' in (self.config.model.kernels, self.config.optim.implementation):
+        """Raises UsageError where GPU kernels are asked for in training and cannot do it; see fused.check."""
+        model = self.config.model
+        if 'fused' in (model.kernels, self.config.optim.implementation) or model.attention == 'cudnn':
             _fused().check(self.config, self.device.platform)
 
     def new_state(self) -> step.TrainState:

@@ -1,10 +1,13 @@
-"""Measures speed: training steps or decoding, as a table and as JSON.
+"""Measures speed: training steps, decoding or start-up, as a table and as JSON.
 
     python scripts/benchmark.py --config=configs/shakespeare.py
     python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode --num_samples=32
+    python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
 """
 
 import json
+import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -12,7 +15,7 @@ from gpt2_jax import cli
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
-_WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode'], 'What to measure.')
+_WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode', 'startup'], 'What to measure.')
 _VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 0, 'Random tokens of so many kinds; 0: the corpus.', lower_bound=0)
 _WINDOWS = flags.DEFINE_integer('windows', 10, 'Measurements to take the median of.', lower_bound=1)
 _SECONDS = flags.DEFINE_float('seconds', 1.0, 'Length of a window of training steps.', lower_bound=0)
@@ -26,6 +29,10 @@ def main(arguments: list[str]) -> None:
     cli.no_more(arguments)
     from gpt2_jax import benchmark, config, parallel, recipe
     from gpt2_jax.generate import Sampling
+    if _WHAT.value == 'startup':
+        train = [sys.executable, str(Path(__file__).with_name('train.py')), f'--platform={_PLATFORM.value}']
+        show(benchmark.bench_startup(train + cli.config_arguments(), _WINDOWS.value))
+        return
     parallel.select_platform(_PLATFORM.value)
     data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None
     parts = recipe.build(config.resolve(_CONFIG.value), data)
@@ -35,10 +42,14 @@ def main(arguments: list[str]) -> None:
     else:
         figures = benchmark.bench_decode(parts, _WINDOWS.value, _NUM_SAMPLES.value, _NEW_TOKENS.value,
                                          Sampling(1.0, _TOP_K.value))
+    show(figures | {'device': parallel.describe_device(parts.device)})
+
+
+def show(figures: dict) -> None:
+    """A table, and JSON."""
     for name, value in figures.items():
         print(f'{name:32}{value}')
-    print(json.dumps({'config': cli.config_name(), 'what': _WHAT.value,
-                      'device': parallel.describe_device(parts.device), **figures}))
+    print(json.dumps({'config': cli.config_name(), 'what': _WHAT.value, **figures}))
 
 
 if __name__ == '__main__':

@@ -24,6 +24,10 @@ _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that have
 _STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
 _SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1)
 _STRICT = flags.DEFINE_bool('strict_context', False, 'Refuse to go past the context; else it restarts from its end.')
+_KERNELS = flags.DEFINE_enum('kernels', 'auto', ['auto', 'open', 'fused'], 'How a token is computed: open: as model.py '
+                             'has it; fused: the same by GPU kernels; auto: fused on a GPU in bfloat16, else open.')
+_DTYPE = flags.DEFINE_enum('dtype', '', ['', 'float32', 'tf32', 'bfloat16'], 'Of the matrix products; as trained, by '
+                           'default. bfloat16 is the fastest on a GPU.')
 _PLATFORM = cli.platform_flag()
 
 
@@ -35,13 +39,16 @@ def main(arguments: list[str]) -> None:
     import jax  # only now: --help and errors in flags answer at once
 
     from gpt2_jax import checkpoint, parallel
-    from gpt2_jax.generate import Sampling, print_samples
+    from gpt2_jax.generate import Sampling, print_samples, set_up
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     parallel.select_platform(_PLATFORM.value)
     restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
+    model = set_up(restored.model, _KERNELS.value, _DTYPE.value)
+    print(f'[step {restored.step} of {_CKPT_DIR.value}; {parallel.describe_device(jax.devices()[0])}; '
+          f'{model.cfg.dtype}, {model.cfg.kernels} kernels]', file=sys.stderr)
     with parallel.memory_errors('lower --num_samples'):
-        print_samples(restored.model, jax.device_put(restored.params), restored.tokenizer, prompt,
+        print_samples(model, jax.device_put(restored.params), restored.tokenizer, prompt,
                       num_samples=_NUM_SAMPLES.value, max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling,
                       stop=_STOP.value, seed=_SEED.value, strict_context=_STRICT.value,
                       notify=lambda text: print(f'[{text}]', file=sys.stderr))
