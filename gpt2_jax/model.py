@@ -24,7 +24,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 # One layer's keys and values of every position seen so far, (k_BHSK, v_BHSK); a cache is one pair per layer. Heads come
@@ -114,7 +113,7 @@ def dropout_seeds(cfg: GPT2Config, key):
     Places: 0 the embeddings; then, layer by layer, the attention pattern, what attention adds, and what the MLP adds.
     """
     words_2 = jax.random.bits(key, (2,), jnp.uint32)
-    return [(words_2, np.uint32(place)) for place in range(1 + 3 * cfg.n_layer)]
+    return [(words_2, jnp.uint32(place)) for place in range(1 + 3 * cfg.n_layer)]
 
 
 def mix(x):

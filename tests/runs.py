@@ -106,8 +106,8 @@ def before_updates(patch, change) -> None:
     """Has every update begin with change(state), which returns the state to go on with."""
     make = Recipe.train_step
 
-    def with_change(self):
-        update = make(self)
+    def with_change(self, *args):
+        update = make(self, *args)
         return lambda state, batch: update(change(state), batch)
 
     patch.setattr(Recipe, 'train_step', with_change)
