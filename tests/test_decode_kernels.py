@@ -130,7 +130,6 @@ def test_the_same_text(samples, sampling):
     assert np.array_equal(text('fused'), expected)
 
 
-@pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated')  # jax 0.11 says so
 @pytest.mark.parametrize('batch', [1, 32])
 def test_lowers_for_a_gpu(batch):
     """At the size of GPT-2, with the block sizes that a GPU is given; no GPU is needed."""

@@ -58,7 +58,7 @@ def check_equal(ours, theirs, tolerance):
                                      {'dtype': 'bfloat16', **DROPOUT}], ids=['plain', 'dropout', 'remat', 'bf16'])
 def test_gradients_equal_the_open_model(changes):
     """The same masks too: with dropout, loss and gradients would differ by a tenth."""
-    tolerance = 0.03 if 'dtype' in changes else 1e-5
+    tolerance = 0.06 if 'dtype' in changes else 1e-5
     check_equal(first_update(**FUSED, **changes), first_update(**OPEN, **changes), tolerance)
 
 
