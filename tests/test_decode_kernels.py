@@ -130,7 +130,7 @@ def test_the_same_text(samples, sampling):
     assert np.array_equal(text('fused'), expected)
 
 
-@pytest.mark.parametrize('batch', [1, 32])
+@pytest.mark.parametrize('batch', [1, 5, 32])
 def test_lowers_for_a_gpu(batch):
     """At the size of GPT-2, with the block sizes that a GPU is given; no GPU is needed."""
     with pytest.MonkeyPatch.context() as patch:
