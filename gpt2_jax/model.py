@@ -84,6 +84,30 @@ class GPT2Config:
         return PRECISIONS[self.dtype][1]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x_N, kernel, precision):
+    """x W over the last dimensions of x: (N, *inputs), (*inputs, *outputs) -> (N, *outputs).
+
+    The gradients are dx = dy W^T and dW = x^T dy. Left to itself, JAX takes (dy^T x)^T for the latter, with transposed
+    copies where a side has several dimensions: 37.8 against 35.1 ms of CPU time a step (4 layers, 128 wide, 12 x 64).
+    """
+    return jnp.tensordot(x_N, kernel, x_N.ndim - 1, precision=precision)
+
+
+def _product_forward(x_N, kernel, precision):
+    return product(x_N, kernel, precision), (x_N, kernel)
+
+
+def _product_backward(precision, saved, dy_N):
+    x_N, kernel = saved
+    outputs = tuple(range(1 - dy_N.ndim, 0))
+    dx_N = jnp.tensordot(dy_N, kernel, (outputs, outputs), precision=precision)
+    return dx_N, jnp.tensordot(x_N, dy_N, (0, 0), precision=precision)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Affine(nn.Module):
     """y = x W + b over the last dimensions of x, W ~ N(0, std), b = 0.  (B, T, *inputs) -> (B, T, *outputs).
 
@@ -101,7 +125,7 @@ class Affine(nn.Module):
         dtype = self.cfg.compute_dtype
         kernel = self.param('kernel', nn.initializers.normal(self.std), (*self.inputs, *self.outputs)).astype(dtype)
         x_N = x.reshape(-1, *self.inputs).astype(dtype)
-        y_N = jnp.tensordot(x_N, kernel, len(self.inputs), precision=self.cfg.precision)
+        y_N = product(x_N, kernel, self.cfg.precision)
         if self.cfg.bias:
             y_N = y_N + self.param('bias', nn.initializers.zeros, self.outputs).astype(dtype)
         return y_N.reshape(*x.shape[:2], *self.outputs)
@@ -152,6 +176,32 @@ def residual_std(cfg: GPT2Config) -> float:
     return cfg.initializer_range / math.sqrt(2 * cfg.n_layer)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def normalize(x, epsilon: float):
+    """(x - mean(x)) r with r = (var(x) + epsilon)^(-1/2), over the last axis. (..., D) -> (..., D).
+
+    For n = normalize(x):  dx = r (dn - mean(dn) - n mean(dn n)). Left to itself, JAX goes back through each operation
+    of the forward pass, with more sums and more passes: 25.2 against 23.2 ms a step on a CPU (4 layers, 128 wide,
+    12 x 64).
+    """
+    return _normalize_forward(x, epsilon)[0]
+
+
+def _normalize_forward(x, epsilon):
+    mean = x.mean(-1, keepdims=True)
+    r = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + epsilon)
+    return (x - mean) * r, (x, mean, r)
+
+
+def _normalize_backward(epsilon, saved, dn):
+    x, mean, r = saved
+    n = (x - mean) * r
+    return (r * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True)),)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
 class LayerNorm(nn.Module):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis (Ba et al. 2016, eq. 4).
 
@@ -163,10 +213,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
-        y = (x - mean) * lax.rsqrt(variance + self.cfg.layer_norm_epsilon) * scale
+        y = normalize(x.astype(jnp.float32), self.cfg.layer_norm_epsilon) * scale
         if self.cfg.bias:
             y = y + self.param('bias', nn.initializers.zeros, (x.shape[-1],))
         return y.astype(self.cfg.compute_dtype)
@@ -193,6 +240,44 @@ def _einsum_f32_backward(equation, precision, operands, g):
 einsum_f32.defvjp(_einsum_f32_forward, _einsum_f32_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot_keys(q_BTHK, k_BHSK, precision):
+    """q k^T of each head, in fp32: (B, H, T, S). Its gradients are products in the operands' dtype, as einsum_f32's."""
+    return jnp.einsum('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, precision=precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def mix_values(pattern_BHTS, v_BHSK, precision):
+    """pattern v of each head: (B, T, H, K)."""
+    return jnp.einsum('BHTS,BHSK->BHTK', pattern_BHTS, v_BHSK, precision=precision).swapaxes(1, 2)
+
+
+def _sum_queries(a_BTHK, b_BHTS, precision):
+    """sum_t b_ts a_tk: (B, H, S, K), the gradient in the keys or the values.
+
+    XLA's fast products on a CPU sum over the last axis of what stands first. The smaller one is transposed to stand
+    there: 21.1 ms a step, and 23.1 with the products as JAX derives them (4 layers, 128 wide, 12 x 64).
+    """
+    return jnp.einsum('BHKT,BHTS->BHKS', a_BTHK.transpose(0, 2, 3, 1), b_BHTS, precision=precision).swapaxes(2, 3)
+
+
+def _dot_keys_backward(precision, saved, g_BHTS):
+    q_BTHK, k_BHSK = saved
+    g_BHTS = g_BHTS.astype(q_BTHK.dtype)
+    dq_BHTK = jnp.einsum('BHTS,BHSK->BHTK', g_BHTS, k_BHSK, precision=precision)
+    return dq_BHTK.swapaxes(1, 2), _sum_queries(q_BTHK, g_BHTS, precision)
+
+
+def _mix_values_backward(precision, saved, dz_BTHK):
+    pattern_BHTS, v_BHSK = saved
+    dpattern_BHTS = jnp.einsum('BTHK,BHSK->BHTS', dz_BTHK, v_BHSK, precision=precision)
+    return dpattern_BHTS, _sum_queries(dz_BTHK, pattern_BHTS, precision)
+
+
+dot_keys.defvjp(lambda q, k, precision: (dot_keys(q, k, precision), (q, k)), _dot_keys_backward)
+mix_values.defvjp(lambda pattern, v, precision: (mix_values(pattern, v, precision), (pattern, v)), _mix_values_backward)
+
+
 def explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, seeds, rate, precision):
     """Causal scaled dot-product attention, every step in the open (Vaswani et al. 2017, eq. 1).
 
@@ -203,11 +288,11 @@ def explicit_attention(q_BTHK, k_BHSK, v_BHSK, pos, seeds, rate, precision):
     in fp32; `seeds` and `rate` are those of the pattern's dropout. Returns z_BTHK.
     """
     T, S, K = q_BTHK.shape[1], k_BHSK.shape[2], q_BTHK.shape[-1]
-    scores_BHTS = einsum_f32('BTHK,BHSK->BHTS', q_BTHK, k_BHSK, precision) / math.sqrt(K)
+    scores_BHTS = dot_keys(q_BTHK, k_BHSK, precision) / math.sqrt(K)
     visible_TS = jnp.arange(S) <= pos + jnp.arange(T)[:, None]
     scores_BHTS = jnp.where(visible_TS, scores_BHTS, -jnp.inf)
     pattern_BHTS = dropout(jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype), seeds, rate)
-    return jnp.einsum('BHTS,BHSK->BTHK', pattern_BHTS, v_BHSK, precision=precision)
+    return mix_values(pattern_BHTS, v_BHSK, precision)
 
 
 class CausalSelfAttention(nn.Module):
@@ -219,7 +304,8 @@ class CausalSelfAttention(nn.Module):
     def __call__(self, x_BTD, layer_cache, pos, seeds_3):
         cfg, heads = self.cfg, (self.cfg.n_head, self.cfg.head_dim)
         qkv_BT3HK = Affine(cfg, (cfg.n_embd,), (3, *heads), cfg.initializer_range, name='c_attn')(x_BTD)
-        q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
+        # Not slices: their gradients are padded and added (on a CPU 1.67 against 1.58 ms for attention and projection).
+        q_BTHK, k_BTHK, v_BTHK = (part.squeeze(2) for part in jnp.split(qkv_BT3HK, 3, axis=2))
         if cfg.attention == 'cudnn' and layer_cache is None:
             z_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation='cudnn')
         else:

@@ -5,6 +5,7 @@ their parameter's path, so the same table serves them.
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -61,6 +62,20 @@ def select_platform(name: str) -> None:
             raise UsageError(f'--platform={name}: JAX sees no {name} here, only {jax.default_backend()}. For an NVIDIA '
                              "GPU check nvidia-smi and install the extra for its driver, pip install -e '.[cuda12]' or "
                              "'.[cuda13]'; or run with --platform=cpu") from None
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep host memory that it has freed, instead of handing it back; call before JAX is used.
+
+    XLA takes a CPU program's working memory anew at each call, and glibc returns blocks over 32 MiB at once: 47 MiB at
+    4 layers, 128 wide, 12 x 64 were 12,000 page faults in each training step, 17 of 57 ms of CPU time (of the two
+    cores: 31 against 25 ms a step). Another C library is left as it is.
+    """
+    with contextlib.suppress(AttributeError):  # no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, since the others' end at 64 MiB
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping, however large
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def peak_flops(device: jax.Device) -> float | None:
