@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax import kernels
 from gpt2_jax.errors import UsageError
-from gpt2_jax.model import GPT2Config, add_rows, dropout, dropout_seeds, embed
+from gpt2_jax.model import GPT2Config, add_rows, dropout, dropout_seeds, embed, product
 from gpt2_jax.optim import AdamWState, InPlace, decay_mask, global_norm, zero_moments
 
 # For tests on a CPU, which have no cuDNN, to replace.
@@ -54,8 +54,8 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
         return kernels.add_norm(x_ND, *branch, norm['scale'], norm.get('bias'), seeds if cfg.resid_pdrop else None,
                                 cfg.resid_pdrop, cfg.layer_norm_epsilon)
 
-    def product(x_N, affine):
-        return jnp.tensordot(x_N, affine['kernel'], x_N.ndim - 1)
+    def affine(x_N, params):
+        return product(x_N, params['kernel'], cfg.precision)
 
     def cudnn_attention(y_ND, attn):
         """What the attention adds, and its bias, by cuDNN, which wants q, k and v apart.
@@ -65,14 +65,14 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
         sums to 1, adds the same to every z: to the projection's bias.
         """
         kernel_D3HK, bias_3HK = attn['c_attn']['kernel'], attn['c_attn'].get('bias')
-        q_NHK, k_NHK, v_NHK = (jnp.tensordot(y_ND, kernel_D3HK[:, i], 1) for i in range(3))
+        q_NHK, k_NHK, v_NHK = (product(y_ND, kernel_D3HK[:, i], cfg.precision) for i in range(3))
         bias_D = attn['c_proj'].get('bias')
         if bias_3HK is not None:
             q_NHK += bias_3HK[0].astype(q_NHK.dtype)
             bias_D += jnp.tensordot(bias_3HK[2], attn['c_proj']['kernel'].astype(jnp.float32), 2, precision='highest')
         z_BTHK = jax.nn.dot_product_attention(*(x.reshape(B, T, H, K) for x in (q_NHK, k_NHK, v_NHK)), is_causal=True,
                                               implementation=CUDNN)
-        return product(z_BTHK.reshape(N, H, K), attn['c_proj']), bias_D
+        return affine(z_BTHK.reshape(N, H, K), attn['c_proj']), bias_D
 
     def block(x_ND, branch, h, seeds_3):
         """`branch` is what the block before has to add, and its bias; returns this block's own, not yet added."""
@@ -81,13 +81,13 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
         if cfg.attention == 'cudnn':
             branch = cudnn_attention(y_ND, attn)
         else:
-            qkv_BT3HK = product(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
+            qkv_BT3HK = affine(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
             z_BTHK = kernels.attention(qkv_BT3HK, attn['c_attn'].get('bias'), seeds_3[1] if cfg.attn_pdrop else None,
                                        cfg.attn_pdrop)
-            branch = product(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
+            branch = affine(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
         x_ND, y_ND = add_norm(x_ND, branch, h['ln_2'], seeds_3[2])
-        h_NF = kernels.gelu(product(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
-        return x_ND, (product(h_NF, mlp['c_proj']), mlp['c_proj'].get('bias'))
+        h_NF = kernels.gelu(affine(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
+        return x_ND, (affine(h_NF, mlp['c_proj']), mlp['c_proj'].get('bias'))
 
     x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
     for i in range(cfg.n_layer):

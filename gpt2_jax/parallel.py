@@ -44,13 +44,16 @@ PARTITION_RULES = (
 
 
 def select_platform(name: str) -> None:
-    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process, and keeps what it compiles; call before JAX is used.
+    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process, and keeps what it compiles and the memory it frees.
+
+    To be called before JAX is used.
 
     Compiled programs go to the user's cache, one folder a machine: the next start of a run, and a resumed one, needs
     none of the seconds to minutes of compilation, and runs the very same program.
 
     Raises UsageError where no such device is seen.
     """
+    _keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # the environment's JAX_COMPILATION_CACHE_DIR comes first
         jax.config.update('jax_compilation_cache_dir', str(folders('xla')[-1] / platform.node()))
     if name == 'cpu':
@@ -64,8 +67,8 @@ def select_platform(name: str) -> None:
                              "'.[cuda13]'; or run with --platform=cpu") from None
 
 
-def keep_freed_memory() -> None:
-    """Lets this process keep host memory that it has freed, instead of handing it back; call before JAX is used.
+def _keep_freed_memory() -> None:
+    """Lets this process keep host memory that it has freed, instead of handing it back.
 
     XLA takes a CPU program's working memory anew at each call, and glibc returns blocks over 32 MiB at once: 47 MiB at
     4 layers, 128 wide, 12 x 64 were 12,000 page faults in each training step, 17 of 57 ms of CPU time (of the two

@@ -144,7 +144,6 @@ def _ahead(pool: Executor | None, jitted, shapes: Callable):
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Recipe:
     """Loads the data, unless it is given, and lays everything out. `config` is a resolved one. Raises UserError."""
-    parallel.keep_freed_memory()
     mesh = parallel.make_mesh(**config.mesh)
     dataset = dataset or data.load(**config.data)
     model = GPT2(GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size))
