@@ -71,17 +71,6 @@ def make_optimizer(*, implementation: str = 'optax', schedule: optax.Schedule, b
     return optax.chain(clip, update) if clip_norm else update
 
 
-def global_norm(tree):
-    """sqrt(sum of all squares), fp32, in few passes: by rows of each matrix, all vectors in one, then their sums."""
-    vectors, rows = [], []
-    for leaf in jax.tree.leaves(tree):
-        (rows if leaf.size > 1 << 16 else vectors).append(leaf)
-    rows = [jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1) for leaf in rows]
-    vectors = [jnp.square(jnp.concatenate([leaf.reshape(-1) for leaf in vectors]))] if vectors else []
-    # The barrier keeps XLA from adding up each part by itself, 100 small kernels for the 124M model.
-    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows + vectors)).sum())
-
-
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
     """One update: (params, opt_state, norms), where norms has grad_norm (before clipping), update_norm and param_norm
     (after the update)."""
@@ -89,8 +78,8 @@ def apply_update(optimizer: Optimizer, grads, opt_state, params):
         return optimizer.update(grads, opt_state, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    return params, opt_state, {'grad_norm': global_norm(grads), 'update_norm': global_norm(updates),
-                               'param_norm': global_norm(params)}
+    norm = optax.tree.norm
+    return params, opt_state, {'grad_norm': norm(grads), 'update_norm': norm(updates), 'param_norm': norm(params)}
 
 
 def explicit_clip(clip_norm: float) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.token_files import open_token_files
 
 IDS = np.random.default_rng(0).integers(0, SMALL.vocab_size, 1000).astype('<u2')
-SETTINGS = {'tokenizer': 'gpt2', 'val_fraction': 0.1, 'fallback': ''}
+SETTINGS = {'tokenizer': 'gpt2', 'val_fraction': 0.1, 'holdout': 0.0, 'fallback': ''}
 
 
 def header(count, magic=20240520, version=1):
