@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/shakespeare_fast.py
 
-Hardware: one NVIDIA GPU; on an H100 4.5 ms a step. Time and loss of the whole run: not measured yet. The published
+Hardware: one NVIDIA GPU; on an H100 4.7 ms a step. Time and loss of the whole run: not measured yet. The published
 schedule is laid out over 5,000 updates, and its model is at its best after 2,000 of them, at a learning rate that is
 still high: here it falls to nearly nothing by then. To compare recipes without a look at the validation text:
 --config.data.holdout=0.1.

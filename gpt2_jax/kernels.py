@@ -142,12 +142,15 @@ def _backward_kernel(ins, outs, *, rate, inner):
     zero = jnp.zeros((BLOCK, K), jnp.float32)
 
     def gradients(p, dp, delta, queries, keys):
-        """(pattern after dropout, gradient of the scores) from the pattern p and the gradient of what it became."""
+        """What dv and ds are made of, from the pattern p and the gradient of what dropout made of it.
+
+        Kept elements of p times 1 - rate, and ds times sqrt(K): the sums are scaled, and not each element.
+        """
         dropped = p
         if rate:
             keep = _keep(_seeds(ins), rate, first_row, T, queries, keys)
-            dropped, dp = (jnp.where(keep, x / (1 - rate), 0.0) for x in (p, dp))
-        return dropped.astype(k.dtype), (p * (dp - delta) / math.sqrt(K)).astype(k.dtype)
+            dropped, dp = jnp.where(keep, p, 0.0), jnp.where(keep, dp * (1 / (1 - rate)), 0.0)
+        return dropped.astype(k.dtype), (p * (dp - delta)).astype(k.dtype)
 
     def over_queries(masked, j, carry):  # transposed, keys before queries, so that no product transposes a pattern
         dk, dv = carry
@@ -173,7 +176,7 @@ def _backward_kernel(ins, outs, *, rate, inner):
 
     dq = lax.fori_loop(0, i * blocks, functools.partial(over_keys, False), zero)
     dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(over_keys, True), dq)
-    for which, gradient in enumerate((dq, dk, dv)):
+    for which, gradient in enumerate((dq / math.sqrt(K), dk / math.sqrt(K), dv / (1 - rate))):
         outs['dqkv'][:, which, :] = gradient.astype(k.dtype)
         if outs['dbias'] is not None:
             outs['dbias'][which, :] = gradient.sum(0)
@@ -269,7 +272,7 @@ def _dropped(x, ins, rate, row0, D):
     if not rate:
         return x
     keep = keep_mask(_row_index(row0, x.shape[0], D, x.shape[1]), _seeds(ins), rate)
-    return jnp.where(keep, x / (1 - rate), 0.0)
+    return jnp.where(keep, x * (1 / (1 - rate)), 0.0)
 
 
 def _add_norm_kernel(ins, outs, *, D, rate, eps):
