@@ -102,11 +102,15 @@ def _biased(ins, name, start, n):
     return (rows.astype(jnp.float32) + ins['bias']['qkv'.index(name)][None, :]).astype(rows.dtype)
 
 
+def _first_row(T):
+    """The number of a text and head's first row of the pattern among those of all."""
+    return (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)) * T
+
+
 def _forward_kernel(ins, outs, *, rate):
-    b, h = pl.program_id(0), pl.program_id(1)
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long rows first, so that no long one is left alone at the end
     T, K = ins['k'].shape
-    first_row = (b * pl.num_programs(1) + h) * T
+    first_row = _first_row(T)
     q, queries = _biased(ins, 'q', i * BLOCK, BLOCK), _places(i * BLOCK, BLOCK)[:, None]
 
     def body(masked, j, carry):
@@ -132,54 +136,69 @@ def _forward_kernel(ins, outs, *, rate):
     outs['lse'][mine] = most + jnp.log2(total)
 
 
-def _backward_kernel(ins, outs, *, rate, inner):
-    """Block i of dq, and block i of dk and dv: together n + 1 of the n^2 / 2 blocks in each of the n programs."""
-    b, h, i = (pl.program_id(axis) for axis in range(3))
+def _backward(ins, rate, p, dp, delta, first_row, queries, keys):
+    """What dv and ds are made of, from the pattern p and the gradient dp of what dropout made of it.
+
+    Kept elements of p times 1 - rate, and ds times sqrt(K): the sums are scaled, and not each element.
+    """
+    dropped = p
+    if rate:
+        keep = _keep(_seeds(ins), rate, first_row, ins['k'].shape[0], queries, keys)
+        dropped, dp = jnp.where(keep, p, 0.0), jnp.where(keep, dp * (1 / (1 - rate)), 0.0)
+    return dropped.astype(ins['k'].dtype), (p * (dp - delta)).astype(ins['k'].dtype)
+
+
+def _write(outs, places, **gradients):
+    """A block of each of dq, dk and dv, and the sum of its rows: this program's share of the bias' gradient."""
+    for at, gradient in gradients.items():
+        which = 'qkv'.index(at)
+        outs['dqkv'][places, which, :] = gradient.astype(outs['dqkv'].dtype)
+        if outs['dbias'] is not None:
+            outs['dbias'][which, :] = gradient.sum(0)
+
+
+def _keys_backward_kernel(ins, outs, *, rate, inner):
+    """Block i of dk and dv, over the queries that see it."""
+    i = pl.program_id(2)
     T, K = ins['k'].shape
-    first_row = (b * pl.num_programs(1) + h) * T
-    mine, places, blocks = pl.ds(i * BLOCK, BLOCK), _places(i * BLOCK, BLOCK), BLOCK // inner
-    k, v = ins['k'][mine, :], _biased(ins, 'v', i * BLOCK, BLOCK)
-    zero = jnp.zeros((BLOCK, K), jnp.float32)
+    mine, blocks, keys = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
+    k, v, first_row = ins['k'][mine, :], _biased(ins, 'v', i * BLOCK, BLOCK), _first_row(T)
 
-    def gradients(p, dp, delta, queries, keys):
-        """What dv and ds are made of, from the pattern p and the gradient of what dropout made of it.
-
-        Kept elements of p times 1 - rate, and ds times sqrt(K): the sums are scaled, and not each element.
-        """
-        dropped = p
-        if rate:
-            keep = _keep(_seeds(ins), rate, first_row, T, queries, keys)
-            dropped, dp = jnp.where(keep, p, 0.0), jnp.where(keep, dp * (1 / (1 - rate)), 0.0)
-        return dropped.astype(k.dtype), (p * (dp - delta)).astype(k.dtype)
-
-    def over_queries(masked, j, carry):  # transposed, keys before queries, so that no product transposes a pattern
+    def body(masked, j, carry):  # transposed, keys before queries, so that no product transposes a pattern
         dk, dv = carry
-        theirs, keys, queries = pl.ds(j * inner, inner), places[:, None], _places(j * inner, inner)[None, :]
+        theirs, queries = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
         q, dz = _biased(ins, 'q', j * inner, inner), ins['dz'][theirs, :]
         p = jnp.exp2(_scores(k, q, queries, keys, masked) - ins['lse'][theirs][None, :])
-        dropped, ds = gradients(p, plgpu.dot(v, dz.T), ins['delta'][theirs][None, :], queries, keys)
+        dropped, ds = _backward(ins, rate, p, plgpu.dot(v, dz.T), ins['delta'][theirs][None, :], first_row, queries,
+                                keys)
         return dk + plgpu.dot(ds, q), dv + plgpu.dot(dropped, dz)
 
-    carry = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(over_queries, True), (zero, zero))
-    dk, dv = lax.fori_loop((i + 1) * blocks, T // inner, functools.partial(over_queries, False), carry)
+    zero = jnp.zeros((BLOCK, K), jnp.float32)
+    carry = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), (zero, zero))
+    dk, dv = lax.fori_loop((i + 1) * blocks, T // inner, functools.partial(body, False), carry)
+    _write(outs, mine, k=dk / math.sqrt(K), v=dv / (1 - rate))
 
+
+def _queries_backward_kernel(ins, outs, *, rate, inner):
+    """Block i of dq, over the keys it sees."""
+    i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long ones first, as in the forward pass
+    T, K = ins['k'].shape
+    first_row = _first_row(T)
+    mine, blocks, queries = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
     q, dz = _biased(ins, 'q', i * BLOCK, BLOCK), ins['dz'][mine, :]
     lse, delta = ins['lse'][mine][:, None], ins['delta'][mine][:, None]
     through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
 
-    def over_keys(masked, j, dq):
-        queries, keys = places[:, None], _places(j * inner, inner)[None, :]
-        k, v = (ins[name][pl.ds(j * inner, inner), :] for name in 'kv')
+    def body(masked, j, dq):
+        theirs, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
+        k, v = ins['k'][theirs, :], ins['v'][theirs, :]
         p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
-        _, ds = gradients(p, plgpu.dot(dz, v.T) + through_bias, delta, queries, keys)
+        _, ds = _backward(ins, rate, p, plgpu.dot(dz, v.T) + through_bias, delta, first_row, queries, keys)
         return dq + plgpu.dot(ds, k)
 
-    dq = lax.fori_loop(0, i * blocks, functools.partial(over_keys, False), zero)
-    dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(over_keys, True), dq)
-    for which, gradient in enumerate((dq / math.sqrt(K), dk / math.sqrt(K), dv / (1 - rate))):
-        outs['dqkv'][:, which, :] = gradient.astype(k.dtype)
-        if outs['dbias'] is not None:
-            outs['dbias'][which, :] = gradient.sum(0)
+    dq = lax.fori_loop(0, i * blocks, functools.partial(body, False), jnp.zeros((BLOCK, K), jnp.float32))
+    dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), dq)
+    _write(outs, mine, q=dq / math.sqrt(K))
 
 
 def _specs(T, K):
@@ -225,21 +244,29 @@ def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
     delta_BHT = (z_BTHK.astype(jnp.float32) * dz_BTHK.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    row, n = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)), T // BLOCK
+    dqkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
+    dbias = pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0))
+    shapes = {'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
+              'dbias': None if bias_3HK is None else jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32)}
     ins = _seed_inputs(seeds) | {'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK) | {
         'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
-    row, biased = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)), bias_3HK is not None
     specs = _specs(T, K) | {'dz': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), 'lse': row,
                             'delta': row}
-    n = T // BLOCK
-    outs = _call(
-        functools.partial(_backward_kernel, rate=rate, inner=DROPPED_BLOCK if rate else BLOCK), grid=(B, H, n),
-        **ATTENTION, name='attention_backward', in_specs=[_only(ins, specs)],
-        out_specs={'dqkv': pl.BlockSpec((None, BLOCK, 3, None, K), lambda b, h, i: (b, i, 0, h, 0)),
-                   'dbias': pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0)) if biased else None},
-        out_shape={'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
-                   'dbias': jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32) if biased else None},
-    )(ins)
-    return outs['dqkv'], outs['dbias'].sum(0) if biased else None, None
+    out_specs = _only(shapes, {'dqkv': dqkv, 'dbias': dbias})
+
+    def call(kernel, name, ins, in_specs, **options):
+        return _call(functools.partial(kernel, rate=rate, inner=DROPPED_BLOCK if rate else BLOCK), grid=(B, H, n),
+                     **ATTENTION, name=name, in_specs=in_specs, out_specs=out_specs, out_shape=shapes, **options)(*ins)
+
+    # Two kernels, the second of which goes on in the memory of the first: in one, the registers for keys would leave
+    # room for fewer programs on queries too.
+    outs = call(_keys_backward_kernel, 'attention_backward_keys', [ins], [_only(ins, specs)])
+    before = len(jax.tree.leaves(ins))
+    outs = call(lambda ins, _, outs, **options: _queries_backward_kernel(ins, outs, **options),
+                'attention_backward_queries', [ins, outs], [_only(ins, specs), out_specs],
+                input_output_aliases={before + i: i for i in range(len(jax.tree.leaves(outs)))})
+    return outs['dqkv'], None if bias_3HK is None else outs['dbias'].sum(0), None
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
@@ -476,8 +503,9 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
 
     def load(j):
         column = j * columns + jnp.arange(columns)
-        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < V, other=-jnp.inf)
-        return column, logits.astype(jnp.float32) * LOG2_E
+        # A mask that ends at a multiple of 128, not at V: with that, each thread would load one number at a time.
+        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < padded, other=-jnp.inf)
+        return column, jnp.where(column < V, logits.astype(jnp.float32) * LOG2_E, -jnp.inf)
 
     def scan(j, carry):
         most, total, hit = carry

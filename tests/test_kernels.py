@@ -99,7 +99,8 @@ def test_it_compiles_for_a_gpu_as_far_as_that_goes_without_one(monkeypatch, chan
     update = jax.jit(make_train_step(model, optimizer('fused'), SCHEDULE, seed=0, accumulate=1))
     state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
     text = update.trace(state, batch(model)).lower(lowering_platforms=('cuda',)).as_text()
-    for name in ('attention_forward', 'attention_backward', 'add_norm', 'gelu', 'softmax_gradient', 'adamw'):
+    for name in ('attention_forward', 'attention_backward_keys', 'attention_backward_queries', 'add_norm', 'gelu',
+                 'softmax_gradient', 'adamw', 'adamw_vectors'):
         assert name in text
     assert shapes(model)
 
