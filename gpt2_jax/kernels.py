@@ -91,39 +91,41 @@ def _keep(seeds, rate, first_row, T, queries, keys):
     return keep_mask(index, seeds, rate)
 
 
-def _biased(ins, name, start, n):
-    """Rows start .. start + n of q or v, with their bias.
-
-    That of k adds the same to all scores of a query, which softmax takes no notice of: it is left out everywhere.
-    """
-    rows = ins[name][pl.ds(start, n), :]
-    if ins['bias'] is None:
-        return rows
-    return (rows.astype(jnp.float32) + ins['bias']['qkv'.index(name)][None, :]).astype(rows.dtype)
-
-
 def _first_row(T):
     """The number of a text and head's first row of the pattern among those of all."""
     return (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)) * T
 
 
+def _add_bias(rows, ins, which):
+    """Rows of q or v with their bias.
+
+    That of k adds the same to all scores of a query, which softmax takes no notice of: it is left out everywhere.
+    """
+    if ins['bias'] is None:
+        return rows
+    return (rows.astype(jnp.float32) + ins['bias'][which][None, :]).astype(rows.dtype)
+
+
 def _forward_kernel(ins, outs, *, rate):
+    """Block i of z. Where there is a bias, q with it takes the place of q, for the backward pass."""
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long rows first, so that no long one is left alone at the end
-    T, K = ins['k'].shape
-    first_row = _first_row(T)
-    q, queries = _biased(ins, 'q', i * BLOCK, BLOCK), _places(i * BLOCK, BLOCK)[:, None]
+    T, _, K = ins['qkv'].shape
+    mine, first_row, queries = pl.ds(i * BLOCK, BLOCK), _first_row(T), _places(i * BLOCK, BLOCK)[:, None]
+    q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
+    if outs['qkv'] is not None:
+        outs['qkv'][mine, 0, :] = q
 
     def body(masked, j, carry):
         z, most, total, kept = carry
         block, keys = pl.ds(j * BLOCK, BLOCK), _places(j * BLOCK, BLOCK)[None, :]
-        scores = _scores(q, ins['k'][block, :], queries, keys, masked)
+        scores = _scores(q, ins['qkv'][block, 1, :], queries, keys, masked)
         most_now = jnp.maximum(most, scores.max(-1))
         shrink, p = jnp.exp2(most - most_now), jnp.exp2(scores - most_now[:, None])
         total = total * shrink + p.sum(-1)
         if rate:
             p = jnp.where(_keep(_seeds(ins), rate, first_row, T, queries, keys), p, 0.0)
             kept = kept * shrink + p.sum(-1)
-        v = ins['v'][block, :]
+        v = ins['qkv'][block, 2, :]
         return z * shrink[:, None] + plgpu.dot(p.astype(v.dtype), v), most_now, total, kept
 
     zero_Q = jnp.zeros((BLOCK,), jnp.float32)
@@ -131,7 +133,6 @@ def _forward_kernel(ins, outs, *, rate):
     z, most, total, kept = body(True, i, lax.fori_loop(0, i, functools.partial(body, False), carry))
     if ins['bias'] is not None:
         z += (kept if rate else total)[:, None] * ins['bias'][2][None, :]
-    mine = pl.ds(i * BLOCK, BLOCK)
     outs['z'][mine, :] = (z / (total[:, None] * (1 - rate))).astype(outs['z'].dtype)
     outs['lse'][mine] = most + jnp.log2(total)
 
@@ -143,9 +144,9 @@ def _backward(ins, rate, p, dp, delta, first_row, queries, keys):
     """
     dropped = p
     if rate:
-        keep = _keep(_seeds(ins), rate, first_row, ins['k'].shape[0], queries, keys)
+        keep = _keep(_seeds(ins), rate, first_row, ins['qkv'].shape[0], queries, keys)
         dropped, dp = jnp.where(keep, p, 0.0), jnp.where(keep, dp * (1 / (1 - rate)), 0.0)
-    return dropped.astype(ins['k'].dtype), (p * (dp - delta)).astype(ins['k'].dtype)
+    return dropped.astype(ins['qkv'].dtype), (p * (dp - delta)).astype(ins['qkv'].dtype)
 
 
 def _write(outs, places, **gradients):
@@ -160,14 +161,14 @@ def _write(outs, places, **gradients):
 def _keys_backward_kernel(ins, outs, *, rate, inner):
     """Block i of dk and dv, over the queries that see it."""
     i = pl.program_id(2)
-    T, K = ins['k'].shape
+    T, _, K = ins['qkv'].shape
     mine, blocks, keys = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
-    k, v, first_row = ins['k'][mine, :], _biased(ins, 'v', i * BLOCK, BLOCK), _first_row(T)
+    k, v, first_row = ins['qkv'][mine, 1, :], _add_bias(ins['qkv'][mine, 2, :], ins, 2), _first_row(T)
 
     def body(masked, j, carry):  # transposed, keys before queries, so that no product transposes a pattern
         dk, dv = carry
         theirs, queries = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
-        q, dz = _biased(ins, 'q', j * inner, inner), ins['dz'][theirs, :]
+        q, dz = ins['qkv'][theirs, 0, :], ins['dz'][theirs, :]
         p = jnp.exp2(_scores(k, q, queries, keys, masked) - ins['lse'][theirs][None, :])
         dropped, ds = _backward(ins, rate, p, plgpu.dot(v, dz.T), ins['delta'][theirs][None, :], first_row, queries,
                                 keys)
@@ -182,16 +183,15 @@ def _keys_backward_kernel(ins, outs, *, rate, inner):
 def _queries_backward_kernel(ins, outs, *, rate, inner):
     """Block i of dq, over the keys it sees."""
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long ones first, as in the forward pass
-    T, K = ins['k'].shape
-    first_row = _first_row(T)
+    T, _, K = ins['qkv'].shape
     mine, blocks, queries = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
-    q, dz = _biased(ins, 'q', i * BLOCK, BLOCK), ins['dz'][mine, :]
+    q, dz, first_row = ins['qkv'][mine, 0, :], ins['dz'][mine, :], _first_row(T)
     lse, delta = ins['lse'][mine][:, None], ins['delta'][mine][:, None]
     through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
 
     def body(masked, j, dq):
         theirs, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
-        k, v = ins['k'][theirs, :], ins['v'][theirs, :]
+        k, v = ins['qkv'][theirs, 1, :], ins['qkv'][theirs, 2, :]
         p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
         _, ds = _backward(ins, rate, p, plgpu.dot(dz, v.T) + through_bias, delta, first_row, queries, keys)
         return dq + plgpu.dot(ds, k)
@@ -203,25 +203,23 @@ def _queries_backward_kernel(ins, outs, *, rate, inner):
 
 def _specs(T, K):
     """Of one text and head: all rows of q, k, v; seeds and bias."""
-    def part(which):
-        return pl.BlockSpec((None, T, None, None, K), lambda b, h, i: (b, 0, which, h, 0))
-    bias = pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))
-    return SEED_SPECS | {'q': part(0), 'k': part(1), 'v': part(2), 'bias': bias}
+    return SEED_SPECS | {'qkv': pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0)),
+                         'bias': pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))}
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     B, T, _, H, K = qkv_BT3HK.shape
-    ins = _seed_inputs(seeds) | {'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK)
+    ins, specs, biased = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | _seed_inputs(seeds), _specs(T, K), bias_3HK is not None
+    shapes = {'qkv': qkv_BT3HK if biased else None, 'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
+              'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32)}
+    out_specs = {'qkv': specs['qkv'], 'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
+                 'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))}
     outs = _call(
         functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), **ATTENTION, name='attention_forward',
-        in_specs=[_only(ins, _specs(T, K))],
-        out_specs={'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
-                   'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))},
-        out_shape={'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
-                   'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32)},
-    )(ins)
-    return outs['z'], outs['lse']
+        in_specs=[_only(ins, specs)], out_specs=_only(shapes, out_specs), out_shape=shapes,
+        input_output_aliases={1: 1} if biased else {})(ins)  # in the order of names: bias, qkv, ..; lse, qkv, z
+    return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -235,7 +233,7 @@ def attention(qkv_BT3HK, bias_3HK, seeds, rate):
 
 
 def _attention_fwd(qkv_BT3HK, bias_3HK, seeds, rate):
-    z_BTHK, lse_BHT = _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate)
+    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate)
     return z_BTHK, (qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT)
 
 
@@ -249,8 +247,7 @@ def _attention_bwd(rate, saved, dz_BTHK):
     dbias = pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0))
     shapes = {'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
               'dbias': None if bias_3HK is None else jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32)}
-    ins = _seed_inputs(seeds) | {'bias': bias_3HK} | dict.fromkeys('qkv', qkv_BT3HK) | {
-        'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
+    ins = _seed_inputs(seeds) | {'qkv': qkv_BT3HK, 'bias': bias_3HK, 'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
     specs = _specs(T, K) | {'dz': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), 'lse': row,
                             'delta': row}
     out_specs = _only(shapes, {'dqkv': dqkv, 'dbias': dbias})
