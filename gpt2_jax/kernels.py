@@ -218,7 +218,8 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     outs = _call(
         functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), **ATTENTION, name='attention_forward',
         in_specs=[_only(ins, specs)], out_specs=_only(shapes, out_specs), out_shape=shapes,
-        input_output_aliases={1: 1} if biased else {})(ins)  # in the order of names: bias, qkv, ..; lse, qkv, z
+        # In the order of their names, without what is None: bias, place, qkv, words; lse, qkv, z.
+        input_output_aliases={1 + (seeds is not None): 1} if biased else {})(ins)
     return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
 
 
