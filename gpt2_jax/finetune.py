@@ -17,6 +17,13 @@ from gpt2_jax.step import TrainState
 KEPT = ('n_layer', 'n_head', 'n_embd', 'n_inner', 'activation_function', 'layer_norm_epsilon', 'bias')
 
 
+def check(recipe: Recipe) -> None:
+    """Raises UserError where `first_state` would: before an old run is moved out of a new one's way."""
+    train = recipe.config.train
+    if train.init_from:
+        _fitting(recipe, Path(train.init_from), train.init_which, train.init_optimizer)
+
+
 def first_state(recipe: Recipe) -> TrainState:
     """The state before a run's first update: drawn at random, or that of `train.init_from`. Raises as `start_state`."""
     train = recipe.config.train
@@ -32,6 +39,28 @@ def start_state(parts: Recipe, run: Path, *, which: str = 'best', keep_optimizer
     A smaller n_positions than that run's crops its positions. With `keep_optimizer` AdamW's moments go on from there
     too; the schedule starts anew in any case. Raises UserError, UsageError naming each setting that does not fit.
     """
+    restored = _fitting(parts, run, which, keep_optimizer)
+    old, new = restored.model.cfg, parts.model.cfg
+    opt_state = parts.optimizer.init(restored.params)
+    if keep_optimizer:
+        opt_state = jax.tree.map(lambda fresh, old: fresh if isinstance(fresh, optax.ScaleByScheduleState) else old,
+                                 opt_state, _saved_optimizer(run, restored.step, opt_state),
+                                 is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+
+    def crop(path, leaf):
+        at_positions = [getattr(key, 'key', None) for key in path[-2:]] == ['wpe', 'embedding']
+        return leaf[:new.n_positions] if at_positions else leaf
+
+    state = TrainState(np.int32(0), *jax.tree_util.tree_map_with_path(crop, (restored.params, opt_state)))
+    notify(f'starting from checkpoint {restored.step:,} in {run}'
+           + (', with its optimizer' if keep_optimizer else ', with a fresh optimizer')
+           + (f'; context cropped from {old.n_positions} to {new.n_positions}' if new.n_positions < old.n_positions
+              else ''))
+    return jax.device_put(state, parts.layout)
+
+
+def _fitting(parts: Recipe, run: Path, which: str, keep_optimizer: bool) -> checkpoint.Restored:
+    """The checkpoint, where a run may start from it; raises UserError, UsageError naming each setting in the way."""
     restored = checkpoint.load(run, which)
     old, new = restored.model.cfg, parts.model.cfg
     wrong = [f'model.{name} is {getattr(old, name)!r} there, {getattr(new, name)!r} here' for name in KEPT
@@ -50,23 +79,7 @@ def start_state(parts: Recipe, run: Path, *, which: str = 'best', keep_optimizer
                      f'{theirs.clip_norm} there, {ours.clip_norm} here')
     if wrong:
         raise UsageError(f'this run cannot start from {run}: {"; ".join(wrong)}')
-
-    opt_state = parts.optimizer.init(restored.params)
-    if keep_optimizer:
-        opt_state = jax.tree.map(lambda fresh, old: fresh if isinstance(fresh, optax.ScaleByScheduleState) else old,
-                                 opt_state, _saved_optimizer(run, restored.step, opt_state),
-                                 is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
-
-    def crop(path, leaf):
-        at_positions = [getattr(key, 'key', None) for key in path[-2:]] == ['wpe', 'embedding']
-        return leaf[:new.n_positions] if at_positions else leaf
-
-    state = TrainState(np.int32(0), *jax.tree_util.tree_map_with_path(crop, (restored.params, opt_state)))
-    notify(f'starting from checkpoint {restored.step:,} in {run}'
-           + (', with its optimizer' if keep_optimizer else ', with a fresh optimizer')
-           + (f'; context cropped from {old.n_positions} to {new.n_positions}' if new.n_positions < old.n_positions
-              else ''))
-    return jax.device_put(state, parts.layout)
+    return restored
 
 
 def _saved_optimizer(run: Path, step: int, like):

@@ -66,6 +66,8 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
         # What cannot be trained on is told before any folder is made or moved.
         recipe = build(config)
         recipe.check()
+        if fresh:
+            finetune.check(recipe)
         recipe.batch(0)
         next(batches.eval_batches(recipe.dataset.val, batch_size=1, seq_len=config.train.seq_len))
     print('\n'.join(describe(recipe)), flush=True)

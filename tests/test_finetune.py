@@ -126,3 +126,13 @@ def test_training_starts_there_and_goes_on_from_its_own_checkpoints(text, base, 
     config.train.init_from = str(tmp_path / 'nowhere')
     with pytest.raises(UserError, match='nowhere holds no checkpoint'):
         runs.quiet_train(config, tmp_path / 'other')
+
+
+def test_a_start_that_cannot_be_leaves_the_old_run_in_its_place(text, tmp_path):
+    """Also with --fresh, which is to move it aside."""
+    runs.quiet_train(runs.make_config(text, **SIZES), tmp_path / 'run')
+    before = sorted(path.name for path in tmp_path.rglob('*'))
+    with pytest.raises(UserError, match='nowhere holds no checkpoint'):
+        runs.quiet_train(runs.make_config(text, **SIZES, train__init_from=str(tmp_path / 'nowhere')), tmp_path / 'run',
+                         fresh=True)
+    assert sorted(path.name for path in tmp_path.rglob('*')) == before
