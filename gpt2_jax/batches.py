@@ -65,8 +65,8 @@ def eval_batches(tokens: Tokens, *, batch_size: int, seq_len: int, stride: int |
     """
     B, T, S, n_targets = batch_size, seq_len, stride or seq_len, len(tokens) - 1
     if n_targets < 1:
-        raise UserError(f'evaluation needs at least 2 tokens, and this split has {len(tokens)}: '
-                        f'use more text, or a larger val_fraction')
+        raise UserError(f'evaluation needs at least 2 tokens, and there are {len(tokens)}: use more text, or leave '
+                        'more of it to validate on (data.val_fraction, data.holdout)')
     starts = range(0, max(n_targets - T + S, 1), S)
     for first in range(0, len(starts), B):
         inputs, targets = np.zeros((2, B, T), np.int32)

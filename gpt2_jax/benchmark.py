@@ -16,7 +16,7 @@ import numpy as np
 from gpt2_jax import parallel
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.errors import UserError
-from gpt2_jax.generate import CHUNK, Sampling, generate
+from gpt2_jax.generate import CHUNK, Sampling, generate, set_up
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.shards import Dataset, Tokens
 from gpt2_jax.tokenizers import CharTokenizer
@@ -90,11 +90,11 @@ def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
 
 def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int, sampling: Sampling) -> dict[str, Any]:
     """Generation from a one-token prompt, prefill included. Rates count the tokens of all samples."""
-    recipe.check()
+    model = set_up(recipe.model, recipe.model.cfg.kernels, '')
     params = recipe.new_state().params
 
     def run():
-        chunks = generate(recipe.model, params, [0], max_new_tokens=new_tokens, num_samples=num_samples,
+        chunks = generate(model, params, [0], max_new_tokens=new_tokens, num_samples=num_samples,
                           sampling=sampling)
         return sum(chunk.shape[1] for chunk in chunks)
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
 
-# Sizes of blocks, as (planned to be) tuned on an H100.
+# Sizes of blocks, chosen by counting bytes and registers; not yet tuned by measuring.
 # A matrix is shared among so many programs, at least, with outputs from least to most for each, and read by blocks of
 # inputs. One row has programs of one warp, which sums among its own lanes, all of its share on its way at once; more
 # rows are for the tensor cores, which take 16 and more.

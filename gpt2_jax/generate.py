@@ -52,7 +52,7 @@ def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
     """
     dtype, on_gpu = dtype or model.cfg.dtype, jax.default_backend() == 'gpu'
     if kernels == 'fused' and not on_gpu:
-        raise UsageError(f'--kernels=fused needs an NVIDIA GPU, but this runs on {jax.default_backend()}: use open')
+        raise UsageError(f'fused kernels need an NVIDIA GPU, but this runs on {jax.default_backend()}: take open ones')
     if kernels == 'auto':
         kernels = 'fused' if on_gpu and dtype == 'bfloat16' else 'open'
     return GPT2(dataclasses.replace(model.cfg, kernels=kernels, dtype=dtype))

@@ -61,7 +61,10 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Pass
         if not before:
             raise UserError(f'{path}, passage {number} is {word!r:.40}: expected at least two words with a space '
                             'between them')
-        prompt, answer = tokenizer.encode(before), tokenizer.encode(f' {word}')
+        try:
+            prompt, answer = tokenizer.encode(before), tokenizer.encode(f' {word}')
+        except UserError as error:
+            raise UserError(f'{path}, passage {number}: {error}') from None
         passages.append(Passage(np.concatenate([prompt, answer]), len(answer)))
     if not passages:
         raise UserError(f'{path} holds no passages')

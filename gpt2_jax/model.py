@@ -159,7 +159,10 @@ def keep_mask(index, seeds, rate: float):
 
 
 def dropout(x, seeds, rate: float):
-    """Zeroes each element with probability `rate`, and scales the rest by 1 / (1 - rate); `seeds` None: nothing."""
+    """Zeroes each element with probability `rate`, and scales the rest by 1 / (1 - rate); `seeds` None: nothing.
+
+    Of more than 2^32 elements (350 attention patterns of GPT-2) those that many apart have one mask.
+    """
     if seeds is None or not rate:
         return x
     strides = [math.prod(x.shape[axis + 1:]) % 2**32 for axis in range(x.ndim)]

@@ -44,16 +44,13 @@ PARTITION_RULES = (
 
 
 def select_platform(name: str) -> None:
-    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process, and keeps what it compiles and the memory it frees.
-
-    To be called before JAX is used.
+    """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process; call before JAX is used.
 
     Compiled programs go to the user's cache, one folder a machine: the next start of a run, and a resumed one, needs
     none of the seconds to minutes of compilation, and runs the very same program.
 
     Raises UsageError where no such device is seen.
     """
-    _keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # the environment's JAX_COMPILATION_CACHE_DIR comes first
         jax.config.update('jax_compilation_cache_dir', str(folders('xla')[-1] / platform.node()))
     if name == 'cpu':
@@ -65,6 +62,8 @@ def select_platform(name: str) -> None:
             raise UsageError(f'--platform={name}: JAX sees no {name} here, only {jax.default_backend()}. For an NVIDIA '
                              "GPU check nvidia-smi and install the extra for its driver, pip install -e '.[cuda12]' or "
                              "'.[cuda13]'; or run with --platform=cpu") from None
+    if jax.default_backend() == 'cpu' and not any(name.startswith('MALLOC_') for name in os.environ):
+        _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:

@@ -166,11 +166,13 @@ def describe(recipe: Recipe) -> list[str]:
     lines = [
         f'device     {parallel.describe_device(recipe.device)}; mesh data {config.mesh.data} x fsdp {config.mesh.fsdp} '
         f'x tensor {config.mesh.tensor}; jax {jax.__version__}',
-        f'precision  {cfg.dtype}: {ROUNDING[cfg.dtype]}; parameters, moments, softmax, LayerNorm and loss in fp32',
+        f'precision  {cfg.dtype}: {ROUNDING[cfg.dtype]}; parameters, moments, softmax, LayerNorm and loss in fp32'
+        + ('; in training logits in bf16' if cfg.kernels == 'fused' else ''),
         f'kernels    {KERNELS[cfg.kernels]}',
         f'attention  {ATTENTION[cfg.kernels, cfg.attention]}'
         + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
-        f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens, '
+        f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} '
+        f'{"held-out training" if config.data.holdout else "validation"} tokens, '
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} heads, '
         f'width {cfg.n_embd}, context {cfg.n_positions}',

@@ -81,9 +81,10 @@ def build(restored: Restored, windows: Windows, dataset: Dataset | None = None) 
     Its data are `dataset`, or the corpus of the run.
     """
     config = restored.config.copy_and_resolve_references()
-    config.train.update(seq_len=windows.context, batch_size=windows.rows, accumulate=1)
     if math.prod(config.mesh.values()) > len(jax.devices()):  # it was trained on more than there are here
         config.mesh.update(data=1, fsdp=1, tensor=1)
+    share = config.mesh.data * config.mesh.fsdp
+    config.train.update(seq_len=windows.context, batch_size=math.ceil(windows.rows / share) * share, accumulate=1)
     parts = recipe.build(config_lib.resolve(config), dataset)
     return parts, jax.device_put(restored.params, parts.layout.params)
 

@@ -87,8 +87,8 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
     if not 0 < cut < n:
         raise UserError(f'data.holdout = {fraction} leaves {cut} of {n} training tokens to train on and {n - cut} to '
                         'validate on: expected some of each')
-    return dataclasses.replace(dataset, name=f'{dataset.name}, training text', train=dataset.train.part(0, cut),
-                               val=dataset.train.part(cut, n), sha256=sha256_of([dataset.sha256, 'holdout', fraction]))
+    return dataclasses.replace(dataset, train=dataset.train.part(0, cut), val=dataset.train.part(cut, n),
+                               sha256=sha256_of([dataset.sha256, 'holdout', fraction]))
 
 
 def is_prepared(path: str | os.PathLike) -> bool:

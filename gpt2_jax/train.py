@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
     with run_folder.claim(workdir), parallel.memory_errors(MEMORY_KNOBS):
         for report in set_aside_damaged(workdir / FOLDER):
             print(report, flush=True)
-        with Checkpoints(workdir / FOLDER) as checkpoints, ThreadPoolExecutor(2, 'compile') as pool:
+        with Checkpoints(workdir / FOLDER) as checkpoints, _compiling() as pool:
             start, progress, log_sizes = _where_to_start(recipe, workdir, checkpoints, extend)
             if start == config.train.steps and (workdir / 'summary.json').exists():
                 print(f'the run in {workdir} is finished: {start:,} steps, best validation loss '
@@ -145,6 +145,16 @@ def _where_to_start(recipe: Recipe, workdir: Path, checkpoints: Checkpoints,
     if progress.best_step not in saved:  # it was damaged: the best is one that can be restored
         progress.best_step, progress.best_val_loss = best_in(workdir / FOLDER)
     return start, progress, meta['log_sizes']
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[ThreadPoolExecutor]:
+    """Threads to compile on; where an error ends the run, it is told without waiting for them."""
+    pool = ThreadPoolExecutor(2, 'compile')
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> None:
     """One call of the library."""
     cli.no_more(arguments)
     where, unused = '', []
+    for flag in (_TEXT, _LAMBADA):
+        if flag.value == '':
+            raise UsageError(f'--{flag.name} is empty: expected a file')
     if _LAMBADA.value is not None:
         where, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
     elif _TEXT.value is None:

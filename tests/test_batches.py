@@ -127,7 +127,7 @@ def test_a_stride_covers_each_target_once(n_tokens, stride):
 
 @pytest.mark.parametrize('n_tokens', [0, 1])
 def test_nothing_to_evaluate(n_tokens):
-    with pytest.raises(UserError, match=f'at least 2 tokens, and this split has {n_tokens}'):
+    with pytest.raises(UserError, match=f'at least 2 tokens, and there are {n_tokens}:'):
         next(eval_batches(sequence(n_tokens), batch_size=B, seq_len=T))
 
 

@@ -148,3 +148,19 @@ def test_every_logit_matters_to_the_loss():
         expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
         np.testing.assert_allclose(nats_N, expected_N - logits_NV[np.arange(8), targets_N], rtol=1e-4, atol=1e-4)
     assert jnp.isfinite(nats_N).all()
+
+
+def test_logits_far_from_0_in_bfloat16():
+    """As published models have them, all near -100: what they have in common must not cost the bits of the rest."""
+    rng = np.random.default_rng(0)
+    x_ND, wte_VD = np.float32(rng.normal(0, 1, (256, 64))), np.float32(rng.normal(0, 0.3, (2000, 64)))
+    common_D = rng.normal(0, 1, 64)
+    wte_VD += np.float32(-100 * common_D / (x_ND @ common_D).std() / 3)  # rows of logits around 0 +- 33
+    x_ND = np.float32(jnp.bfloat16(x_ND))
+    targets_N = rng.integers(0, 2000, 256)
+    logits_NV = np.float64(x_ND) @ np.float64(wte_VD).T
+    expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
+    expected_N -= logits_NV[np.arange(256), targets_N]
+    nats_N = jax.jit(kernels.head_loss)(jnp.bfloat16(x_ND), wte_VD, targets_N)
+    assert np.abs(logits_NV).max() > 60
+    assert abs(np.mean(nats_N - expected_N)) < 0.003 and np.max(np.abs(nats_N - expected_N)) < 0.06

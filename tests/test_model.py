@@ -24,6 +24,7 @@ from gpt2_jax.model import (
     flops_per_token,
     init_cache,
     init_params,
+    keep_mask,
 )
 from gpt2_jax.step import token_losses
 
@@ -271,6 +272,21 @@ def test_dropout_of_the_embeddings():
                                            dropout_key=jax.random.key(5)))()
     # LayerNorm maps the two values, 0 and 1 / 0.6, to a negative and a positive one.
     share_dropped(np.asarray(x_BTD) > 0, 0.6, 0.4)
+
+
+def test_masks_are_independent():
+    """Of each place, each key, and each element: kept together no more often than by chance."""
+    rate, n = 0.3, 1 << 16
+    index = np.arange(n, dtype=np.uint32)
+    places = [seeds for seed in range(3) for seeds in dropout_seeds(tiny(n_layer=2).cfg, jax.random.key(seed))]
+    assert len(places) == 3 * 7
+    masks = [np.asarray(keep_mask(index, seeds, rate)) for seeds in places]
+    masks += [np.roll(masks[0], lag) for lag in (1, 2, 64, 256, 4096)]
+    spread = math.sqrt(n) * (1 - rate) * rate
+    for i, mask in enumerate(masks):
+        assert abs(mask.sum() - n * (1 - rate)) < 5 * math.sqrt(n * rate * (1 - rate))
+        for other in masks[:i]:
+            assert abs(np.sum(mask & other) - n * (1 - rate) ** 2) < 6 * spread
 
 
 def test_bfloat16():
