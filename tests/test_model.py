@@ -275,18 +275,18 @@ def test_dropout_of_the_embeddings():
 
 
 def test_masks_are_independent():
-    """Of each place, each key, and each element: kept together no more often than by chance."""
+    """Of each place, each key, and each element: kept together as often as by chance."""
     rate, n = 0.3, 1 << 16
     index = np.arange(n, dtype=np.uint32)
     places = [seeds for seed in range(3) for seeds in dropout_seeds(tiny(n_layer=2).cfg, jax.random.key(seed))]
     assert len(places) == 3 * 7
     masks = [np.asarray(keep_mask(index, seeds, rate)) for seeds in places]
     masks += [np.roll(masks[0], lag) for lag in (1, 2, 64, 256, 4096)]
-    spread = math.sqrt(n) * (1 - rate) * rate
+    spread = rate * (1 - rate) / math.sqrt(n)
     for i, mask in enumerate(masks):
-        assert abs(mask.sum() - n * (1 - rate)) < 5 * math.sqrt(n * rate * (1 - rate))
+        assert abs(mask.mean() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / n)
         for other in masks[:i]:
-            assert abs(np.sum(mask & other) - n * (1 - rate) ** 2) < 6 * spread
+            assert abs(np.mean(mask & other) - mask.mean() * other.mean()) < 5 * spread
 
 
 def test_bfloat16():
