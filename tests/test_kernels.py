@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
 from gpt2_jax import fused, kernels
@@ -98,7 +99,9 @@ def test_it_compiles_for_a_gpu_as_far_as_that_goes_without_one(monkeypatch, chan
     model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16', kernels='fused') | changes)
     update = jax.jit(make_train_step(model, optimizer('fused'), SCHEDULE, seed=0, accumulate=1))
     state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
-    text = update.trace(state, batch(model)).lower(lowering_platforms=('cuda',)).as_text()
+    h100 = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu'))
+    with use_abstract_mesh(h100):
+        text = update.trace(state, batch(model)).lower(lowering_platforms=('cuda',)).as_text()
     for name in ('attention_forward', 'attention_backward_keys', 'attention_backward_queries', 'add_norm', 'gelu',
                  'softmax_gradient', 'adamw', 'adamw_vectors'):
         assert name in text
