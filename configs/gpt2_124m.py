@@ -6,9 +6,11 @@ r"""GPT-2 124M from nothing, on 10 billion tokens of web text that you bring.
 
 The first line reads token files of llm.c or nanoGPT, the second, on 8 GPUs, a folder that scripts/prepare.py
 --tokenizer=gpt2 has made. An update is 480 windows of 1,024 tokens, 0.49 million, worked off 12 at a time: more, by a
-smaller train.accumulate, where there is memory. --config.model.attention=cudnn takes the fused kernel of NVIDIA GPUs.
+smaller train.accumulate, where there is memory. On a single NVIDIA GPU --config.model.kernels=fused with
+--config.optim.implementation=fused is faster; --config.model.attention=cudnn takes cuDNN's attention.
 
-Hardware: GPUs with 40 GiB or more. Time and loss: not measured yet. The schedule is that of GPT-3's model of this size
+Hardware: GPUs with 40 GiB or more; fused, one H100 takes 62.6 ms for 32 windows, 524,000 tokens/s. Time and loss of the
+whole run: not measured. The schedule is that of GPT-3's model of this size
 (Brown et al. 2020, table 2.1 and appendix B).
 """
 
