@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
+from gpt2_jax.triton_call import call
 
 # Sizes of blocks, chosen by counting bytes and registers; not yet tuned by measuring.
 # A matrix is shared among so many programs, at least, with outputs from least to most for each, and read by blocks of
@@ -34,12 +35,6 @@ ROWS_PROGRAMS, ROWS_OUTS, ROWS_INPUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = 132, 
 POSITIONS, ATTEND_WARPS = 256, 8  # of the cache, read at a time
 COLUMNS, CHOOSE_WARPS = 2048, 16  # of the logits; all of a row lie in one program's registers
 MAX_VOCAB = 2**16
-
-
-def _call(kernel, *, warps, stages=2, **options):
-    """pallas_call on a GPU; in the interpreter elsewhere."""
-    return pl.pallas_call(kernel, interpret=jax.default_backend() != 'gpu', **options,
-                          compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages))
 
 
 def _inside(axis, size, total):
@@ -135,7 +130,7 @@ def affine(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
              'residual': pl.BlockSpec((rows, outs), lambda i, j: (i, j))}
     kernel = functools.partial(_affine_kernel, B=B, D=D, N=N, eps=cfg.layer_norm_epsilon, gelu=gelu,
                                precision=cfg.precision)
-    return _call(
+    return call(
         kernel,
         grid=(pl.cdiv(B, rows), pl.cdiv(N, outs)), warps=ONE_WARPS if B == 1 else ROWS_WARPS, stages=ROWS_STAGES,
         in_specs=[{name: None if ins[name] is None else spec for name, spec in specs.items()}],
@@ -185,7 +180,7 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
     def part(which):
         return pl.BlockSpec((None, None, None, width), lambda b, h: (b, which, h, 0))
 
-    return _call(
+    return call(
         functools.partial(_attend_kernel, K=K), grid=(B, H), warps=ATTEND_WARPS, input_output_aliases={4: 1, 5: 2},
         in_specs=[pl.BlockSpec((1,), lambda b, h: (0,)), *map(part, range(3)), cache, cache],
         out_specs=[pl.BlockSpec((None, None, width), lambda b, h: (b, h, 0)), cache, cache],
@@ -247,7 +242,7 @@ def choose(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
     (B, V), C = logits_BV.shape, tokens_CB.shape[0]
     width = math.prod(_blocks(V, COLUMNS))
     tokens, noise = pl.BlockSpec((C, None), lambda b: (0, b)), pl.BlockSpec((C, None, width), lambda b: (0, b, 0))
-    return _call(
+    return call(
         functools.partial(_choose_kernel, V=V, temperature=temperature, top_k=top_k), grid=(B,), warps=CHOOSE_WARPS,
         in_specs=[pl.BlockSpec((1,), lambda b: (0,)), pl.BlockSpec((None, width), lambda b: (b, 0)),
                   None if noise_CBV is None else noise, tokens],

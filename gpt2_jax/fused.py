@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gpt2_jax import kernels
+from gpt2_jax import attention_kernel, gelu_kernel
+from gpt2_jax.adamw_kernel import ADAMW_VECTORS, adamw, adamw_vectors
 from gpt2_jax.errors import UsageError
+from gpt2_jax.loss_kernel import head_loss
 from gpt2_jax.model import GPT2Config, add_rows, dropout, dropout_seeds, embed, product
+from gpt2_jax.norm_kernel import add_norm
 from gpt2_jax.optim import AdamWState, InPlace, decay_mask, zero_moments
 
 # For tests on a CPU, which have no cuDNN, to replace.
@@ -31,9 +34,10 @@ def check(config: ConfigDict, platform: str) -> None:
             "model.activation_function = 'gelu_new'": model.activation_function == 'gelu_new',
             f'a head width, n_embd / n_head = {head_dim}, that is a power of two from 16 to 128':
                 head_dim in (16, 32, 64, 128),
-            f'train.seq_len = {train.seq_len} to be a multiple of {kernels.BLOCK}': train.seq_len % kernels.BLOCK == 0,
-            f'{rows} rows x {train.seq_len} tokens of a micro-batch to be a multiple of {kernels.ROWS:,}':
-                rows * train.seq_len % kernels.ROWS == 0,
+            f'train.seq_len = {train.seq_len} to be a multiple of {attention_kernel.BLOCK}':
+                train.seq_len % attention_kernel.BLOCK == 0,
+            f'{rows} rows x {train.seq_len} tokens of a micro-batch to be a multiple of {gelu_kernel.ROWS:,}':
+                rows * train.seq_len % gelu_kernel.ROWS == 0,
         }
     for need, is_met in needs.items():
         if asked and not is_met:
@@ -50,9 +54,9 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
     N, H, K = B * T, cfg.n_head, cfg.head_dim
     seeds = dropout_seeds(cfg, dropout_key)
 
-    def add_norm(x_ND, branch, norm, seeds):
-        return kernels.add_norm(x_ND, *branch, norm['scale'], norm.get('bias'), seeds if cfg.resid_pdrop else None,
-                                cfg.resid_pdrop, cfg.layer_norm_epsilon)
+    def add_and_norm(x_ND, branch, norm, seeds):
+        return add_norm(x_ND, *branch, norm['scale'], norm.get('bias'), seeds if cfg.resid_pdrop else None,
+                        cfg.resid_pdrop, cfg.layer_norm_epsilon)
 
     def affine(x_N, params):
         return product(x_N, params['kernel'], cfg.precision)
@@ -77,24 +81,24 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
     def block(x_ND, branch, h, seeds_3):
         """`branch` is what the block before has to add, and its bias; returns this block's own, not yet added."""
         attn, mlp = h['attn'], h['mlp']
-        x_ND, y_ND = add_norm(x_ND, branch, h['ln_1'], seeds_3[0])
+        x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_1'], seeds_3[0])
         if cfg.attention == 'cudnn':
             branch = cudnn_attention(y_ND, attn)
         else:
             qkv_BT3HK = affine(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
-            z_BTHK = kernels.attention(qkv_BT3HK, attn['c_attn'].get('bias'), seeds_3[1] if cfg.attn_pdrop else None,
-                                       cfg.attn_pdrop)
+            z_BTHK = attention_kernel.attention(qkv_BT3HK, attn['c_attn'].get('bias'),
+                                                seeds_3[1] if cfg.attn_pdrop else None, cfg.attn_pdrop)
             branch = affine(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
-        x_ND, y_ND = add_norm(x_ND, branch, h['ln_2'], seeds_3[2])
-        h_NF = kernels.gelu(affine(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
+        x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_2'], seeds_3[2])
+        h_NF = gelu_kernel.gelu(affine(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
         return x_ND, (affine(h_NF, mlp['c_proj']), mlp['c_proj'].get('bias'))
 
     x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
     for i in range(cfg.n_layer):
         run = jax.checkpoint(block) if cfg.remat else block
         x_ND, branch = run(x_ND, branch, params[f'h_{i}'], seeds[3 * i:3 * i + 3])
-    _, y_ND = add_norm(x_ND, branch, params['ln_f'], seeds[-1])
-    return kernels.head_loss(y_ND, params['wte']['embedding'], targets_BT.reshape(-1))
+    _, y_ND = add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])
+    return head_loss(y_ND, params['wte']['embedding'], targets_BT.reshape(-1))
 
 
 def value_and_grad(cfg: GPT2Config, params, batch, dropout_key, n_targets: int):
@@ -148,12 +152,12 @@ def make_optimizer(*, schedule: optax.Schedule, beta1: float, beta2: float, eps:
         decays = jax.tree.leaves(decay_mask(params))  # all but vectors
         new, sums = dict.fromkeys(range(len(leaves))), []
         for i in (i for i in new if decays[i]):
-            *new[i], partial = kernels.adamw(*leaves[i], scalars, rates=(beta1, beta2, eps, weight_decay))
+            *new[i], partial = adamw(*leaves[i], scalars, rates=(beta1, beta2, eps, weight_decay))
             sums.append(partial)
         vectors = [i for i in new if not decays[i]]
-        for group in (vectors[i:i + kernels.ADAMW_VECTORS] for i in range(0, len(vectors), kernels.ADAMW_VECTORS)):
+        for group in (vectors[i:i + ADAMW_VECTORS] for i in range(0, len(vectors), ADAMW_VECTORS)):
             columns = map(list, zip(*(leaves[i] for i in group), strict=True))
-            *together, partial = kernels.adamw_vectors(*columns, scalars, rates=(beta1, beta2, eps, 0.0))
+            *together, partial = adamw_vectors(*columns, scalars, rates=(beta1, beta2, eps, 0.0))
             new |= zip(group, zip(*together, strict=True), strict=True)
             sums.append(partial)
         tree = jax.tree.structure(params)

@@ -27,9 +27,9 @@ ROUNDING = {'float32': 'full fp32 matrix products', 'tf32': 'TF32 matrix product
 
 
 KERNELS = {'open': 'open: those that XLA makes of model.py',
-           'fused': 'fused: training by kernels.py, decoding by decode_kernels.py, evaluation by model.py'}
+           'fused': 'fused: training by fused.py, decoding by decode_kernels.py, evaluation by model.py'}
 ATTENTION = {('open', 'explicit'): 'explicit, as in model.py', ('open', 'cudnn'): 'cudnn',
-             ('fused', 'explicit'): 'fused, as in kernels.py', ('fused', 'cudnn'): 'cudnn'}
+             ('fused', 'explicit'): 'fused, as in attention_kernel.py', ('fused', 'cudnn'): 'cudnn'}
 
 
 def schedule_of(config: ConfigDict) -> optax.Schedule:

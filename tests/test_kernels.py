@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
-from gpt2_jax import fused, kernels
+from gpt2_jax import fused, triton_call
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
+from gpt2_jax.loss_kernel import head_loss
 from gpt2_jax.optim import apply_update, make_optimizer, make_schedule
 from gpt2_jax.step import init_state, make_train_step
 from gpt2_jax.train import train
@@ -95,7 +96,7 @@ def test_updates_equal_the_explicit_optimizer():
 
 @pytest.mark.parametrize('changes', [{}, DROPOUT])
 def test_it_compiles_for_a_gpu_as_far_as_that_goes_without_one(monkeypatch, changes):
-    monkeypatch.setattr(kernels, 'interprets', lambda: False)
+    monkeypatch.setattr(triton_call, 'interprets', lambda: False)
     model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16', kernels='fused') | changes)
     update = jax.jit(make_train_step(model, optimizer('fused'), SCHEDULE, seed=0, accumulate=1))
     state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
@@ -146,7 +147,7 @@ def test_every_logit_matters_to_the_loss():
         x_ND, wte_VD = (np.float32(rng.normal(0, 3, (n, 16))) for n in (8, V))
         targets_N = rng.integers(0, V, 8)
         targets_N[:2] = 0, V - 1
-        nats_N = jax.jit(kernels.head_loss)(x_ND, wte_VD, targets_N)
+        nats_N = jax.jit(head_loss)(x_ND, wte_VD, targets_N)
         logits_NV = np.float64(x_ND) @ wte_VD.T
         expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
         np.testing.assert_allclose(nats_N, expected_N - logits_NV[np.arange(8), targets_N], rtol=1e-4, atol=1e-4)
@@ -164,6 +165,6 @@ def test_logits_far_from_0_in_bfloat16():
     logits_NV = np.float64(x_ND) @ np.float64(wte_VD).T
     expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
     expected_N -= logits_NV[np.arange(256), targets_N]
-    nats_N = jax.jit(kernels.head_loss)(jnp.bfloat16(x_ND), wte_VD, targets_N)
+    nats_N = jax.jit(head_loss)(jnp.bfloat16(x_ND), wte_VD, targets_N)
     assert np.abs(logits_NV).max() > 60
     assert abs(np.mean(nats_N - expected_N)) < 0.003 and np.max(np.abs(nats_N - expected_N)) < 0.06

@@ -22,8 +22,8 @@ LAYERS = (
     'corpora shards',
     'batches token_files',
     'data texts',
-    'model',
-    'kernels decode_kernels optim',
+    'model triton_call',
+    'attention_kernel norm_kernel gelu_kernel loss_kernel adamw_kernel decode_kernels optim',
     'fused parallel huggingface',
     'step',
     'checkpoint evaluate generate',
@@ -34,8 +34,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 # Of no part in the way from one's own text to sampled verse: speed, and what is published by others, or scored on it.
-BESIDE = ('benchmark', 'convert', 'decode_kernels', 'detokenizers', 'documents', 'finetune', 'fused', 'huggingface',
-          'kernels', 'lambada', 'published', 'score', 'texts', 'token_files', 'vocabulary')
+BESIDE = ('adamw_kernel', 'attention_kernel', 'benchmark', 'convert', 'decode_kernels', 'detokenizers', 'documents',
+          'finetune', 'fused', 'gelu_kernel', 'huggingface', 'lambada', 'loss_kernel', 'norm_kernel', 'published',
+          'score', 'texts', 'token_files', 'triton_call', 'vocabulary')
 NO_JAX = ('config', 'detokenizers', 'documents', 'published', 'vocabulary', 'tokenizers', 'corpora', 'shards',
           'batches', 'token_files', 'data', 'texts', 'cli')
 

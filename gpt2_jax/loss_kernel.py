@@ -1,0 +1,94 @@
+"""The loss of the tied head, whose logits are the largest of all arrays; see triton_call.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gpt2_jax.triton_call import LOG2_E, call
+
+# Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
+COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 2, 8
+
+
+def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
+    """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
+    target, padded = targets_ref[...], logits_ref.shape[0]
+
+    def load(j):
+        column = j * columns + jnp.arange(columns)
+        # A mask that ends at a multiple of 128, not at V: with that, each thread would load one number at a time.
+        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < padded, other=-jnp.inf)
+        return column, jnp.where(column < V, logits.astype(jnp.float32) * LOG2_E, -jnp.inf)
+
+    def scan(j, carry):
+        most, total, hit = carry
+        parts = [load(j * UNROLL + u) for u in range(UNROLL)]
+        most_now = functools.reduce(jnp.maximum, (logits for _, logits in parts), most)
+        total = total * jnp.exp2(most - most_now)
+        for column, logits in parts:
+            total += jnp.exp2(logits - most_now)
+            hit += jnp.where(column == target, logits, 0.0)
+        return most_now, total, hit
+
+    zero = jnp.zeros(columns, jnp.float32)
+    # Lanes of padding alone begin finite, so that no -inf - -inf is met.
+    most, total, hit = lax.fori_loop(0, pl.cdiv(padded, columns * UNROLL), scan, (zero - 1e30, zero, zero))
+    top = most.max(0)
+    lse = top + jnp.log2((total * jnp.exp2(most - top)).sum(0))
+    nats_ref[...] = (lse - hit.sum(0)) / LOG2_E
+
+    def write(j, _):
+        column, logits = load(j)
+        gradient = jnp.exp2(logits - lse) - jnp.where(column == target, 1.0, 0.0)
+        here = dlogits_ref.at[pl.ds(j * columns, columns)]
+        plgpu.store(here, gradient.astype(dlogits_ref.dtype), mask=column < padded)
+
+    lax.fori_loop(0, pl.cdiv(padded, columns), write, None)
+
+
+def _softmax_gradient(logits_NV, targets_N, V):
+    """(gradient of the logits, in their memory; nats_N). Columns from V on are padding: gradient 0."""
+    N, padded = logits_NV.shape
+    columns = min(COLUMNS, pl.next_power_of_2(padded))
+    row = pl.BlockSpec((None, padded), lambda n: (n, 0))
+    one = pl.BlockSpec((None,), lambda n: (n,))
+    return call(functools.partial(_softmax_gradient_kernel, V=V, columns=columns), grid=(N,),
+                 warps=SOFTMAX_WARPS, name='softmax_gradient', in_specs=[one, row], out_specs=[row, one],
+                 input_output_aliases={1: 0}, out_shape=[jax.ShapeDtypeStruct(logits_NV.shape, logits_NV.dtype),
+                                                         jax.ShapeDtypeStruct((N,), jnp.float32)])(targets_N, logits_NV)
+
+
+def _head_loss_fwd(x_ND, wte_VD, targets_N):
+    V = wte_VD.shape[0]
+    centred_VD = (wte_VD - wte_VD.mean(0)).astype(x_ND.dtype)
+    head_VD = jnp.pad(centred_VD, ((0, -V % 128), (0, 0)))
+    dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
+    return nats_N, (x_ND, head_VD, dlogits_NV, V)
+
+
+@jax.custom_vjp
+def head_loss(x_ND, wte_VD, targets_N):
+    """Cross-entropy in nats, fp32, of each target under softmax(x wte^T): (N, D), fp32 (V, D), (N,) -> (N,).
+
+    The logits are written once, in the dtype of x, and then overwritten by their own gradient: the backward pass is
+    two matrix products. Left to XLA, an fp32 copy of this largest of all arrays goes through memory six times.
+
+    So in bf16 a logit has 8 bits: of the 100 that all logits of a published model may have in common, none would be
+    left. Softmax does not see that common part, and neither do the gradients, whose sum over V is 0: it is taken out
+    beforehand, as the embedding's mean.
+    """
+    return _head_loss_fwd(x_ND, wte_VD, targets_N)[0]
+
+
+def _head_loss_bwd(saved, g_N):
+    x_ND, head_VD, dlogits_NV, V = saved
+    g_N1, dtype = g_N[:, None], x_ND.dtype
+    dwte_VD = jnp.einsum('NV,ND->VD', dlogits_NV, (x_ND * g_N1).astype(dtype), preferred_element_type=jnp.float32)
+    return ((dlogits_NV @ head_VD) * g_N1).astype(dtype), dwte_VD[:V], None
+
+
+head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)

@@ -1,0 +1,161 @@
+"""The residual stream between two products: a branch added, its dropout, the next LayerNorm; see triton_call.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from gpt2_jax.model import keep_mask
+from gpt2_jax.triton_call import SEED_SPECS, call, only, seed_inputs, seeds_of
+
+# Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
+NORM_ROWS, NORM_WARPS = 2, 2
+NORM_PROGRAMS = 1024  # of the backward pass, each with its share of all rows, which it goes through one by one
+
+
+def _rows(ref, index, D):
+    """Rows of a block whose last dimension is padded to a power of two, in fp32, with zeros for the padding."""
+    width = ref.shape[-1]
+    return plgpu.load(ref.at[index], mask=(jnp.arange(width) < D)[None, :], other=0.0).astype(jnp.float32)
+
+
+def _row_index(row0, rows, D, width):
+    """The place of each element of `rows` rows from `row0` on in the whole array (N, D)."""
+    row = (row0 + jnp.arange(rows)).astype(jnp.uint32)
+    return row[:, None] * jnp.uint32(D) + jnp.arange(width).astype(jnp.uint32)[None, :]
+
+
+def _normalised(x, D, eps):
+    """(x - mean) / std of each row, 0 in the padding; and 1 / std."""
+    inside = (jnp.arange(x.shape[-1]) < D)[None, :]
+    centred = jnp.where(inside, x - x.sum(-1, keepdims=True) / D, 0.0)
+    rstd = lax.rsqrt(jnp.square(centred).sum(-1, keepdims=True) / D + eps)
+    return centred * rstd, rstd
+
+
+def _dropped(x, ins, rate, row0, D):
+    """dropout(x) for rows from `row0` on."""
+    if not rate:
+        return x
+    keep = keep_mask(_row_index(row0, x.shape[0], D, x.shape[1]), seeds_of(ins), rate)
+    return jnp.where(keep, x * (1 / (1 - rate)), 0.0)
+
+
+def _add_norm_kernel(ins, outs, *, D, rate, eps):
+    """x <- x + dropout(branch + bias), rounded as it is stored; y <- LayerNorm(x)."""
+    rows, width = outs['y'].shape
+    inside = jnp.arange(width) < D
+
+    def vector(name):
+        return plgpu.load(ins[name], mask=inside, other=0.0)
+
+    x = _rows(ins['x'], slice(None), D)
+    if ins['branch'] is not None:
+        branch = _rows(ins['branch'], slice(None), D)
+        if ins['branch_bias'] is not None:
+            branch += vector('branch_bias')
+        branch = _dropped(branch, ins, rate, pl.program_id(0) * rows, D)
+        stored = (x + branch).astype(outs['x'].dtype)
+        plgpu.store(outs['x'], stored, mask=inside[None, :])
+        x = stored.astype(jnp.float32)
+    y = _normalised(x, D, eps)[0] * vector('scale')
+    if ins['bias'] is not None:
+        y += vector('bias')
+    plgpu.store(outs['y'], y.astype(outs['y'].dtype), mask=inside[None, :])
+
+
+def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, summed):
+    """The gradients of x and of the branch, and this program's share of those of scale and biases: `summed`."""
+    span, width = ins['x'].shape
+    inside = jnp.arange(width) < D
+    scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
+
+    def body(r, sums):
+        here = pl.ds(r, 1), slice(None)
+        x_hat, rstd = _normalised(_rows(ins['x'], here, D), D, eps)
+        dy = _rows(ins['dy'], here, D)
+        g = dy * scale
+        dx = (g - g.sum(-1, keepdims=True) / D - x_hat * ((g * x_hat).sum(-1, keepdims=True) / D)) * rstd
+        if ins['dx'] is not None:
+            dx += _rows(ins['dx'], here, D)
+        plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
+        dbranch = _dropped(dx, ins, rate, row0 + r, D)
+        if outs['dbranch'] is not None:
+            plgpu.store(outs['dbranch'].at[here], dbranch.astype(outs['dbranch'].dtype), mask=inside[None, :])
+        terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
+        return {name: total + terms[name].sum(0) for name, total in sums.items()}
+
+    sums = lax.fori_loop(0, span, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
+    for row, name in enumerate(summed):
+        plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+    N, D = x_ND.shape
+    width = pl.next_power_of_2(D)
+    rows, vector = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    both = branch_ND is not None
+    ins = seed_inputs(seeds) | {'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
+                                 'bias': bias_D}
+    outs = call(
+        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // NORM_ROWS,), warps=NORM_WARPS,
+        name='add_norm',
+        in_specs=[only(ins, SEED_SPECS | {'x': rows, 'branch': rows, 'branch_bias': vector, 'scale': vector,
+                                           'bias': vector})],
+        out_specs={'x': rows if both else None, 'y': rows},
+        out_shape={'x': like_x if both else None, 'y': like_x},
+    )(ins)
+    return outs['x'] if both else x_ND, outs['y']
+
+
+def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+    out = _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
+    present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
+    return out, (out[0], scale_D, seeds, present)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+    """x + dropout(branch + branch_bias), and the LayerNorm of that: (N, D), (N, D).
+
+    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of NORM_PROGRAMS,
+    or less.
+    """
+    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
+
+
+def _add_norm_bwd(rate, eps, saved, cotangents):
+    *arrays, present = saved
+    return *_add_norm_backward(*arrays, *cotangents, present, rate, eps), None
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
+    both, branch_biased, biased = present
+    N, D = x_ND.shape
+    width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N)
+    rows, vector = pl.BlockSpec((N // programs, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
+    drops = both and rate > 0
+    summed = ('scale',) + ('bias',) * biased + ('branch_bias',) * branch_biased
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    shapes = {'dx': like_x, 'dbranch': like_x if drops else None,
+              'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32)}
+    mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
+    ins = seed_inputs(seeds if drops else None) | {'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D}
+    outs = call(
+        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, summed=summed),
+        grid=(programs,), warps=1, name='add_norm_backward',
+        in_specs=[only(ins, SEED_SPECS | {'x': rows, 'dx': rows, 'dy': rows, 'scale': vector})],
+        out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
+    )(ins)
+    dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None
+    sums = dict(zip(summed, outs['sums'].sum(0), strict=True))
+    return outs['dx'], dbranch, sums.get('branch_bias'), sums['scale'], sums.get('bias')
+
+
+add_norm.defvjp(_add_norm_fwd, _add_norm_bwd)
