@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
-from gpt2_jax import fused, triton_call
+from gpt2_jax import fused, gelu_kernel, norm_kernel, triton_call
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
 from gpt2_jax.loss_kernel import head_loss
@@ -23,6 +23,15 @@ DROPOUT = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
 ROWS = 4
 SCHEDULE = make_schedule(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2, steps=50)
 OPEN, FUSED = (dict(kernels='open', implementation='explicit'), dict(kernels='fused', implementation='fused'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def several_rows_a_program():
+    """As on a GPU, where rows are many more than programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm_kernel, 'NORM_PROGRAMS', 64)
+        patch.setattr(gelu_kernel, 'GELU_PROGRAMS', 16)
+        yield
 
 
 def optimizer(implementation, clip_norm=0.1):
