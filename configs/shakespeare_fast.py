@@ -24,9 +24,10 @@ def get_config():
     config.train.steps = 2000
     config.train.batch_size = 64
     config.optim.implementation = 'fused'
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 1.5e-3
     config.optim.end_learning_rate = 1e-5
+    config.optim.weight_decay = 0.5
     config.optim.beta2 = 0.99
-    config.eval.every = 100
+    config.eval.every = 200  # a save that takes longer than the steps between holds them up
     config.eval.sample_tokens = 0  # two more programs to compile, of no use to the loss
     return config

@@ -14,8 +14,8 @@ from gpt2_jax.triton_call import LOG2_E, SEED_SPECS, call, only, seed_inputs, se
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 BLOCK = 64  # queries that are worked on at a time, and keys; T is a multiple of it
-ATTENTION = dict(warps=4, stages=3)
-DROPPED_BLOCK = 16  # where the backward pass draws a dropout mask, which takes registers: 87 instead of 98 us
+WARPS, STAGES, KEYS_STAGES = 4, 3, 2
+DROPPED_BLOCK = 32  # where the backward pass draws a dropout mask, which takes registers
 
 
 def _places(start, n):
@@ -101,6 +101,28 @@ def _write(outs, places, **gradients):
             outs['dbias'][which, :] = gradient.sum(0)
 
 
+def _queries_backward_kernel(ins, outs, *, rate, inner):
+    """Block i of dq, over the keys it sees; and of delta, the sum of p dp over a row, which is that of z dz."""
+    i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long ones first, as in the forward pass
+    T, _, K = ins['qkv'].shape
+    mine, blocks, queries = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
+    q, dz, first_row = ins['qkv'][mine, 0, :], ins['dz'][mine, :], _first_row(T)
+    lse, delta = ins['lse'][mine][:, None], (dz.astype(jnp.float32) * ins['z'][mine, :].astype(jnp.float32)).sum(-1)
+    outs['delta'][mine], delta = delta, delta[:, None]
+    through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
+
+    def body(masked, j, dq):
+        theirs, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
+        k, v = ins['qkv'][theirs, 1, :], ins['qkv'][theirs, 2, :]
+        p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
+        _, ds = _backward(ins, rate, p, plgpu.dot(dz, v.T) + through_bias, delta, first_row, queries, keys)
+        return dq + plgpu.dot(ds, k)
+
+    dq = lax.fori_loop(0, i * blocks, functools.partial(body, False), jnp.zeros((BLOCK, K), jnp.float32))
+    dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), dq)
+    _write(outs, mine, q=dq / math.sqrt(K))
+
+
 def _keys_backward_kernel(ins, outs, *, rate, inner):
     """Block i of dk and dv, over the queries that see it."""
     i = pl.program_id(2)
@@ -123,27 +145,6 @@ def _keys_backward_kernel(ins, outs, *, rate, inner):
     _write(outs, mine, k=dk / math.sqrt(K), v=dv / (1 - rate))
 
 
-def _queries_backward_kernel(ins, outs, *, rate, inner):
-    """Block i of dq, over the keys it sees."""
-    i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long ones first, as in the forward pass
-    T, _, K = ins['qkv'].shape
-    mine, blocks, queries = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
-    q, dz, first_row = ins['qkv'][mine, 0, :], ins['dz'][mine, :], _first_row(T)
-    lse, delta = ins['lse'][mine][:, None], ins['delta'][mine][:, None]
-    through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
-
-    def body(masked, j, dq):
-        theirs, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
-        k, v = ins['qkv'][theirs, 1, :], ins['qkv'][theirs, 2, :]
-        p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
-        _, ds = _backward(ins, rate, p, plgpu.dot(dz, v.T) + through_bias, delta, first_row, queries, keys)
-        return dq + plgpu.dot(ds, k)
-
-    dq = lax.fori_loop(0, i * blocks, functools.partial(body, False), jnp.zeros((BLOCK, K), jnp.float32))
-    dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), dq)
-    _write(outs, mine, q=dq / math.sqrt(K))
-
-
 def _specs(T, K):
     """Of one text and head: all rows of q, k, v; seeds and bias."""
     return SEED_SPECS | {'qkv': pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0)),
@@ -159,8 +160,8 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     out_specs = {'qkv': specs['qkv'], 'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
                  'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))}
     outs = call(
-        functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), **ATTENTION, name='attention_forward',
-        in_specs=[only(ins, specs)], out_specs=only(shapes, out_specs), out_shape=shapes,
+        functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), warps=WARPS, stages=STAGES,
+        name='attention_forward', in_specs=[only(ins, specs)], out_specs=only(shapes, out_specs), out_shape=shapes,
         # In the order of their names, without what is None: bias, place, qkv, words; lse, qkv, z.
         input_output_aliases={1 + (seeds is not None): 1} if biased else {})(ins)
     return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
@@ -185,27 +186,28 @@ def _attention_fwd(qkv_BT3HK, bias_3HK, seeds, rate):
 def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seeds, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
-    delta_BHT = (z_BTHK.astype(jnp.float32) * dz_BTHK.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     row, n = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)), T // BLOCK
+    z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
     dqkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
     dbias = pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0))
     shapes = {'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
               'dbias': None if bias_3HK is None else jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32)}
-    ins = seed_inputs(seeds) | {'qkv': qkv_BT3HK, 'bias': bias_3HK, 'dz': dz_BTHK, 'lse': lse_BHT, 'delta': delta_BHT}
-    specs = _specs(T, K) | {'dz': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)), 'lse': row,
-                            'delta': row}
-    out_specs = only(shapes, {'dqkv': dqkv, 'dbias': dbias})
+    ins = seed_inputs(seeds) | {'qkv': qkv_BT3HK, 'bias': bias_3HK, 'dz': dz_BTHK, 'lse': lse_BHT}
+    specs, out_specs = _specs(T, K) | {'dz': z, 'lse': row}, only(shapes, {'dqkv': dqkv, 'dbias': dbias})
 
-    def run(kernel, name, ins, in_specs, **options):
+    def run(kernel, name, stages, ins, in_specs, **options):
         return call(functools.partial(kernel, rate=rate, inner=DROPPED_BLOCK if rate else BLOCK), grid=(B, H, n),
-                    **ATTENTION, name=name, in_specs=in_specs, out_specs=out_specs, out_shape=shapes, **options)(*ins)
+                    warps=WARPS, stages=stages, name=name, in_specs=in_specs, **options)(*ins)
 
     # Two kernels, the second of which goes on in the memory of the first: in one, the registers for keys would leave
     # room for fewer programs on queries too.
-    outs = run(_keys_backward_kernel, 'attention_backward_keys', [ins], [only(ins, specs)])
+    outs = run(_queries_backward_kernel, 'attention_backward_queries', STAGES, [ins | {'z': z_BTHK}],
+               [only(ins, specs) | {'z': z}], out_specs=out_specs | {'delta': row},
+               out_shape=shapes | {'delta': jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)})
+    ins, specs = ins | {'delta': outs.pop('delta')}, specs | {'delta': row}
     before = len(jax.tree.leaves(ins))
-    outs = run(lambda ins, _, outs, **options: _queries_backward_kernel(ins, outs, **options),
-               'attention_backward_queries', [ins, outs], [only(ins, specs), out_specs],
+    outs = run(lambda ins, _, outs, **options: _keys_backward_kernel(ins, outs, **options), 'attention_backward_keys',
+               KEYS_STAGES, [ins, outs], [only(ins, specs), out_specs], out_specs=out_specs, out_shape=shapes,
                input_output_aliases={before + i: i for i in range(len(jax.tree.leaves(outs)))})
     return outs['dqkv'], None if bias_3HK is None else outs['dbias'].sum(0), None
 

@@ -22,7 +22,7 @@ from gpt2_jax.shards import Dataset, Tokens
 from gpt2_jax.tokenizers import CharTokenizer
 
 
-def random_data(vocab_size: int, n_tokens: int = 1 << 22) -> Dataset:
+def random_data(vocab_size: int, n_tokens: int = 1 << 20) -> Dataset:
     """Uniformly random tokens: speed does not depend on what is learned."""
     tokens = Tokens((np.random.default_rng(0).integers(0, vocab_size, n_tokens, dtype=np.uint16),))
     return Dataset('random tokens', CharTokenizer(''.join(map(chr, range(vocab_size)))), tokens, tokens, '')

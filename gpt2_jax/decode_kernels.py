@@ -26,13 +26,15 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
 from gpt2_jax.triton_call import call
 
-# Sizes of blocks, chosen by counting bytes and registers; not yet tuned by measuring.
+# Sizes of blocks and warps: the best of those tried on an H100 with GPT-2 124M.
 # A matrix is shared among so many programs, at least, with outputs from least to most for each, and read by blocks of
-# inputs. One row has programs of one warp, which sums among its own lanes, all of its share on its way at once; more
-# rows are for the tensor cores, which take 16 and more.
-ONE_PROGRAMS, ONE_OUTS, ONE_INPUTS, ONE_WARPS = 528, (1, 8), 256, 1
+# inputs. One row is multiplied and summed, all of a program's share on its way at once; more rows are for the tensor
+# cores, which take 16 and more.
+ONE_PROGRAMS, ONE_OUTS, ONE_INPUTS, ONE_WARPS = 528, (1, 8), 1024, 4
 ROWS_PROGRAMS, ROWS_OUTS, ROWS_INPUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = 132, (16, 64), 128, 4, 4, 32
-POSITIONS, ATTEND_WARPS = 256, 8  # of the cache, read at a time
+# Positions of the cache that are read at a time, and warps: many for one text, whose heads are few programs; with more
+# texts, fewer registers for each (17 instead of 24 us at 32 texts).
+ONE_ATTEND, ROWS_ATTEND = (256, 8), (128, 4)
 COLUMNS, CHOOSE_WARPS = 2048, 16  # of the logits; all of a row lie in one program's registers
 MAX_VOCAB = 2**16
 
@@ -137,7 +139,7 @@ def affine(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
         out_specs=specs['residual'], out_shape=jax.ShapeDtypeStruct((B, N), dtype or x_BD.dtype))(ins)
 
 
-def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_out_ref, v_out_ref, *, K):
+def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_out_ref, v_out_ref, *, K, block):
     S, width = k_ref.shape
     pos = jnp.minimum(pos_ref[0], S - 1)  # what is decoded past the context is of no use, but must not write past it
     columns = jnp.arange(width) < K
@@ -149,17 +151,17 @@ def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, z_ref, k_
     def body(j, carry):
         """Place p of every block has a softmax of its own, so that the loop waits for no one's sum but its own."""
         z, most, total = carry
-        here = j * POSITIONS + jnp.arange(POSITIONS) < pos
-        at, mask = (pl.ds(j * POSITIONS, POSITIONS), slice(None)), here[:, None] & columns[None, :]
+        here = j * block + jnp.arange(block) < pos
+        at, mask = (pl.ds(j * block, block), slice(None)), here[:, None] & columns[None, :]
         keys, values = (plgpu.load(ref.at[at], mask=mask, other=0).astype(jnp.float32) for ref in (k_ref, v_ref))
         scores = jnp.where(here, (keys * q[None, :]).sum(-1), -1e30)
         most_now = jnp.maximum(most, scores)
         shrink, p = jnp.exp(most - most_now), jnp.where(here, jnp.exp(scores - most_now), 0)
         return z * shrink[:, None] + p[:, None] * values, most_now, total * shrink + p
 
-    zero = jnp.zeros(POSITIONS, jnp.float32)
-    z, most, total = lax.fori_loop(0, pl.cdiv(pos, POSITIONS), body,
-                                   (jnp.zeros((POSITIONS, width), jnp.float32), zero - 1e30, zero))
+    zero = jnp.zeros(block, jnp.float32)
+    z, most, total = lax.fori_loop(0, pl.cdiv(pos, block), body,
+                                   (jnp.zeros((block, width), jnp.float32), zero - 1e30, zero))
     own = (q * k).sum()
     top = jnp.maximum(most.max(), own)
     weight, own = jnp.exp(most - top), jnp.exp(own - top)
@@ -174,14 +176,15 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
     Returns z_BHK and the cache, which keeps its memory. What the cache holds from `pos` on is never seen.
     """
     B, H, S, K = k_BHSK.shape
-    width = pl.next_power_of_2(K)
+    width, (block, warps) = pl.next_power_of_2(K), ONE_ATTEND if B == 1 else ROWS_ATTEND
     cache = pl.BlockSpec((None, None, S, width), lambda b, h: (b, h, 0, 0))
 
     def part(which):
         return pl.BlockSpec((None, None, None, width), lambda b, h: (b, which, h, 0))
 
     return call(
-        functools.partial(_attend_kernel, K=K), grid=(B, H), warps=ATTEND_WARPS, input_output_aliases={4: 1, 5: 2},
+        functools.partial(_attend_kernel, K=K, block=block), grid=(B, H), warps=warps,
+        input_output_aliases={4: 1, 5: 2},
         in_specs=[pl.BlockSpec((1,), lambda b, h: (0,)), *map(part, range(3)), cache, cache],
         out_specs=[pl.BlockSpec((None, None, width), lambda b, h: (b, h, 0)), cache, cache],
         out_shape=[jax.ShapeDtypeStruct((B, H, K), qkv_B3HK.dtype), *(jax.ShapeDtypeStruct(old.shape, old.dtype)
@@ -190,28 +193,37 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
 
 
 def _kth_largest(x, k):
-    """A threshold that exactly the k largest of all elements of the blocks `x` reach, and what equals the k-th.
+    """A threshold that exactly the k largest of all elements of the blocks `x` reach, and what equals the k-th."""
+    def narrow(x, low, high):
+        """From low, which k or more reach, and high, which fewer do, until k reach low or no number lies between."""
+        def count(bound):
+            return sum((part >= bound).astype(jnp.float32) for part in x).sum()
 
-    By bisection between the least and the largest, until k elements reach the middle, or no number lies between.
-    """
-    def count(bound):
-        return sum((part >= bound).astype(jnp.int32) for part in x).sum()
+        def undecided(state):
+            low, n_low, high, _, _ = state
+            middle = 0.5 * low + 0.5 * high
+            return (n_low > k) & (low < middle) & (middle < high)
 
-    def undecided(state):
-        low, high, middle, n = state
-        return (n != k) & (low < middle) & (middle < high)
+        def step(state):
+            low, n_low, high, n_high, turn = state
+            # By turns in the middle, and where it would be if the logarithm of the count fell evenly.
+            part = jnp.log(n_low / k) / jnp.log(n_low / jnp.maximum(n_high, 0.5))
+            guess, middle = low + part * (high - low), 0.5 * low + 0.5 * high
+            middle = jnp.where((turn == 0) & (low < guess) & (guess < high), guess, middle)
+            n = count(middle)
+            return (*(jnp.where(n >= k, *pair) for pair in ((middle, low), (n, n_low), (high, middle), (n_high, n))),
+                    1 - turn)
 
-    def halve(state):
-        low, high, middle, n = state
-        low, high = jnp.where(n > k, middle, low), jnp.where(n > k, high, middle)
-        middle = 0.5 * low + 0.5 * high
-        return low, high, middle, count(middle)
+        return lax.while_loop(undecided, step, (low, count(low), high, 0 * high, 0))[0]
 
     least = functools.reduce(jnp.minimum, [jnp.where(part == -jnp.inf, jnp.inf, part) for part in x]).min()
-    most = functools.reduce(jnp.maximum, x).max()
-    # Invariant: k or more reach `low`, fewer `high`. The largest itself is tried first: k could be equal to it.
-    low, _, middle, n = lax.while_loop(undecided, halve, (least, jnp.float32(jnp.inf), most, count(most)))
-    return jnp.where(n == k, middle, low)
+    largest = functools.reduce(jnp.maximum, x)
+    most = largest.max()
+    above = most + jnp.maximum(jnp.abs(most) * 1e-6, 1e-30)
+    if len(x) > 1 and k <= largest.shape[0]:
+        # At least as many of all reach what k of the places' largest reach: a near bound, for little work.
+        least = narrow([largest], least, above)
+    return narrow(x, least, above)
 
 
 def _choose_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperature, top_k):

@@ -2,8 +2,9 @@
 
     prompt -> prefill (one pass over the padded prompt) -> logits, cache -> decode (a compiled loop) -> tokens
 
-The prompt is padded to n_positions and its true length is an argument, so one compilation serves every length. What
-the padding writes into the cache is masked, and overwritten before it could be seen.
+The prompt is padded to a power of two and its true length is an argument: a short one costs little, and the few
+compilations serve every length. What the padding writes into the cache is masked, and overwritten before it could be
+seen.
 """
 
 import codecs
@@ -22,6 +23,7 @@ from gpt2_jax.tokenizers import Tokenizer
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. Longer saves round trips to the
 # device, shorter streams more smoothly.
 CHUNK = 16
+LEAST_PREFILL = 64  # shorter prompts are padded to this: shapes as short cost the same, and each its compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def lay_out(model: GPT2, params):
 
 @functools.partial(jax.jit, static_argnames='model')
 def prefill(model: GPT2, params, tokens_BT, length):
-    """The logits after the first `length` tokens, and a cache that holds them. tokens_BT is padded to n_positions."""
+    """The logits after the first `length` tokens, and a cache that holds them. T may be more."""
     x_BTD, cache = model.apply({'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]),
                                method='features')
     last_BD = jax.lax.dynamic_index_in_dim(x_BTD, length - 1, axis=1, keepdims=False)
@@ -150,7 +152,8 @@ def _dispatched(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, 
                     told = True
             pos = text_BT.shape[1]
             text = [(text_BT, pos)]
-            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, context - pos))), pos)
+            padding = min(max(2 ** (pos - 1).bit_length(), LEAST_PREFILL), context) - pos
+            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, padding))), pos)
         # At least one: a context of a single token is full at once, and begins anew for each.
         n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
         tokens_BC, logits_BV, cache = decode(model, weights, logits_BV, cache, pos, keys_B, done, sampling)

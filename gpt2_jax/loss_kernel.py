@@ -11,50 +11,59 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.triton_call import LOG2_E, call
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
-COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 2, 8
+COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
+PADDING = 128  # the vocabulary is padded to a multiple of it: products are several times slower where it is odd
 
 
 def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
-    target, padded = targets_ref[...], logits_ref.shape[0]
+    target, padded = targets_ref[...], V + -V % PADDING
+    hit = logits_ref[target].astype(jnp.float32)  # before any thread overwrites it
+    blocks, whole = logits_ref.shape[0] // columns, V // (columns * UNROLL) * UNROLL  # of these none has padding
 
-    def load(j):
+    def block(j, masked):
+        """The columns of block j, and which of them are in the array: a mask, or None for all."""
         column = j * columns + jnp.arange(columns)
-        # A mask that ends at a multiple of 128, not at V: with that, each thread would load one number at a time.
-        logits = plgpu.load(logits_ref.at[pl.ds(j * columns, columns)], mask=column < padded, other=-jnp.inf)
-        return column, jnp.where(column < V, logits.astype(jnp.float32) * LOG2_E, -jnp.inf)
+        return column, pl.ds(j * columns, columns), column < padded if masked else None
 
-    def scan(j, carry):
-        most, total, hit = carry
-        parts = [load(j * UNROLL + u) for u in range(UNROLL)]
-        most_now = functools.reduce(jnp.maximum, (logits for _, logits in parts), most)
-        total = total * jnp.exp2(most - most_now)
-        for column, logits in parts:
-            total += jnp.exp2(logits - most_now)
-            hit += jnp.where(column == target, logits, 0.0)
-        return most_now, total, hit
+    def load(j, masked):
+        column, here, inside = block(j, masked)
+        if not masked:
+            return logits_ref[here].astype(jnp.float32) * LOG2_E
+        # A mask that ended at V, and not at a multiple of 128, would have each thread load one number at a time.
+        logits = plgpu.load(logits_ref.at[here], mask=inside, other=-jnp.inf).astype(jnp.float32)
+        return jnp.where(column < V, logits * LOG2_E, -jnp.inf)
+
+    def scan(masked, several, carry):
+        most, total = carry
+        parts = [load(j, masked) for j in several]
+        most_now = functools.reduce(jnp.maximum, parts, most)
+        return most_now, total * jnp.exp2(most - most_now) + sum(jnp.exp2(logits - most_now) for logits in parts)
 
     zero = jnp.zeros(columns, jnp.float32)
     # Lanes of padding alone begin finite, so that no -inf - -inf is met.
-    most, total, hit = lax.fori_loop(0, pl.cdiv(padded, columns * UNROLL), scan, (zero - 1e30, zero, zero))
+    carry = lax.fori_loop(0, whole // UNROLL, lambda i, carry: scan(
+        False, [i * UNROLL + u for u in range(UNROLL)], carry), (zero - 1e30, zero))
+    most, total = scan(True, range(whole, blocks), carry)
     top = most.max(0)
     lse = top + jnp.log2((total * jnp.exp2(most - top)).sum(0))
-    nats_ref[...] = (lse - hit.sum(0)) / LOG2_E
+    nats_ref[...] = lse / LOG2_E - hit
 
-    def write(j, _):
-        column, logits = load(j)
-        gradient = jnp.exp2(logits - lse) - jnp.where(column == target, 1.0, 0.0)
-        here = dlogits_ref.at[pl.ds(j * columns, columns)]
-        plgpu.store(here, gradient.astype(dlogits_ref.dtype), mask=column < padded)
+    def write(masked, j, _):
+        column, here, inside = block(j, masked)
+        gradient = jnp.exp2(load(j, masked) - lse) - jnp.where(column == target, 1.0, 0.0)
+        plgpu.store(dlogits_ref.at[here], gradient.astype(dlogits_ref.dtype), mask=inside)
 
-    lax.fori_loop(0, pl.cdiv(padded, columns), write, None)
+    lax.fori_loop(0, whole, functools.partial(write, False), None)
+    for j in range(whole, blocks):
+        write(True, j, None)
 
 
 def _softmax_gradient(logits_NV, targets_N, V):
     """(gradient of the logits, in their memory; nats_N). Columns from V on are padding: gradient 0."""
     N, padded = logits_NV.shape
     columns = min(COLUMNS, pl.next_power_of_2(padded))
-    row = pl.BlockSpec((None, padded), lambda n: (n, 0))
+    row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
     one = pl.BlockSpec((None,), lambda n: (n,))
     return call(functools.partial(_softmax_gradient_kernel, V=V, columns=columns), grid=(N,),
                  warps=SOFTMAX_WARPS, name='softmax_gradient', in_specs=[one, row], out_specs=[row, one],
@@ -65,7 +74,7 @@ def _softmax_gradient(logits_NV, targets_N, V):
 def _head_loss_fwd(x_ND, wte_VD, targets_N):
     V = wte_VD.shape[0]
     centred_VD = (wte_VD - wte_VD.mean(0)).astype(x_ND.dtype)
-    head_VD = jnp.pad(centred_VD, ((0, -V % 128), (0, 0)))
+    head_VD = jnp.pad(centred_VD, ((0, -V % PADDING), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
     return nats_N, (x_ND, head_VD, dlogits_NV, V)
 

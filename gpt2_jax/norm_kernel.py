@@ -13,7 +13,9 @@ from gpt2_jax.triton_call import SEED_SPECS, call, only, seed_inputs, seeds_of
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 NORM_ROWS, NORM_WARPS = 2, 2
-NORM_PROGRAMS = 1024  # of the backward pass, each with its share of all rows, which it goes through one by one
+# Of the backward pass: programs, each with its share of all rows, of which it works on so many at a time.
+NORM_PROGRAMS, NORM_BACKWARD_ROWS, NORM_BACKWARD_WARPS = 1024, 2, 1
+ROWS = NORM_PROGRAMS * NORM_BACKWARD_ROWS
 
 
 def _rows(ref, index, D):
@@ -69,12 +71,12 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
 
 def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, summed):
     """The gradients of x and of the branch, and this program's share of those of scale and biases: `summed`."""
-    span, width = ins['x'].shape
+    (span, width), rows = ins['x'].shape, NORM_BACKWARD_ROWS
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
     def body(r, sums):
-        here = pl.ds(r, 1), slice(None)
+        here = pl.ds(r * rows, rows), slice(None)
         x_hat, rstd = _normalised(_rows(ins['x'], here, D), D, eps)
         dy = _rows(ins['dy'], here, D)
         g = dy * scale
@@ -82,13 +84,13 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, summed):
         if ins['dx'] is not None:
             dx += _rows(ins['dx'], here, D)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
-        dbranch = _dropped(dx, ins, rate, row0 + r, D)
+        dbranch = _dropped(dx, ins, rate, row0 + r * rows, D)
         if outs['dbranch'] is not None:
             plgpu.store(outs['dbranch'].at[here], dbranch.astype(outs['dbranch'].dtype), mask=inside[None, :])
         terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
         return {name: total + terms[name].sum(0) for name, total in sums.items()}
 
-    sums = lax.fori_loop(0, span, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
+    sums = lax.fori_loop(0, span // rows, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
     for row, name in enumerate(summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
@@ -123,8 +125,8 @@ def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, 
 def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
     """x + dropout(branch + branch_bias), and the LayerNorm of that: (N, D), (N, D).
 
-    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of NORM_PROGRAMS,
-    or less.
+    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of ROWS, or
+    an even number below that.
     """
     return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
 
@@ -138,7 +140,7 @@ def _add_norm_bwd(rate, eps, saved, cotangents):
 def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
     both, branch_biased, biased = present
     N, D = x_ND.shape
-    width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N)
+    width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N // NORM_BACKWARD_ROWS)
     rows, vector = pl.BlockSpec((N // programs, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
     drops = both and rate > 0
     summed = ('scale',) + ('bias',) * biased + ('branch_bias',) * branch_biased
@@ -149,7 +151,7 @@ def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
     ins = seed_inputs(seeds if drops else None) | {'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D}
     outs = call(
         functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, summed=summed),
-        grid=(programs,), warps=1, name='add_norm_backward',
+        grid=(programs,), warps=NORM_BACKWARD_WARPS, name='add_norm_backward',
         in_specs=[only(ins, SEED_SPECS | {'x': rows, 'dx': rows, 'dy': rows, 'scale': vector})],
         out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
     )(ins)

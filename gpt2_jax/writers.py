@@ -8,9 +8,16 @@ import time
 from pathlib import Path
 
 from rich import progress
+
+# tensorboardX loads torch where that is installed, for what is not used here: up to seven seconds of a start.
+if _hides := 'torch' not in sys.modules:
+    sys.modules['torch'] = None
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
+
+if _hides:
+    del sys.modules['torch']
 
 PLAIN_SECONDS = 5  # between lines where the output is no terminal: a log stays readable
 

@@ -12,7 +12,7 @@ from gpt2_jax.generate import CHUNK, Sampling
 from gpt2_jax.model import init_cache
 
 # Of tiny models, many blocks of everything.
-SMALL = dict(ONE_INPUTS=16, ROWS_INPUTS=16, POSITIONS=4, COLUMNS=8, MAX_ROWS=16)
+SMALL = dict(ONE_INPUTS=16, ROWS_INPUTS=16, ONE_ATTEND=(4, 1), ROWS_ATTEND=(4, 1), COLUMNS=8, MAX_ROWS=16)
 FOR_A_GPU = {name: getattr(decode_kernels, name) for name in SMALL}
 
 

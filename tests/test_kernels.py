@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
-from gpt2_jax import fused, gelu_kernel, norm_kernel, triton_call
+from gpt2_jax import fused, gelu_kernel, loss_kernel, norm_kernel, triton_call
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
 from gpt2_jax.loss_kernel import head_loss
@@ -27,10 +27,11 @@ OPEN, FUSED = (dict(kernels='open', implementation='explicit'), dict(kernels='fu
 
 @pytest.fixture(scope='module', autouse=True)
 def several_rows_a_program():
-    """As on a GPU, where rows are many more than programs."""
+    """As on a GPU, where rows are many more than programs, and a vocabulary has several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norm_kernel, 'NORM_PROGRAMS', 64)
         patch.setattr(gelu_kernel, 'GELU_PROGRAMS', 16)
+        patch.setattr(loss_kernel, 'COLUMNS', 64)
         yield
 
 
