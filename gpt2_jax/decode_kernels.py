@@ -230,14 +230,16 @@ def _choose_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperatur
     size, blocks = _blocks(V, COLUMNS)
     columns = [j * size + jnp.arange(size) for j in range(blocks)]
 
-    def load(ref, j, *index):
-        return plgpu.load(ref.at[(*index, pl.ds(j * size, size))], mask=columns[j] < V, other=-jnp.inf)
+    def load(ref, j, *index, of=True):
+        return plgpu.load(ref.at[(*index, pl.ds(j * size, size))], mask=(columns[j] < V) & of, other=-jnp.inf)
 
     x = [load(logits_ref, j) for j in range(blocks)]
     if temperature:
         x = [part / temperature for part in x]
         bound = _kth_largest(x, top_k) if 0 < top_k < V else -jnp.inf
-        x = [jnp.where(part >= bound, part + load(noise_ref, j, i_ref[0]), -jnp.inf) for j, part in enumerate(x)]
+        # Noise for those above the bound alone, which also keeps it from being loaded, into registers, before that.
+        x = [jnp.where(part >= bound, part + load(noise_ref, j, i_ref[0], of=part >= bound), -jnp.inf)
+             for j, part in enumerate(x)]
     best, where = x[0], columns[0]
     for part, column in zip(x[1:], columns[1:], strict=True):
         where, best = jnp.where(part > best, column, where), jnp.maximum(part, best)

@@ -45,10 +45,10 @@ def check(config: ConfigDict, platform: str) -> None:
                              '--config.model.kernels=open --config.optim.implementation=optax')
 
 
-def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
-    """Cross-entropy of each target in nats, with dropout, from the embeddings: (B, T, D), (B, T) -> fp32 (B T,).
+def features(cfg: GPT2Config, params, x_BTD, dropout_key):
+    """The final hidden states in training, from the embeddings: (B, T, D) -> (B T, D).
 
-    The same masks as the open model draws for the same key.
+    With the same dropout masks as the open model draws for the same key.
     """
     B, T, D = x_BTD.shape
     N, H, K = B * T, cfg.n_head, cfg.head_dim
@@ -97,29 +97,28 @@ def train_losses(cfg: GPT2Config, params, x_BTD, targets_BT, dropout_key):
     for i in range(cfg.n_layer):
         run = jax.checkpoint(block) if cfg.remat else block
         x_ND, branch = run(x_ND, branch, params[f'h_{i}'], seeds[3 * i:3 * i + 3])
-    _, y_ND = add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])
-    return head_loss(y_ND, params['wte']['embedding'], targets_BT.reshape(-1))
+    return add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])[1]
 
 
 def value_and_grad(cfg: GPT2Config, params, batch, dropout_key, n_targets: int):
     """The summed loss of a (micro-)batch over `n_targets`, and its gradient; that of a kernel in the compute dtype.
 
     Kernels are cast before they are differentiated by: their gradients, which the products give in the compute dtype,
-    are then read as they are, at half the bytes.
+    are then read as they are, at half the bytes. That of the embedding may have rows of 0 after the last.
     """
     def cast(path, leaf):
         return leaf.astype(cfg.compute_dtype) if path[-1].key == 'kernel' else leaf
 
-    def loss(params, x_BTD):
-        return train_losses(cfg, params, x_BTD, batch['targets'], dropout_key).sum() / n_targets
-
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
     x_BTD = embed(cfg, wte_VD, wpe_PD, batch['inputs'], 0)
-    value, (grads, dx_BTD) = jax.value_and_grad(loss, (0, 1))(jax.tree_util.tree_map_with_path(cast, params), x_BTD)
+    y_ND, pull_back = jax.vjp(lambda params, x_BTD: features(cfg, params, x_BTD, dropout_key),
+                              jax.tree_util.tree_map_with_path(cast, params), x_BTD)
+    nats_N, dy_ND, dwte_VD = head_loss(y_ND, wte_VD, batch['targets'].reshape(-1), 1 / n_targets)
+    grads, dx_BTD = pull_back(dy_ND)
     # The look-up's gradient goes on top of the head's, instead of into a table of zeros that is then added.
     dwpe_TD = dx_BTD.astype(jnp.float32).sum(0)
-    return value, grads | {
-        'wte': {'embedding': add_rows(cfg, grads['wte']['embedding'], batch['inputs'], dx_BTD)},
+    return nats_N.sum() / n_targets, grads | {
+        'wte': {'embedding': add_rows(cfg, dwte_VD, batch['inputs'], dx_BTD)},
         'wpe': {'embedding': jnp.pad(dwpe_TD, ((0, wpe_PD.shape[0] - dwpe_TD.shape[0]), (0, 0)))}}
 
 

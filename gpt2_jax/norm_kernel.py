@@ -15,7 +15,6 @@ from gpt2_jax.triton_call import SEED_SPECS, call, only, seed_inputs, seeds_of
 NORM_ROWS, NORM_WARPS = 2, 2
 # Of the backward pass: programs, each with its share of all rows, of which it works on so many at a time.
 NORM_PROGRAMS, NORM_BACKWARD_ROWS, NORM_BACKWARD_WARPS = 1024, 2, 1
-ROWS = NORM_PROGRAMS * NORM_BACKWARD_ROWS
 
 
 def _rows(ref, index, D):
@@ -30,14 +29,6 @@ def _row_index(row0, rows, D, width):
     return row[:, None] * jnp.uint32(D) + jnp.arange(width).astype(jnp.uint32)[None, :]
 
 
-def _normalised(x, D, eps):
-    """(x - mean) / std of each row, 0 in the padding; and 1 / std."""
-    inside = (jnp.arange(x.shape[-1]) < D)[None, :]
-    centred = jnp.where(inside, x - x.sum(-1, keepdims=True) / D, 0.0)
-    rstd = lax.rsqrt(jnp.square(centred).sum(-1, keepdims=True) / D + eps)
-    return centred * rstd, rstd
-
-
 def _dropped(x, ins, rate, row0, D):
     """dropout(x) for rows from `row0` on."""
     if not rate:
@@ -47,7 +38,7 @@ def _dropped(x, ins, rate, row0, D):
 
 
 def _add_norm_kernel(ins, outs, *, D, rate, eps):
-    """x <- x + dropout(branch + bias), rounded as it is stored; y <- LayerNorm(x)."""
+    """x <- x + dropout(branch + bias), rounded as it is stored; y <- LayerNorm(x); and what that took from the rows."""
     rows, width = outs['y'].shape
     inside = jnp.arange(width) < D
 
@@ -63,21 +54,26 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
         stored = (x + branch).astype(outs['x'].dtype)
         plgpu.store(outs['x'], stored, mask=inside[None, :])
         x = stored.astype(jnp.float32)
-    y = _normalised(x, D, eps)[0] * vector('scale')
+    mean = x.sum(-1) / D
+    centred = jnp.where(inside[None, :], x - mean[:, None], 0.0)
+    rstd = lax.rsqrt(jnp.square(centred).sum(-1) / D + eps)
+    outs['mean'][...], outs['rstd'][...] = mean, rstd
+    y = centred * rstd[:, None] * vector('scale')
     if ins['bias'] is not None:
         y += vector('bias')
     plgpu.store(outs['y'], y.astype(outs['y'].dtype), mask=inside[None, :])
 
 
-def _add_norm_backward_kernel(ins, outs, *, D, rate, eps, summed):
+def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
     """The gradients of x and of the branch, and this program's share of those of scale and biases: `summed`."""
     (span, width), rows = ins['x'].shape, NORM_BACKWARD_ROWS
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
     def body(r, sums):
-        here = pl.ds(r * rows, rows), slice(None)
-        x_hat, rstd = _normalised(_rows(ins['x'], here, D), D, eps)
+        these = pl.ds(r * rows, rows)
+        here, mean, rstd = (these, slice(None)), ins['mean'][these][:, None], ins['rstd'][these][:, None]
+        x_hat = (_rows(ins['x'], here, D) - mean) * rstd
         dy = _rows(ins['dy'], here, D)
         g = dy * scale
         dx = (g - g.sum(-1, keepdims=True) / D - x_hat * ((g * x_hat).sum(-1, keepdims=True) / D)) * rstd
@@ -104,40 +100,41 @@ def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, ra
     both = branch_ND is not None
     ins = seed_inputs(seeds) | {'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
                                  'bias': bias_D}
+    row, of_rows = pl.BlockSpec((NORM_ROWS,), lambda i: (i,)), jax.ShapeDtypeStruct((N,), jnp.float32)
     outs = call(
         functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // NORM_ROWS,), warps=NORM_WARPS,
         name='add_norm',
         in_specs=[only(ins, SEED_SPECS | {'x': rows, 'branch': rows, 'branch_bias': vector, 'scale': vector,
                                            'bias': vector})],
-        out_specs={'x': rows if both else None, 'y': rows},
-        out_shape={'x': like_x if both else None, 'y': like_x},
+        out_specs={'x': rows if both else None, 'y': rows, 'mean': row, 'rstd': row},
+        out_shape={'x': like_x if both else None, 'y': like_x, 'mean': of_rows, 'rstd': of_rows},
     )(ins)
-    return outs['x'] if both else x_ND, outs['y']
+    return outs['x'] if both else x_ND, outs['y'], outs['mean'], outs['rstd']
 
 
 def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
-    out = _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
+    x_ND, y_ND, *statistics = _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
     present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
-    return out, (out[0], scale_D, seeds, present)
+    return (x_ND, y_ND), (x_ND, *statistics, scale_D, seeds, present)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
     """x + dropout(branch + branch_bias), and the LayerNorm of that: (N, D), (N, D).
 
-    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of ROWS, or
-    an even number below that.
+    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of
+    NORM_PROGRAMS * NORM_BACKWARD_ROWS, or of NORM_BACKWARD_ROWS and less.
     """
-    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
+    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)[:2]
 
 
-def _add_norm_bwd(rate, eps, saved, cotangents):
+def _add_norm_bwd(rate, _, saved, cotangents):
     *arrays, present = saved
-    return *_add_norm_backward(*arrays, *cotangents, present, rate, eps), None
+    return *_add_norm_backward(*arrays, *cotangents, present, rate), None
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
+@functools.partial(jax.jit, static_argnums=(7, 8))
+def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seeds, dx_ND, dy_ND, present, rate):
     both, branch_biased, biased = present
     N, D = x_ND.shape
     width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N // NORM_BACKWARD_ROWS)
@@ -148,11 +145,14 @@ def _add_norm_backward(x_ND, scale_D, seeds, dx_ND, dy_ND, present, rate, eps):
     shapes = {'dx': like_x, 'dbranch': like_x if drops else None,
               'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32)}
     mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
-    ins = seed_inputs(seeds if drops else None) | {'x': x_ND, 'dx': dx_ND, 'dy': dy_ND, 'scale': scale_D}
+    ins = seed_inputs(seeds if drops else None) | {'x': x_ND, 'mean': mean_N, 'rstd': rstd_N, 'dx': dx_ND, 'dy': dy_ND,
+                                                   'scale': scale_D}
+    row = pl.BlockSpec((N // programs,), lambda i: (i,))
     outs = call(
-        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, eps=eps, summed=summed),
+        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, summed=summed),
         grid=(programs,), warps=NORM_BACKWARD_WARPS, name='add_norm_backward',
-        in_specs=[only(ins, SEED_SPECS | {'x': rows, 'dx': rows, 'dy': rows, 'scale': vector})],
+        in_specs=[only(ins, SEED_SPECS | {'x': rows, 'mean': row, 'rstd': row, 'dx': rows, 'dy': rows,
+                                          'scale': vector})],
         out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
     )(ins)
     dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None

@@ -4,6 +4,7 @@
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import flax
@@ -76,7 +77,9 @@ def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule,
         else:
             # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of each.
             micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            one = jax.eval_shape(lambda batch: value_and_grad(state.params, batch, step_key, n_targets),
+                                 jax.tree.map(operator.itemgetter(0), micro_batches))
+            zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one)
             (loss, grads), _ = jax.lax.scan(add_one, zero, (jnp.arange(accumulate), micro_batches))
         params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}

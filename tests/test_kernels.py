@@ -157,7 +157,7 @@ def test_every_logit_matters_to_the_loss():
         x_ND, wte_VD = (np.float32(rng.normal(0, 3, (n, 16))) for n in (8, V))
         targets_N = rng.integers(0, V, 8)
         targets_N[:2] = 0, V - 1
-        nats_N = jax.jit(head_loss)(x_ND, wte_VD, targets_N)
+        nats_N = jax.jit(head_loss)(x_ND, wte_VD, targets_N, 1.0)[0]
         logits_NV = np.float64(x_ND) @ wte_VD.T
         expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
         np.testing.assert_allclose(nats_N, expected_N - logits_NV[np.arange(8), targets_N], rtol=1e-4, atol=1e-4)
@@ -175,6 +175,6 @@ def test_logits_far_from_0_in_bfloat16():
     logits_NV = np.float64(x_ND) @ np.float64(wte_VD).T
     expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
     expected_N -= logits_NV[np.arange(256), targets_N]
-    nats_N = jax.jit(head_loss)(jnp.bfloat16(x_ND), wte_VD, targets_N)
+    nats_N = jax.jit(head_loss)(jnp.bfloat16(x_ND), wte_VD, targets_N, 1.0)[0]
     assert np.abs(logits_NV).max() > 60
     assert abs(np.mean(nats_N - expected_N)) < 0.003 and np.max(np.abs(nats_N - expected_N)) < 0.06
