@@ -35,7 +35,7 @@ ROWS_PROGRAMS, ROWS_OUTS, ROWS_INPUTS, ROWS_WARPS, ROWS_STAGES, MAX_ROWS = 132, 
 # Positions of the cache that are read at a time, and warps: many for one text, whose heads are few programs; with more
 # texts, fewer registers for each (17 instead of 24 us at 32 texts).
 ONE_ATTEND, ROWS_ATTEND = (256, 8), (128, 4)
-COLUMNS, CHOOSE_WARPS = 2048, 16  # of the logits; all of a row lie in one program's registers
+COLUMNS, CHOOSE_WARPS = 4096, 16  # of the logits; all of a row lie in one program's registers
 MAX_VOCAB = 2**16
 
 

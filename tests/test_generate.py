@@ -21,6 +21,14 @@ GREEDY, LIVELY = Sampling(temperature=0), Sampling(temperature=2.0, top_k=7, top
 forward = jax.jit(MODEL.apply)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def prefills_of_several_lengths():
+    """Also within this short context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, 'LEAST_PREFILL', 4)
+        yield
+
+
 def text(prompt=PROMPT, **options):
     """(num_samples, n) tokens."""
     notes = options.setdefault('notify', lambda note: None)
@@ -59,12 +67,12 @@ def test_drawn_cached_equals_uncached():
         assert got[s].tolist() == without_cache(PROMPT, 45, lambda logits_V, i, s=s: draw(logits_V, s, i))
 
 
-def test_one_compilation_for_all_lengths():
+def test_few_compilations_for_all_lengths():
     generation.prefill.clear_cache()
     generation.decode.clear_cache()
     for length in (1, 2, 11, 19, 20, 21, 50):
         text([1] * length, max_new_tokens=length, sampling=GREEDY)
-    assert generation.prefill._cache_size() == 1
+    assert generation.prefill._cache_size() == 3  # 4, 16 and the context: a prompt of 20 is cut to 10
     assert generation.decode._cache_size() == 1
 
 
