@@ -2,10 +2,14 @@
 
     python scripts/train.py --config=configs/shakespeare_fast.py
 
-Hardware: one NVIDIA GPU; on an H100 4.7 ms a step. Time and loss of the whole run: not measured yet. The published
-schedule is laid out over 5,000 updates, and its model is at its best after 2,000 of them, at a learning rate that is
-still high: here it falls to nearly nothing by then. To compare recipes without a look at the validation text:
---config.data.holdout=0.1.
+Hardware: one NVIDIA GPU. On an H100, seeds 0, 1, 2, with nothing compiled before: the validation loss is below 1.47
+after 19, 19 and 23 s from the start of the process, and the run is over after 24, 25 and 28 s, at 4.4 ms a step. Its
+best checkpoint, picked on the validation text, has 1.4363, 1.4373 and 1.4389 nats; the last 1.4363, 1.4384, 1.4389.
+
+The published schedule is laid out over 5,000 updates, and its model is at its best after 2,000 of them, at a learning
+rate that is still high: here it falls to nearly nothing by then. Its peak, the decay and the dropout are the best of 17
+recipes on the last tenth of the training text, held back from training by --config.data.holdout=0.1: a peak of 1.5e-3
+instead of 1e-3 was worth 0.007 nats there, a decay of 0.5 instead of 0.1 0.009, both together 0.016.
 """
 
 from gpt2_jax.config import default_config

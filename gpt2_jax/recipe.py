@@ -76,8 +76,8 @@ class Recipe:
 
     @property
     def _compiler_options(self) -> dict[str, bool]:
-        """XLA's own kernels for products are not tried where ours stand around them: cuBLAS's are chosen anyway, and
-        the trial takes nine of the first sixteen seconds (shakespeare_fast.py on an H100)."""
+        """XLA's own kernels for products are not tried where ours stand around them: cuBLAS's are as fast, and the
+        trial takes seven seconds of a start (shakespeare_fast.py on an H100)."""
         return {'xla_gpu_enable_triton_gemm': False} if self.model.cfg.kernels == 'fused' else {}
 
     def new_state(self) -> step.TrainState:
