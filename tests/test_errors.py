@@ -173,6 +173,8 @@ ROWS = {
     'no passages': (evaluate('--lambada={made}/nowhere.jsonl'), 1, ['nowhere.jsonl', 'No such file']),
     'damaged passages': (evaluate('--lambada={made}/passages.jsonl'), 1, ['passages.jsonl, line 2 is not JSON']),
     'passages in no known form': (evaluate('--lambada={made}/text.txt'), 2, ['text.txt is no file of passages']),
+    'flag of another measurement': (('benchmark', '--config={made}/fine.py', '--what=startup', '--top_k=3'), 2, [
+        '--top_k means nothing with --what=startup']),
     'no input': (('prepare', '--out_dir={made}/out'), 2, ['--input is missing']),
     'input that is not there': (('prepare', '--input={made}/nowhere.txt', '--out_dir={made}/out'), 1, [
         'nowhere.txt', 'No such file']),
