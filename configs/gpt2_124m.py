@@ -9,7 +9,7 @@ The first line reads token files of llm.c or nanoGPT, the second, on 8 GPUs, a f
 smaller train.accumulate, where there is memory. On a single NVIDIA GPU --config.model.kernels=fused with
 --config.optim.implementation=fused is faster; --config.model.attention=cudnn takes cuDNN's attention.
 
-Hardware: GPUs with 40 GiB or more. Fused, with cuDNN's attention, an H100 takes 60 ms and 15 GB for 32 windows: 544,000
+Hardware: GPUs with 40 GiB or more. Fused, with cuDNN's attention, an H100 takes 60 ms and 16 GB for 32 windows: 544,000
 tokens/s. Time and loss of the whole run: not measured. The schedule is that of GPT-3's model of this size (Brown et al.
 2020, table 2.1 and appendix B).
 """

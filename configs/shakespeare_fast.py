@@ -9,7 +9,7 @@ best checkpoint, picked on the validation text, has 1.4363, 1.4373 and 1.4389 na
 The published schedule is laid out over 5,000 updates, and its model is at its best after 2,000 of them, at a learning
 rate that is still high: here it falls to nearly nothing by then. Its peak, the decay and the dropout are the best of 17
 recipes on the last tenth of the training text, held back from training by --config.data.holdout=0.1: a peak of 1.5e-3
-instead of 1e-3 was worth 0.007 nats there, a decay of 0.5 instead of 0.1 0.009, both together 0.016.
+instead of 1e-3 was worth 0.007 nats there, a decay of 0.5 instead of 0.1 was worth 0.009, and both together 0.016.
 """
 
 from gpt2_jax.config import default_config

@@ -38,7 +38,7 @@ def _adamw_kernel(scalars_ref, g_ref, m_ref, v_ref, p_ref, m_out, v_out, p_out, 
 def adamw(g, m, v, p, scalars, *, rates):
     """One AdamW update of one leaf, in place: (m, v, p, partial sums of (update)^2 and of p^2, (programs, 2)).
 
-    g may have more rows than the others, which are left out. `scalars` fp32 (4,): learning rate, what clipping
+    rows of g past those of p are left out. `scalars` fp32 (4,): learning rate, what clipping
     multiplies g by, 1 / (1 - beta1^s), 1 / (1 - beta2^s); `rates`: beta1, beta2, eps, weight_decay.
     """
     shape, size, programs = p.shape, p.size, pl.cdiv(p.size, ADAMW_BLOCK)

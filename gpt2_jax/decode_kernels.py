@@ -220,7 +220,7 @@ def _kth_largest(x, k):
     largest = functools.reduce(jnp.maximum, x)
     most = largest.max()
     above = most + jnp.maximum(jnp.abs(most) * 1e-6, 1e-30)
-    if len(x) > 1 and k <= largest.shape[0]:
+    if len(x) > 1:
         # At least as many of all reach what k of the places' largest reach: a near bound, for little work.
         least = narrow([largest], least, above)
     return narrow(x, least, above)

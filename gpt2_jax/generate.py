@@ -2,9 +2,9 @@
 
     prompt -> prefill (one pass over the padded prompt) -> logits, cache -> decode (a compiled loop) -> tokens
 
-The prompt is padded to a power of two and its true length is an argument: a short one costs little, and the few
-compilations serve every length. What the padding writes into the cache is masked, and overwritten before it could be
-seen.
+The prompt is padded to a power of two, or to the context, and its true length is an argument: a short one costs little,
+and a few compilations serve every length. What the padding writes into the cache is masked, and overwritten before it
+could be seen.
 """
 
 import codecs
@@ -23,7 +23,7 @@ from gpt2_jax.tokenizers import Tokenizer
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. Longer saves round trips to the
 # device, shorter streams more smoothly.
 CHUNK = 16
-LEAST_PREFILL = 64  # shorter prompts are padded to this: shapes as short cost the same, and each its compilation
+LEAST_PREFILL = 64  # shorter prompts are padded to this: they would be no faster, and each length compiled anew
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,5 +88,6 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     (V, _), dtype = wte_VD.shape, x_ND.dtype
     head_VD = jnp.pad((wte_VD - wte_VD.mean(0)).astype(dtype), ((0, -V % PADDING), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
-    dwte_VD = jnp.einsum('NV,ND->VD', dlogits_NV, (x_ND * scale).astype(dtype), preferred_element_type=jnp.float32)
-    return nats_N, ((dlogits_NV @ head_VD) * scale).astype(dtype), dwte_VD
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)  # bf16 has too few bits for the scale
+    dx_ND = (multiply('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
+    return nats_N, dx_ND, multiply('NV,ND->VD', dlogits_NV, x_ND) * scale

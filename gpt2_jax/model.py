@@ -435,7 +435,8 @@ def init_params(model: GPT2, seed: int):
     ends_key, blocks_key = jax.random.split(jax.random.key(seed))
     params = GPT2(dataclasses.replace(cfg, n_layer=0)).init(ends_key, jnp.zeros((1, 1), jnp.int32))['params']
     x_BTD = jnp.zeros((1, 1, cfg.n_embd), cfg.compute_dtype)
-    # All blocks by one program: GPU kernels that draw 26 matrices take six seconds to compile, those of one block half.
+    # All blocks at once, for as long as that takes beside their slices: drawing 26 matrices one by one takes a GPU six
+    # seconds to compile, this three. The barrier keeps XLA from drawing again for each slice.
     blocks = lax.optimization_barrier(jax.vmap(lambda key: Block(cfg).init(key, x_BTD, None, 0, (None,) * 3)['params'])(
         jax.random.split(blocks_key, cfg.n_layer)))
     return params | {f'h_{i}': jax.tree.map(operator.itemgetter(i), blocks) for i in range(cfg.n_layer)}

@@ -76,6 +76,8 @@ def apply_update(optimizer: Optimizer, grads, opt_state, params):
     (after the update)."""
     if isinstance(optimizer, InPlace):
         return optimizer.update(grads, opt_state, params)
+    # Those of fused kernels may be of another dtype, and have rows of padding.
+    grads = jax.tree.map(lambda g, p: g[:len(p)].astype(p.dtype), grads, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     norm = optax.tree.norm

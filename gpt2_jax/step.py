@@ -77,6 +77,7 @@ def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule,
         else:
             # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of each.
             micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            # Gradients of fused kernels may have other shapes and dtypes than the parameters.
             one = jax.eval_shape(lambda batch: value_and_grad(state.params, batch, step_key, n_targets),
                                  jax.tree.map(operator.itemgetter(0), micro_batches))
             zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one)

@@ -14,7 +14,7 @@ from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
 from gpt2_jax.loss_kernel import head_loss
 from gpt2_jax.optim import apply_update, make_optimizer, make_schedule
-from gpt2_jax.step import init_state, make_train_step
+from gpt2_jax.step import init_state, make_train_step, token_losses
 from gpt2_jax.train import train
 
 # Three heads and a width that is no power of two; two blocks of queries; an odd vocabulary, in more than one block.
@@ -78,6 +78,21 @@ def test_cudnn_attention_between_the_kernels(monkeypatch):
     """Its three products, and the biases moved about, with XLA's attention in the place of cuDNN's."""
     monkeypatch.setattr(fused, 'CUDNN', 'xla')
     check_equal(first_update(**FUSED, attention='cudnn'), first_update(**OPEN), 1e-5)
+
+
+@pytest.mark.parametrize('implementation', ['explicit', 'optax'])
+def test_other_optimizers(implementation):
+    """They too take the gradients of the kernels, with the rows that pad the vocabulary."""
+    after = []
+    for kernels in ('open', 'fused'):
+        model, adamw = tiny(**SIZE, n_layer=1, bias=False, kernels=kernels), optimizer(implementation)
+        update = jax.jit(make_train_step(model, adamw, SCHEDULE, seed=3, accumulate=1))
+        state, metrics = update(init_state(rough_params(model, std=0.1), adamw), batch(model))
+        after.append((flat(state.params), metrics['grad_norm']))
+    (expected, expected_norm), (ours, norm) = after
+    np.testing.assert_allclose(norm, expected_norm, rtol=1e-5)
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(ours[name], leaf, atol=0.01 * SCHEDULE(0), err_msg=name)
 
 
 def test_micro_batches():
@@ -152,16 +167,34 @@ def test_where_the_kernels_do_not_go(tmp_path):
 
 def test_every_logit_matters_to_the_loss():
     """Of vocabularies below, at and above the sizes of blocks, far from 0, with the target in any block."""
+    def loss(x_ND, wte_VD, targets_N):
+        return 0.3 * token_losses(x_ND @ wte_VD.T, targets_N).sum()
+
     rng = np.random.default_rng(0)
-    for V in (5, 128, 5000):
+    for V in (5, 128, 384, 5000):
         x_ND, wte_VD = (np.float32(rng.normal(0, 3, (n, 16))) for n in (8, V))
         targets_N = rng.integers(0, V, 8)
         targets_N[:2] = 0, V - 1
-        nats_N = jax.jit(head_loss)(x_ND, wte_VD, targets_N, 1.0)[0]
+        nats_N, *gradients = jax.jit(head_loss)(x_ND, wte_VD, targets_N, 0.3)
+        expected = jax.grad(loss, (0, 1))(x_ND, wte_VD, targets_N)
+        for gradient, theirs in zip(gradients, expected, strict=True):
+            padding = [(0, len(gradient) - len(theirs)), (0, 0)]
+            np.testing.assert_allclose(gradient, np.pad(theirs, padding), atol=1e-5 * np.abs(theirs).max())
         logits_NV = np.float64(x_ND) @ wte_VD.T
         expected_N = np.log(np.exp(logits_NV - logits_NV.max(-1, keepdims=True)).sum(-1)) + logits_NV.max(-1)
         np.testing.assert_allclose(nats_N, expected_N - logits_NV[np.arange(8), targets_N], rtol=1e-4, atol=1e-4)
     assert jnp.isfinite(nats_N).all()
+
+
+def test_gradients_are_not_scaled_in_bfloat16():
+    """The number of targets has more bits than that: gradients as a whole would be off by up to 0.4 %."""
+    rng = np.random.default_rng(0)
+    x_ND, wte_VD = jnp.bfloat16(rng.normal(0, 1, (64, 32))), np.float32(rng.normal(0, 1, (300, 32)))
+    targets_N = rng.integers(0, 300, 64)
+    one, third = (jax.jit(head_loss)(x_ND, wte_VD, targets_N, scale)[1:] for scale in (1.0, 1 / 3))
+    for whole, part in zip(one, third, strict=True):
+        whole, part = np.float64(whole), np.float64(part)
+        assert abs(3 * (whole * part).sum() / (whole * whole).sum() - 1) < 3e-4
 
 
 def test_logits_far_from_0_in_bfloat16():
