@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from absl import flags
@@ -139,6 +139,13 @@ def no_more(arguments: list[str]) -> None:
     """Raises UsageError for arguments that belong to no flag."""
     if arguments:
         raise UsageError(f'unexpected argument {arguments[0]!r}: settings are given as --name=value; see --help')
+
+
+def refuse(unused: Iterable[flags.FlagHolder], where: str) -> None:
+    """Raises UsageError for a flag that was given and means nothing `where`, e.g. 'with --lambada'."""
+    for flag in unused:
+        if flag.present:
+            raise UsageError(f'--{flag.name} means nothing {where}: leave it out')
 
 
 def read_prompt(path: str | None) -> str:

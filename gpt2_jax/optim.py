@@ -71,13 +71,17 @@ def make_optimizer(*, implementation: str = 'optax', schedule: optax.Schedule, b
     return optax.chain(clip, update) if clip_norm else update
 
 
+def as_parameters(grads, params):
+    """Gradients in the parameters' shapes and dtypes: those of fused kernels may be bf16, and have rows of padding."""
+    return jax.tree.map(lambda g, p: g[:len(p)].astype(p.dtype), grads, params)
+
+
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
     """One update: (params, opt_state, norms), where norms has grad_norm (before clipping), update_norm and param_norm
     (after the update)."""
     if isinstance(optimizer, InPlace):
         return optimizer.update(grads, opt_state, params)
-    # Those of fused kernels may be of another dtype, and have rows of padding.
-    grads = jax.tree.map(lambda g, p: g[:len(p)].astype(p.dtype), grads, params)
+    grads = as_parameters(grads, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     norm = optax.tree.norm

@@ -79,7 +79,8 @@ class Recipe:
         """With fused kernels XLA does not try its own ones for products, in training and evaluation.
 
         cuBLAS's are as fast in the one, 6 % slower in the other, and the trial takes seven seconds of a start
-        (shakespeare_fast.py on an H100)."""
+        (shakespeare_fast.py on an H100).
+        """
         return {'xla_gpu_enable_triton_gemm': False} if self.model.cfg.kernels == 'fused' else {}
 
     def new_state(self) -> step.TrainState:

@@ -4,7 +4,6 @@
 """
 
 import functools
-import operator
 from collections.abc import Callable
 
 import flax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_jax.model import GPT2
-from gpt2_jax.optim import Optimizer, apply_update
+from gpt2_jax.optim import Optimizer, apply_update, as_parameters
 
 # A batch: 'inputs' and 'targets', int32 (B, T), where targets are the inputs one place later in the text; for
 # evaluation also 'mask' (B, T), 1.0 where the target counts.
@@ -69,18 +68,15 @@ def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule,
 
         def add_one(total, micro):
             index, micro_batch = micro
-            value = value_and_grad(state.params, micro_batch, jax.random.fold_in(step_key, index), n_targets)
-            return jax.tree.map(jnp.add, total, value), None
+            loss, grads = value_and_grad(state.params, micro_batch, jax.random.fold_in(step_key, index), n_targets)
+            return jax.tree.map(jnp.add, total, (loss, as_parameters(grads, state.params))), None
 
         if accumulate == 1:
             loss, grads = value_and_grad(state.params, batch, jax.random.fold_in(step_key, 0), n_targets)
         else:
             # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of each.
             micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            # Gradients of fused kernels may have other shapes and dtypes than the parameters.
-            one = jax.eval_shape(lambda batch: value_and_grad(state.params, batch, step_key, n_targets),
-                                 jax.tree.map(operator.itemgetter(0), micro_batches))
-            zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one)
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
             (loss, grads), _ = jax.lax.scan(add_one, zero, (jnp.arange(accumulate), micro_batches))
         params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}

@@ -1,4 +1,4 @@
-"""What the fused GPU kernels share. They are written in Pallas (Triton), each with its own backward pass:
+"""What the fused GPU kernels share. They are written in Pallas (Triton), with their backward passes:
 
     attention_kernel    softmax(q k^T / sqrt(K), causal) v with the pattern's dropout
     norm_kernel         x + dropout(branch + bias), and its LayerNorm

@@ -12,7 +12,6 @@ from pathlib import Path
 from absl import flags
 
 from gpt2_jax import cli
-from gpt2_jax.errors import UsageError
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -25,17 +24,15 @@ _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded for each.'
 _TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
 
 
-# What each measurement takes of the flags that not all of them take.
-TAKES = {'train': {'vocab_size', 'seconds'}, 'decode': {'vocab_size', 'num_samples', 'new_tokens', 'top_k'},
-         'startup': set()}
+# The flags that mean nothing to a measurement.
+UNUSED = {'train': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K), 'decode': (_SECONDS,),
+          'startup': (_VOCAB_SIZE, _SECONDS, _NUM_SAMPLES, _NEW_TOKENS, _TOP_K)}
 
 
 def main(arguments: list[str]) -> None:
     """One call of the library, printed."""
     cli.no_more(arguments)
-    for name in set().union(*TAKES.values()) - TAKES[_WHAT.value]:
-        if flags.FLAGS[name].present:
-            raise UsageError(f'--{name} means nothing with --what={_WHAT.value}')
+    cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
     from gpt2_jax import benchmark, config, parallel, recipe
     from gpt2_jax.generate import Sampling
     if _WHAT.value == 'startup':

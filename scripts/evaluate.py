@@ -44,9 +44,7 @@ def main(arguments: list[str]) -> None:
         where, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
     elif _TEXT.value is None:
         where, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
-    for flag in unused:
-        if flag.present:
-            raise UsageError(f'--{flag.name} means nothing {where}: leave it out')
+    cli.refuse(unused, where)
     from gpt2_jax import checkpoint, lambada, parallel, score
     parallel.select_platform(_PLATFORM.value)
     restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
