@@ -68,7 +68,7 @@ def test_parquet_without_pyarrow(monkeypatch):
 
 
 def test_parquet(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip('pyarrow')
+    import pyarrow
     from pyarrow import parquet
     monkeypatch.setattr(documents, 'PARQUET_ROWS', 2)
     path = tmp_path / 'a.parquet'

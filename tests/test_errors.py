@@ -160,6 +160,7 @@ ROWS = {
     'token files for a tokenizer of characters': (evaluate('--text={made}/*.bin'), 2, [
         'files of GPT-2 tokens', "'char'"]),
     'split of a text': (evaluate('--text={made}/text.txt', '--split=train'), 2, ['--split is for prepared folders']),
+    'text to score that has no name': (evaluate('--text='), 2, ['--text is empty']),
     'stride beyond the context': (evaluate('--text={made}/text.txt', '--stride=17'), 2, ['stride = 17', '--stride=16']),
     'no stride': (evaluate('--text={made}/text.txt', '--stride=0'), 2, ['stride=0', 'positive integer']),
     'context beyond the positions': (evaluate('--text={made}/text.txt', '--context=17'), 2, [

@@ -25,6 +25,7 @@ from gpt2_jax.model import (
     init_cache,
     init_params,
     keep_mask,
+    product,
 )
 from gpt2_jax.step import token_losses
 
@@ -73,6 +74,18 @@ def test_forward_equals_numpy(changes):
     expected_BTV = [numpy_gpt2(params, model.cfg, tokens_T) for tokens_T in tokens_BT]
     assert np.std(expected_BTV) > 0.5
     np.testing.assert_allclose(logits_BTV, expected_BTV, **CLOSE)
+
+
+@pytest.mark.parametrize('inputs, outputs', [((5,), (7,)), ((2, 3), (4,)), ((5,), (3, 2, 4))])
+def test_gradients_of_a_product(inputs, outputs):
+    rng = np.random.default_rng(0)
+    sizes = (6, *inputs), inputs + outputs, (6, *outputs)
+    x_N, kernel, dy_N = (np.float32(rng.normal(size=size)) for size in sizes)
+    y_N, pull_back = jax.vjp(lambda x, w: product(x, w, 'highest'), x_N, kernel)
+    expected_N, theirs = jax.vjp(lambda x, w: jnp.tensordot(x, w, len(inputs), precision='highest'), x_N, kernel)
+    np.testing.assert_array_equal(y_N, expected_N)
+    for ours, expected in zip(pull_back(dy_N), theirs(dy_N), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_causality_by_gradient():

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -176,6 +177,12 @@ def test_passages_without_an_answer(tmp_path, passages, words):
         lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages))
 
 
+def test_passages_of_an_unknown_character_are_named(tmp_path):
+    path = write_passages(tmp_path / 'a.jsonl', 'the end', 'the Zend')
+    with pytest.raises(UserError, match=r"a\.jsonl, passage 2: unknown character 'Z'"):
+        lambada.score_lambada(restored(CharTokenizer(' dehnt')), path)
+
+
 def test_passages_come_in_json_lines_or_parquet(tmp_path):
     with pytest.raises(UsageError, match=r'a.txt is no file of passages: expected .jsonl'):
         lambada.score_lambada(restored(), str(tmp_path / 'a.txt'))
@@ -196,6 +203,17 @@ def test_more_devices_than_there_are():
     parts, _ = score.build(model, score.make_windows(model, context=None, stride=None, rows=3),
                            SimpleNamespace(tokenizer=SMALL))
     assert parts.mesh.size == 1 and len(jax.devices()) < 512
+
+
+def test_rows_are_dealt_out_to_all_devices(monkeypatch):
+    """Five rows on a mesh of 2 x 2 are worked on as eight."""
+    model, built = restored(), []
+    model.config.mesh.update(data=2, fsdp=2)
+    monkeypatch.setattr(score.jax, 'devices', lambda: [None] * 4)
+    monkeypatch.setattr(score.jax, 'device_put', lambda params, layout: params)
+    monkeypatch.setattr(score.recipe, 'build', lambda config, dataset: built.append(config) or mock.MagicMock())
+    score.build(model, score.make_windows(model, context=None, stride=None, rows=5))
+    assert built[0].train.batch_size == 8
 
 
 def test_a_converted_folder_as_a_user(tmp_path):

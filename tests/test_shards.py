@@ -125,7 +125,7 @@ def write_documents(folder):
 def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, block_bytes):
     monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
     if kind == 'parquet':
-        pyarrow = pytest.importorskip('pyarrow')
+        import pyarrow
         from pyarrow import parquet
         path = tmp_path / 'd.parquet'
         parquet.write_table(pyarrow.table({'id': range(len(DOCUMENTS)), 'body': DOCUMENTS}), path, row_group_size=3)

@@ -1,0 +1,78 @@
+"""What is measured, by clocks that are not real: the arithmetic of figures, and which runs are cold or warm."""
+
+import sys
+
+import pytest
+
+from gpt2_jax import benchmark
+from gpt2_jax.config import default_config, resolve
+from gpt2_jax.errors import UserError
+from gpt2_jax.generate import Sampling
+from gpt2_jax.recipe import build
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless its hand is moved."""
+    hand = [0.0]
+    monkeypatch.setattr(benchmark.time, 'monotonic', lambda: hand[0])
+    return hand
+
+
+def test_seconds_of_a_call(clock):
+    """Windows of as many calls as fill them; the first call, which compiles, is in none."""
+    costs = iter([100.0, 0.25, *[0.25] * 4, *[0.5] * 4, *[0.75] * 4])
+
+    def run():
+        clock[0] += next(costs)
+        return clock[0]
+
+    figures = benchmark._windows(run, 3, 1.0)
+    assert figures == [0.25, 0.5, 0.75] and next(costs, None) is None
+    assert benchmark._spread(figures) == {'median': 0.5, 'min': 0.25, 'max': 0.75, 'windows': 3}
+
+
+@pytest.fixture(scope='module')
+def tiny_recipe():
+    config = default_config()
+    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=16)
+    config.train.batch_size = 4
+    return build(resolve(config), benchmark.random_data(300, 200))
+
+
+def test_training_and_decoding(tiny_recipe, monkeypatch):
+    """On random tokens, without a corpus; a rate is tokens by the median of the windows."""
+    monkeypatch.setattr(benchmark.parallel, 'peak_flops', lambda device: 1e12)
+    figures = benchmark.bench_train(tiny_recipe, 3, 0.0)
+    assert figures['tokens_per_step'] == 64 and figures['evaluation_tokens'] == 199
+    rate = 64 / figures['step_seconds']['median']
+    assert figures['tokens_per_second'] == rate and figures['step_seconds']['windows'] == 3
+    assert figures['mfu'] == pytest.approx(rate * tiny_recipe.flops_per_token / 1e12)
+    assert all(figures[f'{name}_seconds'] > 0 for name in ('init', 'compile_and_first_step', 'evaluation', 'save'))
+    figures = benchmark.bench_decode(tiny_recipe, 2, 3, 20, Sampling(1.0, 5))
+    assert figures['tokens_per_second'] == 3 * 20 / figures['seconds']['median']
+    assert figures['samples'] == 3
+
+
+STAND_IN = """
+import json, os, pathlib, sys
+cache = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
+seconds = 2.0 + 5.0 * (not any(cache.iterdir()))
+(cache / 'program').touch()
+workdir = pathlib.Path(sys.argv[-1].removeprefix('--workdir='))
+workdir.mkdir()
+(workdir / 'summary.json').write_text(json.dumps({'seconds_to_first_step': seconds, 'seconds_total': seconds + 1}))
+sys.exit('no such thing' if 'fail' in sys.argv else 0)
+"""
+
+
+def test_startup_cold_and_warm(tmp_path):
+    """Each cold run has a cache of its own; the warm ones share one, which a run that does not count has filled."""
+    (tmp_path / 'train.py').write_text(STAND_IN)
+    figures = benchmark.bench_startup([sys.executable, str(tmp_path / 'train.py')], 2)
+    assert {name: spread['median'] for name, spread in figures.items()} == {
+        'cold_seconds_to_first_step': 7.0, 'cold_seconds_total': 8.0,
+        'warm_seconds_to_first_step': 2.0, 'warm_seconds_total': 3.0}
+    assert all(spread['windows'] == 2 and spread['min'] == spread['max'] for spread in figures.values())
+    with pytest.raises(UserError, match='no such thing'):
+        benchmark.bench_startup([sys.executable, str(tmp_path / 'train.py'), 'fail'], 1)
