@@ -187,6 +187,18 @@ def test_every_logit_matters_to_the_loss():
     assert jnp.isfinite(nats_N).all()
 
 
+def test_the_target_is_read_before_it_is_overwritten():
+    """The gradient takes the memory of the logits, on a GPU; the interpreter has two arrays, and sees nothing of it."""
+    call = jax.make_jaxpr(lambda logits, targets: loss_kernel._softmax_gradient(logits, targets, 300))(
+        jnp.zeros((8, 384)), jnp.zeros(8, jnp.int32)).eqns[-1]
+    kernel = call.params['jaxpr']
+    _, logits, gradient, _ = kernel.invars
+    reads, writes = ([i for i, eqn in enumerate(kernel.eqns) if ref in eqn.invars] for ref in (logits, gradient))
+    assert call.params['input_output_aliases'] == ((1, 0),)
+    assert [out.aval.shape for out in kernel.eqns[reads[0]].outvars] == [()]  # one number: the target's, and no loop
+    assert reads[0] < min(writes)
+
+
 def test_gradients_are_not_scaled_in_bfloat16():
     """The number of targets has more bits than that: gradients as a whole would be off by up to 0.4 %."""
     rng = np.random.default_rng(0)
