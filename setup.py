@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'gpt2_jax/__init__.py').read_text()).group(1)
@@ -17,7 +17,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='MIT',
-    packages=['gpt2_jax'],
+    packages=find_packages(include=['gpt2_jax', 'gpt2_jax.*']),
     python_requires='>=3.11,<3.13',
     install_requires=[
         'jax>=0.10.2,<0.12',

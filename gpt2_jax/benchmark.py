@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax import parallel
-from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.parallel import mesh
+from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.errors import UserError
-from gpt2_jax.generate import CHUNK, Sampling, generate, set_up
-from gpt2_jax.recipe import Recipe
-from gpt2_jax.shards import Dataset, Tokens
-from gpt2_jax.tokenizers import CharTokenizer
+from gpt2_jax.inference.decoding import CHUNK, Sampling, generate, set_up
+from gpt2_jax.training.setup import Recipe
+from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.data.tokenizers import CharTokenizer
 
 
 def random_data(vocab_size: int, n_tokens: int = 1 << 20) -> Dataset:
@@ -76,7 +76,7 @@ def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
         checkpoints.wait()
         save_seconds = time.monotonic() - began
     rate = recipe.tokens_per_step / step_seconds['median']
-    peak = parallel.peak_flops(recipe.device)
+    peak = mesh.peak_flops(recipe.device)
     return {
         'step_seconds': step_seconds, 'tokens_per_second': rate, 'tokens_per_step': recipe.tokens_per_step,
         'flops_per_token': recipe.flops_per_token,

@@ -12,13 +12,16 @@ from typing import Any
 
 import jax
 
-from gpt2_jax import checkpoint, huggingface, recipe, tokenizers, vocabulary
+from gpt2_jax.data import tokenizers, vocabulary
+from gpt2_jax.model import huggingface
+from gpt2_jax.training import setup
+from gpt2_jax.workdir import checkpoints
 from gpt2_jax import config as config_lib
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2Config, count_params
-from gpt2_jax.shards import Dataset, Tokens
-from gpt2_jax.step import init_state
-from gpt2_jax.tokenizers import Gpt2Tokenizer, Tokenizer
+from gpt2_jax.model.gpt2 import GPT2Config, count_params
+from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.training.step import init_state
+from gpt2_jax.data.tokenizers import Gpt2Tokenizer, Tokenizer
 
 OUR_TOKENIZER = 'gpt2_jax_tokenizer.json'  # `tokenizer.json` has a meaning of its own to transformers
 MOST_PADDING = 127  # rows: vocabularies are padded to a multiple of 64 or 128
@@ -54,11 +57,11 @@ def from_hf(source: str, ckpt_dir: Path, tokenizer_file: str | None = None,
         digest.update(leaf)
     # No text stands behind it that could be gone back to; what it has in its place keeps a run from going on with it.
     origin = Dataset(f'the weights of {source}', tokenizer, Tokens(()), Tokens(()), digest.hexdigest())
-    parts = recipe.build(config, origin)
+    parts = setup.build(config, origin)
     meta = {'config': config_lib.to_json(config), 'tokenizer': tokenizers.to_json(tokenizer), 'progress': {},
             'log_sizes': {}, 'corpus': {'asked_for': source, 'name': origin.name, 'sha256': origin.sha256,
                                         'fallback': False}}
-    with _new_folder(ckpt_dir) as partial, checkpoint.Checkpoints(partial / checkpoint.FOLDER) as checkpoints:
+    with _new_folder(ckpt_dir) as partial, checkpoints.Checkpoints(partial / checkpoints.FOLDER) as checkpoints:
         checkpoints.save(0, init_state(params, parts.optimizer), meta, None)
         (partial / 'config.json').write_text(meta['config'], 'utf-8')
         (partial / 'tokenizer.json').write_text(meta['tokenizer'], 'utf-8')
@@ -69,7 +72,7 @@ def from_hf(source: str, ckpt_dir: Path, tokenizer_file: str | None = None,
 
 def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] = print) -> None:
     """Writes a checkpoint ('best', 'latest' or a step) as it is published, with its tokenizer. Raises UserError."""
-    restored = checkpoint.load(ckpt_dir, which)
+    restored = checkpoints.load(ckpt_dir, which)
     cfg, tokenizer = restored.model.cfg, restored.tokenizer
     if isinstance(tokenizer, Gpt2Tokenizer):
         special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>')

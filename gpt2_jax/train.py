@@ -20,15 +20,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax import batches, finetune, parallel, run_folder, tokenizers
+from gpt2_jax.data import batches, tokenizers
+from gpt2_jax.parallel import mesh
+from gpt2_jax.training import finetune
+from gpt2_jax.workdir import folder
 from gpt2_jax import config as config_lib
-from gpt2_jax.checkpoint import FOLDER, Checkpoints, best_in, sealed_in, set_aside_damaged
+from gpt2_jax.workdir.checkpoints import Checkpoints, FOLDER, best_in, sealed_in, set_aside_damaged
 from gpt2_jax.errors import DivergedError, UsageError
-from gpt2_jax.generate import Sampling, default_prompt, generate, stream_text
-from gpt2_jax.model import count_params
-from gpt2_jax.recipe import Recipe, build, describe, schedule_of
-from gpt2_jax.step import TrainState
-from gpt2_jax.writers import RunLog, duration
+from gpt2_jax.inference.decoding import Sampling, default_prompt, generate, stream_text
+from gpt2_jax.model.gpt2 import count_params
+from gpt2_jax.training.setup import Recipe, build, describe, schedule_of
+from gpt2_jax.training.step import TrainState
+from gpt2_jax.workdir.log import RunLog, duration
 
 # Small models read better a little below the temperature they were trained at.
 EVAL_SAMPLING = Sampling(temperature=0.8)
@@ -62,7 +65,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
-    with parallel.memory_errors(MEMORY_KNOBS):
+    with mesh.memory_errors(MEMORY_KNOBS):
         # What cannot be trained on is told before any folder is made or moved.
         recipe = build(config)
         recipe.check()
@@ -71,9 +74,9 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
         recipe.batch(0)
         next(batches.eval_batches(recipe.dataset.val, batch_size=1, seq_len=config.train.seq_len))
     print('\n'.join(describe(recipe)), flush=True)
-    if fresh and (aside := run_folder.move_aside(workdir)):
+    if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
-    with run_folder.claim(workdir), parallel.memory_errors(MEMORY_KNOBS):
+    with folder.claim(workdir), mesh.memory_errors(MEMORY_KNOBS):
         for report in set_aside_damaged(workdir / FOLDER):
             print(report, flush=True)
         with Checkpoints(workdir / FOLDER) as checkpoints, _compiling() as pool:
@@ -87,10 +90,10 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
                 print(f'going on from checkpoint {start:,} in {workdir}', flush=True)
             train_step, evaluate = recipe.train_step(pool), recipe.evaluator(pool=pool)
             state = checkpoints.restore(start, recipe.abstract_state()) if start else finetune.first_state(recipe)
-            run_folder.cut_back(workdir, log_sizes)
+            folder.cut_back(workdir, log_sizes)
             (workdir / 'summary.json').unlink(missing_ok=True)
-            run_folder.write_text(workdir / 'config.json', config_lib.to_json(config))
-            run_folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(recipe.dataset.tokenizer))
+            folder.write_text(workdir / 'config.json', config_lib.to_json(config))
+            folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(recipe.dataset.tokenizer))
             with RunLog(workdir, start, config.train.steps) as log:
                 loop = Loop(recipe, workdir, checkpoints, log, progress, started, evaluate)
                 caught = loop.run(train_step, state, start)
@@ -99,7 +102,7 @@ def train(config: ConfigDict, workdir: Path, *, extend: bool = False, fresh: boo
             print(f'stopped by {caught.name} at step {loop.done:,}, which is saved; the same command goes on')
             return 128 + caught
         summary = loop.summary()
-        run_folder.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
+        folder.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
         print(f'finished {config.train.steps:,} steps in {duration(summary["seconds_total"])}: best validation loss '
               f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final {progress.final_val_loss:.4f}\n'
               f'sample from it: python scripts/sample.py --ckpt_dir={workdir}')
@@ -257,7 +260,7 @@ class Loop:
 
     def mfu(self, tokens_per_second: float | None) -> float | None:
         """Model FLOP utilisation: the share of the devices' peak; None where either is unknown."""
-        peak = parallel.peak_flops(self.recipe.device)
+        peak = mesh.peak_flops(self.recipe.device)
         if not peak or not tokens_per_second:
             return None
         return tokens_per_second * self.recipe.flops_per_token / (peak * self.recipe.mesh.size)
@@ -304,7 +307,7 @@ class Loop:
         evaluated_now = self.done % self.config.eval.every == 0 or self.done == self.config.train.steps
         meta = {'config': config_lib.to_json(self.config), 'corpus': _corpus(self.recipe),
                 'tokenizer': tokenizers.to_json(self.recipe.dataset.tokenizer),
-                'progress': dataclasses.asdict(self.progress), 'log_sizes': run_folder.log_sizes(self.workdir)}
+                'progress': dataclasses.asdict(self.progress), 'log_sizes': folder.log_sizes(self.workdir)}
         self.checkpoints.save(self.done, state, meta, self.progress.final_val_loss if evaluated_now else None)
 
     def summary(self) -> dict[str, Any]:
@@ -319,6 +322,6 @@ class Loop:
             'seconds_total': self.seconds_before + time.monotonic() - self.started,
             'seconds_to_first_step': progress.seconds_to_first_step,
             'tokens_per_second': rate, 'mfu': self.mfu(rate),
-            'device': parallel.describe_device(self.recipe.device), 'jax_version': jax.__version__,
+            'device': mesh.describe_device(self.recipe.device), 'jax_version': jax.__version__,
             'parameters': count_params(self.recipe.shapes.params), 'corpus': _corpus(self.recipe),
         }

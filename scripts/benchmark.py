@@ -33,22 +33,24 @@ def main(arguments: list[str]) -> None:
     """One call of the library, printed."""
     cli.no_more(arguments)
     cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
-    from gpt2_jax import benchmark, config, parallel, recipe
-    from gpt2_jax.generate import Sampling
+    from gpt2_jax import benchmark, config
+    from gpt2_jax.parallel import mesh
+    from gpt2_jax.training import setup
+    from gpt2_jax.inference.decoding import Sampling
     if _WHAT.value == 'startup':
         train = [sys.executable, str(Path(__file__).with_name('train.py')), f'--platform={_PLATFORM.value}']
         show(benchmark.bench_startup(train + cli.config_arguments(), _WINDOWS.value))
         return
-    parallel.select_platform(_PLATFORM.value)
+    mesh.select_platform(_PLATFORM.value)
     data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None
-    parts = recipe.build(config.resolve(_CONFIG.value), data)
-    print('\n'.join(recipe.describe(parts)), flush=True)
+    parts = setup.build(config.resolve(_CONFIG.value), data)
+    print('\n'.join(setup.describe(parts)), flush=True)
     if _WHAT.value == 'train':
         figures = benchmark.bench_train(parts, _WINDOWS.value, _SECONDS.value)
     else:
         figures = benchmark.bench_decode(parts, _WINDOWS.value, _NUM_SAMPLES.value, _NEW_TOKENS.value,
                                          Sampling(1.0, _TOP_K.value))
-    show(figures | {'device': parallel.describe_device(parts.device)})
+    show(figures | {'device': mesh.describe_device(parts.device)})
 
 
 def show(figures: dict) -> None:

@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> None:
     cli.no_more(arguments)
     if (_FROM_HF.value is None) == (_TO_HF.value is None):
         raise UsageError('give --from_hf=DIR to read published weights, or --to_hf=DIR to write them: one of the two')
-    from gpt2_jax import convert, parallel  # only now: --help and errors in flags answer at once
-    parallel.select_platform('cpu')  # nothing is computed
+    from gpt2_jax import convert
+    from gpt2_jax.parallel import mesh
+    mesh.select_platform('cpu')  # nothing is computed
     if _FROM_HF.value is not None:
         convert.from_hf(_FROM_HF.value, Path(_CKPT_DIR.value), _TOKENIZER.value)
     else:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt2_jax import cli, detokenizers
+from gpt2_jax import cli
+from gpt2_jax.inference import detokenizers
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder, or a converted one.", required=True)
@@ -45,9 +46,11 @@ def main(arguments: list[str]) -> None:
     elif _TEXT.value is None:
         where, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
     cli.refuse(unused, where)
-    from gpt2_jax import checkpoint, lambada, parallel, score
-    parallel.select_platform(_PLATFORM.value)
-    restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
+    from gpt2_jax.inference import lambada, score
+    from gpt2_jax.parallel import mesh
+    from gpt2_jax.workdir import checkpoints
+    mesh.select_platform(_PLATFORM.value)
+    restored = checkpoints.load(Path(_CKPT_DIR.value), _WHICH.value)
     options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
     if _LAMBADA.value is not None:
         result = lambada.score_lambada(restored, _LAMBADA.value, text_field=_TEXT_FIELD.value, **options)

@@ -14,7 +14,8 @@ import time
 
 from absl import flags
 
-from gpt2_jax import cli, shards, tokenizers
+from gpt2_jax import cli
+from gpt2_jax.data import shards, tokenizers
 from gpt2_jax.errors import UsageError
 
 INPUT = flags.DEFINE_multi_string('input', [], 'Files: --input a.txt b.txt, or --input=a.txt --input=b.txt.')

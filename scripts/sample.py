@@ -38,16 +38,17 @@ def main(arguments: list[str]) -> None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
     import jax  # only now: --help and errors in flags answer at once
 
-    from gpt2_jax import checkpoint, parallel
-    from gpt2_jax.generate import Sampling, print_samples, set_up
+    from gpt2_jax.parallel import mesh
+    from gpt2_jax.workdir import checkpoints
+    from gpt2_jax.inference.decoding import Sampling, print_samples, set_up
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
-    parallel.select_platform(_PLATFORM.value)
-    restored = checkpoint.load(Path(_CKPT_DIR.value), _WHICH.value)
+    mesh.select_platform(_PLATFORM.value)
+    restored = checkpoints.load(Path(_CKPT_DIR.value), _WHICH.value)
     model = set_up(restored.model, _KERNELS.value, _DTYPE.value)
-    print(f'[step {restored.step} of {_CKPT_DIR.value}; {parallel.describe_device(jax.devices()[0])}; '
+    print(f'[step {restored.step} of {_CKPT_DIR.value}; {mesh.describe_device(jax.devices()[0])}; '
           f'{model.cfg.dtype}, {model.cfg.kernels} kernels]', file=sys.stderr)
-    with parallel.memory_errors('lower --num_samples'):
+    with mesh.memory_errors('lower --num_samples'):
         print_samples(model, jax.device_put(restored.params), restored.tokenizer, prompt,
                       num_samples=_NUM_SAMPLES.value, max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling,
                       stop=_STOP.value, seed=_SEED.value, strict_context=_STRICT.value,

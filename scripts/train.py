@@ -15,7 +15,7 @@ from pathlib import Path  # noqa: E402 (the clock comes first)
 
 from absl import flags  # noqa: E402
 
-from gpt2_jax import cli  # noqa: E402
+from gpt2_jax import cli
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -27,9 +27,9 @@ _FRESH = flags.DEFINE_bool('fresh', False, 'Move an old run in the folder aside,
 def main(arguments: list[str]) -> int:
     """One call of the library."""
     cli.no_more(arguments)
-    from gpt2_jax import parallel  # only now: --help and errors in flags answer at once
+    from gpt2_jax.parallel import mesh
     from gpt2_jax.train import train
-    parallel.select_platform(_PLATFORM.value)
+    mesh.select_platform(_PLATFORM.value)
     return train(_CONFIG.value, Path(_WORKDIR.value or f'runs/{cli.config_name()}'), extend=_EXTEND.value,
                  fresh=_FRESH.value, started=STARTED)
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.tokenizers import Gpt2Tokenizer, make_tokenizer
+from gpt2_jax.data.tokenizers import Gpt2Tokenizer, make_tokenizer
 
 # A word with its space, a contraction, runs of spaces and newlines, signs, numbers, and half of an emoji.
 MERGES = ''.join(f'{line}\n' for line in (

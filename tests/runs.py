@@ -22,9 +22,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from gpt2_jax import config as config_lib
-from gpt2_jax.checkpoint import FOLDER, Checkpoints, sealed_in
+from gpt2_jax.workdir.checkpoints import Checkpoints, FOLDER, sealed_in
 from gpt2_jax.config import default_config
-from gpt2_jax.recipe import Recipe, build
+from gpt2_jax.training.setup import Recipe, build
 from gpt2_jax.train import train
 
 # Dropout, so that a mask drawn anew would show; saves and evaluations at steps that seldom meet.

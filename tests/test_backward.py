@@ -13,8 +13,8 @@ import pytest
 from jax import lax
 from tiny import tiny
 
-from gpt2_jax.model import ACTIVATIONS, LayerNorm, explicit_attention
-from gpt2_jax.step import token_losses
+from gpt2_jax.model.gpt2 import ACTIVATIONS, LayerNorm, explicit_attention
+from gpt2_jax.training.step import token_losses
 
 B, T, H, K, D, V = 3, 24, 4, 16, 64, 97
 

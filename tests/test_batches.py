@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from gpt2_jax.batches import epoch_order, eval_batches, prefetch, rows
+from gpt2_jax.data.batches import epoch_order, eval_batches, prefetch, rows
 from gpt2_jax.errors import UserError
-from gpt2_jax.shards import Tokens
+from gpt2_jax.data.shards import Tokens
 
 N, T, B, SEED = 103, 8, 5, 3  # n = 11 windows: batches straddle epochs, and epochs end within batches
 

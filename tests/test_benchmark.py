@@ -7,8 +7,8 @@ import pytest
 from gpt2_jax import benchmark
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UserError
-from gpt2_jax.generate import Sampling
-from gpt2_jax.recipe import build
+from gpt2_jax.inference.decoding import Sampling
+from gpt2_jax.training.setup import build
 
 
 @pytest.fixture

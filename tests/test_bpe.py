@@ -12,11 +12,11 @@ from bpe import MERGES, SMALL, TEXTS, known, published
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_jax import tokenizers
-from gpt2_jax.corpora import CorpusNotFound, find_text
+from gpt2_jax.data import tokenizers
+from gpt2_jax.data.corpora import CorpusNotFound, find_text
 from gpt2_jax.errors import UserError
-from gpt2_jax.shards import from_text
-from gpt2_jax.tokenizers import Gpt2Tokenizer, fingerprint, from_json, to_json
+from gpt2_jax.data.shards import from_text
+from gpt2_jax.data.tokenizers import Gpt2Tokenizer, fingerprint, from_json, to_json
 
 # As OpenAI published it with GPT-2; tiktoken has a faster one.
 PATTERN = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")

@@ -13,11 +13,11 @@ import pytest
 import runs
 from runs import make_config
 
-from gpt2_jax import checkpoint
-from gpt2_jax.checkpoint import FOLDER, SEAL, Checkpoints, best_in, damage, load, sealed_in, set_aside_damaged, steps_in
+from gpt2_jax.workdir import checkpoints
+from gpt2_jax.workdir.checkpoints import Checkpoints, FOLDER, SEAL, best_in, damage, load, sealed_in, set_aside_damaged, steps_in
 from gpt2_jax.errors import DivergedError, UserError
-from gpt2_jax.recipe import Recipe
-from gpt2_jax.step import TrainState
+from gpt2_jax.training.setup import Recipe
+from gpt2_jax.training.step import TrainState
 
 STEPS = runs.SMALL['train.steps']
 
@@ -82,7 +82,7 @@ def test_every_file_of_a_checkpoint_is_watched(run):
 def test_every_bit_of_the_seal_is_watched(tmp_path):
     for name in ('one', 'two'):
         (tmp_path / name).write_text(name)
-    checkpoint._write_seal(tmp_path)
+    checkpoints._write_seal(tmp_path)
     for bit in range(8 * (tmp_path / SEAL).stat().st_size):
         flip(tmp_path / SEAL, bit)
         assert damage(tmp_path), bit
@@ -154,7 +154,7 @@ def test_damaged_best_is_named_and_training_goes_on(text, finished, run):
     folder, latest = run / FOLDER, newest(run)
     shutil.copytree(latest, folder / '9')
     (folder / '9/metrics/metrics').write_text('{"val_loss": 0.5}')
-    checkpoint._write_seal(folder / '9')
+    checkpoints._write_seal(folder / '9')
     assert best_in(folder) == (9, 0.5) and load(run, 'best').step == 9
     flip(folder / '9/params/_METADATA', 99)
     with pytest.raises(UserError, match=r"checkpoint \S+/9 cannot be used: 'params/_METADATA' is not as it was saved"):
@@ -210,7 +210,7 @@ def test_validation_loss_that_is_not_finite(text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('every', [5, 1000])
 def test_save_that_fails_in_the_background_is_reported(every, text, tmp_path, monkeypatch):
-    seal = checkpoint._write_seal
+    seal = checkpoints._write_seal
 
     def fails(path):
         if path.name == '7':
@@ -221,7 +221,7 @@ def test_save_that_fails_in_the_background_is_reported(every, text, tmp_path, mo
         time.sleep(0.1 if state.step >= 7 else 0)
         return state
 
-    monkeypatch.setattr(checkpoint, '_write_seal', fails)
+    monkeypatch.setattr(checkpoints, '_write_seal', fails)
     runs.before_updates(monkeypatch, unhurried)
     with pytest.raises(UserError, match=r'checkpoint 7 could not be saved .* No space left') as error:
         runs.quiet_train(make_config(text, checkpoint__every=every), tmp_path)

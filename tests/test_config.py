@@ -14,21 +14,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from gpt2_jax import data, parallel
-from gpt2_jax.config import (
-    RESUMABLE_SECTIONS,
-    SETTINGS,
-    check_key,
-    default_config,
-    describe,
-    differences,
-    flatten,
-    from_json,
-    resolve,
-    to_json,
-)
+from gpt2_jax.data import load
+from gpt2_jax.parallel import mesh
+from gpt2_jax.config import RESUMABLE_SECTIONS, SETTINGS, check_key, default_config, describe, differences, flatten, from_json, resolve, to_json
 from gpt2_jax.errors import UsageError
-from gpt2_jax.model import GPT2, GPT2Config, init_params
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -218,8 +208,8 @@ def test_every_given_configuration_builds_its_model(path):
 def test_no_setting_is_unread():
     """Each is a field of GPT2Config, an argument of the function its section is passed to, or read by its name."""
     read = {f'model.{field.name}' for field in dataclasses.fields(GPT2Config)}
-    read |= {f'data.{name}' for name in inspect.signature(data.load).parameters}
-    read |= {f'mesh.{name}' for name in inspect.signature(parallel.make_mesh).parameters}
+    read |= {f'data.{name}' for name in inspect.signature(load.load).parameters}
+    read |= {f'mesh.{name}' for name in inspect.signature(mesh.make_mesh).parameters}
     for path in (ROOT / 'gpt2_jax').glob('*.py'):
         if path.name == 'config.py':
             continue
@@ -233,7 +223,7 @@ def test_a_section_is_a_signature():
     """A setting that is in no signature, or the other way round, would fail at `**config.model`."""
     fields = {field.name for field in dataclasses.fields(GPT2Config)} - {'vocab_size'}
     assert fields == set(default_config().model)
-    assert set(inspect.signature(data.load).parameters) - {'notify'} == set(default_config().data)
-    assert set(inspect.signature(parallel.make_mesh).parameters) == set(default_config().mesh)
+    assert set(inspect.signature(load.load).parameters) - {'notify'} == set(default_config().data)
+    assert set(inspect.signature(mesh.make_mesh).parameters) == set(default_config().mesh)
     with pytest.raises(TypeError):
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)

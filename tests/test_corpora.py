@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_jax import corpora
-from gpt2_jax.corpora import CorpusNotFound, find_text
+from gpt2_jax.data import corpora
+from gpt2_jax.data.corpora import CorpusNotFound, find_text
 from gpt2_jax.errors import UserError
 
 TEXT = 'Sweet are the uses\r\nof adversity…\n' * 9000  # more than one block of the download

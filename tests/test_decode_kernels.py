@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
-from gpt2_jax import decode_kernels, generate
-from gpt2_jax.generate import CHUNK, Sampling
-from gpt2_jax.model import init_cache
+from gpt2_jax.inference import decoding
+from gpt2_jax.kernels import decode
+from gpt2_jax.inference.decoding import CHUNK, Sampling
+from gpt2_jax.model.gpt2 import init_cache
 
 # Of tiny models, many blocks of everything.
 SMALL = dict(ONE_INPUTS=16, ROWS_INPUTS=16, ONE_ATTEND=(4, 1), ROWS_ATTEND=(4, 1), COLUMNS=8, MAX_ROWS=16)
@@ -20,7 +21,7 @@ FOR_A_GPU = {name: getattr(decode_kernels, name) for name in SMALL}
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(decode_kernels, name, value)
+            patch.setattr(decode, name, value)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -28,8 +29,8 @@ def small_blocks():
 
 def decoded(model, params, ids_BT):
     """Logits at every position, one token at a time, from a cache full of what must not be seen."""
-    step = jax.jit(decode_kernels.next_logits, static_argnums=0)
-    weights = decode_kernels.lay_out(model.cfg, jax.tree.map(jnp.asarray, params))
+    step = jax.jit(decode.next_logits, static_argnums=0)
+    weights = decode.lay_out(model.cfg, jax.tree.map(jnp.asarray, params))
     cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), init_cache(model.cfg, len(ids_BT)))
     logits = []
     for pos in range(ids_BT.shape[1]):
@@ -63,7 +64,7 @@ def test_bfloat16_is_as_near_to_fp32_as_the_open_model(batch):
 def test_what_is_rounded(kernels):
     """The matrices alone, so that text comes from the model that is evaluated."""
     model = tiny(dtype='bfloat16', kernels=kernels)
-    for part in generate.lay_out(model, rough_params(model)):
+    for part in decoding.lay_out(model, rough_params(model)):
         for name, leaf in flat(part).items():
             exact = {'wte', 'wpe', 'ln_1', 'ln_2', 'ln_f'} & set(name.split('/'))
             assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
@@ -71,9 +72,9 @@ def test_what_is_rounded(kernels):
 
 def test_past_the_context_nothing_else_is_touched():
     model = tiny()
-    weights = decode_kernels.lay_out(model.cfg, jax.tree.map(jnp.asarray, rough_params(model)))
+    weights = decode.lay_out(model.cfg, jax.tree.map(jnp.asarray, rough_params(model)))
     cache = jax.tree.map(lambda leaf: jnp.ones_like(leaf), init_cache(model.cfg, 2))
-    _, after = jax.jit(decode_kernels.next_logits, static_argnums=0)(model.cfg, weights, jnp.array([1, 2]), cache, 14)
+    _, after = jax.jit(decode.next_logits, static_argnums=0)(model.cfg, weights, jnp.array([1, 2]), cache, 14)
     for leaf in jax.tree.leaves(after):
         assert np.all(leaf[:, :, :-1] == 1) and not np.any(leaf[:, :, -1] == 1)
 
@@ -81,7 +82,7 @@ def test_past_the_context_nothing_else_is_touched():
 def kept(x, k):
     """The elements that reach the threshold, cut into blocks as the kernel has them."""
     padded = np.concatenate([x, np.full(-len(x) % 8, -np.inf, np.float32)]).reshape(-1, 8)
-    bound = jax.jit(lambda *blocks: decode_kernels._kth_largest(blocks, k))(*padded)
+    bound = jax.jit(lambda *blocks: decode._kth_largest(blocks, k))(*padded)
     return x >= bound
 
 
@@ -109,10 +110,10 @@ def test_choices_equal_the_open_ones(sampling):
     logits_BV = np.stack([np.resize(x, 60) for x in rows().values()] * 4)
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
     keys_CB = jnp.stack([keys_B[::-1], keys_B])
-    pick = decode_kernels.chooser(keys_CB, 60, sampling.temperature, sampling.top_k)
+    pick = decode.chooser(keys_CB, 60, sampling.temperature, sampling.top_k)
     got = pick(logits_BV, jnp.full(keys_CB.shape, -1), 1)
     assert np.all(got[0] == -1)
-    assert np.array_equal(got[1], generate.choose(logits_BV, keys_B, sampling))
+    assert np.array_equal(got[1], decoding.choose(logits_BV, keys_B, sampling))
 
 
 @pytest.mark.parametrize('samples, sampling', [
@@ -121,7 +122,7 @@ def test_the_same_text(samples, sampling):
     """Also across chunks, and past the context."""
     def text(kernels):
         model = tiny(n_positions=2 * CHUNK + 3, kernels=kernels)
-        chunks = generate.generate(model, rough_params(model, seed=13, std=0.6), [3, 1, 4], max_new_tokens=3 * CHUNK,
+        chunks = decoding.generate(model, rough_params(model, seed=13, std=0.6), [3, 1, 4], max_new_tokens=3 * CHUNK,
                                    num_samples=samples, seed=5, sampling=sampling, notify=lambda note: None)
         return np.concatenate(list(chunks), axis=1)
 
@@ -135,17 +136,17 @@ def test_lowers_for_a_gpu(batch):
     """At the size of GPT-2, with the block sizes that a GPU is given; no GPU is needed."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FOR_A_GPU.items():
-            patch.setattr(decode_kernels, name, value)
+            patch.setattr(decode, name, value)
         patch.setattr(jax, 'default_backend', lambda: 'gpu')
         jax.clear_caches()
         model = tiny(50257, n_embd=768, n_head=12, n_layer=1, n_positions=1024, dtype='bfloat16', kernels='fused')
-        _, weights = jax.eval_shape(lambda params: generate.lay_out(model, params), shapes(model))
+        _, weights = jax.eval_shape(lambda params: decoding.lay_out(model, params), shapes(model))
         cache = jax.eval_shape(lambda: init_cache(model.cfg, batch))
         keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
         logits_BV = jax.ShapeDtypeStruct((batch, 50257), jnp.float32)
         h100 = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu'))
         with use_abstract_mesh(h100):
-            traced = generate.decode.trace(model, weights, logits_BV, cache, 5, keys_B, 0, Sampling(1.0, 200))
+            traced = decoding.decode.trace(model, weights, logits_BV, cache, 5, keys_B, 0, Sampling(1.0, 200))
             text = traced.lower(lowering_platforms=('cuda',)).as_text()
         jax.clear_caches()
     assert text.count('_attend_kernel') and text.count('_choose_kernel')

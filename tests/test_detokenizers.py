@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gpt2_jax.detokenizers import RULES, make_detokenizer
+from gpt2_jax.inference.detokenizers import RULES, make_detokenizer
 
 # The corpora's spacing, in sentences of our own; and how people write the same.
 WIKITEXT = {

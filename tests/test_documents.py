@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gpt2_jax import documents
+from gpt2_jax.data import documents
 from gpt2_jax.errors import UserError
 
 

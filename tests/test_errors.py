@@ -13,8 +13,8 @@ import jax
 import pytest
 import runs
 
-from gpt2_jax import run_folder
-from gpt2_jax.checkpoint import FOLDER, steps_in
+from gpt2_jax.workdir import folder
+from gpt2_jax.workdir.checkpoints import FOLDER, steps_in
 
 STEPS = runs.SMALL['train.steps']
 CONFIG = 'from gpt2_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n'
@@ -244,7 +244,7 @@ def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkey
 
 
 def test_second_run_in_the_same_folder(made, tmp_path):
-    with run_folder.claim(tmp_path):
+    with folder.claim(tmp_path):
         code, _, err = run_train(made, tmp_path)
         check(code, err, 1, ['another run is using', f'process {os.getpid()}', '--workdir'])
         code, _, err = run_train(made, tmp_path, '--fresh')

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny import rough_params, tiny
 
-from gpt2_jax.evaluate import count_bytes, evaluate
-from gpt2_jax.parallel import make_mesh
-from gpt2_jax.shards import Tokens
-from gpt2_jax.step import make_eval_step
-from gpt2_jax.tokenizers import ByteTokenizer, make_tokenizer
+from gpt2_jax.training.evaluate import count_bytes, evaluate
+from gpt2_jax.parallel.mesh import make_mesh
+from gpt2_jax.data.shards import Tokens
+from gpt2_jax.training.step import make_eval_step
+from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
 
 T = 8
 ALPHABET = 'ab éß中文😀🙂\n'  # one to four bytes each

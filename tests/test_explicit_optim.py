@@ -7,9 +7,9 @@ import optax
 import pytest
 from tiny import flat, rough_params, shapes, tiny
 
-from gpt2_jax import parallel
-from gpt2_jax.optim import make_optimizer, make_schedule
-from gpt2_jax.step import token_losses
+from gpt2_jax.parallel import mesh
+from gpt2_jax.training.optim import make_optimizer, make_schedule
+from gpt2_jax.training.step import token_losses
 
 IMPLEMENTATIONS = ('optax', 'explicit')
 
@@ -73,9 +73,9 @@ def test_moments_lie_as_their_parameters(implementation):
     """One table of shardings serves both: each moment ends in its parameter's path."""
     params = shapes(tiny())
     state = jax.eval_shape(make(implementation).init, params)
-    mesh = parallel.make_mesh(data=1, fsdp=1, tensor=1)
+    mesh = mesh.make_mesh(data=1, fsdp=1, tensor=1)
     layout, state_layout, state = (flat(tree) for tree in (
-        parallel.shardings(mesh, params), parallel.shardings(mesh, state), state))
+        mesh.shardings(mesh, params), mesh.shardings(mesh, state), state))
     for name, leaf in flat(params).items():
         moments = [path for path in state if path.endswith('/' + name)]
         assert [(state[path].shape, state_layout[path]) for path in moments] == [(leaf.shape, layout[name])] * 2

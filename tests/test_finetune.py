@@ -7,12 +7,12 @@ import pytest
 import runs
 from tiny import flat
 
-from gpt2_jax import checkpoint
-from gpt2_jax.checkpoint import FOLDER
+from gpt2_jax.workdir import checkpoints
+from gpt2_jax.workdir.checkpoints import FOLDER
 from gpt2_jax.config import resolve
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.finetune import start_state
-from gpt2_jax.recipe import build
+from gpt2_jax.training.finetune import start_state
+from gpt2_jax.training.setup import build
 
 SIZES = dict(model__n_layer=1, model__n_head=2, model__n_embd=16, model__n_positions=8, train__steps=6,
              eval__sample_tokens=0)
@@ -42,8 +42,8 @@ def start(parts, base, **options):
 
 def saved(base) -> dict[str, np.ndarray]:
     """Every leaf of the base run's latest state."""
-    with checkpoint.Checkpoints(base / FOLDER) as checkpoints:
-        return flat(checkpoints.restore(6, build(checkpoint.load(base, 'latest').config).abstract_state()))
+    with checkpoints.Checkpoints(base / FOLDER) as checkpoints:
+        return flat(checkpoints.restore(6, build(checkpoints.load(base, 'latest').config).abstract_state()))
 
 
 def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):

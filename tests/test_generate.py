@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny import rough_params, tiny
 
-from gpt2_jax import generate as generation
+from gpt2_jax.inference import decoding as generation
 from gpt2_jax.errors import UsageError
-from gpt2_jax.generate import CHUNK, Sampling, choose, default_prompt, generate, print_samples, stream_text
-from gpt2_jax.tokenizers import ByteTokenizer, make_tokenizer
+from gpt2_jax.inference.decoding import CHUNK, Sampling, choose, default_prompt, generate, print_samples, stream_text
+from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
 
 CONTEXT, HALF = 20, 10
 MODEL = tiny(n_positions=CONTEXT, n_layer=2)

@@ -16,13 +16,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import flat, rough_params, shapes, tiny
 
-from gpt2_jax import checkpoint, config, convert, tokenizers
+from gpt2_jax import config, convert
+from gpt2_jax.data import tokenizers
+from gpt2_jax.workdir import checkpoints
 from gpt2_jax.config import PRESETS, default_config
 from gpt2_jax.errors import UserError
-from gpt2_jax.huggingface import config_from_hf, export_config, export_params, import_params, read_folder, write_folder
-from gpt2_jax.model import GPT2, GPT2Config, count_params
-from gpt2_jax.step import token_losses
-from gpt2_jax.tokenizers import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
+from gpt2_jax.model.huggingface import config_from_hf, export_config, export_params, import_params, read_folder, write_folder
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config, count_params
+from gpt2_jax.training.step import token_losses
+from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer, Gpt2Tokenizer
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT / 'tests/fixtures/tiny_gpt2'
@@ -337,7 +339,7 @@ def test_the_folder_of_a_converted_run_is_one_like_any_other(tmp_path):
     source = shutil.copytree(FIXTURE, tmp_path / 'source')
     (source / convert.OUR_TOKENIZER).write_text(tokenizers.to_json(LETTERS))
     convert_fixture(source, ckpt_dir=tmp_path / 'run')
-    restored = checkpoint.load(tmp_path / 'run', 'best')
+    restored = checkpoints.load(tmp_path / 'run', 'best')
     assert (restored.step, restored.tokenizer, restored.meta['corpus']['fallback']) == (0, LETTERS, False)
     assert config.from_json((tmp_path / 'run/config.json').read_text()) == restored.config
     assert tokenizers.from_json((tmp_path / 'run/tokenizer.json').read_text()) == LETTERS
@@ -355,7 +357,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoint.Checkpoints, 'save', full_disk)
+    monkeypatch.setattr(checkpoints.Checkpoints, 'save', full_disk)
     (tmp_path / 'bytes.json').write_text(tokenizers.to_json(LETTERS))
     with pytest.raises(OSError, match='No space'):
         convert_fixture(FIXTURE, ckpt_dir=tmp_path / 'run', tokenizer_file=tmp_path / 'bytes.json')
@@ -377,7 +379,7 @@ def test_the_tokenizer_must_fit(tmp_path, monkeypatch):
             convert_fixture(FIXTURE, **options)
     options['tokenizer_file'].write_text(tokenizers.to_json(CharTokenizer(LETTERS.alphabet[:60])))
     assert 'last 4 rows of wte belong to no token' in convert_fixture(FIXTURE, **options)
-    kept = checkpoint.load(tmp_path / 'run', 'best').params['wte']['embedding']
+    kept = checkpoints.load(tmp_path / 'run', 'best').params['wte']['embedding']
     assert np.array_equal(kept, read_folder(FIXTURE)[1]['wte.weight'][:60])
     monkeypatch.setattr(convert, 'MOST_PADDING', 3)
     with pytest.raises(UserError, match='for 64 tokens, but the char tokenizer has 60'):
@@ -394,7 +396,7 @@ def test_gpt2s_tokenizer_goes_out_as_published_and_comes_back(tmp_path, monkeypa
     write_folder(source, export_config(model.cfg, None), export_params(rough_params(model), model.cfg))
     (source / 'merges.txt').write_text(f'#version: 0.2\n{merges}')
     convert_fixture(source, ckpt_dir=tmp_path / 'run')
-    assert checkpoint.load(tmp_path / 'run', 'best').tokenizer == tokenizer
+    assert checkpoints.load(tmp_path / 'run', 'best').tokenizer == tokenizer
     convert.to_hf(tmp_path / 'run', 'latest', tmp_path / 'out', notify=lambda text: None)
     assert (tmp_path / 'out/merges.txt').read_bytes() == (source / 'merges.txt').read_bytes()
     vocab = json.loads((tmp_path / 'out/vocab.json').read_text('utf-8'))
@@ -407,7 +409,7 @@ def test_gpt2s_tokenizer_goes_out_as_published_and_comes_back(tmp_path, monkeypa
     for i, form in enumerate((pairs, merges.splitlines())):  # the two forms of transformers' own file
         (tmp_path / 'out/tokenizer.json').write_text(json.dumps({'model': {'type': 'BPE', 'merges': form}}))
         convert_fixture(tmp_path / 'out', ckpt_dir=tmp_path / f'again{i}')
-        assert checkpoint.load(tmp_path / f'again{i}', 'best').tokenizer == tokenizer
+        assert checkpoints.load(tmp_path / f'again{i}', 'best').tokenizer == tokenizer
 
 
 class FakeHub:

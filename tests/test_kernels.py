@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
-from gpt2_jax import fused, gelu_kernel, loss_kernel, norm_kernel, triton_call
+from gpt2_jax.kernels import cross_entropy, gelu, launch, norm
+from gpt2_jax.training import fused_step
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
-from gpt2_jax.loss_kernel import head_loss
-from gpt2_jax.optim import apply_update, make_optimizer, make_schedule
-from gpt2_jax.step import init_state, make_train_step, token_losses
+from gpt2_jax.kernels.cross_entropy import head_loss
+from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
+from gpt2_jax.training.step import init_state, make_train_step, token_losses
 from gpt2_jax.train import train
 
 # Three heads and a width that is no power of two; two blocks of queries; an odd vocabulary, in more than one block.
@@ -29,14 +30,14 @@ OPEN, FUSED = (dict(kernels='open', implementation='explicit'), dict(kernels='fu
 def several_rows_a_program():
     """As on a GPU, where rows are many more than programs, and a vocabulary has several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm_kernel, 'NORM_PROGRAMS', 64)
-        patch.setattr(gelu_kernel, 'GELU_PROGRAMS', 16)
-        patch.setattr(loss_kernel, 'COLUMNS', 64)
+        patch.setattr(norm, 'NORM_PROGRAMS', 64)
+        patch.setattr(gelu, 'GELU_PROGRAMS', 16)
+        patch.setattr(cross_entropy, 'COLUMNS', 64)
         yield
 
 
 def optimizer(implementation, clip_norm=0.1):
-    make = fused.make_optimizer if implementation == 'fused' else functools.partial(
+    make = fused_step.make_optimizer if implementation == 'fused' else functools.partial(
         make_optimizer, implementation=implementation)
     return make(schedule=SCHEDULE, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=clip_norm)
 
@@ -77,7 +78,7 @@ def test_gradients_equal_the_open_model(changes):
 
 def test_cudnn_attention_between_the_kernels(monkeypatch):
     """Its three products, and the biases moved about, with XLA's attention in the place of cuDNN's."""
-    monkeypatch.setattr(fused, 'CUDNN', 'xla')
+    monkeypatch.setattr(fused_step, 'CUDNN', 'xla')
     check_equal(first_update(**FUSED, attention='cudnn', n_layer=1), first_update(**OPEN, n_layer=1), 1e-5)
 
 
@@ -122,7 +123,7 @@ def test_updates_equal_the_explicit_optimizer():
 
 @pytest.mark.parametrize('changes', [{}, DROPOUT])
 def test_it_compiles_for_a_gpu_as_far_as_that_goes_without_one(monkeypatch, changes):
-    monkeypatch.setattr(triton_call, 'interprets', lambda: False)
+    monkeypatch.setattr(launch, 'interprets', lambda: False)
     model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16', kernels='fused') | changes)
     update = jax.jit(make_train_step(model, optimizer('fused'), SCHEDULE, seed=0, accumulate=1))
     state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
@@ -150,14 +151,14 @@ def test_where_the_kernels_do_not_go(tmp_path):
             config[section][name] = value
         return resolve(config)
 
-    fused.check(config(), 'gpu')
+    fused_step.check(config(), 'gpu')
     for key, value, says in (
             ('model__dtype', 'float32', 'bfloat16'), ('model__activation_function', 'gelu', 'gelu_new'),
             ('model__n_embd', 96, 'n_embd / n_head = 48, that is a power of two'),
             ('train__seq_len', 96, 'seq_len = 96 to be a multiple of 64'),
             ('train__batch_size', 24, '24 rows x 128 tokens .* multiple of 2,048'), ('mesh__data', 2, 'one device')):
         with pytest.raises(UsageError, match=says):
-            fused.check(config(**{key: value}), 'gpu')
+            fused_step.check(config(**{key: value}), 'gpu')
     for changes, says in (({}, r"model.kernels and optim.implementation = 'fused' need an NVIDIA GPU, .* cpu; else"),
                           ({'model__kernels': 'open'}, r"^optim.implementation = 'fused' needs an NVIDIA GPU"),
                           ({'optim__implementation': 'optax'}, r"^model.kernels = 'fused' needs an NVIDIA GPU")):
@@ -189,7 +190,7 @@ def test_every_logit_matters_to_the_loss():
 
 def test_the_target_is_read_before_it_is_overwritten():
     """The gradient takes the memory of the logits, on a GPU; the interpreter has two arrays, and sees nothing of it."""
-    call = jax.make_jaxpr(lambda logits, targets: loss_kernel._softmax_gradient(logits, targets, 300))(
+    call = jax.make_jaxpr(lambda logits, targets: cross_entropy._softmax_gradient(logits, targets, 300))(
         jnp.zeros((8, 384)), jnp.zeros(8, jnp.int32)).eqns[-1]
     kernel = call.params['jaxpr']
     _, logits, gradient, _ = kernel.invars

@@ -11,23 +11,8 @@ import pytest
 from tiny import flat, rough_params, shapes, tiny, tokens
 
 from gpt2_jax.config import default_config
-from gpt2_jax.model import (
-    ACTIVATIONS,
-    GPT2,
-    MLP,
-    CausalSelfAttention,
-    GPT2Config,
-    LayerNorm,
-    count_params,
-    dropout_seeds,
-    explicit_attention,
-    flops_per_token,
-    init_cache,
-    init_params,
-    keep_mask,
-    product,
-)
-from gpt2_jax.step import token_losses
+from gpt2_jax.model.gpt2 import ACTIVATIONS, CausalSelfAttention, GPT2, GPT2Config, LayerNorm, MLP, count_params, dropout_seeds, explicit_attention, flops_per_token, init_cache, init_params, keep_mask, product
+from gpt2_jax.training.step import token_losses
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)  # fp32 against fp64, for values about 1
 erf = np.vectorize(math.erf)

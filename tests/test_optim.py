@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import flat, shapes, tiny
 
-from gpt2_jax.optim import decay_mask, make_optimizer, make_schedule
+from gpt2_jax.training.optim import decay_mask, make_optimizer, make_schedule
 
 IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['optax', 'explicit'])
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpt2_jax.parallel import peak_flops
+from gpt2_jax.parallel.mesh import peak_flops
 
 # data x fsdp x tensor
 ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
@@ -22,9 +22,9 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
     """A few updates and an evaluation on one mesh, and how the state lies on it."""
     from tiny import flat
 
-    from gpt2_jax import parallel
+    from gpt2_jax.parallel import mesh
     from gpt2_jax.config import default_config, resolve
-    from gpt2_jax.recipe import build
+    from gpt2_jax.training.setup import build
     config = default_config()
     config.model.update(n_layer=1, n_head=HEADS, n_embd=32, n_positions=T,
                         embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
@@ -44,9 +44,9 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
         compiled = []
         return call
 
-    in_turn, parallel.in_turn = parallel.in_turn, compile_and_keep
+    in_turn, mesh.in_turn = mesh.in_turn, compile_and_keep
     train_step, evaluate, state, records = recipe.train_step(), recipe.evaluator(), recipe.new_state(), []
-    parallel.in_turn = in_turn
+    mesh.in_turn = in_turn
     for step in range(STEPS):
         state, metrics = train_step(state, recipe.batch(step))
         records.append({name: float(value) for name, value in metrics.items()})

@@ -18,21 +18,13 @@ from tiny import rough_params, tiny, tokens
 
 from gpt2_jax import convert
 from gpt2_jax.config import default_config
-from gpt2_jax.generate import Sampling, generate
-from gpt2_jax.huggingface import (
-    ACTIVATIONS,
-    config_from_hf,
-    export_config,
-    export_params,
-    import_params,
-    read_folder,
-    write_folder,
-)
-from gpt2_jax.model import ACTIVATIONS as OURS
-from gpt2_jax.model import GPT2, GPT2Config
-from gpt2_jax.optim import make_optimizer
-from gpt2_jax.step import init_state, make_train_step, token_losses
-from gpt2_jax.tokenizers import ByteTokenizer, Gpt2Tokenizer
+from gpt2_jax.inference.decoding import Sampling, generate
+from gpt2_jax.model.huggingface import ACTIVATIONS, config_from_hf, export_config, export_params, import_params, read_folder, write_folder
+from gpt2_jax.model.gpt2 import ACTIVATIONS as OURS
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config
+from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.step import init_state, make_train_step, token_losses
+from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: nothing here is fetched
 torch = pytest.importorskip('torch')

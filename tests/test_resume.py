@@ -13,7 +13,7 @@ import runs
 from runs import make_config
 
 from gpt2_jax import train as train_lib
-from gpt2_jax.checkpoint import steps_in
+from gpt2_jax.workdir.checkpoints import steps_in
 from gpt2_jax.errors import UsageError, UserError
 
 STEPS = runs.SMALL['train.steps']

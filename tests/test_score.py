@@ -15,10 +15,12 @@ from bpe import SMALL
 from test_huggingface import FIXTURE, LETTERS, convert_fixture
 from tiny import rough_params, tiny
 
-from gpt2_jax import checkpoint, lambada, score, tokenizers
+from gpt2_jax.data import tokenizers
+from gpt2_jax.inference import lambada, score
+from gpt2_jax.workdir import checkpoints
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.tokenizers import ByteTokenizer, CharTokenizer
+from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -38,15 +40,15 @@ def run(tmp_path_factory):
     return folder
 
 
-def restored(tokenizer=SMALL, seed=0, **changes) -> checkpoint.Restored:
-    """A small random model, as checkpoint.load gives one."""
+def restored(tokenizer=SMALL, seed=0, **changes) -> checkpoints.Restored:
+    """A small random model, as checkpoints.load gives one."""
     model = tiny(vocab_size=tokenizer.vocab_size, **changes)
     config = default_config()
     config.model.update({name: value for name, value in dataclasses.asdict(model.cfg).items() if name != 'vocab_size'})
-    return checkpoint.Restored(7, model, rough_params(model, seed), tokenizer, resolve(config), {})
+    return checkpoints.Restored(7, model, rough_params(model, seed), tokenizer, resolve(config), {})
 
 
-def by_hand(model: checkpoint.Restored):
+def by_hand(model: checkpoints.Restored):
     """The function losses(ids) -> (nats, right) of ids[1:], each given all before it: (N - 1,) each, in fp64."""
     forward = jax.jit(model.model.apply)
 
@@ -61,7 +63,7 @@ def by_hand(model: checkpoint.Restored):
 
 def test_the_validation_text_gives_trainings_own_figure(run):
     summary = json.loads((run / 'run/summary.json').read_text())
-    model = checkpoint.load(run / 'run', 'latest')
+    model = checkpoints.load(run / 'run', 'latest')
     context = model.model.cfg.n_positions
     for stride in (None, context):  # the context by default
         got = score.score_text(model, str(run / 'val.txt'), stride=stride, rows=runs.SMALL['train.batch_size'])

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from bpe import MERGES, SMALL, TEXTS, published
 
-from gpt2_jax import data, documents, shards, tokenizers
+from gpt2_jax.data import documents, load, shards, tokenizers
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.shards import Tokens, from_text, open_shards, prepare
+from gpt2_jax.data.shards import Tokens, from_text, open_shards, prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -351,13 +351,13 @@ def test_script(texts, tmp_path):
 def test_a_holdout_takes_the_place_of_the_validation_text(tmp_path):
     (tmp_path / 'text.txt').write_text(''.join(map(chr, range(97, 117))) * 5)  # 100 characters
     settings = dict(corpus=str(tmp_path / 'text.txt'), tokenizer='char', val_fraction=0.2, fallback='')
-    whole, held = (data.load(**settings, holdout=share) for share in (0.0, 0.25))
+    whole, held = (load.load(**settings, holdout=share) for share in (0.0, 0.25))
     assert (len(whole.train), len(held.train), len(held.val)) == (80, 60, 20)
     assert np.array_equal(np.concatenate([held.train.read(0, 60), held.val.read(0, 20)]), whole.train.read(0, 80))
     assert held.name == whole.name and held.sha256 != whole.sha256
-    assert held.sha256 != data.load(**settings, holdout=0.5).sha256
+    assert held.sha256 != load.load(**settings, holdout=0.5).sha256
     with pytest.raises(UserError, match=r'data\.holdout = 0.001 leaves 80 of 80 training tokens to train on and 0 to'):
-        data.load(**settings, holdout=0.001)
+        load.load(**settings, holdout=0.001)
 
 
 def test_parts_of_tokens_in_pieces_are_no_copies():

@@ -10,9 +10,9 @@ import pytest
 from tiny import flat, rough_params, tiny, tokens
 
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.optim import make_schedule
-from gpt2_jax.recipe import build
-from gpt2_jax.step import TrainState, init_state, make_eval_step, make_train_step, token_losses
+from gpt2_jax.training.optim import make_schedule
+from gpt2_jax.training.setup import build
+from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step, token_losses
 
 SCHEDULE = make_schedule(learning_rate=1.0, end_learning_rate=0.1, warmup_steps=2, steps=10)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(SCHEDULE))  # AdamW has its own tests

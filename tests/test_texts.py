@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from bpe import SMALL
 
-from gpt2_jax import shards
+from gpt2_jax.data import shards
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.shards import Tokens
-from gpt2_jax.texts import count_words, open_text
-from gpt2_jax.tokenizers import ByteTokenizer, make_tokenizer
+from gpt2_jax.data.shards import Tokens
+from gpt2_jax.inference.texts import count_words, open_text
+from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
 
 TEXT = 'the  end, é\u00a0🎭 is near\n\n it\'s\there \n'
 OPTIONS = {'split': None, 'detokenizer': 'none', 'text_field': 'text'}

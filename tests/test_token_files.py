@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from bpe import MERGES, SMALL
 
-from gpt2_jax import data, tokenizers
+from gpt2_jax.data import load, tokenizers
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.token_files import open_token_files
+from gpt2_jax.data.bin_files import open_token_files
 
 IDS = np.random.default_rng(0).integers(0, SMALL.vocab_size, 1000).astype('<u2')
 SETTINGS = {'tokenizer': 'gpt2', 'val_fraction': 0.1, 'holdout': 0.0, 'fallback': ''}
@@ -37,7 +37,7 @@ def test_llm_c_files(folder, monkeypatch, backwards):
     monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
     found = glob.glob  # lists files in the order of the disk
     monkeypatch.setattr(glob, 'glob', lambda *args, **more: sorted(found(*args, **more), reverse=backwards))
-    dataset = data.load(corpus=f'{folder}/web_*.bin', **SETTINGS)
+    dataset = load.load(corpus=f'{folder}/web_*.bin', **SETTINGS)
     assert (dataset.name, dataset.tokenizer) == ('web', SMALL)
     assert dataset.train.read(0, 700).tolist() == IDS[:700].tolist()
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
@@ -108,9 +108,9 @@ def test_what_does_not_match(folder, monkeypatch):
                            (f'{folder}/*val*.bin', 'no train file among the 1 '),
                            (f'{folder}/x*.bin', 'no train file among the 0 '), ('train.bin', 'among the 0 ')):
         with pytest.raises(UserError, match=named):
-            data.load(corpus=pattern, **SETTINGS)
+            load.load(corpus=pattern, **SETTINGS)
     with pytest.raises(UsageError, match=r"data.tokenizer is 'char': set --config.data.tokenizer=gpt2"):
-        data.load(corpus=f'{folder}/*.bin', **SETTINGS | {'tokenizer': 'char'})
+        load.load(corpus=f'{folder}/*.bin', **SETTINGS | {'tokenizer': 'char'})
     (folder / 'web_train_1.bin').mkdir()
     with pytest.raises(UserError, match=r'cannot read .*web_train_1.bin: Is a directory'):
         open_token_files(f'{folder}/*.bin', SMALL)

@@ -5,9 +5,9 @@ import codecs
 import numpy as np
 import pytest
 
-from gpt2_jax import tokenizers
+from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.tokenizers import ByteTokenizer, CharTokenizer, make_tokenizer
+from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer, make_tokenizer
 
 TEXT = 'To be, or not…\r\nß 漢字 🎭 é'
 

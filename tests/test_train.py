@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from gpt2_jax import recipe, train
+from gpt2_jax import train
+from gpt2_jax.training import setup
 from gpt2_jax.config import default_config, resolve
 
 
@@ -24,4 +25,4 @@ def test_what_a_run_says_of_its_text(tmp_path, holdout, said):
     config = default_config()
     config.data.update(corpus=str(tmp_path / 'text.txt'), val_fraction=0.2, holdout=holdout)
     config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
-    assert sum(said in line for line in recipe.describe(recipe.build(resolve(config)))) == 1
+    assert sum(said in line for line in setup.describe(setup.build(resolve(config)))) == 1

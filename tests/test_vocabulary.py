@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from bpe import MERGES, SMALL
 
-from gpt2_jax import published, vocabulary
+from gpt2_jax import files
+from gpt2_jax.data import vocabulary
 from gpt2_jax.errors import UserError
-from gpt2_jax.tokenizers import make_tokenizer
+from gpt2_jax.data.tokenizers import make_tokenizer
 
 FILE = f'#version: 0.2\n{MERGES}'.encode()
 
@@ -21,7 +22,7 @@ def publish(tmp_path, monkeypatch):
     folders = {'XDG_CACHE_HOME': 'cache', 'GPT2_JAX_DATA_DIR': 'mine', 'TIKTOKEN_CACHE_DIR': 'tiktoken'}
     for name, folder in folders.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
-    source = published.Source('http://127.0.0.1:9/vocab.bpe', hashlib.sha256(FILE).hexdigest(), len(FILE))
+    source = files.Source('http://127.0.0.1:9/vocab.bpe', hashlib.sha256(FILE).hexdigest(), len(FILE))
     monkeypatch.setattr(vocabulary, 'SOURCE', source)
     monkeypatch.setattr(vocabulary, 'MERGES_SHA256', hashlib.sha256(MERGES.encode()).hexdigest())
 
@@ -78,9 +79,9 @@ def test_download_goes_to_the_cache(monkeypatch):
     def fetch(name, source, file):
         file.write(FILE)
         return hashlib.sha256(FILE).hexdigest()
-    monkeypatch.setattr(published, '_fetch', fetch)
+    monkeypatch.setattr(files, '_fetch', fetch)
     assert vocabulary.find_merges() == MERGES
-    monkeypatch.setattr(published, '_fetch', None)
+    monkeypatch.setattr(files, '_fetch', None)
     assert vocabulary.find_merges() == MERGES  # now from the cache
     assert os.listdir('cache/gpt2_jax/gpt2') == ['vocab.bpe'] and not Path('tiktoken').exists()
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from gpt2_jax.config import default_config
-from gpt2_jax.model import GPT2, GPT2Config, init_params
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
 
 
 def tiny(vocab_size=11, **changes) -> GPT2:

@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.model import ACTIVATIONS, Cache, GPT2Config, embed
-from gpt2_jax.triton_call import call
+from gpt2_jax.model.gpt2 import ACTIVATIONS, Cache, GPT2Config, embed
+from gpt2_jax.kernels.launch import call
 
 # Sizes of blocks and warps: the best of those tried on an H100 with GPT-2 124M.
 # A matrix is shared among so many programs, at least, with outputs from least to most for each, and read by blocks of

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from gpt2_jax import corpora, shards, token_files
+from gpt2_jax.data import bin_files, corpora, shards
 from gpt2_jax.errors import UsageError
-from gpt2_jax.tokenizers import make_tokenizer
+from gpt2_jax.data.tokenizers import make_tokenizer
 
 
 def load(*, corpus: str, tokenizer: str, val_fraction: float, holdout: float, fallback: str,
@@ -13,7 +13,7 @@ def load(*, corpus: str, tokenizer: str, val_fraction: float, holdout: float, fa
 
     With a `holdout`, that last part of the training tokens takes the place of the validation tokens. Where a named
     corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises UserError (see
-    corpora.find_text, shards.open_shards, hold_out and token_files.open_token_files), and UsageError where the tokens
+    corpora.find_text, shards.open_shards, hold_out and bin_files.open_token_files), and UsageError where the tokens
     are another tokenizer's.
     """
     dataset = _load(corpus, tokenizer, val_fraction, fallback, notify)
@@ -26,7 +26,7 @@ def _load(corpus: str, tokenizer: str, val_fraction: float, fallback: str,
         if tokenizer != 'gpt2':
             raise UsageError(f'{corpus} names files of GPT-2 tokens, but data.tokenizer is {tokenizer!r}: set '
                              '--config.data.tokenizer=gpt2')
-        return token_files.open_token_files(corpus, make_tokenizer(tokenizer, ''))
+        return bin_files.open_token_files(corpus, make_tokenizer(tokenizer, ''))
     if shards.is_prepared(corpus):
         dataset = shards.open_shards(corpus)
         if dataset.tokenizer.name != tokenizer:

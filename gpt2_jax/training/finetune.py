@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from gpt2_jax import checkpoint
+from gpt2_jax.workdir import checkpoints
 from gpt2_jax.errors import UsageError
-from gpt2_jax.recipe import Recipe
-from gpt2_jax.step import TrainState
+from gpt2_jax.training.setup import Recipe
+from gpt2_jax.training.step import TrainState
 
 # Settings that shape the parameters or say what they mean. Dropout and precision may be others than before.
 KEPT = ('n_layer', 'n_head', 'n_embd', 'n_inner', 'activation_function', 'layer_norm_epsilon', 'bias')
@@ -59,9 +59,9 @@ def start_state(parts: Recipe, run: Path, *, which: str = 'best', keep_optimizer
     return jax.device_put(state, parts.layout)
 
 
-def _fitting(parts: Recipe, run: Path, which: str, keep_optimizer: bool) -> checkpoint.Restored:
+def _fitting(parts: Recipe, run: Path, which: str, keep_optimizer: bool) -> checkpoints.Restored:
     """The checkpoint, where a run may start from it; raises UserError, UsageError naming each setting in the way."""
-    restored = checkpoint.load(run, which)
+    restored = checkpoints.load(run, which)
     old, new = restored.model.cfg, parts.model.cfg
     wrong = [f'model.{name} is {getattr(old, name)!r} there, {getattr(new, name)!r} here' for name in KEPT
              if getattr(old, name) != getattr(new, name)]
@@ -85,6 +85,6 @@ def _fitting(parts: Recipe, run: Path, which: str, keep_optimizer: bool) -> chec
 def _saved_optimizer(run: Path, step: int, like):
     """The optimizer state of a checkpoint, as numpy arrays; `like` gives its structure and shapes."""
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    with checkpoint._manager(run / checkpoint.FOLDER, read_only=True) as manager:
-        return checkpoint._restore(manager, step, train=ocp.args.StandardRestore(
+    with checkpoints._manager(run / checkpoints.FOLDER, read_only=True) as manager:
+        return checkpoints._restore(manager, step, train=ocp.args.StandardRestore(
             {'step': np.zeros((), np.int32), 'opt_state': like})).train['opt_state']

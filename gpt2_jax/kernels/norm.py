@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.model import keep_mask
-from gpt2_jax.triton_call import SEED_SPECS, call, only, seed_inputs, seeds_of
+from gpt2_jax.model.gpt2 import keep_mask
+from gpt2_jax.kernels.launch import SEED_SPECS, call, only, seed_inputs, seeds_of
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 NORM_ROWS, NORM_WARPS = 2, 2

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import jax
 
 from gpt2_jax import config as config_lib
-from gpt2_jax import parallel, recipe, texts
-from gpt2_jax.checkpoint import Restored
+from gpt2_jax.inference import texts
+from gpt2_jax.parallel import mesh
+from gpt2_jax.training import setup
+from gpt2_jax.workdir.checkpoints import Restored
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.evaluate import Evaluation
-from gpt2_jax.shards import Dataset, Tokens
-from gpt2_jax.tokenizers import Tokenizer
+from gpt2_jax.training.evaluate import Evaluation
+from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.data.tokenizers import Tokenizer
 
 ROWS = 8  # windows at once: the logits of 1,024 tokens are 0.2 GiB each with GPT-2's vocabulary
 MEMORY_KNOBS = 'lower --batch_size'
@@ -75,7 +77,7 @@ def make_windows(restored: Restored, *, context: int | None, stride: int | None,
     return windows
 
 
-def build(restored: Restored, windows: Windows, dataset: Dataset | None = None) -> tuple[recipe.Recipe, dict]:
+def build(restored: Restored, windows: Windows, dataset: Dataset | None = None) -> tuple[setup.Recipe, dict]:
     """The recipe that evaluates in these windows, and the parameters where it has them. Raises UserError.
 
     Its data are `dataset`, or the corpus of the run.
@@ -85,7 +87,7 @@ def build(restored: Restored, windows: Windows, dataset: Dataset | None = None) 
         config.mesh.update(data=1, fsdp=1, tensor=1)
     share = config.mesh.data * config.mesh.fsdp
     config.train.update(seq_len=windows.context, batch_size=math.ceil(windows.rows / share) * share, accumulate=1)
-    parts = recipe.build(config_lib.resolve(config), dataset)
+    parts = setup.build(config_lib.resolve(config), dataset)
     return parts, jax.device_put(restored.params, parts.layout.params)
 
 
@@ -103,7 +105,7 @@ def score_corpus(restored: Restored, *, split: str = 'val', context: int | None 
         config.data.corpus = trained_on['name']
     windows = make_windows(restored, context=context, stride=stride,
                            rows=rows or config.train.batch_size // config.train.accumulate)
-    with parallel.memory_errors(MEMORY_KNOBS):
+    with mesh.memory_errors(MEMORY_KNOBS):
         parts, params = build(restored, windows)
         now = parts.dataset
         if now.sha256 != trained_on['sha256']:
@@ -122,6 +124,6 @@ def score_text(restored: Restored, source: str, *, split: str | None = None, det
     windows = make_windows(restored, context=context, stride=stride, rows=rows)
     text = texts.open_text(source, restored.tokenizer, split=split, detokenizer=detokenizer, text_field=text_field)
     dataset = Dataset(text.name, restored.tokenizer, Tokens(()), text.tokens, '')
-    with parallel.memory_errors(MEMORY_KNOBS):
+    with mesh.memory_errors(MEMORY_KNOBS):
         parts, params = build(restored, windows, dataset)
         return Score(text.name, parts.evaluator(windows.stride)(params), windows, restored.tokenizer, detokenizer, text)

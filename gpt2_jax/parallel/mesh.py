@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.published import folders
+from gpt2_jax.files import folders
 
 # Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. The
 # peak of any other name is unknown, and not guessed from a part of it: an L40 is no L4, an H200 NVL no H200.

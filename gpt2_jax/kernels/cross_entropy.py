@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.triton_call import LOG2_E, call
+from gpt2_jax.kernels.launch import LOG2_E, call
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16

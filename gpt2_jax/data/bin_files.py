@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax import tokenizers
+from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UserError
-from gpt2_jax.shards import SPLITS, Dataset, Tokens, sha256_of
-from gpt2_jax.tokenizers import Tokenizer
+from gpt2_jax.data.shards import Dataset, SPLITS, Tokens, sha256_of
+from gpt2_jax.data.tokenizers import Tokenizer
 
 HEADER, MAGIC, VERSION = 256, 20240520, 1
 BLOCK = 1 << 22  # tokens checked at once

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from gpt2_jax.triton_call import LOG2_E, call, only
+from gpt2_jax.kernels.launch import LOG2_E, call, only
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax import batches, parallel
-from gpt2_jax.shards import Tokens
-from gpt2_jax.tokenizers import Tokenizer
+from gpt2_jax.data import batches
+from gpt2_jax.parallel import mesh
+from gpt2_jax.data.shards import Tokens
+from gpt2_jax.data.tokenizers import Tokenizer
 
 
 class Evaluation(NamedTuple):
@@ -27,7 +28,7 @@ def evaluate(eval_step, params, tokens: Tokens, tokenizer: Tokenizer, *, batch_s
     Deterministic. Rows are summed on the device in fp32, and over rows in fp64 on the host. The targets are the text
     but its first token, so their bytes are the text's less that token's.
     """
-    rows = [eval_step(params, parallel.put_batch(mesh, batch))
+    rows = [eval_step(params, mesh.put_batch(mesh, batch))
             for batch in batches.eval_batches(tokens, batch_size=batch_size, seq_len=seq_len, stride=stride)]
     nats = math.fsum(np.concatenate([np.asarray(nats_B, np.float64) for nats_B in rows]))
     n_tokens = len(tokens) - 1

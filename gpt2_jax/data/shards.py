@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax import documents, tokenizers
+from gpt2_jax.data import documents, tokenizers
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.tokenizers import Tokenizer
+from gpt2_jax.data.tokenizers import Tokenizer
 
 FORMAT = 1  # of manifest.json; a reader refuses any other
 SPLITS = ('train', 'val')

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.published import Source, download, folders
+from gpt2_jax.files import Source, download, folders
 
 NAMES = ('vocab.bpe', 'merges.txt')
 SOURCE = Source(url='https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',

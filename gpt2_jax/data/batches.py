@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.shards import Tokens
+from gpt2_jax.data.shards import Tokens
 
 Batch = dict[str, np.ndarray]
 

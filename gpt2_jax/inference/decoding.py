@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.model import GPT2, init_cache
-from gpt2_jax.tokenizers import Tokenizer
+from gpt2_jax.model.gpt2 import GPT2, init_cache
+from gpt2_jax.data.tokenizers import Tokenizer
 
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. Longer saves round trips to the
 # device, shorter streams more smoothly.
@@ -47,7 +47,7 @@ class Sampling:
 
 
 def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
-    """The model to generate with. `kernels` is 'open', 'fused' (see decode_kernels.py), or 'auto': fused on an NVIDIA
+    """The model to generate with. `kernels` is 'open', 'fused' (see decode.py), or 'auto': fused on an NVIDIA
     GPU in bfloat16, which they are made for, else open. `dtype` is as the setting model.dtype; '': the model's own.
 
     Raises UsageError where fused ones are asked for without a GPU.
@@ -87,8 +87,8 @@ def lay_out(model: GPT2, params):
         lambda path, leaf: leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf, params)
     if model.cfg.kernels == 'open':
         return params, params
-    from gpt2_jax import decode_kernels
-    return params, decode_kernels.lay_out(model.cfg, params)
+    from gpt2_jax.kernels import decode
+    return params, decode.lay_out(model.cfg, params)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -108,7 +108,7 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
     (B, CHUNK), the logits after them, and the cache. Tokens past the context are drawn too, and of no use: a loop of
     fixed length runs on a GPU without asking the host after each token whether to go on.
 
-    With model.kernels = 'fused' this is done by decode_kernels.py, but for choices it does not cover (top_p).
+    With model.kernels = 'fused' this is done by decode.py, but for choices it does not cover (top_p).
     """
     keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(jnp.arange(CHUNK))
 
@@ -120,10 +120,10 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
         return model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache
 
     if model.cfg.kernels == 'fused':
-        from gpt2_jax import decode_kernels
-        step = functools.partial(decode_kernels.next_logits, model.cfg, weights)
-        if sampling.top_p == 1 and logits_BV.shape[1] <= decode_kernels.MAX_VOCAB:
-            pick = decode_kernels.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
+        from gpt2_jax.kernels import decode
+        step = functools.partial(decode.next_logits, model.cfg, weights)
+        if sampling.top_p == 1 and logits_BV.shape[1] <= decode.MAX_VOCAB:
+            pick = decode.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
 
     def one(i, carry):
         logits_BV, cache, tokens_CB = carry

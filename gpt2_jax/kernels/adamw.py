@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.triton_call import call
+from gpt2_jax.kernels.launch import call
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 ADAMW_BLOCK, ADAMW_WARPS = 2048, 4

@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.model import keep_mask
-from gpt2_jax.triton_call import LOG2_E, SEED_SPECS, call, only, seed_inputs, seeds_of
+from gpt2_jax.model.gpt2 import keep_mask
+from gpt2_jax.kernels.launch import LOG2_E, SEED_SPECS, call, only, seed_inputs, seeds_of
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 BLOCK = 64  # queries that are worked on at a time, and keys; T is a multiple of it

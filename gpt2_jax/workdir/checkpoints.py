@@ -23,10 +23,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import config as config_lib
-from gpt2_jax import tokenizers
+from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2, GPT2Config, init_params
-from gpt2_jax.step import TrainState
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
+from gpt2_jax.training.step import TrainState
 
 SEAL = 'SHA256SUMS'
 FOLDER = 'checkpoints'

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax import documents, parallel, score, texts
-from gpt2_jax.checkpoint import Restored
+from gpt2_jax.data import documents
+from gpt2_jax.inference import score, texts
+from gpt2_jax.parallel import mesh
+from gpt2_jax.workdir.checkpoints import Restored
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.model import GPT2
-from gpt2_jax.shards import Dataset, Tokens
-from gpt2_jax.step import Batch, token_losses
-from gpt2_jax.tokenizers import Tokenizer
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.training.step import Batch, token_losses
+from gpt2_jax.data.tokenizers import Tokenizer
 
 
 class Passage(NamedTuple):
@@ -105,13 +107,13 @@ def score_lambada(restored: Restored, path: str, *, text_field: str = 'text', co
     T = min(windows.context, max(len(ids) - 1 for ids, _ in passages))
     dataset = Dataset(path, restored.tokenizer, Tokens(()), Tokens(()), '')
     figures = []
-    with parallel.memory_errors(score.MEMORY_KNOBS):
+    with mesh.memory_errors(score.MEMORY_KNOBS):
         parts, params = score.build(restored, windows, dataset)
-        answer_step = parallel.in_turn(parts.mesh, jax.jit(make_answer_step(
-            parts.model, parallel.make_gather(parts.mesh))))
+        answer_step = mesh.in_turn(parts.mesh, jax.jit(make_answer_step(
+            parts.model, mesh.make_gather(parts.mesh))))
         for first in range(0, len(passages), rows):
             some = passages[first:first + rows]
-            results = answer_step(params, parallel.put_batch(parts.mesh, _pad(some, rows, T)))
+            results = answer_step(params, mesh.put_batch(parts.mesh, _pad(some, rows, T)))
             for (ids, n_answer), nats_T, right_T in zip(some, *map(np.asarray, results), strict=False):
                 end = min(len(ids) - 1, T)
                 answer = slice(end - n_answer, end)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from gpt2_jax.config import SETTINGS
 from gpt2_jax.errors import UserError
-from gpt2_jax.model import GPT2, GPT2Config, init_params
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 

@@ -5,11 +5,11 @@ import dataclasses
 
 import numpy as np
 
-from gpt2_jax import corpora, documents, shards, token_files
-from gpt2_jax.detokenizers import make_detokenizer
+from gpt2_jax.data import bin_files, corpora, documents, shards
+from gpt2_jax.inference.detokenizers import make_detokenizer
 from gpt2_jax.errors import UsageError
-from gpt2_jax.shards import Dataset, Tokens
-from gpt2_jax.tokenizers import Gpt2Tokenizer, Tokenizer
+from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.data.tokenizers import Gpt2Tokenizer, Tokenizer
 
 DOCUMENTS = ('.jsonl', '.jsonl.gz', '.parquet')  # files that hold many texts
 BLOCK = 1 << 20  # tokens decoded at once
@@ -58,7 +58,7 @@ def _prepared(source: str, tokenizer: Tokenizer, split: str) -> Dataset | None:
         if not isinstance(tokenizer, Gpt2Tokenizer):
             raise UsageError(f"{source} names files of GPT-2 tokens, but the checkpoint's tokenizer is "
                              f'{tokenizer.name!r}: give the text itself')
-        return token_files.open_token_files(source, tokenizer, (split,))
+        return bin_files.open_token_files(source, tokenizer, (split,))
     if not shards.is_prepared(source):
         return None
     dataset = shards.open_shards(source)

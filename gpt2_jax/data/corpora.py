@@ -1,6 +1,6 @@
 """Where a text comes from: any text file, or a corpus by name, found locally or downloaded and verified.
 
-The text of a named corpus is `input.txt` in one of the corpus's folders (see published.py).
+The text of a named corpus is `input.txt` in one of the corpus's folders (see files.py).
 """
 
 import dataclasses
@@ -9,9 +9,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from gpt2_jax import published
+from gpt2_jax import files
 from gpt2_jax.errors import UserError
-from gpt2_jax.published import Source
+from gpt2_jax.files import Source
 
 CORPORA = {
     'tinyshakespeare': Source(
@@ -62,7 +62,7 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
 
 def _places(name: str) -> list[Path]:
     """The local places of a named corpus, in the order of search; the last one is the user's cache."""
-    return [folder / 'input.txt' for folder in published.folders(name)]
+    return [folder / 'input.txt' for folder in files.folders(name)]
 
 
 def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
@@ -99,7 +99,7 @@ def _download(name: str) -> Path:
     """Fetches a corpus into the user's cache."""
     source, (*_, path) = CORPORA[name], _places(name)
     try:
-        published.download(name, source, path)
+        files.download(name, source, path)
     except OSError as error:
         raise CorpusNotFound(
             f'no local copy of {name}, and its download failed ({str(error).strip("<>")}): put the text at '

@@ -16,7 +16,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.vocabulary import find_merges
+from gpt2_jax.data.vocabulary import find_merges
 
 ENCODE_BLOCK = 1 << 16  # characters: their code points then stay in the processor's cache, three times as fast
 NO_UTF8 = 'half of a surrogate pair has no UTF-8 bytes'

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.model import GPT2
-from gpt2_jax.optim import Optimizer, apply_update, as_parameters
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.training.optim import Optimizer, apply_update, as_parameters
 
 # A batch: 'inputs' and 'targets', int32 (B, T), where targets are the inputs one place later in the text; for
 # evaluation also 'mask' (B, T), 1.0 where the target counts.
@@ -58,8 +58,8 @@ def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule,
         return token_losses(logits_BTV, batch['targets']).sum() / n_targets
 
     if model.cfg.kernels == 'fused':
-        from gpt2_jax import fused  # Pallas is loaded where it is used
-        value_and_grad = functools.partial(fused.value_and_grad, model.cfg)
+        from gpt2_jax.training import fused_step
+        value_and_grad = functools.partial(fused_step.value_and_grad, model.cfg)
     else:
         value_and_grad = jax.value_and_grad(open_loss)
 

@@ -11,12 +11,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from gpt2_jax import batches, data, parallel, step
-from gpt2_jax.evaluate import Evaluation, evaluate
-from gpt2_jax.model import GPT2, GPT2Config, count_params, flops_per_token, init_params
-from gpt2_jax.optim import Optimizer, decay_mask, make_optimizer, make_schedule
-from gpt2_jax.shards import Dataset
-from gpt2_jax.writers import duration
+from gpt2_jax.data import batches, load
+from gpt2_jax.parallel import mesh
+from gpt2_jax.training import step
+from gpt2_jax.training.evaluate import Evaluation, evaluate
+from gpt2_jax.model.gpt2 import GPT2, GPT2Config, count_params, flops_per_token, init_params
+from gpt2_jax.training.optim import Optimizer, decay_mask, make_optimizer, make_schedule
+from gpt2_jax.data.shards import Dataset
+from gpt2_jax.workdir.log import duration
 
 # fp32 rate of one CPU core on small matrix products, as measured on a two-core server. Only for the hint that a recipe
 # was made for a GPU.
@@ -27,7 +29,7 @@ ROUNDING = {'float32': 'full fp32 matrix products', 'tf32': 'TF32 matrix product
 
 
 KERNELS = {'open': 'open: those that XLA makes of model.py',
-           'fused': 'fused: training by fused.py, decoding by decode_kernels.py, evaluation by model.py'}
+           'fused': 'fused: training by fused_step.py, decoding by decode_kernels.py, evaluation by model.py'}
 ATTENTION = {('open', 'explicit'): 'explicit, as in model.py', ('open', 'cudnn'): 'cudnn',
              ('fused', 'explicit'): 'fused, as in attention_kernel.py', ('fused', 'cudnn'): 'cudnn'}
 
@@ -69,7 +71,7 @@ class Recipe:
         return flops_per_token(self.model.cfg, self.config.train.seq_len)
 
     def check(self) -> None:
-        """Raises UsageError where GPU kernels are asked for in training and cannot do it; see fused.check."""
+        """Raises UsageError where GPU kernels are asked for in training and cannot do it; see fused_step.check."""
         model = self.config.model
         if 'fused' in (model.kernels, self.config.optim.implementation) or model.attention == 'cudnn':
             _fused().check(self.config, self.device.platform)
@@ -94,13 +96,13 @@ class Recipe:
                             self.shapes, self.layout)
 
     def _abstract_batch(self, rows: int, **dtypes):
-        shape, sharding = (rows, self.config.train.seq_len), parallel.batch_sharding(self.mesh)
+        shape, sharding = (rows, self.config.train.seq_len), mesh.batch_sharding(self.mesh)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
     def batch(self, index: int) -> step.Batch:
         """The batch of update number `index`, on the devices."""
         train = self.config.train
-        return parallel.put_batch(self.mesh, batches.rows(self.dataset.train, seed=train.seed, step=index,
+        return mesh.put_batch(self.mesh, batches.rows(self.dataset.train, seed=train.seed, step=index,
                                                           batch_size=train.batch_size, seq_len=train.seq_len))
 
     def train_step(self, pool: Executor | None = None):
@@ -111,10 +113,10 @@ class Recipe:
         train = self.config.train
         self.check()
         update = step.make_train_step(self.model, self.optimizer, self.schedule, seed=train.seed,
-                                      accumulate=train.accumulate, gather=parallel.make_gather(self.mesh))
+                                      accumulate=train.accumulate, gather=mesh.make_gather(self.mesh))
         jitted = jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None),
                          compiler_options=self._compiler_options)
-        return parallel.in_turn(self.mesh, _ahead(pool, jitted, lambda: (
+        return mesh.in_turn(self.mesh, _ahead(pool, jitted, lambda: (
             self.abstract_state(), self._abstract_batch(train.batch_size, inputs=np.int32, targets=np.int32))))
 
     def evaluator(self, stride: int | None = None, pool: Executor | None = None):
@@ -122,10 +124,10 @@ class Recipe:
 
         `stride` as in evaluate; `pool` as in train_step.
         """
-        train, gather = self.config.train, parallel.make_gather(self.mesh)
+        train, gather = self.config.train, mesh.make_gather(self.mesh)
         rows = train.batch_size // train.accumulate
         jitted = jax.jit(step.make_eval_step(self.model, gather), compiler_options=self._compiler_options)
-        eval_step = parallel.in_turn(self.mesh, _ahead(pool, jitted, lambda: (
+        eval_step = mesh.in_turn(self.mesh, _ahead(pool, jitted, lambda: (
             self.abstract_state().params,
             self._abstract_batch(rows, inputs=np.int32, targets=np.int32, mask=np.float32))))
 
@@ -138,7 +140,7 @@ class Recipe:
 
 def _fused():
     """The module, which loads Pallas: half a second that only those who use it wait."""
-    from gpt2_jax import fused
+    from gpt2_jax.training import fused_step
     return fused
 
 
@@ -155,8 +157,8 @@ def _ahead(pool: Executor | None, jitted, shapes: Callable):
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Recipe:
     """Loads the data, unless it is given, and lays everything out. `config` is a resolved one. Raises UserError."""
-    mesh = parallel.make_mesh(**config.mesh)
-    dataset = dataset or data.load(**config.data)
+    mesh = mesh.make_mesh(**config.mesh)
+    dataset = dataset or load.load(**config.data)
     model = GPT2(GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size))
     schedule, optim = schedule_of(config), config.optim
     make = _fused().make_optimizer if optim.implementation == 'fused' else functools.partial(
@@ -164,7 +166,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Recipe:
     optimizer = make(schedule=schedule, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
                      weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
     shapes = jax.eval_shape(lambda: step.init_state(init_params(model, 0), optimizer))
-    return Recipe(config, mesh, dataset, model, schedule, optimizer, shapes, parallel.shardings(mesh, shapes))
+    return Recipe(config, mesh, dataset, model, schedule, optimizer, shapes, mesh.shardings(mesh, shapes))
 
 
 def describe(recipe: Recipe) -> list[str]:
@@ -173,9 +175,9 @@ def describe(recipe: Recipe) -> list[str]:
     train, tokens, flops = config.train, recipe.tokens_per_step, recipe.flops_per_token
     leaves = list(zip(jax.tree.leaves(decay_mask(params)), jax.tree.leaves(params), strict=True))
     decayed, kept = ([leaf for decays, leaf in leaves if decays is which] for which in (True, False))
-    peak = parallel.peak_flops(recipe.device)
+    peak = mesh.peak_flops(recipe.device)
     lines = [
-        f'device     {parallel.describe_device(recipe.device)}; mesh data {config.mesh.data} x fsdp {config.mesh.fsdp} '
+        f'device     {mesh.describe_device(recipe.device)}; mesh data {config.mesh.data} x fsdp {config.mesh.fsdp} '
         f'x tensor {config.mesh.tensor}; jax {jax.__version__}',
         f'precision  {cfg.dtype}: {ROUNDING[cfg.dtype]}; parameters, moments, softmax, LayerNorm and loss in fp32'
         + ('; in training logits in bf16' if cfg.kernels == 'fused' else ''),

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from gpt2_jax import attention_kernel, gelu_kernel
-from gpt2_jax.adamw_kernel import ADAMW_VECTORS, adamw, adamw_vectors
+from gpt2_jax.kernels import attention, gelu
+from gpt2_jax.kernels.adamw import ADAMW_VECTORS, adamw, adamw_vectors
 from gpt2_jax.errors import UsageError
-from gpt2_jax.loss_kernel import head_loss
-from gpt2_jax.model import GPT2Config, add_rows, dropout, dropout_seeds, embed, product
-from gpt2_jax.norm_kernel import add_norm
-from gpt2_jax.optim import AdamWState, InPlace, decay_mask, zero_moments
+from gpt2_jax.kernels.cross_entropy import head_loss
+from gpt2_jax.model.gpt2 import GPT2Config, add_rows, dropout, dropout_seeds, embed, product
+from gpt2_jax.kernels.norm import add_norm
+from gpt2_jax.training.optim import AdamWState, InPlace, decay_mask, zero_moments
 
 # For tests on a CPU, which have no cuDNN, to replace.
 CUDNN = 'cudnn'
@@ -34,10 +34,10 @@ def check(config: ConfigDict, platform: str) -> None:
             "model.activation_function = 'gelu_new'": model.activation_function == 'gelu_new',
             f'a head width, n_embd / n_head = {head_dim}, that is a power of two from 16 to 128':
                 head_dim in (16, 32, 64, 128),
-            f'train.seq_len = {train.seq_len} to be a multiple of {attention_kernel.BLOCK}':
-                train.seq_len % attention_kernel.BLOCK == 0,
-            f'{rows} rows x {train.seq_len} tokens of a micro-batch to be a multiple of {gelu_kernel.ROWS:,}':
-                rows * train.seq_len % gelu_kernel.ROWS == 0,
+            f'train.seq_len = {train.seq_len} to be a multiple of {attention.BLOCK}':
+                train.seq_len % attention.BLOCK == 0,
+            f'{rows} rows x {train.seq_len} tokens of a micro-batch to be a multiple of {gelu.ROWS:,}':
+                rows * train.seq_len % gelu.ROWS == 0,
         }
     for need, is_met in needs.items():
         if asked and not is_met:
@@ -86,11 +86,11 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key):
             branch = cudnn_attention(y_ND, attn)
         else:
             qkv_BT3HK = affine(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
-            z_BTHK = attention_kernel.attention(qkv_BT3HK, attn['c_attn'].get('bias'),
+            z_BTHK = attention.attention(qkv_BT3HK, attn['c_attn'].get('bias'),
                                                 seeds_3[1] if cfg.attn_pdrop else None, cfg.attn_pdrop)
             branch = affine(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
         x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_2'], seeds_3[2])
-        h_NF = gelu_kernel.gelu(affine(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
+        h_NF = gelu.gelu(affine(y_ND, mlp['c_fc']), mlp['c_fc'].get('bias'))
         return x_ND, (affine(h_NF, mlp['c_proj']), mlp['c_proj'].get('bias'))
 
     x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
