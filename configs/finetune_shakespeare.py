@@ -7,7 +7,8 @@ Other sizes: --config=configs/finetune_shakespeare.py:gpt2-medium starts from ru
 --config.model.n_positions=512, crops the positions.
 """
 
-from gpt2_jax.config import PRESETS, default_config
+from gpt2_jax.architecture import PRESETS
+from gpt2_jax.config import default_config
 
 
 def get_config(size='gpt2'):
@@ -18,7 +19,7 @@ def get_config(size='gpt2'):
     config.train.init_from = f'runs/{size}'
     config.train.steps = 24
     config.train.batch_size = 32
-    config.train.accumulate = 8
+    config.train.grad_accum_steps = 8
     config.optim.learning_rate = config.optim.end_learning_rate = 3e-5
     config.optim.warmup_steps = 0
     config.eval.every = 6

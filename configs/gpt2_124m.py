@@ -2,11 +2,11 @@ r"""GPT-2 124M from nothing, on 10 billion tokens of web text that you bring.
 
     python scripts/train.py --config=configs/gpt2_124m.py --config.data.corpus='fineweb10B/*.bin'
     python scripts/train.py --config=configs/gpt2_124m.py --config.data.corpus=prepared/web \
-        --config.mesh.data=8 --config.train.accumulate=5
+        --config.mesh.data=8 --config.train.grad_accum_steps=5
 
 The first line reads token files of llm.c or nanoGPT, the second, on 8 GPUs, a folder that scripts/prepare.py
 --tokenizer=gpt2 has made. An update is 480 windows of 1,024 tokens, 0.49 million, worked off 12 at a time: more, by a
-smaller train.accumulate, where there is memory. On a single NVIDIA GPU --config.model.kernels=fused with
+smaller train.grad_accum_steps, where there is memory. On a single NVIDIA GPU --config.model.kernels=fused with
 --config.optim.implementation=fused is faster; --config.model.attention=cudnn takes cuDNN's attention.
 
 Hardware: GPUs with 40 GiB or more. Fused, with cuDNN's attention, an H100 takes 60 ms and 16 GB for 32 windows: 544,000
@@ -25,7 +25,7 @@ def get_config():
     config.data.tokenizer = 'gpt2'
     config.train.steps = 20_000
     config.train.batch_size = 480
-    config.train.accumulate = 40
+    config.train.grad_accum_steps = 40
     config.optim.learning_rate = 6e-4
     config.optim.end_learning_rate = 6e-5
     config.optim.warmup_steps = 700

@@ -20,21 +20,32 @@ import gpt2_jax
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
 
-WRONG_RESULT = 'get_config() must return what default_config() of gpt2_jax.config makes, with other values'
-STDIN_SECONDS = 2  # for the first byte of a piped prompt; name it by --prompt_file=- to wait for ever
+WRONG_RESULT = (
+    'get_config() must return what default_config() of gpt2_jax.config makes, with other values'
+)
+STDIN_SECONDS = (
+    2  # for the first byte of a piped prompt; name it by --prompt_file=- to wait for ever
+)
 
 
 def platform_flag() -> flags.FlagHolder:
     """--platform=auto|cpu|gpu|tpu."""
-    return flags.DEFINE_enum('platform', 'auto', ['auto', 'cpu', 'gpu', 'tpu'],
-                             'Device to run on; auto takes an accelerator where one is seen.')
+    return flags.DEFINE_enum(
+        'platform',
+        'auto',
+        ['auto', 'cpu', 'gpu', 'tpu'],
+        'Device to run on; auto takes an accelerator where one is seen.',
+    )
 
 
 def config_flag() -> flags.FlagHolder:
     """--config=FILE or FILE:ARGUMENT, and --config.SECTION.SETTING=VALUE for any of config.SETTINGS."""
     return config_flags.DEFINE_config_file(
-        'config', None, 'Configuration file, e.g. configs/quickstart.py; change single settings by '
-        '--config.train.steps=10. All of them: gpt2_jax/config.py.')
+        'config',
+        None,
+        'Configuration file, e.g. configs/quickstart.py; change single settings by '
+        '--config.train.steps=10. All of them: gpt2_jax/config.py.',
+    )
 
 
 def config_name() -> str:
@@ -46,8 +57,13 @@ def config_name() -> str:
 def config_arguments() -> list[str]:
     """The --config and --config.KEY of this command line, for another one."""
     holder = flags.FLAGS['config']
-    return [f'--config={config_flags.get_config_filename(holder)}',
-            *(f'--config.{key}={value}' for key, value in config_flags.get_override_values(holder).items())]
+    return [
+        f'--config={config_flags.get_config_filename(holder)}',
+        *(
+            f'--config.{key}={value}'
+            for key, value in config_flags.get_override_values(holder).items()
+        ),
+    ]
 
 
 def _check_config_flags(argv: list[str]) -> str | None:
@@ -62,8 +78,10 @@ def _check_config_flags(argv: list[str]) -> str | None:
         elif match := re.fullmatch(r'--?config(?:=(.*))?', arg):
             path = (match[1] or following).partition(':')[0]
             if not os.path.isfile(path):
-                raise UsageError(f'--config={path}: there is no such file; the path counts from the current folder, '
-                                 f'{os.getcwd()}')
+                raise UsageError(
+                    f'--config={path}: there is no such file; the path counts from the current folder, '
+                    f'{os.getcwd()}'
+                )
     return path
 
 
@@ -74,14 +92,20 @@ def _config_error(error: BaseException, path: str) -> UsageError:
         error = error.__cause__ or error.__context__
         frames += traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename == path]
-    if 'Attempting to lookup' in str(error):  # a setting of the command line, in something that has none
+    if 'Attempting to lookup' in str(
+        error
+    ):  # a setting of the command line, in something that has none
         return UsageError(f'{path}: {WRONG_RESULT}')
     where = f'{path}, line {frames[-1].lineno} ({frames[-1].line})' if frames else path
     what = f'{type(error).__name__}: {error}'
-    for key in re.findall(r'\w\.(\w+\.\w+)', frames[-1].line if frames else ''):  # config.train.steps -> train.steps
+    for key in re.findall(
+        r'\w\.(\w+\.\w+)', frames[-1].line if frames else ''
+    ):  # config.train.steps -> train.steps
         try:
             check_key(key)
-            what += f'; expected {describe(key)}' if isinstance(error, TypeError | ValueError) else ''
+            what += (
+                f'; expected {describe(key)}' if isinstance(error, TypeError | ValueError) else ''
+            )
         except UsageError as unknown:
             what = unknown
             break
@@ -91,7 +115,12 @@ def _config_error(error: BaseException, path: str) -> UsageError:
 def _check_config(config, path: str) -> None:
     """A configuration file must return all of our settings, and no others."""
     sections = config.to_dict() if isinstance(config, ConfigDict) else {}
-    keys = {f'{section}.{name}' for section, values in sections.items() if isinstance(values, dict) for name in values}
+    keys = {
+        f'{section}.{name}'
+        for section, values in sections.items()
+        if isinstance(values, dict)
+        for name in values
+    }
     if keys != set(SETTINGS):
         raise UsageError(f'{path}: {WRONG_RESULT}')
 
@@ -107,10 +136,14 @@ def _parse(argv: list[str]) -> list[str]:
         if 'config' in flags.FLAGS:
             print('\nSettings, each to be changed by --config.KEY=VALUE, and their defaults:')
             for key, (default, *_) in SETTINGS.items():
-                print(f'  {describe(key)} [{"open" if isinstance(default, type) else repr(default)}]')
+                print(
+                    f'  {describe(key)} [{"open" if isinstance(default, type) else repr(default)}]'
+                )
         sys.exit(0)
     if '--version' in argv:
-        libraries = ' '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax'))
+        libraries = ' '.join(
+            f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax')
+        )
         print(f'gpt2_jax {gpt2_jax.__version__} ({libraries}, Python {sys.version.split()[0]})')
         sys.exit(0)
     path = _check_config_flags(argv[1:])
@@ -123,14 +156,18 @@ def _parse(argv: list[str]) -> list[str]:
         if 'Error whilst parsing config file' in text:
             raise _config_error(error, path) from None
         if 'before a value for --config' in text:
-            raise UsageError('--config=FILE must come before the settings that change it, --config.KEY=VALUE') from None
+            raise UsageError(
+                '--config=FILE must come before the settings that change it, --config.KEY=VALUE'
+            ) from None
         key = re.search(r'--config\.([\w.]+)=', text)
         raise UsageError(f'{text}; expected {describe(key[1])}' if key else text) from None
     except Exception as error:  # whatever the code in a configuration file raises
         raise _config_error(error, path) from None
     if 'config' in flags.FLAGS:
         if path is None:
-            raise UsageError('--config is missing: name a configuration, e.g. --config=configs/quickstart.py')
+            raise UsageError(
+                '--config is missing: name a configuration, e.g. --config=configs/quickstart.py'
+            )
         _check_config(flags.FLAGS['config'].value, path)
     return rest
 
@@ -138,7 +175,9 @@ def _parse(argv: list[str]) -> list[str]:
 def no_more(arguments: list[str]) -> None:
     """Raises UsageError for arguments that belong to no flag."""
     if arguments:
-        raise UsageError(f'unexpected argument {arguments[0]!r}: settings are given as --name=value; see --help')
+        raise UsageError(
+            f'unexpected argument {arguments[0]!r}: settings are given as --name=value; see --help'
+        )
 
 
 def refuse(unused: Iterable[flags.FlagHolder], where: str) -> None:
@@ -157,14 +196,19 @@ def read_prompt(path: str | None) -> str:
             return ''
         # A pipe that nobody writes to, as background jobs inherit one, must not hang the program.
         if not select.select([sys.stdin], [], [], STDIN_SECONDS)[0]:
-            print(f'[nothing came from standard input in {STDIN_SECONDS} s: no prompt]', file=sys.stderr)
+            print(
+                f'[nothing came from standard input in {STDIN_SECONDS} s: no prompt]',
+                file=sys.stderr,
+            )
             return ''
     try:
         data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
         return data.decode('utf-8')
     except UnicodeDecodeError as error:
-        raise UsageError(f'{path or "standard input"} is not UTF-8 text: byte {data[error.start]:#04x} at offset '
-                         f'{error.start}') from None
+        raise UsageError(
+            f'{path or "standard input"} is not UTF-8 text: byte {data[error.start]:#04x} at offset '
+            f'{error.start}'
+        ) from None
 
 
 def _without_noise(unraisable) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from gpt2_jax.architecture import ACTIVATIONS, PRECISIONS, GPT2Config
 from gpt2_jax.errors import UsageError
 
 
@@ -43,84 +44,181 @@ def one_of(*values) -> Allowed:
 
 def or_none(allowed: Allowed) -> Allowed:
     """`allowed`, or left open."""
-    return Allowed(f'{allowed.words}, or left open', lambda value: value is None or allowed.test(value))
+    return Allowed(
+        f'{allowed.words}, or left open', lambda value: value is None or allowed.test(value)
+    )
 
 
 NAME = Allowed('a text that is not empty', bool)
 SWITCH = Allowed('True or False', lambda value: True)
 TEXT = Allowed('any text', lambda value: True)
 
+GPT2 = GPT2Config()  # the defaults of the model section
+
 # key -> (default, allowed values, meaning). The model's defaults are GPT-2's own (the 124M model); the optimizer's
 # are those with which models of that size are commonly trained (Brown et al. 2020, appendix B).
 SETTINGS = {
     # -- model: names and numbers of the published config.json
-    'model.n_layer': (12, at_least(1), 'number of blocks (L)'),
-    'model.n_head': (12, at_least(1), 'attention heads in a block (H)'),
-    'model.n_embd': (768, at_least(1), 'width of the residual stream (D)'),
-    'model.n_inner': (int, or_none(at_least(1)), 'width of the feed-forward layer (F); left open: 4 n_embd'),
-    'model.n_positions': (1024, at_least(1), 'learned positions: the longest context'),
-    'model.activation_function': ('gelu_new', one_of('gelu_new', 'gelu'), 'gelu_new: tanh GELU, as GPT-2; gelu: exact'),
-    'model.embd_pdrop': (0.1, below(0, 1), 'dropout on the embeddings'),
-    'model.attn_pdrop': (0.1, below(0, 1), 'dropout on the attention pattern'),
-    'model.resid_pdrop': (0.1, below(0, 1), 'dropout on what attention and MLP add to the residual stream'),
-    'model.layer_norm_epsilon': (1e-5, above(0), 'added to the variance in LayerNorm'),
-    'model.initializer_range': (0.02, above(0), 'standard deviation of the initial weights'),
-    'model.bias': (True, SWITCH, 'biases in the affine maps and LayerNorms, as GPT-2 has them'),
-    # fp32 by default: right on every device, and the faster one on CPUs. GPU recipes ask for bfloat16.
-    'model.dtype': ('float32', one_of('float32', 'tf32', 'bfloat16'),
-                    'of the matrix products; parameters, softmax, LayerNorm and loss are fp32 in each case'),
-    'model.remat': (False, SWITCH, 'recompute each block in the backward pass: less memory, a third more work'),
-    'model.attention': ('explicit', one_of('explicit', 'cudnn'),
-                        'explicit: every step in the open; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)'),
-    'model.kernels': ('open', one_of('open', 'fused'), 'of training and decoding: open: every step as in model.py; '
-                      'fused: the GPU kernels, which compute the same (one device)'),
+    'model.n_layer': (GPT2.n_layer, at_least(1), 'number of blocks (L)'),
+    'model.n_head': (GPT2.n_head, at_least(1), 'attention heads in a block (H)'),
+    'model.n_embd': (GPT2.n_embd, at_least(1), 'width of the residual stream (D)'),
+    'model.n_inner': (
+        int,
+        or_none(at_least(1)),
+        'width of the feed-forward layer (F); left open: 4 n_embd',
+    ),
+    'model.n_positions': (GPT2.n_positions, at_least(1), 'learned positions: the longest context'),
+    'model.activation_function': (
+        GPT2.activation_function,
+        one_of(*ACTIVATIONS),
+        'gelu_new: tanh GELU, as GPT-2; gelu: exact',
+    ),
+    'model.embd_pdrop': (GPT2.embd_pdrop, below(0, 1), 'dropout on the embeddings'),
+    'model.attn_pdrop': (GPT2.attn_pdrop, below(0, 1), 'dropout on the attention pattern'),
+    'model.resid_pdrop': (
+        GPT2.resid_pdrop,
+        below(0, 1),
+        'dropout on what attention and MLP add to the residual stream',
+    ),
+    'model.layer_norm_epsilon': (
+        GPT2.layer_norm_epsilon,
+        above(0),
+        'added to the variance in LayerNorm',
+    ),
+    'model.initializer_range': (
+        GPT2.initializer_range,
+        above(0),
+        'standard deviation of the initial weights',
+    ),
+    'model.bias': (
+        GPT2.bias,
+        SWITCH,
+        'biases in the affine maps and LayerNorms, as GPT-2 has them',
+    ),
+    'model.dtype': (
+        GPT2.dtype,
+        one_of(*PRECISIONS),
+        'of the matrix products; parameters, softmax, LayerNorm and loss are fp32 in each case',
+    ),
+    'model.remat': (
+        GPT2.remat,
+        SWITCH,
+        'recompute each block in the backward pass: less memory, a third more work',
+    ),
+    'model.attention': (
+        GPT2.attention,
+        one_of('xla', 'cudnn'),
+        'explicit: every step in the open; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)',
+    ),
+    'model.kernels': (
+        GPT2.kernels,
+        one_of('xla', 'fused'),
+        'of training and decoding: open: every step as in model.py; '
+        'fused: the GPU kernels, which compute the same (one device)',
+    ),
     # -- data
-    'data.corpus': ('tinyshakespeare', NAME, 'a corpus name, a text file, a folder made by scripts/prepare.py, or '
-                    "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)"),
-    'data.tokenizer': ('char', one_of('char', 'byte', 'gpt2'), 'how text becomes tokens; must match prepared ones'),
-    'data.val_fraction': (0.1, below(0, 1), 'the last part of a text, kept for validation; a folder has its own split'),
-    'data.holdout': (0.0, below(0, 1), 'the last part of the training text, to validate on instead of training on it: '
-                     'to choose recipes without a look at the validation text'),
-    'data.fallback': ('', TEXT, 'corpus to take, announced, where the one asked for can be had nowhere; empty: none'),
+    'data.corpus': (
+        'tinyshakespeare',
+        NAME,
+        'a corpus name, a text file, a folder made by scripts/prepare.py, or '
+        "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)",
+    ),
+    'data.tokenizer': (
+        'char',
+        one_of('char', 'byte', 'gpt2'),
+        'how text becomes tokens; must match prepared ones',
+    ),
+    'data.val_fraction': (
+        0.1,
+        below(0, 1),
+        'the last part of a text, kept for validation; a folder has its own split',
+    ),
+    'data.holdout': (
+        0.0,
+        below(0, 1),
+        'the last part of the training text, to validate on instead of training on it: '
+        'to choose recipes without a look at the validation text',
+    ),
+    'data.fallback': (
+        '',
+        TEXT,
+        'corpus to take, announced, where the one asked for can be had nowhere; empty: none',
+    ),
     # -- training
     'train.steps': (5000, at_least(1), 'updates in all'),
-    'train.batch_size': (64, at_least(1), 'windows per update, over all devices and micro-batches (B)'),
+    'train.batch_size': (
+        64,
+        at_least(1),
+        'windows per update, over all devices and micro-batches (B)',
+    ),
     'train.seq_len': (int, or_none(at_least(1)), 'tokens per window (T); left open: n_positions'),
-    'train.accumulate': (1, at_least(1), 'micro-batches an update is worked off in: less memory, the same gradient'),
+    'train.grad_accum_steps': (
+        1,
+        at_least(1),
+        'micro-batches an update is worked off in: less memory, the same gradient',
+    ),
     'train.seed': (0, below(0, 2**32), 'of initialisation, data order and dropout'),
-    'train.init_from': ('', TEXT, "the folder of a run to start from, as scripts/convert.py writes one; empty: random"),
-    'train.init_which': ('best', NAME, "the checkpoint there: 'best', 'latest' or a step"),
-    'train.init_optimizer': (False, SWITCH, 'go on with the optimizer of that checkpoint too, under a new schedule'),
+    'train.init_from': (
+        '',
+        TEXT,
+        'the folder of a run to start from, as scripts/convert.py writes one; empty: random',
+    ),
+    'train.init_step': ('best', NAME, "the checkpoint there: 'best', 'latest' or a step"),
+    'train.init_optimizer': (
+        False,
+        SWITCH,
+        'go on with the optimizer of that checkpoint too, under a new schedule',
+    ),
     # -- optimizer
-    'optim.implementation': ('optax', one_of('optax', 'explicit', 'fused'), 'of AdamW, clipping and schedule: '
-                             'optax has them; explicit: written out from their equations; fused: as GPU kernels'),
+    'optim.implementation': (
+        'optax',
+        one_of('optax', 'explicit', 'fused'),
+        'of AdamW, clipping and schedule: '
+        'optax has them; explicit: written out from their equations; fused: as GPU kernels',
+    ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
-    'optim.end_learning_rate': (6e-5, at_least(0), 'where the cosine ends; a tenth of the peak, as GPT-3'),
-    'optim.warmup_steps': (100, at_least(0), 'updates of linear warmup; a run that is shorter only warms up'),
+    'optim.end_learning_rate': (
+        6e-5,
+        at_least(0),
+        'where the cosine ends; a tenth of the peak, as GPT-3',
+    ),
+    'optim.warmup_steps': (
+        100,
+        at_least(0),
+        'updates of linear warmup; a run that is shorter only warms up',
+    ),
     'optim.beta1': (0.9, below(0, 1), 'decay of the first moment'),
     'optim.beta2': (0.95, below(0, 1), 'decay of the second moment'),
     'optim.eps': (1e-8, above(0), 'added to the root of the second moment'),
-    'optim.weight_decay': (0.1, at_least(0), 'decoupled decay of the matrices, times the learning rate'),
+    'optim.weight_decay': (
+        0.1,
+        at_least(0),
+        'decoupled decay of the matrices, times the learning rate',
+    ),
     'optim.clip_norm': (1.0, at_least(0), 'largest global gradient norm; 0: no clipping'),
     # -- evaluation, on the whole validation split
-    'eval.every': (250, at_least(1), 'updates between evaluations; the last update is always evaluated'),
-    'eval.sample_tokens': (300, at_least(0), 'length of the sample printed at each evaluation; 0: none'),
+    'eval.every': (
+        250,
+        at_least(1),
+        'updates between evaluations; the last update is always evaluated',
+    ),
+    'eval.sample_tokens': (
+        300,
+        at_least(0),
+        'length of the sample printed at each evaluation; 0: none',
+    ),
     # -- checkpoints
-    'checkpoint.every': (1000, at_least(1), 'updates between saves; improvements and the last update are saved too'),
+    'checkpoint.every': (
+        1000,
+        at_least(1),
+        'updates between saves; improvements and the last update are saved too',
+    ),
     # -- logging
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
     # -- devices: the mesh is data x fsdp x tensor
     'mesh.data': (1, at_least(1), 'devices that share the rows of a batch'),
     'mesh.fsdp': (1, at_least(1), 'devices that share rows, and hold the parameters in pieces'),
     'mesh.tensor': (1, at_least(1), 'devices that share heads and feed-forward columns'),
-}
-
-# The four published sizes (Radford et al. 2019, table 2), for config.model.update(PRESETS[name]).
-PRESETS = {
-    'gpt2': {'n_layer': 12, 'n_head': 12, 'n_embd': 768},
-    'gpt2-medium': {'n_layer': 24, 'n_head': 16, 'n_embd': 1024},
-    'gpt2-large': {'n_layer': 36, 'n_head': 20, 'n_embd': 1280},
-    'gpt2-xl': {'n_layer': 48, 'n_head': 25, 'n_embd': 1600},
 }
 
 # A run may go on with other values of these sections: none of them changes an update.
@@ -157,9 +255,12 @@ def check_key(key: str) -> None:
         return
     last = key.split('.')[-1]
     near = difflib.get_close_matches(key, SETTINGS, n=1) or [
-        full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
+        full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])
+    ]
     section = key.split('.')[0]
-    names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted({k.split('.')[0] for k in SETTINGS})
+    names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted(
+        {k.split('.')[0] for k in SETTINGS}
+    )
     hint = f'the nearest is {describe(near[0])}; ' if near else ''
     raise UsageError(f'there is no setting {key!r}; {hint}those that exist: {", ".join(names)}')
 
@@ -174,29 +275,35 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for key, value in flat.items():
         default, allowed, _ = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
-        if not (type(value) is kind or (value is None and isinstance(default, type))) or not allowed.test(value):
-            raise UsageError(f'{key} = {value!r} is not allowed; expected {kind.__name__}, {allowed.words} '
-                             f'({SETTINGS[key][2]})')
+        if not (
+            type(value) is kind or (value is None and isinstance(default, type))
+        ) or not allowed.test(value):
+            raise UsageError(
+                f'{key} = {value!r} is not allowed; expected {kind.__name__}, {allowed.words} '
+                f'({SETTINGS[key][2]})'
+            )
     model, train, mesh = config.model, config.train, config.mesh
     with config.unlocked():
         model.n_inner = model.n_inner or 4 * model.n_embd
         train.seq_len = train.seq_len or model.n_positions
-    rows = train.batch_size // train.accumulate
+    rows = train.batch_size // train.grad_accum_steps
     wrong = {
-        f'model.n_embd = {model.n_embd} must be a multiple of model.n_head = {model.n_head}':
-            model.n_embd % model.n_head,
-        f'train.seq_len = {train.seq_len} must be at most model.n_positions = {model.n_positions}':
-            train.seq_len > model.n_positions,
-        f'train.batch_size = {train.batch_size} must be a multiple of train.accumulate = {train.accumulate}':
-            train.batch_size % train.accumulate,
+        f'model.n_embd = {model.n_embd} must be a multiple of model.n_head = {model.n_head}': model.n_embd
+        % model.n_head,
+        f'train.seq_len = {train.seq_len} must be at most model.n_positions = {model.n_positions}': train.seq_len
+        > model.n_positions,
+        f'train.batch_size = {train.batch_size} must be a multiple of train.grad_accum_steps = {train.grad_accum_steps}': train.batch_size
+        % train.grad_accum_steps,
         f'optim.end_learning_rate = {config.optim.end_learning_rate} must be at most optim.learning_rate = '
-        f'{config.optim.learning_rate}': config.optim.end_learning_rate > config.optim.learning_rate,
-        f'the {rows} rows of a micro-batch must be a multiple of mesh.data x mesh.fsdp = {mesh.data * mesh.fsdp}':
-            rows % (mesh.data * mesh.fsdp),
-        f'model.n_head = {model.n_head} must be a multiple of mesh.tensor = {mesh.tensor}': model.n_head % mesh.tensor,
+        f'{config.optim.learning_rate}': config.optim.end_learning_rate
+        > config.optim.learning_rate,
+        f'the {rows} rows of a micro-batch must be a multiple of mesh.data x mesh.fsdp = {mesh.data * mesh.fsdp}': rows
+        % (mesh.data * mesh.fsdp),
+        f'model.n_head = {model.n_head} must be a multiple of mesh.tensor = {mesh.tensor}': model.n_head
+        % mesh.tensor,
         "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': the fused kernel knows no "
-        'dropout of the pattern and no fp32': model.attention == 'cudnn' and (
-            model.attn_pdrop > 0 or model.dtype != 'bfloat16'),
+        'dropout of the pattern and no fp32': model.attention == 'cudnn'
+        and (model.attn_pdrop > 0 or model.dtype != 'bfloat16'),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -219,12 +326,17 @@ def from_json(text: str) -> ConfigDict:
             try:
                 config[section][name] = value
             except (TypeError, ValueError):
-                raise UsageError(f'{key} = {value!r} is not allowed; expected {describe(key)}') from None
+                raise UsageError(
+                    f'{key} = {value!r} is not allowed; expected {describe(key)}'
+                ) from None
     return resolve(config)
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """{key: (old value, new value)} of the settings that differ and that a resumed run may not change."""
     old, new = flatten(old), flatten(new)
-    return {key: (old[key], new[key]) for key in SETTINGS
-            if old[key] != new[key] and key.split('.')[0] not in RESUMABLE_SECTIONS}
+    return {
+        key: (old[key], new[key])
+        for key in SETTINGS
+        if old[key] != new[key] and key.split('.')[0] not in RESUMABLE_SECTIONS
+    }

@@ -12,25 +12,33 @@ from typing import Any
 
 import jax
 
-from gpt2_jax.data import tokenizers, vocabulary
-from gpt2_jax.model import huggingface
-from gpt2_jax.training import setup
-from gpt2_jax.workdir import checkpoints
 from gpt2_jax import config as config_lib
-from gpt2_jax.errors import UserError
-from gpt2_jax.model.gpt2 import GPT2Config, count_params
-from gpt2_jax.data.shards import Dataset, Tokens
-from gpt2_jax.training.step import init_state
+from gpt2_jax.architecture import VOCAB_MULTIPLE, GPT2Config
+from gpt2_jax.data import tokenizers, vocabulary
+from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Gpt2Tokenizer, Tokenizer
+from gpt2_jax.errors import UserError
+from gpt2_jax.model import huggingface
+from gpt2_jax.model.params import count_params
+from gpt2_jax.training.setup import build
+from gpt2_jax.training.step import init_state
+from gpt2_jax.workdir import checkpoints as checkpoints_lib
+from gpt2_jax.workdir import checksums, restore
 
-OUR_TOKENIZER = 'gpt2_jax_tokenizer.json'  # `tokenizer.json` has a meaning of its own to transformers
-MOST_PADDING = 127  # rows: vocabularies are padded to a multiple of 64 or 128
+OUR_TOKENIZER = (
+    'gpt2_jax_tokenizer.json'  # `tokenizer.json` has a meaning of its own to transformers
+)
+MAX_PADDING = VOCAB_MULTIPLE - 1  # rows of wte that belong to no token
 HUB_FILES = (huggingface.CONFIG, huggingface.WEIGHTS, 'vocab.json', 'merges.txt')
 HUB_SECONDS = 10  # without an answer
 
 
-def from_hf(source: str, ckpt_dir: Path, tokenizer_file: str | None = None,
-            notify: Callable[[str], None] = print) -> None:
+def from_hf(
+    source: str,
+    ckpt_dir: Path,
+    tokenizer_file: str | None = None,
+    notify: Callable[[str], None] = print,
+) -> None:
     """Writes published weights, a folder or a name on the hub, as the folder of a run that stands at step 0.
 
     Its tokenizer is that of `tokenizer_file`, or of the published folder. Raises UserError.
@@ -46,49 +54,80 @@ def from_hf(source: str, ckpt_dir: Path, tokenizer_file: str | None = None,
     config = config_lib.resolve(config)
     params = huggingface.import_params(tensors, GPT2Config(**config.model, vocab_size=vocab_size))
     padding = vocab_size - tokenizer.vocab_size
-    if not 0 <= padding <= MOST_PADDING:
-        raise UserError(f'the weights of {source} are for {vocab_size:,} tokens, but the {tokenizer.name} tokenizer '
-                        f'has {tokenizer.vocab_size:,}: give the one they were trained with as --tokenizer=FILE')
+    if not 0 <= padding <= MAX_PADDING:
+        raise UserError(
+            f'the weights of {source} are for {vocab_size:,} tokens, but the {tokenizer.name} tokenizer '
+            f'has {tokenizer.vocab_size:,}: give the one they were trained with as --tokenizer=FILE'
+        )
     if padding:
-        notify(f'the last {padding} rows of wte belong to no token, and are left out: they were padding')
-        params['wte']['embedding'] = params['wte']['embedding'][:tokenizer.vocab_size]
+        notify(
+            f'the last {padding} rows of wte belong to no token, and are left out: they were padding'
+        )
+        params['wte']['embedding'] = params['wte']['embedding'][: tokenizer.vocab_size]
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(leaf)
     # No text stands behind it that could be gone back to; what it has in its place keeps a run from going on with it.
-    origin = Dataset(f'the weights of {source}', tokenizer, Tokens(()), Tokens(()), digest.hexdigest())
-    parts = setup.build(config, origin)
-    meta = {'config': config_lib.to_json(config), 'tokenizer': tokenizers.to_json(tokenizer), 'progress': {},
-            'log_sizes': {}, 'corpus': {'asked_for': source, 'name': origin.name, 'sha256': origin.sha256,
-                                        'fallback': False}}
-    with _new_folder(ckpt_dir) as partial, checkpoints.Checkpoints(partial / checkpoints.FOLDER) as checkpoints:
-        checkpoints.save(0, init_state(params, parts.optimizer), meta, None)
+    origin = Dataset(
+        f'the weights of {source}', tokenizer, Tokens(()), Tokens(()), digest.hexdigest()
+    )
+    setup = build(config, origin)
+    meta = {
+        'config': config_lib.to_json(config),
+        'tokenizer': tokenizers.to_json(tokenizer),
+        'progress': {},
+        'log_sizes': {},
+        'corpus': {
+            'asked_for': source,
+            'name': origin.name,
+            'sha256': origin.sha256,
+            'fallback': False,
+        },
+    }
+    with (
+        _new_folder(ckpt_dir) as partial,
+        checkpoints_lib.Checkpoints(partial / checksums.FOLDER) as checkpoints,
+    ):
+        checkpoints.save(0, init_state(params, setup.optimizer), meta, None)
         (partial / 'config.json').write_text(meta['config'], 'utf-8')
         (partial / 'tokenizer.json').write_text(meta['tokenizer'], 'utf-8')
         checkpoints.wait()
-    notify(f'wrote {ckpt_dir}: {count_params(params):,} parameters in fp32, {tokenizer.name} tokenizer\n'
-           f'sample from it: python scripts/sample.py --ckpt_dir={ckpt_dir}')
+    notify(
+        f'wrote {ckpt_dir}: {count_params(params):,} parameters in fp32, {tokenizer.name} tokenizer\n'
+        f'sample from it: python scripts/sample.py --ckpt_dir={ckpt_dir}'
+    )
 
 
 def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] = print) -> None:
     """Writes a checkpoint ('best', 'latest' or a step) as it is published, with its tokenizer. Raises UserError."""
-    restored = checkpoints.load(ckpt_dir, which)
+    restored = restore.load(ckpt_dir, which)
     cfg, tokenizer = restored.model.cfg, restored.tokenizer
     if isinstance(tokenizer, Gpt2Tokenizer):
         special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>')
-        about = {'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': cfg.n_positions, 'add_prefix_space': False}
+        about = {
+            'tokenizer_class': 'GPT2Tokenizer',
+            'model_max_length': cfg.n_positions,
+            'add_prefix_space': False,
+        }
         files = tokenizer.hub_files() | {'tokenizer_config.json': json.dumps(about | special)}
     else:
         files = {OUR_TOKENIZER: tokenizers.to_json(tokenizer)}
     with _new_folder(out) as partial:
-        huggingface.write_folder(partial, huggingface.export_config(cfg, tokenizer.separator),
-                                 huggingface.export_params(restored.params, cfg))
+        huggingface.write_folder(
+            partial,
+            huggingface.export_config(cfg, tokenizer.separator),
+            huggingface.export_params(restored.params, cfg),
+        )
         for name, text in files.items():
             (partial / name).write_text(text, 'utf-8')
     if not cfg.bias:
-        notify('the model has no biases; GPT-2 has: they were written as zeros, which changes nothing')
-    notify(f'wrote {out}: step {restored.step}, {count_params(restored.params):,} parameters in fp32, '
-           f'{tokenizer.name} tokenizer')
+        notify(
+            'the model has no biases; GPT-2 has: they were written as zeros, which changes nothing'
+        )
+    notify(
+        f'wrote {out}: step {restored.step}, {count_params(restored.params):,} parameters in fp32, '
+        f'{tokenizer.name} tokenizer'
+    )
 
 
 @contextlib.contextmanager
@@ -96,7 +135,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write in, which takes its name once all is written; else nothing is left. Nothing is overwritten."""
     folder = folder.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f'{folder} exists and is not an empty folder: choose another, or move it away')
+        raise UserError(
+            f'{folder} exists and is not an empty folder: choose another, or move it away'
+        )
     partial = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}.partial')
     try:
         partial.mkdir(parents=True)
@@ -109,10 +150,16 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
     """The tokenizer in a file, ours as JSON or GPT-2's merges; or the one that a published folder holds."""
     names = [OUR_TOKENIZER, *vocabulary.NAMES, 'tokenizer.json']
-    path = Path(file) if file else next((folder / name for name in names if (folder / name).exists()), None)
+    path = (
+        Path(file)
+        if file
+        else next((folder / name for name in names if (folder / name).exists()), None)
+    )
     if path is None:
-        raise UserError(f'{folder} has no tokenizer: expected {" or ".join(names)} there, or as --tokenizer=FILE, that '
-                        "may also be the tokenizer.json of a run's or a prepared folder")
+        raise UserError(
+            f'{folder} has no tokenizer: expected {" or ".join(names)} there, or as --tokenizer=FILE, that '
+            "may also be the tokenizer.json of a run's or a prepared folder"
+        )
     if path.suffix != '.json':
         return Gpt2Tokenizer(vocabulary.read_merges(path))
     try:
@@ -120,8 +167,10 @@ def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
         if 'model' not in content:
             return tokenizers.from_json(json.dumps(content))
         # As transformers writes it: each merge is 'left right', or a pair.
-        merges = ''.join(f'{merge if isinstance(merge, str) else " ".join(merge)}\n'
-                         for merge in content['model']['merges'])
+        merges = ''.join(
+            f'{merge if isinstance(merge, str) else " ".join(merge)}\n'
+            for merge in content['model']['merges']
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is no tokenizer: {type(error).__name__}: {error}') from None
     if hashlib.sha256(merges.encode()).hexdigest() != vocabulary.MERGES_SHA256:
@@ -134,24 +183,37 @@ def download(name: str) -> Path:
 
     Raises UserError that says how else to get the files.
     """
-    otherwise = (f'Otherwise fetch {", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into a folder, '
-                 'and give that')
+    otherwise = (
+        f'Otherwise fetch {", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into a folder, '
+        'and give that'
+    )
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f'there is no folder {name}; and to take it for a name on the hub, huggingface_hub must be '
-                        f"installed: pip install -e '.[hub]'. {otherwise}") from None
+        raise UserError(
+            f'there is no folder {name}; and to take it for a name on the hub, huggingface_hub must be '
+            f"installed: pip install -e '.[hub]'. {otherwise}"
+        ) from None
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=HUB_SECONDS)
         listed = {file.rfilename: file for file in info.siblings if file.rfilename in HUB_FILES}
-        paths = {file: Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha)) for file in listed}
-    except Exception as error:  # no network, no such model, a proxy's answer: the hub's library has many
+        paths = {
+            file: Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha))
+            for file in listed
+        }
+    except (
+        Exception
+    ) as error:  # no network, no such model, a proxy's answer: the hub's library has many
         text = ' '.join(str(error).split())[:200]
-        raise UserError(f'there is no folder {name}, and the hub could not be asked for it ({type(error).__name__}: '
-                        f'{text}). {otherwise}') from None
+        raise UserError(
+            f'there is no folder {name}, and the hub could not be asked for it ({type(error).__name__}: '
+            f'{text}). {otherwise}'
+        ) from None
     for file, path in paths.items():
         if not _is_published(path, listed[file]):
-            raise UserError(f'{path} is not the file that the hub publishes: delete it, and run this again')
+            raise UserError(
+                f'{path} is not the file that the hub publishes: delete it, and run this again'
+            )
     return paths[huggingface.CONFIG].parent if paths else Path(name)
 
 

@@ -27,7 +27,10 @@ class Source:
 
 def folders(name: str) -> list[Path]:
     """The local folders of NAME, in the order of search; the last one is in the user's cache."""
-    parents = [Path('data'), Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'gpt2_jax')]
+    parents = [
+        Path('data'),
+        Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'gpt2_jax'),
+    ]
     if data_dir := os.environ.get('GPT2_JAX_DATA_DIR'):
         parents.insert(1, Path(data_dir).expanduser())
     return [parent / name for parent in parents]
@@ -53,7 +56,11 @@ def download(name: str, source: Source, path: Path) -> None:
 
 def _fetch(name: str, source: Source, file) -> str:
     """Copies the URL into an open file, with progress on stderr; returns the SHA-256 of what arrived."""
-    print(f'downloading {name}, {source.n_bytes / 1e6:.1f} MB, from {source.url}', file=sys.stderr, flush=True)
+    print(
+        f'downloading {name}, {source.n_bytes / 1e6:.1f} MB, from {source.url}',
+        file=sys.stderr,
+        flush=True,
+    )
     digest, n_bytes = hashlib.sha256(), 0
     with urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response:
         while block := response.read(1 << 16):
@@ -61,6 +68,11 @@ def _fetch(name: str, source: Source, file) -> str:
             digest.update(block)
             n_bytes += len(block)
             if sys.stderr.isatty():
-                print(f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} ', end='', file=sys.stderr, flush=True)
+                print(
+                    f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} ',
+                    end='',
+                    file=sys.stderr,
+                    flush=True,
+                )
     print(f'\rdownloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Measures speed: training steps, decoding or start-up, as a table and as JSON.
 
-    python scripts/benchmark.py --config=configs/shakespeare.py
-    python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode --num_samples=32
-    python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
+python scripts/benchmark.py --config=configs/shakespeare.py
+python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode --num_samples=32
+python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
 """
 
 import json
@@ -16,41 +16,60 @@ from gpt2_jax import cli
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
 _WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode', 'startup'], 'What to measure.')
-_VOCAB_SIZE = flags.DEFINE_integer('vocab_size', 0, 'Random tokens of so many kinds; 0: the corpus.', lower_bound=0)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    'vocab_size', 0, 'Random tokens of so many kinds; 0: the corpus.', lower_bound=0
+)
 _WINDOWS = flags.DEFINE_integer('windows', 10, 'Measurements to take the median of.', lower_bound=1)
-_SECONDS = flags.DEFINE_float('seconds', 1.0, 'Length of a window of training steps.', lower_bound=0)
+_SECONDS = flags.DEFINE_float(
+    'seconds', 1.0, 'Length of a window of training steps.', lower_bound=0
+)
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at once.', lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded for each.', lower_bound=1)
 _TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
 
 
 # The flags that mean nothing to a measurement.
-UNUSED = {'train': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K), 'decode': (_SECONDS,),
-          'startup': (_VOCAB_SIZE, _SECONDS, _NUM_SAMPLES, _NEW_TOKENS, _TOP_K)}
+UNUSED = {
+    'train': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
+    'decode': (_SECONDS,),
+    'startup': (_VOCAB_SIZE, _SECONDS, _NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
+}
 
 
 def main(arguments: list[str]) -> None:
     """One call of the library, printed."""
     cli.no_more(arguments)
     cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
-    from gpt2_jax import benchmark, config
-    from gpt2_jax.parallel import mesh
-    from gpt2_jax.training import setup
-    from gpt2_jax.inference.decoding import Sampling
+    from gpt2_jax import config
+    from gpt2_jax.diagnostics import benchmark
+    from gpt2_jax.diagnostics.describe import describe
+    from gpt2_jax.inference.sampling import Sampling
+    from gpt2_jax.parallel import devices
+    from gpt2_jax.training.setup import build
+
     if _WHAT.value == 'startup':
-        train = [sys.executable, str(Path(__file__).with_name('train.py')), f'--platform={_PLATFORM.value}']
+        train = [
+            sys.executable,
+            str(Path(__file__).with_name('train.py')),
+            f'--platform={_PLATFORM.value}',
+        ]
         show(benchmark.bench_startup(train + cli.config_arguments(), _WINDOWS.value))
         return
-    mesh.select_platform(_PLATFORM.value)
+    devices.select_platform(_PLATFORM.value)
     data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None
-    parts = setup.build(config.resolve(_CONFIG.value), data)
-    print('\n'.join(setup.describe(parts)), flush=True)
+    setup = build(config.resolve(_CONFIG.value), data)
+    print('\n'.join(describe(setup)), flush=True)
     if _WHAT.value == 'train':
-        figures = benchmark.bench_train(parts, _WINDOWS.value, _SECONDS.value)
+        figures = benchmark.bench_train(setup, _WINDOWS.value, _SECONDS.value)
     else:
-        figures = benchmark.bench_decode(parts, _WINDOWS.value, _NUM_SAMPLES.value, _NEW_TOKENS.value,
-                                         Sampling(1.0, _TOP_K.value))
-    show(figures | {'device': mesh.describe_device(parts.device)})
+        figures = benchmark.bench_decode(
+            setup,
+            _WINDOWS.value,
+            _NUM_SAMPLES.value,
+            _NEW_TOKENS.value,
+            Sampling(1.0, _TOP_K.value),
+        )
+    show(figures | {'device': devices.describe_device(setup.device)})
 
 
 def show(figures: dict) -> None:

@@ -16,26 +16,36 @@ from absl import flags
 from gpt2_jax import cli
 from gpt2_jax.errors import UsageError
 
-_FROM_HF = flags.DEFINE_string('from_hf', None, 'The published folder, or a name on the hub, to read.')
+_FROM_HF = flags.DEFINE_string(
+    'from_hf', None, 'The published folder, or a name on the hub, to read.'
+)
 _TO_HF = flags.DEFINE_string('to_hf', None, 'The published folder to write.')
-_CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "The run's folder, to write or to read.", required=True)
-_WHICH = flags.DEFINE_string('which', 'best', "The checkpoint to read: 'best', 'latest' or a step.")
-_TOKENIZER = flags.DEFINE_string('tokenizer', None, 'The tokenizer of weights that come without: our tokenizer.json, '
-                                 'or merges.txt.')
+_CKPT_DIR = flags.DEFINE_string(
+    'ckpt_dir', None, "The run's folder, to write or to read.", required=True
+)
+_STEP = flags.DEFINE_string('step', 'best', "The checkpoint to read: 'best', 'latest' or a step.")
+_TOKENIZER = flags.DEFINE_string(
+    'tokenizer',
+    None,
+    'The tokenizer of weights that come without: our tokenizer.json, or merges.txt.',
+)
 
 
 def main(arguments: list[str]) -> None:
     """One call of the library."""
     cli.no_more(arguments)
     if (_FROM_HF.value is None) == (_TO_HF.value is None):
-        raise UsageError('give --from_hf=DIR to read published weights, or --to_hf=DIR to write them: one of the two')
+        raise UsageError(
+            'give --from_hf=DIR to read published weights, or --to_hf=DIR to write them: one of the two'
+        )
     from gpt2_jax import convert
-    from gpt2_jax.parallel import mesh
-    mesh.select_platform('cpu')  # nothing is computed
+    from gpt2_jax.parallel import devices
+
+    devices.select_platform('cpu')  # nothing is computed
     if _FROM_HF.value is not None:
         convert.from_hf(_FROM_HF.value, Path(_CKPT_DIR.value), _TOKENIZER.value)
     else:
-        convert.to_hf(Path(_CKPT_DIR.value), _WHICH.value, Path(_TO_HF.value))
+        convert.to_hf(Path(_CKPT_DIR.value), _STEP.value, Path(_TO_HF.value))
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
 """Evaluates a checkpoint: on its own corpus, on any text, or on LAMBADA's passages.
 
-    # a whole split of its own corpus: the same figures that training printed
-    python scripts/evaluate.py --ckpt_dir=runs/quickstart
-    python scripts/evaluate.py --ckpt_dir=runs/quickstart --which=latest --split=train
+# a whole split of its own corpus: the same figures that training printed
+python scripts/evaluate.py --ckpt_dir=runs/quickstart
+python scripts/evaluate.py --ckpt_dir=runs/quickstart --step=latest --split=train
 
-    # any text (file, .jsonl, .parquet, corpus by name), prepared folder or pattern of .bin files; with more context
-    python scripts/evaluate.py --ckpt_dir=runs/gpt2 --text=wiki.test.tokens --detokenizer=wikitext --stride=32
+# any text (file, .jsonl, .parquet, corpus by name), prepared folder or pattern of .bin files; with more context
+python scripts/evaluate.py --ckpt_dir=runs/gpt2 --text=wiki.test.tokens --detokenizer=wikitext --stride=32
 
-    # the last word of each passage
-    python scripts/evaluate.py --ckpt_dir=runs/gpt2 --lambada=lambada_test.jsonl
+# the last word of each passage
+python scripts/evaluate.py --ckpt_dir=runs/gpt2 --lambada=lambada_test.jsonl
 """
 
 from pathlib import Path
@@ -16,21 +16,44 @@ from pathlib import Path
 from absl import flags
 
 from gpt2_jax import cli
-from gpt2_jax.inference import detokenizers
 from gpt2_jax.errors import UsageError
+from gpt2_jax.inference import detokenizers
 
-_CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder, or a converted one.", required=True)
-_WHICH = flags.DEFINE_string('which', 'best', "The checkpoint: 'best', 'latest' or a step.")
-_SPLIT = flags.DEFINE_enum('split', None, ['val', 'train'], 'The part of a corpus or prepared folder; val by default.')
-_TEXT = flags.DEFINE_string('text', None, 'What to score in place of its own corpus: a text or tokens.')
-_LAMBADA = flags.DEFINE_string('lambada', None, 'Passages to score the last words of: a .jsonl or .parquet file.')
-_CONTEXT = flags.DEFINE_integer('context', None, 'Tokens in a window; by default as trained.', lower_bound=1)
-_STRIDE = flags.DEFINE_integer('stride', None, 'Windows begin this many tokens apart, and all but the first count only '
-                               'their last ones; by default the context: none is seen twice.', lower_bound=1)
-_DETOKENIZER = flags.DEFINE_enum('detokenizer', 'none', list(detokenizers.RULES), "The corpus's own way of spacing, to "
-                                 'be undone before scoring.')
-_TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'Where .jsonl and .parquet files have a text.')
-_ROWS = flags.DEFINE_integer('batch_size', None, 'Windows at once; by default as trained, 8 for texts.', lower_bound=1)
+_CKPT_DIR = flags.DEFINE_string(
+    'ckpt_dir', None, "A run's folder, or a converted one.", required=True
+)
+_STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a step.")
+_SPLIT = flags.DEFINE_enum(
+    'split', None, ['val', 'train'], 'The part of a corpus or prepared folder; val by default.'
+)
+_TEXT = flags.DEFINE_string(
+    'text', None, 'What to score in place of its own corpus: a text or tokens.'
+)
+_LAMBADA = flags.DEFINE_string(
+    'lambada', None, 'Passages to score the last words of: a .jsonl or .parquet file.'
+)
+_CONTEXT = flags.DEFINE_integer(
+    'context', None, 'Tokens in a window; by default as trained.', lower_bound=1
+)
+_STRIDE = flags.DEFINE_integer(
+    'stride',
+    None,
+    'Windows begin this many tokens apart, and all but the first count only '
+    'their last ones; by default the context: none is seen twice.',
+    lower_bound=1,
+)
+_DETOKENIZER = flags.DEFINE_enum(
+    'detokenizer',
+    'none',
+    list(detokenizers.RULES),
+    "The corpus's own way of spacing, to be undone before scoring.",
+)
+_TEXT_FIELD = flags.DEFINE_string(
+    'text_field', 'text', 'Where .jsonl and .parquet files have a text.'
+)
+_ROWS = flags.DEFINE_integer(
+    'batch_size', None, 'Windows at once; by default as trained, 8 for texts.', lower_bound=1
+)
 _PLATFORM = cli.platform_flag()
 
 
@@ -47,18 +70,30 @@ def main(arguments: list[str]) -> None:
         where, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
     cli.refuse(unused, where)
     from gpt2_jax.inference import lambada, score
-    from gpt2_jax.parallel import mesh
-    from gpt2_jax.workdir import checkpoints
-    mesh.select_platform(_PLATFORM.value)
-    restored = checkpoints.load(Path(_CKPT_DIR.value), _WHICH.value)
+    from gpt2_jax.parallel import devices
+    from gpt2_jax.workdir import restore
+
+    devices.select_platform(_PLATFORM.value)
+    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
     options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
     if _LAMBADA.value is not None:
-        result = lambada.score_lambada(restored, _LAMBADA.value, text_field=_TEXT_FIELD.value, **options)
+        result = lambada.score_lambada(
+            restored, _LAMBADA.value, text_field=_TEXT_FIELD.value, **options
+        )
     elif _TEXT.value is not None:
-        result = score.score_text(restored, _TEXT.value, split=_SPLIT.value, detokenizer=_DETOKENIZER.value,
-                                  text_field=_TEXT_FIELD.value, stride=_STRIDE.value, **options)
+        result = score.score_text(
+            restored,
+            _TEXT.value,
+            split=_SPLIT.value,
+            detokenizer=_DETOKENIZER.value,
+            text_field=_TEXT_FIELD.value,
+            stride=_STRIDE.value,
+            **options,
+        )
     else:
-        result = score.score_corpus(restored, split=_SPLIT.value or 'val', stride=_STRIDE.value, **options)
+        result = score.score_corpus(
+            restored, split=_SPLIT.value or 'val', stride=_STRIDE.value, **options
+        )
     print(f'step {restored.step}, {result}')
 
 

@@ -18,11 +18,19 @@ from gpt2_jax import cli
 from gpt2_jax.data import shards, tokenizers
 from gpt2_jax.errors import UsageError
 
-INPUT = flags.DEFINE_multi_string('input', [], 'Files: --input a.txt b.txt, or --input=a.txt --input=b.txt.')
-TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'Where .jsonl and .parquet files have the text of a document.')
+INPUT = flags.DEFINE_multi_string(
+    'input', [], 'Files: --input a.txt b.txt, or --input=a.txt --input=b.txt.'
+)
+TEXT_FIELD = flags.DEFINE_string(
+    'text_field', 'text', 'Where .jsonl and .parquet files have the text of a document.'
+)
 TOKENIZER = flags.DEFINE_enum('tokenizer', 'char', list(tokenizers.TOKENIZERS), 'What a token is.')
-OUT_DIR = flags.DEFINE_string('out_dir', None, 'The folder to write; it must not exist, or be empty.')
-VAL_FRACTION = flags.DEFINE_float('val_fraction', 0.1, 'The part of each file, at its end, kept for validation.')
+OUT_DIR = flags.DEFINE_string(
+    'out_dir', None, 'The folder to write; it must not exist, or be empty.'
+)
+VAL_FRACTION = flags.DEFINE_float(
+    'val_fraction', 0.1, 'The part of each file, at its end, kept for validation.'
+)
 # 64 Mi tokens are 64 MB of characters: a shard is hashed in a fraction of a second, and 100 GB are 1,500 files.
 SHARD_TOKENS = flags.DEFINE_integer('shard_tokens', 1 << 26, 'Tokens in one shard file, at most.')
 
@@ -30,22 +38,33 @@ SHARD_TOKENS = flags.DEFINE_integer('shard_tokens', 1 << 26, 'Tokens in one shar
 def main(more: list[str]) -> None:
     """Writes the folder and prints what it holds. `more`: the flag takes the first file of `--input a b`, not b."""
     if len(INPUT.value) > 1 and more:
-        raise UsageError(f'{more[0]!r} follows several --input flags, so the order of the texts is unclear: '
-                         f'give --input once, before all files, or once for each file')
+        raise UsageError(
+            f'{more[0]!r} follows several --input flags, so the order of the texts is unclear: '
+            f'give --input once, before all files, or once for each file'
+        )
     if not INPUT.value or not OUT_DIR.value:
-        raise UsageError(f'--{"out_dir" if INPUT.value else "input"} is missing: '
-                         f'python scripts/prepare.py --input FILES.. --tokenizer char|byte|gpt2 --out_dir DIR')
+        raise UsageError(
+            f'--{"out_dir" if INPUT.value else "input"} is missing: '
+            f'python scripts/prepare.py --input FILES.. --tokenizer char|byte|gpt2 --out_dir DIR'
+        )
     started = time.perf_counter()
-    manifest = shards.prepare(INPUT.value + more, OUT_DIR.value, tokenizer_name=TOKENIZER.value,
-                              val_fraction=VAL_FRACTION.value, shard_tokens=SHARD_TOKENS.value,
-                              text_field=TEXT_FIELD.value)
+    manifest = shards.prepare(
+        INPUT.value + more,
+        OUT_DIR.value,
+        tokenizer_name=TOKENIZER.value,
+        val_fraction=VAL_FRACTION.value,
+        shard_tokens=SHARD_TOKENS.value,
+        text_field=TEXT_FIELD.value,
+    )
     seconds = time.perf_counter() - started
     print(f'{"split":<8}{"tokens":>16}{"bytes":>16}{"shards":>8}')
     for split, about in manifest['splits'].items():
         print(f'{split:<8}{about["tokens"]:>16,}{about["bytes"]:>16,}{len(about["shards"]):>8}')
     n_bytes = sum(source['bytes'] for source in manifest['inputs'])
-    print(f'tokenizer {manifest["tokenizer"]["name"]}, vocabulary {manifest["tokenizer"]["vocab_size"]:,}, '
-          f'{manifest["dtype"]}; {n_bytes / 1e6:.1f} MB in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.0f} MB/s)')
+    print(
+        f'tokenizer {manifest["tokenizer"]["name"]}, vocabulary {manifest["tokenizer"]["vocab_size"]:,}, '
+        f'{manifest["dtype"]}; {n_bytes / 1e6:.1f} MB in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.0f} MB/s)'
+    )
     print(f'wrote {OUT_DIR.value}')
 
 

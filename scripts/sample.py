@@ -1,7 +1,7 @@
 """Writes text with a trained model. Needs nothing but the run's folder.
 
-    python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
-    echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --temperature=0.7 --top_k=20
+python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
+echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --temperature=0.7 --top_k=20
 """
 
 import sys
@@ -13,21 +13,44 @@ from gpt2_jax import cli
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder.", required=True)
-_WHICH = flags.DEFINE_string('which', 'best', "The checkpoint: 'best', 'latest' or a step.")
-_PROMPT = flags.DEFINE_string('prompt', None, 'The text to go on from; a newline by default. See --prompt_file.')
-_PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'A file with that text; - for standard input, read if piped.')
+_STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a step.")
+_PROMPT = flags.DEFINE_string(
+    'prompt', None, 'The text to go on from; a newline by default. See --prompt_file.'
+)
+_PROMPT_FILE = flags.DEFINE_string(
+    'prompt_file', None, 'A file with that text; - for standard input, read if piped.'
+)
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'How many texts.', lower_bound=1)
-_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 500, 'Length of each, in tokens.', lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0: always the most likely token; 1: as the model predicts.')
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', 500, 'Length of each, in tokens.', lower_bound=1
+)
+_TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.8, '0: always the most likely token; 1: as the model predicts.'
+)
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0: from all.')
-_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that have this probability; 1: from all.')
+_TOP_P = flags.DEFINE_float(
+    'top_p', 1.0, 'Draw from the fewest tokens that have this probability; 1: from all.'
+)
 _STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
-_SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1)
-_STRICT = flags.DEFINE_bool('strict_context', False, 'Refuse to go past the context; else it restarts from its end.')
-_KERNELS = flags.DEFINE_enum('kernels', 'auto', ['auto', 'open', 'fused'], 'How a token is computed: open: as model.py '
-                             'has it; fused: the same by GPU kernels; auto: fused on a GPU in bfloat16, else open.')
-_DTYPE = flags.DEFINE_enum('dtype', '', ['', 'float32', 'tf32', 'bfloat16'], 'Of the matrix products; as trained, by '
-                           'default. bfloat16 is the fastest on a GPU.')
+_SEED = flags.DEFINE_integer(
+    'seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1
+)
+_STRICT = flags.DEFINE_bool(
+    'strict_context', False, 'Refuse to go past the context; else it restarts from its end.'
+)
+_KERNELS = flags.DEFINE_enum(
+    'kernels',
+    'auto',
+    ['auto', 'xla', 'fused'],
+    'How a token is computed: open: as model.py '
+    'has it; fused: the same by GPU kernels; auto: fused on a GPU in bfloat16, else open.',
+)
+_DTYPE = flags.DEFINE_enum(
+    'dtype',
+    '',
+    ['', 'float32', 'tf32', 'bfloat16'],
+    'Of the matrix products; as trained, by default. bfloat16 is the fastest on a GPU.',
+)
 _PLATFORM = cli.platform_flag()
 
 
@@ -38,21 +61,36 @@ def main(arguments: list[str]) -> None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
     import jax  # only now: --help and errors in flags answer at once
 
-    from gpt2_jax.parallel import mesh
-    from gpt2_jax.workdir import checkpoints
-    from gpt2_jax.inference.decoding import Sampling, print_samples, set_up
+    from gpt2_jax.inference.decoding import set_up
+    from gpt2_jax.inference.sampling import Sampling
+    from gpt2_jax.inference.streaming import print_samples
+    from gpt2_jax.parallel import devices, faults
+    from gpt2_jax.workdir import restore
+
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
-    mesh.select_platform(_PLATFORM.value)
-    restored = checkpoints.load(Path(_CKPT_DIR.value), _WHICH.value)
+    devices.select_platform(_PLATFORM.value)
+    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
     model = set_up(restored.model, _KERNELS.value, _DTYPE.value)
-    print(f'[step {restored.step} of {_CKPT_DIR.value}; {mesh.describe_device(jax.devices()[0])}; '
-          f'{model.cfg.dtype}, {model.cfg.kernels} kernels]', file=sys.stderr)
-    with mesh.memory_errors('lower --num_samples'):
-        print_samples(model, jax.device_put(restored.params), restored.tokenizer, prompt,
-                      num_samples=_NUM_SAMPLES.value, max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling,
-                      stop=_STOP.value, seed=_SEED.value, strict_context=_STRICT.value,
-                      notify=lambda text: print(f'[{text}]', file=sys.stderr))
+    print(
+        f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
+        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',
+        file=sys.stderr,
+    )
+    with faults.memory_errors('sample'):
+        print_samples(
+            model,
+            jax.device_put(restored.params),
+            restored.tokenizer,
+            prompt,
+            num_samples=_NUM_SAMPLES.value,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            sampling=sampling,
+            stop=_STOP.value,
+            seed=_SEED.value,
+            strict_context=_STRICT.value,
+            notify=lambda text: print(f'[{text}]', file=sys.stderr),
+        )
 
 
 if __name__ == '__main__':

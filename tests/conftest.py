@@ -2,4 +2,6 @@
 
 import os
 
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')  # reaches the processes that tests start, too
+os.environ.setdefault(
+    'XLA_FLAGS', '--xla_backend_optimization_level=0'
+)  # reaches the processes that tests start, too

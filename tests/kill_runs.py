@@ -28,23 +28,44 @@ def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> sub
     """The run as a user starts it. The compilation cache takes nothing from it but time."""
     config = text.with_name('defaults.py')
     config.write_text('from gpt2_jax.config import default_config as get_config\n')
-    command = [sys.executable, ROOT / 'scripts/train.py', f'--config={config}', f'--workdir={workdir}',
-               '--platform=cpu', f'--config.data.corpus={text}',
-               *(f'--config.{key}={value}' for key, value in settings.items())]
-    env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        ROOT / 'scripts/train.py',
+        f'--config={config}',
+        f'--workdir={workdir}',
+        '--platform=cpu',
+        f'--config.data.corpus={text}',
+        *(f'--config.{key}={value}' for key, value in settings.items()),
+    ]
+    env = os.environ | {
+        'JAX_COMPILATION_CACHE_DIR': str(cache),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def unfinished(workdir: Path) -> set[tuple[str, int]]:
     """The checkpoints that are being written, or that were when the run was killed: name and inode."""
     folder = workdir / 'checkpoints'
-    return {(entry.name, entry.inode()) for entry in (os.scandir(folder) if folder.is_dir() else [])
-            if re.fullmatch(r'\d+(\.orbax-checkpoint-tmp.*)?', entry.name)
-            and not os.path.exists(os.path.join(entry.path, 'SHA256SUMS'))}
+    return {
+        (entry.name, entry.inode())
+        for entry in (os.scandir(folder) if folder.is_dir() else [])
+        if re.fullmatch(r'\d+(\.orbax-checkpoint-tmp.*)?', entry.name)
+        and not os.path.exists(os.path.join(entry.path, 'SHA256SUMS'))
+    }
 
 
-def kill(process: subprocess.Popen, workdir: Path, draw: random.Random, *, in_save: bool,
-         seconds: float = 0, delay: float = 0.05) -> str | None:
+def kill(
+    process: subprocess.Popen,
+    workdir: Path,
+    draw: random.Random,
+    *,
+    in_save: bool,
+    seconds: float = 0,
+    delay: float = 0.05,
+) -> str | None:
     """Kills the run in one of its next saves, or at a random moment; says when, or None where it ended before."""
     began, seen = time.monotonic(), unfinished(workdir)
     before = set(seen)
@@ -62,7 +83,9 @@ def kill(process: subprocess.Popen, workdir: Path, draw: random.Random, *, in_sa
         return None
     process.kill()
     process.communicate()
-    left = ', '.join(name.replace('.orbax-checkpoint-tmp', '.tmp') for name, _ in unfinished(workdir) - before)
+    left = ', '.join(
+        name.replace('.orbax-checkpoint-tmp', '.tmp') for name, _ in unfinished(workdir) - before
+    )
     return f'{time.monotonic() - began:.2f} s' + (f' (in the save of {left})' if left else '')
 
 
@@ -75,13 +98,21 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--runs', type=int, default=20, help='how many runs to kill')
-    parser.add_argument('--kills', type=int, default=4, help='how often each is killed before it may finish')
+    parser.add_argument(
+        '--kills', type=int, default=4, help='how often each is killed before it may finish'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     args = parser.parse_args()
     draw, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix='kill_runs.'))
-    text, cache, reference = runs.write_text(folder / 'text.txt'), folder / 'cache', folder / 'reference'
+    text, cache, reference = (
+        runs.write_text(folder / 'text.txt'),
+        folder / 'cache',
+        folder / 'reference',
+    )
     finish(start(folder / 'warm', text, cache))
     began = time.monotonic()
     finish(start(reference, text, cache))
@@ -92,7 +123,13 @@ def main() -> int:
         workdir, told = folder / f'run_{number}', []
         while len(told) < args.kills:
             began = time.monotonic()
-            when = kill(start(workdir, text, cache), workdir, draw, in_save=draw.random() < 0.5, seconds=seconds)
+            when = kill(
+                start(workdir, text, cache),
+                workdir,
+                draw,
+                in_save=draw.random() < 0.5,
+                seconds=seconds,
+            )
             if when:
                 told.append(when)
             elif told:
@@ -104,11 +141,16 @@ def main() -> int:
         output = finish(start(workdir, text, cache))
         wrong = runs.differences(workdir, reference)
         bad += bool(wrong)
-        last = re.search(r'going on from checkpoint (\d+)|is (finished)', output)
-        print(f'run {number:2}: killed after {", ".join(told)}; last start from '
-              f'{last[1] or last[2] if last else 0}: {"; ".join(wrong) or "identical"}', flush=True)
-    print(f'{args.runs - bad} of {args.runs} runs are bit-equal to the uninterrupted one, after {kills} kills, '
-          f'{in_saves} of them in a save')
+        last = re.search(r'resuming from checkpoint (\d+)|is (finished)', output)
+        print(
+            f'run {number:2}: killed after {", ".join(told)}; last start from '
+            f'{last[1] or last[2] if last else 0}: {"; ".join(wrong) or "identical"}',
+            flush=True,
+        )
+    print(
+        f'{args.runs - bad} of {args.runs} runs are bit-equal to the uninterrupted one, after {kills} kills, '
+        f'{in_saves} of them in a save'
+    )
     if bad:
         print(f'kept for a look: {folder}')
     else:

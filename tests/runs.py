@@ -22,16 +22,29 @@ from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from gpt2_jax import config as config_lib
-from gpt2_jax.workdir.checkpoints import Checkpoints, FOLDER, sealed_in
+from gpt2_jax import train as train_lib
 from gpt2_jax.config import default_config
-from gpt2_jax.training.setup import Recipe, build
 from gpt2_jax.train import train
+from gpt2_jax.training import programs
+from gpt2_jax.training.setup import build
+from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
 # Dropout, so that a mask drawn anew would show; saves and evaluations at steps that seldom meet.
 SETTINGS = {
-    'model.n_layer': 2, 'model.n_head': 2, 'model.n_embd': 32, 'model.n_positions': 16,
-    'train.steps': 60, 'train.batch_size': 4, 'optim.learning_rate': 3e-3, 'optim.warmup_steps': 10,
-    'eval.every': 7, 'eval.sample_tokens': 20, 'checkpoint.every': 5, 'log.every': 3}
+    'model.n_layer': 2,
+    'model.n_head': 2,
+    'model.n_embd': 32,
+    'model.n_positions': 16,
+    'train.steps': 60,
+    'train.batch_size': 4,
+    'optim.learning_rate': 3e-3,
+    'optim.warmup_steps': 10,
+    'eval.every': 7,
+    'eval.sample_tokens': 20,
+    'checkpoint.every': 5,
+    'log.every': 3,
+}
 # For the suite: quick to compile, and the fewest steps with a save of each kind.
 SMALL = SETTINGS | {'model.n_layer': 1, 'model.attn_pdrop': 0.0, 'train.steps': 18}
 
@@ -40,7 +53,9 @@ def write_text(path: Path, words: int = 1200) -> Path:
     """A text of made-up words, a few thousand characters long."""
     draw = random.Random(0)
     syllables = [a + b for a in 'bdfgklmnprst' for b in 'aeiou']
-    text = ' '.join(''.join(draw.choices(syllables[:20], k=draw.randint(1, 3))) for _ in range(words))
+    text = ' '.join(
+        ''.join(draw.choices(syllables[:20], k=draw.randint(1, 3))) for _ in range(words)
+    )
     path.write_text(text.replace(' ba ', '.\n'), encoding='utf-8')
     return path
 
@@ -71,7 +86,10 @@ def compile_cache() -> tempfile.TemporaryDirectory:
 @contextlib.contextmanager
 def compile_once():
     """Every run builds its functions anew: with this they are compiled only once for all."""
-    changes = {'jax_compilation_cache_dir': compile_cache().name, 'jax_persistent_cache_min_compile_time_secs': 0}
+    changes = {
+        'jax_compilation_cache_dir': compile_cache().name,
+        'jax_persistent_cache_min_compile_time_secs': 0,
+    }
     before = {name: getattr(jax.config, name) for name in changes}
     try:
         for name, value in changes.items():
@@ -89,9 +107,21 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
     path, known = Path(__file__).parents[1] / 'scripts' / f'{name}.py', set(flags.FLAGS)
     argv, out, err = [str(path), *map(str, arguments)], io.StringIO(), io.StringIO()
     try:
-        with (open(os.devnull) as nothing, warnings.catch_warnings(), mock.patch.multiple(
-                sys, argv=argv, stdin=nothing, stdout=out, stderr=err, unraisablehook=sys.unraisablehook)):
-            warnings.filterwarnings('ignore', r'the load_module\(\) method', DeprecationWarning)  # of ml_collections
+        with (
+            open(os.devnull) as nothing,
+            warnings.catch_warnings(),
+            mock.patch.multiple(
+                sys,
+                argv=argv,
+                stdin=nothing,
+                stdout=out,
+                stderr=err,
+                unraisablehook=sys.unraisablehook,
+            ),
+        ):
+            warnings.filterwarnings(
+                'ignore', r'the load_module\(\) method', DeprecationWarning
+            )  # of ml_collections
             runpy.run_path(str(path), run_name='__main__')
     except SystemExit as end:
         return end.code, out.getvalue(), err.getvalue()
@@ -104,20 +134,26 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
 
 def before_updates(patch, change) -> None:
     """Has every update begin with change(state), which returns the state to go on with."""
-    make = Recipe.train_step
+    make = programs.train_step
 
-    def with_change(self, *args):
-        update = make(self, *args)
+    def with_change(*args):
+        update = make(*args)
         return lambda state, batch: update(change(state), batch)
 
-    patch.setattr(Recipe, 'train_step', with_change)
+    patch.setattr(train_lib, 'train_step', with_change)
 
 
 def metrics(run: Path) -> list[dict]:
     """The records of a run, without what a clock measured."""
     records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text('utf-8').splitlines()]
-    return [{key: value for key, value in record.items() if key not in ('tokens_per_second', 'mfu', 'seconds')}
-            for record in records]
+    return [
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ('tokens_per_second', 'mfu', 'seconds')
+        }
+        for record in records
+    ]
 
 
 def events(run: Path) -> collections.Counter:
@@ -126,45 +162,65 @@ def events(run: Path) -> collections.Counter:
     for path in (run / 'tensorboard').iterdir():
         data = path.read_bytes()
         while data:  # length, its checksum, the event, its checksum
-            length, = struct.unpack('<Q', data[:8])
-            event = Event.FromString(data[12:12 + length])
+            (length,) = struct.unpack('<Q', data[:8])
+            event = Event.FromString(data[12 : 12 + length])
             counts.update((value.tag, event.step) for value in event.summary.value)
-            data = data[12 + length + 4:]
+            data = data[12 + length + 4 :]
     return counts
 
 
 def final_state(run: Path):
     """The step, and all leaves of parameters and optimizer, of a run's latest checkpoint."""
-    recipe = build(config_lib.from_json((run / 'config.json').read_text('utf-8')))
+    setup = build(config_lib.from_json((run / 'config.json').read_text('utf-8')))
     with Checkpoints(run / FOLDER) as checkpoints:
-        state = checkpoints.restore(sealed_in(run / FOLDER)[-1], recipe.abstract_state())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+        state = checkpoints.restore(
+            committed_steps(run / FOLDER)[-1], programs.abstract_state(setup)
+        )
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def different_states(run: Path, other: Path) -> list[str]:
     """The leaves that are not equal to the last bit."""
     a, b = final_state(run), final_state(other)
-    return [f'{name} differs' for name in a | b
-            if name not in a or name not in b or a[name].tobytes() != b[name].tobytes()]
+    return [
+        f'{name} differs'
+        for name in a | b
+        if name not in a or name not in b or a[name].tobytes() != b[name].tobytes()
+    ]
 
 
 def differences(run: Path, other: Path) -> list[str]:
     """What is not the same in two finished runs, in words."""
     wrong = different_states(run, other)
     ours, theirs = metrics(run), metrics(other)
-    twice = [key for key, n in collections.Counter((record['step'], record['split']) for record in ours).items()
-             if n > 1]
+    twice = [
+        key
+        for key, n in collections.Counter(
+            (record['step'], record['split']) for record in ours
+        ).items()
+        if n > 1
+    ]
     if twice or ours != theirs:
-        wrong.append(f'metrics.jsonl differs, {len(ours)} records for {len(theirs)}, twice: {twice}')
+        wrong.append(
+            f'metrics.jsonl differs, {len(ours)} records for {len(theirs)}, twice: {twice}'
+        )
     if (run / 'samples.txt').read_bytes() != (other / 'samples.txt').read_bytes():
         wrong.append('samples.txt differs')
     a, b = (json.loads((folder / 'summary.json').read_text('utf-8')) for folder in (run, other))
-    wrong += [f'summary.json: {key} is {a[key]!r}, not {b[key]!r}' for key in b
-              if 'seconds' not in key and key not in ('tokens_per_second', 'mfu') and a[key] != b[key]]
+    wrong += [
+        f'summary.json: {key} is {a[key]!r}, not {b[key]!r}'
+        for key in b
+        if 'seconds' not in key and key not in ('tokens_per_second', 'mfu') and a[key] != b[key]
+    ]
     ours, theirs = events(run), events(other)
     wrong += [f'TensorBoard has {key} {n} times' for key, n in ours.items() if n > 1]
     # Times are events too: a restart has one more or less where no rate was measured.
     clock = ('train/tokens_per_second', 'train/mfu')
-    if {key for key in ours if key[0] not in clock} != {key for key in theirs if key[0] not in clock}:
+    if {key for key in ours if key[0] not in clock} != {
+        key for key in theirs if key[0] not in clock
+    }:
         wrong.append(f'TensorBoard differs, {len(ours)} figures for {len(theirs)}')
     return wrong

@@ -5,15 +5,15 @@ dx = J^T dy, where J_ij = dy_i / dx_j, without ever building J. Letters in names
 numpy in fp32, computes anew what it needs of the forward pass, and is compared with the gradient of the code in use.
 """
 
+import functools
 import math
 
 import jax
 import numpy as np
 import pytest
-from jax import lax
 from tiny import tiny
 
-from gpt2_jax.model.gpt2 import ACTIVATIONS, LayerNorm, explicit_attention
+from gpt2_jax.model.gpt2 import LayerNorm, activate, causal_attention
 from gpt2_jax.training.step import token_losses
 
 B, T, H, K, D, V = 3, 24, 4, 16, 64, 97
@@ -108,9 +108,12 @@ def attention_backward(q_BTHK, k_BSHK, v_BSHK, dz_BTHK):
 def check(function, inputs, dy, by_hand):
     """`by_hand` are the gradients of sum(function(*inputs) dy): J^T dy for each input."""
     with jax.default_matmul_precision('highest'):
-        gradients = jax.grad(lambda *inputs: (function(*inputs) * dy).sum(), argnums=range(len(inputs)))(*inputs)
+        gradients = jax.grad(
+            lambda *inputs: (function(*inputs) * dy).sum(), argnums=range(len(inputs))
+        )(*inputs)
     for gradient, ours in zip(gradients, by_hand, strict=True):
-        assert ours.dtype == np.float32 and ours.shape == gradient.shape
+        assert ours.dtype == np.float32
+        assert ours.shape == gradient.shape
         assert np.linalg.norm(ours - gradient) <= 1e-6 * np.linalg.norm(gradient)
 
 
@@ -122,8 +125,12 @@ def draw(*shape, seed=0, spread=1.0):
 def test_cross_entropy(seed):
     logits_BTV, dloss_BT = draw(B, T, V, seed=seed, spread=3), draw(B, T, seed=seed)
     targets_BT = np.random.default_rng(seed).integers(0, V, (B, T))
-    check(lambda logits_BTV: token_losses(logits_BTV, targets_BT), [logits_BTV], dloss_BT,
-          [cross_entropy_backward(logits_BTV, targets_BT, dloss_BT)])
+    check(
+        lambda logits_BTV: token_losses(logits_BTV, targets_BT),
+        [logits_BTV],
+        dloss_BT,
+        [cross_entropy_backward(logits_BTV, targets_BT, dloss_BT)],
+    )
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -131,14 +138,18 @@ def test_layer_norm(seed):
     module = LayerNorm(tiny().cfg)
     x_BTD, dy_BTD = draw(B, T, D, seed=seed, spread=2) + 1, draw(B, T, D, seed=seed + 10)
     scale, bias = 1 + draw(D, seed=seed, spread=0.3), draw(D, seed=seed + 1)
-    check(lambda x, scale, bias: module.apply({'params': {'scale': scale, 'bias': bias}}, x), [x_BTD, scale, bias],
-          dy_BTD, layer_norm_backward(x_BTD, scale, dy_BTD, module.cfg.layer_norm_epsilon))
+    check(
+        lambda x, scale, bias: module.apply({'params': {'scale': scale, 'bias': bias}}, x),
+        [x_BTD, scale, bias],
+        dy_BTD,
+        layer_norm_backward(x_BTD, scale, dy_BTD, module.cfg.layer_norm_epsilon),
+    )
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_gelu(seed):
     x_BTD, dy_BTD = draw(B, T, D, seed=seed, spread=2), draw(B, T, D, seed=seed + 10)
-    check(ACTIVATIONS['gelu_new'], [x_BTD], dy_BTD, [gelu_backward(x_BTD, dy_BTD)])
+    check(functools.partial(activate, 'gelu_new'), [x_BTD], dy_BTD, [gelu_backward(x_BTD, dy_BTD)])
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -146,6 +157,6 @@ def test_attention(seed):
     q, k, v, dz = (draw(B, T, H, K, seed=4 * seed + i) for i in range(4))
 
     def attention(q, k, v):
-        return explicit_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), 0, None, 0.0, lax.Precision.HIGHEST)
+        return causal_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     check(attention, [q, k, v], dz, attention_backward(q, k, v, dz))

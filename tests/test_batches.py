@@ -6,11 +6,16 @@ import time
 import numpy as np
 import pytest
 
-from gpt2_jax.data.batches import epoch_order, eval_batches, prefetch, rows
+from gpt2_jax.data.batches import epoch_order, eval_batches, prefetch, train_batch
+from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
-from gpt2_jax.data.shards import Tokens
 
-N, T, B, SEED = 103, 8, 5, 3  # n = 11 windows: batches straddle epochs, and epochs end within batches
+N, T, B, SEED = (
+    103,
+    8,
+    5,
+    3,
+)  # n = 11 windows: batches straddle epochs, and epochs end within batches
 
 
 def sequence(n=N, cuts=()):
@@ -18,7 +23,9 @@ def sequence(n=N, cuts=()):
 
 
 def batch(tokens, step, **kwargs):
-    return rows(tokens, **{'seed': SEED, 'step': step, 'batch_size': B, 'seq_len': T} | kwargs)
+    return train_batch(
+        tokens, **{'seed': SEED, 'step': step, 'batch_size': B, 'seq_len': T} | kwargs
+    )
 
 
 def test_addressing_rule_in_plain_loops():
@@ -45,14 +52,20 @@ def test_the_stream_never_changes():
 
 def test_an_epoch_uses_each_window_once():
     n = (N - T) // T
-    stream = np.concatenate([batch(sequence(), step)['targets'] for step in range(2 * n)])  # B epochs
-    epochs = stream[:B * n].reshape(-1, n * T)
+    stream = np.concatenate(
+        [batch(sequence(), step)['targets'] for step in range(2 * n)]
+    )  # B epochs
+    epochs = stream[: B * n].reshape(-1, n * T)
     for targets in epochs:
         assert len(set(targets.tolist())) == n * T
         assert targets.max() - targets.min() == n * T - 1  # consecutive windows
     assert len({targets.min() for targets in epochs}) > 1  # at another offset
-    assert len({tuple(targets - targets.min()) for targets in epochs}) == len(epochs)  # in another order
-    assert not np.array_equal(batch(sequence(), 0)['inputs'], batch(sequence(), 0, seed=SEED + 1)['inputs'])
+    assert len({tuple(targets - targets.min()) for targets in epochs}) == len(
+        epochs
+    )  # in another order
+    assert not np.array_equal(
+        batch(sequence(), 0)['inputs'], batch(sequence(), 0, seed=SEED + 1)['inputs']
+    )
 
 
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])
@@ -68,7 +81,10 @@ def test_rows_do_not_depend_on_who_asks():
     for step in (0, 2, 7):
         whole = batch(sequence(), step)
         for cuts in ([0, 5], [0, 1, 4, 5], range(6)):
-            parts = [batch(sequence(), step, lo=lo, hi=hi) for lo, hi in zip(cuts, list(cuts)[1:], strict=False)]
+            parts = [
+                batch(sequence(), step, lo=lo, hi=hi)
+                for lo, hi in zip(cuts, list(cuts)[1:], strict=False)
+            ]
             for key, value in whole.items():
                 assert np.array_equal(np.concatenate([part[key] for part in parts]), value)
 
@@ -88,38 +104,54 @@ def test_one_batch_may_hold_many_epochs():
 
 def test_too_short_text():
     batch(sequence(2 * T), 0)
-    with pytest.raises(UserError, match=r'15 tokens, too few for train.seq_len = 8, which needs 16: .*shorter'):
+    with pytest.raises(
+        UserError, match=r'15 tokens, too few for train.seq_len = 8, which needs 16: .*shorter'
+    ):
         batch(sequence(2 * T - 1), 0)
 
 
-@pytest.mark.parametrize('n_tokens', [2, 3, T, T + 1, T + 2, B * T, B * T + 1, B * T + 2, 3 * B * T + 1, N])
+@pytest.mark.parametrize(
+    'n_tokens', [2, 3, T, T + 1, T + 2, B * T, B * T + 1, B * T + 2, 3 * B * T + 1, N]
+)
 @pytest.mark.parametrize('cuts', [(), (1, 2)])
 def test_evaluation_covers_each_target_once(n_tokens, cuts):
     seen = []
     for got in eval_batches(sequence(n_tokens, cuts), batch_size=B, seq_len=T):
         assert all(value.shape == (B, T) for value in got.values())
-        assert (got['inputs'].dtype, got['targets'].dtype, got['mask'].dtype) == (np.int32, np.int32, np.float32)
+        assert (got['inputs'].dtype, got['targets'].dtype, got['mask'].dtype) == (
+            np.int32,
+            np.int32,
+            np.float32,
+        )
         used = got['mask'] == 1
-        assert np.all(used | (got['mask'] == 0)) and used.any()
+        assert np.all(used | (got['mask'] == 0))
+        assert used.any()
         assert np.array_equal(got['targets'][used], got['inputs'][used] + 1)
         for inputs, mask in zip(got['inputs'], used, strict=True):
             start = inputs[0]  # windows begin at multiples of T, with nothing before them
-            assert not mask.any() or (start % T == 0 and np.array_equal(inputs[mask], start + np.arange(mask.sum())))
+            assert not mask.any() or (
+                start % T == 0 and np.array_equal(inputs[mask], start + np.arange(mask.sum()))
+            )
         seen += got['targets'][used].tolist()
     assert seen == list(range(1, n_tokens))
 
 
-@pytest.mark.parametrize('n_tokens', [2, T, T + 1, T + 2, T + 3, T + 4, B * T + 1, 3 * B * T + 2, N])
+@pytest.mark.parametrize(
+    'n_tokens', [2, T, T + 1, T + 2, T + 3, T + 4, B * T + 1, 3 * B * T + 2, N]
+)
 @pytest.mark.parametrize('stride', [1, 3, T - 1, T])
 def test_a_stride_covers_each_target_once(n_tokens, stride):
     seen = []
     for got in eval_batches(sequence(n_tokens, (1, 2)), batch_size=B, seq_len=T, stride=stride):
-        for inputs, targets, mask in zip(got['inputs'], got['targets'], got['mask'] == 1, strict=True):
+        for inputs, targets, mask in zip(
+            got['inputs'], got['targets'], got['mask'] == 1, strict=True
+        ):
             counted = targets[mask]
             assert np.array_equal(counted, inputs[mask] + 1)
             if mask.any():
                 start, end = inputs[0], counted[-1]
-                assert start % stride == 0 and np.array_equal(inputs[:end - start], np.arange(start, end))
+                assert start % stride == 0
+                assert np.array_equal(inputs[: end - start], np.arange(start, end))
                 assert mask.sum() == min(end, T if start == 0 else end - start - (T - stride))
             seen += counted.tolist()
     assert seen == list(range(1, n_tokens))
@@ -135,17 +167,21 @@ def alive():
     return [thread for thread in threading.enumerate() if thread.name.startswith('prefetch')]
 
 
-@pytest.mark.parametrize('start, stop', [(0, 9), (4, 9), (0, 1), (3, 3)])
+@pytest.mark.parametrize(('start', 'stop'), [(0, 9), (4, 9), (0, 1), (3, 3)])
 def test_prefetch_equals_a_plain_loop(start, stop):
     made = []
     assert list(prefetch(lambda step: made.append(step) or step * 10, start, stop)) == [
-        step * 10 for step in range(start, stop)]
-    assert made == list(range(start, stop)) and not alive()
+        step * 10 for step in range(start, stop)
+    ]
+    assert made == list(range(start, stop))
+    assert not alive()
 
 
 def test_prefetch_works_ahead_but_not_far():
     made = []
-    batches = prefetch(lambda step: made.append(step) or threading.current_thread().name, 0, 100, depth=2)
+    batches = prefetch(
+        lambda step: made.append(step) or threading.current_thread().name, 0, 100, depth=2
+    )
     assert next(batches).startswith('prefetch')
     deadline = time.monotonic() + 5
     while len(made) < 3 and time.monotonic() < deadline:
@@ -153,7 +189,8 @@ def test_prefetch_works_ahead_but_not_far():
     time.sleep(0.02)
     assert made == [0, 1, 2]  # the one in hand and two ahead
     batches.close()
-    assert not alive() and len(made) == 3
+    assert not alive()
+    assert len(made) == 3
 
 
 def test_prefetch_raises_in_its_place():
@@ -161,11 +198,13 @@ def test_prefetch_raises_in_its_place():
         if step == 3:
             raise UserError('step 3 is damaged')
         return step
+
     got = []
     with pytest.raises(UserError, match='step 3'):
         for step in prefetch(make, 0, 10):
             got.append(step)
-    assert got == [0, 1, 2] and not alive()
+    assert got == [0, 1, 2]
+    assert not alive()
 
 
 def test_prefetch_drops_what_is_not_begun():
@@ -176,12 +215,14 @@ def test_prefetch_drops_what_is_not_begun():
         if step == 1:
             begun.set()
             go_on.wait(5)
+
     batches = prefetch(make, 0, 100, depth=9)
     next(batches)
     assert begun.wait(5)
     threading.Timer(0.05, go_on.set).start()
     batches.close()  # waits for step 1, which is under way, and for no other
-    assert made == [0, 1] and not alive()
+    assert made == [0, 1]
+    assert not alive()
 
 
 def test_prefetch_ends_with_its_consumer():

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
-from gpt2_jax import benchmark
 from gpt2_jax.config import default_config, resolve
+from gpt2_jax.diagnostics import benchmark
 from gpt2_jax.errors import UserError
-from gpt2_jax.inference.decoding import Sampling
+from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.parallel import devices
 from gpt2_jax.training.setup import build
 
 
@@ -28,7 +29,8 @@ def test_seconds_of_a_call(clock):
         return clock[0]
 
     figures = benchmark._windows(run, 3, 1.0)
-    assert figures == [0.25, 0.5, 0.75] and next(costs, None) is None
+    assert figures == [0.25, 0.5, 0.75]
+    assert next(costs, None) is None
     assert benchmark._spread(figures) == {'median': 0.5, 'min': 0.25, 'max': 0.75, 'windows': 3}
 
 
@@ -42,13 +44,18 @@ def tiny_recipe():
 
 def test_training_and_decoding(tiny_recipe, monkeypatch):
     """On random tokens, without a corpus; a rate is tokens by the median of the windows."""
-    monkeypatch.setattr(benchmark.parallel, 'peak_flops', lambda device: 1e12)
+    monkeypatch.setattr(devices, 'peak_flops', lambda device: 1e12)
     figures = benchmark.bench_train(tiny_recipe, 3, 0.0)
-    assert figures['tokens_per_step'] == 64 and figures['evaluation_tokens'] == 199
+    assert figures['tokens_per_step'] == 64
+    assert figures['evaluation_tokens'] == 199
     rate = 64 / figures['step_seconds']['median']
-    assert figures['tokens_per_second'] == rate and figures['step_seconds']['windows'] == 3
+    assert figures['tokens_per_second'] == rate
+    assert figures['step_seconds']['windows'] == 3
     assert figures['mfu'] == pytest.approx(rate * tiny_recipe.flops_per_token / 1e12)
-    assert all(figures[f'{name}_seconds'] > 0 for name in ('init', 'compile_and_first_step', 'evaluation', 'save'))
+    assert all(
+        figures[f'{name}_seconds'] > 0
+        for name in ('init', 'compile_and_first_step', 'evaluation', 'save')
+    )
     figures = benchmark.bench_decode(tiny_recipe, 2, 3, 20, Sampling(1.0, 5))
     assert figures['tokens_per_second'] == 3 * 20 / figures['seconds']['median']
     assert figures['samples'] == 3
@@ -71,8 +78,13 @@ def test_startup_cold_and_warm(tmp_path):
     (tmp_path / 'train.py').write_text(STAND_IN)
     figures = benchmark.bench_startup([sys.executable, str(tmp_path / 'train.py')], 2)
     assert {name: spread['median'] for name, spread in figures.items()} == {
-        'cold_seconds_to_first_step': 7.0, 'cold_seconds_total': 8.0,
-        'warm_seconds_to_first_step': 2.0, 'warm_seconds_total': 3.0}
-    assert all(spread['windows'] == 2 and spread['min'] == spread['max'] for spread in figures.values())
+        'cold_seconds_to_first_step': 7.0,
+        'cold_seconds_total': 8.0,
+        'warm_seconds_to_first_step': 2.0,
+        'warm_seconds_total': 3.0,
+    }
+    assert all(
+        spread['windows'] == 2 and spread['min'] == spread['max'] for spread in figures.values()
+    )
     with pytest.raises(UserError, match='no such thing'):
         benchmark.bench_startup([sys.executable, str(tmp_path / 'train.py'), 'fail'], 1)

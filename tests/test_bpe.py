@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.corpora import CorpusNotFound, find_text
-from gpt2_jax.errors import UserError
-from gpt2_jax.data.shards import from_text
+from gpt2_jax.data.dataset import from_text
 from gpt2_jax.data.tokenizers import Gpt2Tokenizer, fingerprint, from_json, to_json
+from gpt2_jax.errors import UserError
 
 # As OpenAI published it with GPT-2; tiktoken has a faster one.
-PATTERN = regex.compile(r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
+PATTERN = regex.compile(
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
 
 # Characters that the pattern treats apart, and that Python and Unicode disagree on; often enough to stand together.
 PARTS = [*"  \n\n\t\r'sStldve th12!\u00a0\u2003\u0085\x1c\u0301é漢🎭", "'ll", ' the', '   ']
@@ -31,7 +33,9 @@ def plain_bpe(tokenizer, text):
     """Ids by the definition: in each piece, join the pair of lowest rank, wherever it stands, until there is none."""
     stand_ins = {byte: c for c, byte in tokenizers._stand_ins().items()}
     ranks = {tuple(line.split(' ')): i for i, line in enumerate(tokenizer.merges.splitlines())}
-    ids = {c: i for i, c in enumerate(tokenizers._stand_ins())} | {''.join(pair): 256 + i for pair, i in ranks.items()}
+    ids = {c: i for i, c in enumerate(tokenizers._stand_ins())} | {
+        ''.join(pair): 256 + i for pair, i in ranks.items()
+    }
     for piece in PATTERN.findall(text):
         parts = [stand_ins[byte] for byte in piece.encode()]
         while pairs := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
@@ -48,8 +52,10 @@ def plain_bpe(tokenizer, text):
 def test_hard_texts(text):
     for tokenizer in known():
         ids = tokenizer.encode(text)
-        assert ids.dtype == np.uint16 and ids.tolist() == list(plain_bpe(tokenizer, text))
-        assert tokenizer.decode_bytes(ids) == text.encode() and tokenizer.decode(ids.tolist()) == text
+        assert ids.dtype == np.uint16
+        assert ids.tolist() == list(plain_bpe(tokenizer, text))
+        assert tokenizer.decode_bytes(ids) == text.encode()
+        assert tokenizer.decode(ids.tolist()) == text
         assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
 
 
@@ -64,7 +70,8 @@ def test_equal_to_the_plain_algorithm(text):
 def test_round_trip_over_all_of_unicode(text):
     for tokenizer in known():
         ids = tokenizer.encode(text)
-        assert tokenizer.decode_bytes(ids) == text.encode() and tokenizer.separator not in ids
+        assert tokenizer.decode_bytes(ids) == text.encode()
+        assert tokenizer.separator not in ids
 
 
 @quick
@@ -74,32 +81,61 @@ def test_a_cut_leaves_no_trace(before, text, after):
     assert 0 <= at <= len(text)
     if at:
         left, right = SMALL.encode(before + text[:at]), SMALL.encode(text[at:] + after)
-        assert np.concatenate([left, right]).tolist() == SMALL.encode(before + text + after).tolist()
+        assert (
+            np.concatenate([left, right]).tolist() == SMALL.encode(before + text + after).tolist()
+        )
 
 
-@pytest.mark.parametrize('text, at', [
-    ('', 0), ('the', 0), (' the', 0), ('the ', 3), ('the\n', 3), ('a b c', 3), ('a b \n c', 3), ('a b \n ', 3),
-    ('  \n', 0), ('a\u00a0b', 0), ('a b\u00a0c', 1), ('a\x1c b', 0), ('a\tb\rc', 3)])
+@pytest.mark.parametrize(
+    ('text', 'at'),
+    [
+        ('', 0),
+        ('the', 0),
+        (' the', 0),
+        ('the ', 3),
+        ('the\n', 3),
+        ('a b c', 3),
+        ('a b \n c', 3),
+        ('a b \n ', 3),
+        ('  \n', 0),
+        ('a\u00a0b', 0),
+        ('a b\u00a0c', 1),
+        ('a\x1c b', 0),
+        ('a\tb\rc', 3),
+    ],
+)
 def test_where_it_cuts(text, at):
     assert SMALL.cut(text) == at
 
 
 def test_small_vocabulary_by_hand():
-    assert SMALL.vocab_size == 256 + 20 + 1 and SMALL.separator == 276
+    assert SMALL.vocab_size == 256 + 20 + 1
+    assert SMALL.separator == 276
     the, ll, endoftext = 256 + 2, 256 + 4, '<|endoftext|>'
     assert SMALL.encode(" the'll the").tolist() == [the, ll, the]
-    assert SMALL.encode('!"~\u00a1').tolist() == [0, 1, 93, 126, 94]  # bytes C2 A1: printable ones come first
+    assert SMALL.encode('!"~\u00a1').tolist() == [
+        0,
+        1,
+        93,
+        126,
+        94,
+    ]  # bytes C2 A1: printable ones come first
     assert SMALL.encode('\x00\n \x7f').tolist() == [188, 198, 220, 221]  # then the others
-    assert SMALL.separator not in SMALL.encode(endoftext) and SMALL.decode(SMALL.encode(endoftext)) == endoftext
+    assert SMALL.separator not in SMALL.encode(endoftext)
+    assert SMALL.decode(SMALL.encode(endoftext)) == endoftext
     assert SMALL.decode([the, SMALL.separator, the]) == ' the<|endoftext|> the'
     assert SMALL.byte_lengths[[the, ll, SMALL.separator]].tolist() == [4, 3, 0]
-    assert SMALL.byte_lengths.shape == (277,) and len(SMALL.encode('')) == 0 and SMALL.decode([]) == ''
+    assert SMALL.byte_lengths.shape == (277,)
+    assert len(SMALL.encode('')) == 0
+    assert SMALL.decode([]) == ''
 
 
 def test_streaming_never_splits_a_character():
     text, decoder = 'é🎭🎭 the漢字', codecs.getincrementaldecoder('utf-8')()
     pieces = [decoder.decode(SMALL.decode_bytes([i])) for i in SMALL.encode(text)]
-    assert ''.join(pieces) == text and '' in pieces and SMALL.decode([256 + 15]) == '\ufffd'
+    assert ''.join(pieces) == text
+    assert '' in pieces
+    assert SMALL.decode([256 + 15]) == '\ufffd'
 
 
 @pytest.mark.parametrize('bad', [-1, 277, 50304])
@@ -116,14 +152,28 @@ def test_half_surrogate_is_no_text():
 
 def test_json_holds_all_of_it():
     again = from_json(to_json(SMALL))
-    assert again == SMALL and fingerprint(again) == fingerprint(SMALL)
+    assert again == SMALL
+    assert fingerprint(again) == fingerprint(SMALL)
     assert again.encode(' the').tolist() == SMALL.encode(' the').tolist()
     assert fingerprint(Gpt2Tokenizer(MERGES + 'x y\n')) != fingerprint(SMALL)
 
 
-@pytest.mark.parametrize('merges, number', [
-    ('', 0), ('t\n', 0), ('t h e\n', 0), ('t h\nt h\n', 1), ('t h\nth z e\n', 1), ('t h\nx yz\n', 1), ('t h\n\nt e', 1),
-    ('t h\nt \u4e00\n', 1), ('t h\nt \u00a0\n', 1), ('t h\nte', 1), (None, 0)])
+@pytest.mark.parametrize(
+    ('merges', 'number'),
+    [
+        ('', 0),
+        ('t\n', 0),
+        ('t h e\n', 0),
+        ('t h\nt h\n', 1),
+        ('t h\nth z e\n', 1),
+        ('t h\nx yz\n', 1),
+        ('t h\n\nt e', 1),
+        ('t h\nt \u4e00\n', 1),
+        ('t h\nt \u00a0\n', 1),
+        ('t h\nte', 1),
+        (None, 0),
+    ],
+)
 def test_damaged_merges(merges, number):
     with pytest.raises(UserError, match=f'number {number} does not join'):
         Gpt2Tokenizer(merges)
@@ -133,11 +183,27 @@ def test_published_ids():
     tokenizer = published()
     assert (tokenizer.vocab_size, tokenizer.separator) == (50257, 50256)
     assert tokenizer.encode('Hello world').tolist() == [15496, 995]
-    assert tokenizer.encode("\n\n 's<|endoftext|>").tolist() == [628, 705, 82, 27, 91, 437, 1659, 5239, 91, 29]
+    assert tokenizer.encode("\n\n 's<|endoftext|>").tolist() == [
+        628,
+        705,
+        82,
+        27,
+        91,
+        437,
+        1659,
+        5239,
+        91,
+        29,
+    ]
     assert from_json(to_json(tokenizer)) == tokenizer
-    files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in tokenizer.hub_files().items()}
-    assert files == {'merges.txt': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
-                     'vocab.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
+    files = {
+        name: hashlib.sha256(text.encode()).hexdigest()
+        for name, text in tokenizer.hub_files().items()
+    }
+    assert files == {
+        'merges.txt': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+        'vocab.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+    }
 
 
 def test_tinyshakespeare():

@@ -14,11 +14,24 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.config import (
+    RESUMABLE_SECTIONS,
+    SETTINGS,
+    check_key,
+    default_config,
+    describe,
+    differences,
+    flatten,
+    from_json,
+    resolve,
+    to_json,
+)
 from gpt2_jax.data import load
-from gpt2_jax.parallel import mesh
-from gpt2_jax.config import RESUMABLE_SECTIONS, SETTINGS, check_key, default_config, describe, differences, flatten, from_json, resolve, to_json
 from gpt2_jax.errors import UsageError
-from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.params import init_params
+from gpt2_jax.parallel import mesh
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -45,85 +58,176 @@ def test_defaults_are_locked_and_pass_their_own_tests():
         open_setting = isinstance(default, type)
         assert allowed.test(None if open_setting else default), key
         assert flatten(config)[key] == (None if open_setting else default)
-        assert meaning and '\n' not in meaning and describe(key).startswith(f'{key} (')
-    assert default_config() == config and default_config() is not config
+        assert meaning
+        assert '\n' not in meaning
+        assert describe(key).startswith(f'{key} (')
+    assert default_config() == config
+    assert default_config() is not config
 
 
 def test_resolve_fills_in_what_is_open():
     config = changed({'model.n_embd': 24, 'model.n_positions': 10})
     resolved = resolve(config)
     assert (resolved.model.n_inner, resolved.train.seq_len) == (96, 10)
-    assert (config.model.n_inner, config.train.seq_len) == (None, None)  # the one given is as it was
+    assert (config.model.n_inner, config.train.seq_len) == (
+        None,
+        None,
+    )  # the one given is as it was
     given = resolve(changed({'model.n_inner': 7, 'train.seq_len': 5}))
     assert (given.model.n_inner, given.train.seq_len) == (7, 5)
-    assert resolve(resolved) == resolved and resolved.is_locked and resolved.model.is_locked
+    assert resolve(resolved) == resolved
+    assert resolved.is_locked
+    assert resolved.model.is_locked
 
 
 def test_json_reads_back_equal():
-    for config in (default_config(), changed({'train.steps': 7, 'optim.eps': 1e-12, 'data.corpus': 'Texte/ä b.txt',
-                                              'model.bias': False, 'optim.clip_norm': 0.0})):
+    for config in (
+        default_config(),
+        changed(
+            {
+                'train.steps': 7,
+                'optim.eps': 1e-12,
+                'data.corpus': 'Texte/ä b.txt',
+                'model.bias': False,
+                'optim.clip_norm': 0.0,
+            }
+        ),
+    ):
         config = resolve(config)
         again = from_json(to_json(config))
-        assert again == config and again.is_locked
+        assert again == config
+        assert again.is_locked
         assert {key: type(value) for key, value in flatten(again).items()} == {
-            key: type(value) for key, value in flatten(config).items()}
+            key: type(value) for key, value in flatten(config).items()
+        }
     saved = json.loads(to_json(config))
-    assert saved['train']['seq_len'] == 1024 and sum(map(len, saved.values())) == len(SETTINGS)
+    assert saved['train']['seq_len'] == 1024
+    assert sum(map(len, saved.values())) == len(SETTINGS)
 
 
-@pytest.mark.parametrize('text, named', [
-    ('{"train": {"stepz": 3}}', "no setting 'train.stepz'; the nearest is train.steps"),
-    ('{"train": {"steps": "many"}}', "train.steps = 'many'"),
-    ('{"train": {"steps": 1.5}}', 'train.steps = 1.5'),
-    ('{"train": {"steps": null}}', 'train.steps = None'),
-    ('{"train": {"steps": 0}}', 'train.steps = 0'),
-])
+@pytest.mark.parametrize(
+    ('text', 'named'),
+    [
+        ('{"train": {"stepz": 3}}', "no setting 'train.stepz'; the nearest is train.steps"),
+        ('{"train": {"steps": "many"}}', "train.steps = 'many'"),
+        ('{"train": {"steps": 1.5}}', 'train.steps = 1.5'),
+        ('{"train": {"steps": null}}', 'train.steps = None'),
+        ('{"train": {"steps": 0}}', 'train.steps = 0'),
+    ],
+)
 def test_wrong_json(text, named):
     with pytest.raises(UsageError) as caught:
         from_json(text)
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize('key, value', [
-    ('train.steps', 0), ('train.steps', -1), ('train.steps', 1.5), ('train.steps', '10'), ('train.steps', True),
-    ('train.steps', None), ('train.seq_len', 0), ('train.seq_len', 8.0), ('train.seed', -1), ('train.seed', 2**32),
-    ('model.embd_pdrop', 1.0), ('model.embd_pdrop', -0.1), ('model.embd_pdrop', math.nan),
-    ('optim.eps', 0.0), ('optim.learning_rate', '1e-3'), ('optim.clip_norm', -1.0), ('optim.clip_norm', math.nan),
-    ('model.bias', 1), ('model.bias', 'False'), ('model.dtype', 'float16'), ('model.attention', None),
-    ('data.corpus', ''), ('data.fallback', None), ('mesh.tensor', 0)])
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('train.steps', 0),
+        ('train.steps', -1),
+        ('train.steps', 1.5),
+        ('train.steps', '10'),
+        ('train.steps', True),
+        ('train.steps', None),
+        ('train.seq_len', 0),
+        ('train.seq_len', 8.0),
+        ('train.seed', -1),
+        ('train.seed', 2**32),
+        ('model.embd_pdrop', 1.0),
+        ('model.embd_pdrop', -0.1),
+        ('model.embd_pdrop', math.nan),
+        ('optim.eps', 0.0),
+        ('optim.learning_rate', '1e-3'),
+        ('optim.clip_norm', -1.0),
+        ('optim.clip_norm', math.nan),
+        ('model.bias', 1),
+        ('model.bias', 'False'),
+        ('model.dtype', 'float16'),
+        ('model.attention', None),
+        ('data.corpus', ''),
+        ('data.fallback', None),
+        ('mesh.tensor', 0),
+    ],
+)
 def test_wrong_values_are_named(key, value):
     with pytest.raises(UsageError) as caught:
         resolve(changed({key: value}))
     message = str(caught.value)
     default, allowed, _ = SETTINGS[key]
     assert message.startswith(f'{key} = {value!r} is not allowed; expected ')
-    assert allowed.words in message and (default if isinstance(default, type) else type(default)).__name__ in message
+    assert allowed.words in message
+    assert (default if isinstance(default, type) else type(default)).__name__ in message
     assert '\n' not in message
 
 
-@pytest.mark.parametrize('changes, named', [
-    ({'model.n_embd': 100}, ['model.n_embd = 100', 'multiple of model.n_head = 12']),
-    ({'train.seq_len': 1025}, ['train.seq_len = 1025', 'at most model.n_positions = 1024']),
-    ({'train.accumulate': 5}, ['train.batch_size = 64', 'multiple of train.accumulate = 5']),
-    ({'optim.end_learning_rate': 1e-3}, ['optim.end_learning_rate = 0.001', 'at most optim.learning_rate = 0.0006']),
-    ({'train.accumulate': 4, 'mesh.data': 3, 'mesh.fsdp': 2}, ['the 16 rows', 'mesh.data x mesh.fsdp = 6']),
-    ({'mesh.tensor': 5}, ['model.n_head = 12', 'multiple of mesh.tensor = 5']),
-    ({'model.attention': 'cudnn', 'model.dtype': 'bfloat16'}, ["model.attention = 'cudnn'", 'model.attn_pdrop = 0']),
-    ({'model.attention': 'cudnn', 'model.attn_pdrop': 0.0}, ["model.attention = 'cudnn'", "dtype = 'bfloat16'"]),
-])
+@pytest.mark.parametrize(
+    ('changes', 'named'),
+    [
+        ({'model.n_embd': 100}, ['model.n_embd = 100', 'multiple of model.n_head = 12']),
+        ({'train.seq_len': 1025}, ['train.seq_len = 1025', 'at most model.n_positions = 1024']),
+        (
+            {'train.grad_accum_steps': 5},
+            ['train.batch_size = 64', 'multiple of train.grad_accum_steps = 5'],
+        ),
+        (
+            {'optim.end_learning_rate': 1e-3},
+            ['optim.end_learning_rate = 0.001', 'at most optim.learning_rate = 0.0006'],
+        ),
+        (
+            {'train.grad_accum_steps': 4, 'mesh.data': 3, 'mesh.fsdp': 2},
+            ['the 16 rows', 'mesh.data x mesh.fsdp = 6'],
+        ),
+        ({'mesh.tensor': 5}, ['model.n_head = 12', 'multiple of mesh.tensor = 5']),
+        (
+            {'model.attention': 'cudnn', 'model.dtype': 'bfloat16'},
+            ["model.attention = 'cudnn'", 'model.attn_pdrop = 0'],
+        ),
+        (
+            {'model.attention': 'cudnn', 'model.attn_pdrop': 0.0},
+            ["model.attention = 'cudnn'", "dtype = 'bfloat16'"],
+        ),
+    ],
+)
 def test_settings_that_do_not_fit_each_other(changes, named):
     with pytest.raises(UsageError) as caught:
         resolve(changed(changes))
-    assert all(part in str(caught.value) for part in named) and '\n' not in str(caught.value)
-    limits = {'train.seq_len': 1024, 'train.accumulate': 4, 'mesh.tensor': 4, 'mesh.data': 4, 'mesh.fsdp': 4,
-              'model.n_embd': 144, 'optim.end_learning_rate': 6e-4, 'model.dtype': 'bfloat16', 'model.attn_pdrop': 0.0}
-    resolve(changed(changes | {key: limits[key] for key in changes.keys() & limits.keys()}
-                    | ({'model.dtype': 'bfloat16', 'model.attn_pdrop': 0.0} if 'model.attention' in changes else {})))
+    assert all(part in str(caught.value) for part in named)
+    assert '\n' not in str(caught.value)
+    limits = {
+        'train.seq_len': 1024,
+        'train.grad_accum_steps': 4,
+        'mesh.tensor': 4,
+        'mesh.data': 4,
+        'mesh.fsdp': 4,
+        'model.n_embd': 144,
+        'optim.end_learning_rate': 6e-4,
+        'model.dtype': 'bfloat16',
+        'model.attn_pdrop': 0.0,
+    }
+    resolve(
+        changed(
+            changes
+            | {key: limits[key] for key in changes.keys() & limits.keys()}
+            | (
+                {'model.dtype': 'bfloat16', 'model.attn_pdrop': 0.0}
+                if 'model.attention' in changes
+                else {}
+            )
+        )
+    )
 
 
-@pytest.mark.parametrize('key, nearest', [
-    ('train.step', 'train.steps'), ('model.n_layers', 'model.n_layer'), ('modle.n_layer', 'model.n_layer'),
-    ('learning_rate', 'optim.learning_rate'), ('train.beta2', 'optim.beta2')])
+@pytest.mark.parametrize(
+    ('key', 'nearest'),
+    [
+        ('train.step', 'train.steps'),
+        ('model.n_layers', 'model.n_layer'),
+        ('modle.n_layer', 'model.n_layer'),
+        ('learning_rate', 'optim.learning_rate'),
+        ('train.beta2', 'optim.beta2'),
+    ],
+)
 def test_unknown_keys_get_the_nearest(key, nearest):
     with pytest.raises(UsageError) as caught:
         check_key(key)
@@ -133,15 +237,21 @@ def test_unknown_keys_get_the_nearest(key, nearest):
 def test_unknown_keys_get_what_there_is():
     with pytest.raises(UsageError, match=r'exist: eval\.every, eval\.sample_tokens$'):
         check_key('eval.xyzzy')
-    with pytest.raises(UsageError, match=r'exist: checkpoint, data, eval, log, mesh, model, optim, train$'):
+    with pytest.raises(
+        UsageError, match=r'exist: checkpoint, data, eval, log, mesh, model, optim, train$'
+    ):
         check_key('xyzzy.q')
 
 
 def test_differences_are_those_that_forbid_to_resume():
     old = resolve(default_config())
     assert differences(old, old) == {}
-    others = {int: lambda value: value + 1, float: lambda value: value / 2 or 0.25, bool: lambda value: not value,
-              str: lambda value: value + '!'}
+    others = {
+        int: lambda value: value + 1,
+        float: lambda value: value / 2 or 0.25,
+        bool: lambda value: not value,
+        str: lambda value: value + '!',
+    }
     for key, value in flatten(old).items():
         other = others[type(value)](value)
         may_change = key.split('.')[0] in ('eval', 'checkpoint', 'log', 'mesh')
@@ -168,28 +278,59 @@ def test_flags_of_the_script(tmp_path):
         '    config = default_config()\n'
         '    config.model.n_layer = {"small": 2, "large": 24}[size]\n'
         '    config.train.steps = 77\n'
-        '    return config\n')
+        '    return config\n'
+    )
     own = tmp_path / 'own.py'
     calls = {
         (f'--config={own}',): {'model.n_layer': 2, 'train.steps': 77},
-        (f'--config={own}:large', '--config.train.steps=10', '--noconfig.model.bias', '--config.optim.eps', '1e-6',
-         '--config.train.seq_len=32', '--config.data.corpus=my text.txt', '--config.optim.clip_norm=1'): {
-             'model.n_layer': 24, 'train.steps': 10, 'model.bias': False, 'optim.eps': 1e-6, 'train.seq_len': 32,
-             'data.corpus': 'my text.txt'},
-        (f'--config={own}', '--config.train.stepz=10'): "no setting 'train.stepz'; the nearest is train.steps (int",
+        (
+            f'--config={own}:large',
+            '--config.train.steps=10',
+            '--noconfig.model.bias',
+            '--config.optim.eps',
+            '1e-6',
+            '--config.train.seq_len=32',
+            '--config.data.corpus=my text.txt',
+            '--config.optim.clip_norm=1',
+        ): {
+            'model.n_layer': 24,
+            'train.steps': 10,
+            'model.bias': False,
+            'optim.eps': 1e-6,
+            'train.seq_len': 32,
+            'data.corpus': 'my text.txt',
+        },
+        (
+            f'--config={own}',
+            '--config.train.stepz=10',
+        ): "no setting 'train.stepz'; the nearest is train.steps (int",
         (f'--config={own}', '--config.train.steps=ten'): 'train.steps (int, at least 1)',
-        (f'--config={own}', '--config.train.steps=0'): 'train.steps = 0 is not allowed; expected int, at least 1',
+        (
+            f'--config={own}',
+            '--config.train.steps=0',
+        ): 'train.steps = 0 is not allowed; expected int, at least 1',
     }
-    running = {arguments: subprocess.Popen([sys.executable, '-c', PROGRAM, *arguments], cwd=ROOT, text=True,
-                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) for arguments in calls}
+    running = {
+        arguments: subprocess.Popen(
+            [sys.executable, '-c', PROGRAM, *arguments],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for arguments in calls
+    }
     for arguments, expected in calls.items():
         out, err = running[arguments].communicate(timeout=60)
         if isinstance(expected, dict):
             assert running[arguments].returncode == 0, err
             assert from_json(out) == resolve(changed(expected))
         else:
-            assert running[arguments].returncode == 2 and out == ''
-            assert err.startswith('error: ') and expected in err and err.count('\n') == 1
+            assert running[arguments].returncode == 2
+            assert out == ''
+            assert err.startswith('error: ')
+            assert expected in err
+            assert err.count('\n') == 1
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -199,7 +340,7 @@ def test_every_given_configuration_builds_its_model(path):
     config = resolve(module['get_config']())
     model = GPT2(GPT2Config(**config.model, vocab_size=65))
     tokens = jax.ShapeDtypeStruct((2, config.train.seq_len), 'int32')
-    params = jax.eval_shape(lambda: init_params(model, config.train.seed))
+    params = jax.eval_shape(lambda: init_params(model.cfg, config.train.seed))
     logits = jax.eval_shape(model.apply, {'params': params}, tokens)
     assert logits.shape == (2, config.train.seq_len, 65)
     assert flatten(config) != flatten(resolve(default_config()))
@@ -210,12 +351,14 @@ def test_no_setting_is_unread():
     read = {f'model.{field.name}' for field in dataclasses.fields(GPT2Config)}
     read |= {f'data.{name}' for name in inspect.signature(load.load).parameters}
     read |= {f'mesh.{name}' for name in inspect.signature(mesh.make_mesh).parameters}
-    for path in (ROOT / 'gpt2_jax').glob('*.py'):
+    for path in (ROOT / 'gpt2_jax').rglob('*.py'):
         if path.name == 'config.py':
             continue
         for node in ast.walk(ast.parse(path.read_text('utf-8'))):
             if isinstance(node, ast.Attribute):
-                read.add('.'.join(ast.unparse(node).split('.')[-2:]))  # config.train.steps, and train.steps
+                read.add(
+                    '.'.join(ast.unparse(node).split('.')[-2:])
+                )  # config.train.steps, and train.steps
     assert [key for key in SETTINGS if key not in read] == []
 
 

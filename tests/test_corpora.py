@@ -18,11 +18,17 @@ SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body = {'/good': TEXT.encode(), '/other': b'<html>sign in first</html>', '/cut': TEXT.encode()[:70000]}
+        body = {
+            '/good': TEXT.encode(),
+            '/other': b'<html>sign in first</html>',
+            '/cut': TEXT.encode()[:70000],
+        }
         if self.path not in body:
             return self.send_error(404)
         self.send_response(200)
-        self.send_header('Content-Length', str(len(body['/good' if self.path == '/cut' else self.path])))
+        self.send_header(
+            'Content-Length', str(len(body['/good' if self.path == '/cut' else self.path]))
+        )
         self.end_headers()
         self.wfile.write(body[self.path])
 
@@ -49,7 +55,9 @@ def publish(tmp_path, monkeypatch):
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
 
     def set_url(url='http://127.0.0.1:9/none'):  # the discard port: refused at once
-        monkeypatch.setattr(corpora, 'CORPORA', {'play': corpora.Source(url, SHA256, len(TEXT.encode()))})
+        monkeypatch.setattr(
+            corpora, 'CORPORA', {'play': corpora.Source(url, SHA256, len(TEXT.encode()))}
+        )
 
     set_url()
     return set_url
@@ -65,7 +73,9 @@ def put(path, text=TEXT):
 def test_file_is_read_as_it_is(publish):
     put('my.book.txt', 'a\r\nb\rc\né')
     corpus = find_text('my.book.txt')
-    assert corpus.text == 'a\r\nb\rc\né' and corpus.name == 'my.book' and corpus.path == Path('my.book.txt')
+    assert corpus.text == 'a\r\nb\rc\né'
+    assert corpus.name == 'my.book'
+    assert corpus.path == Path('my.book.txt')
     assert corpus.sha256 == hashlib.sha256('a\r\nb\rc\né'.encode()).hexdigest()
 
 
@@ -73,7 +83,9 @@ def test_places_in_order(publish, monkeypatch):
     for place in ['cache/gpt2_jax/play/input.txt', 'mine/play/input.txt', 'data/play/input.txt']:
         path = put(place)
         corpus = find_text('play')
-        assert corpus.path.resolve() == path.resolve() and corpus.text == TEXT and corpus.sha256 == SHA256
+        assert corpus.path.resolve() == path.resolve()
+        assert corpus.text == TEXT
+        assert corpus.sha256 == SHA256
     put('play', 'a file of that name')
     assert find_text('play').text == 'a file of that name'
     monkeypatch.delenv('GPT2_JAX_DATA_DIR')
@@ -96,14 +108,18 @@ def test_download_is_verified_and_kept(publish, server, capsys):
     publish(server + '/good')
     assert find_text('play').text == TEXT
     err = capsys.readouterr().err
-    assert 'downloading play' in err and server in err and 'downloaded 0.3 MB' in err
+    assert 'downloading play' in err
+    assert server in err
+    assert 'downloaded 0.3 MB' in err
     assert os.listdir('cache/gpt2_jax/play') == ['input.txt']
     publish()
     assert find_text('play').text == TEXT  # now from the cache
 
 
-@pytest.mark.parametrize('path, reason', [('/other', 'expected ' + SHA256), ('/cut', 'SHA-256|IncompleteRead'),
-                                          ('/gone', '404')])
+@pytest.mark.parametrize(
+    ('path', 'reason'),
+    [('/other', 'expected ' + SHA256), ('/cut', 'SHA-256|IncompleteRead'), ('/gone', '404')],
+)
 def test_failed_download_leaves_nothing(publish, server, path, reason):
     publish(server + path)
     with pytest.raises(CorpusNotFound, match=reason):
@@ -115,9 +131,15 @@ def test_no_network_names_each_way_out(publish):
     with pytest.raises(CorpusNotFound) as caught:
         find_text('play')
     message = str(caught.value)
-    assert '\n' not in message and 'refused' in message
-    for way in ('data/play/input.txt', 'cache/gpt2_jax/play/input.txt', 'GPT2_JAX_DATA_DIR', 'path of any text file',
-                'http://127.0.0.1:9/none'):
+    assert '\n' not in message
+    assert 'refused' in message
+    for way in (
+        'data/play/input.txt',
+        'cache/gpt2_jax/play/input.txt',
+        'GPT2_JAX_DATA_DIR',
+        'path of any text file',
+        'http://127.0.0.1:9/none',
+    ):
         assert way in message
     assert os.listdir('cache/gpt2_jax/play') == []
 
@@ -128,9 +150,13 @@ def test_cache_that_cannot_be_written(publish):
         find_text('play')
 
 
-@pytest.mark.parametrize('content, named', [
-    (b'', 'text.txt is empty'), (b'caf\xe9\n', r'text.txt is not UTF-8 text: byte 0xe9 at offset 3'),
-])
+@pytest.mark.parametrize(
+    ('content', 'named'),
+    [
+        (b'', 'text.txt is empty'),
+        (b'caf\xe9\n', r'text.txt is not UTF-8 text: byte 0xe9 at offset 3'),
+    ],
+)
 def test_unusable_text(publish, content, named):
     Path('text.txt').write_bytes(content)
     with pytest.raises(UserError, match=named):
@@ -148,6 +174,7 @@ def test_unreadable_and_missing(publish, monkeypatch):
 
     def refuse(path):  # in a container the tests run as root, to whom no file is closed
         raise PermissionError(13, 'Permission denied')
+
     put('closed.txt')
     monkeypatch.setattr(Path, 'read_bytes', refuse)
     with pytest.raises(UserError, match=r'cannot read the text closed.txt: Permission denied'):
@@ -156,12 +183,17 @@ def test_unreadable_and_missing(publish, monkeypatch):
 
 def test_embedded_text_needs_no_file(publish):
     corpus = find_text('python-topics')
-    assert corpus.path is None and len(corpus.text) > 400_000 and 'The "for" statement' in corpus.text
+    assert corpus.path is None
+    assert len(corpus.text) > 400_000
+    assert 'The "for" statement' in corpus.text
     assert corpus.sha256 == hashlib.sha256(corpus.text.encode()).hexdigest()
 
 
-@pytest.mark.skipif('GPT2_JAX_DATA_DIR' not in os.environ, reason='needs TinyShakespeare in GPT2_JAX_DATA_DIR')
+@pytest.mark.skipif(
+    'GPT2_JAX_DATA_DIR' not in os.environ, reason='needs TinyShakespeare in GPT2_JAX_DATA_DIR'
+)
 def test_tinyshakespeare():
     corpus = find_text('tinyshakespeare')
-    assert len(corpus.text) == 1_115_394 and len(set(corpus.text)) == 65
+    assert len(corpus.text) == 1_115_394
+    assert len(set(corpus.text)) == 65
     assert corpus.sha256 == '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

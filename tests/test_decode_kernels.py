@@ -8,20 +8,24 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, rough_params, shapes, tiny, tokens
 
 from gpt2_jax.inference import decoding
-from gpt2_jax.kernels import decode
-from gpt2_jax.inference.decoding import CHUNK, Sampling
+from gpt2_jax.inference.decoding import CHUNK
+from gpt2_jax.inference.sampling import Sampling, sample_token
+from gpt2_jax.kernels import decode, sample
 from gpt2_jax.model.gpt2 import init_cache
 
 # Of tiny models, many blocks of everything.
-SMALL = dict(ONE_INPUTS=16, ROWS_INPUTS=16, ONE_ATTEND=(4, 1), ROWS_ATTEND=(4, 1), COLUMNS=8, MAX_ROWS=16)
-FOR_A_GPU = {name: getattr(decode_kernels, name) for name in SMALL}
+SMALL = dict(
+    ONE_INPUTS=16, ROWS_INPUTS=16, ONE_ATTEND=(4, 1), ROWS_ATTEND=(4, 1), COLUMNS=8, MAX_ROWS=16
+)
+MODULE = {name: decode if hasattr(decode, name) else sample for name in SMALL}
+FOR_A_GPU = {name: getattr(module, name) for name, module in MODULE.items()}
 
 
 @pytest.fixture(scope='module', autouse=True)
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
-            patch.setattr(decode, name, value)
+            patch.setattr(MODULE[name], name, value)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -30,8 +34,10 @@ def small_blocks():
 def decoded(model, params, ids_BT):
     """Logits at every position, one token at a time, from a cache full of what must not be seen."""
     step = jax.jit(decode.next_logits, static_argnums=0)
-    weights = decode.lay_out(model.cfg, jax.tree.map(jnp.asarray, params))
-    cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), init_cache(model.cfg, len(ids_BT)))
+    weights = decode.cast_params(model.cfg, jax.tree.map(jnp.asarray, params))
+    cache = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, jnp.nan), init_cache(model.cfg, len(ids_BT))
+    )
     logits = []
     for pos in range(ids_BT.shape[1]):
         logits_BV, cache = step(model.cfg, weights, ids_BT[:, pos], cache, pos)
@@ -39,14 +45,24 @@ def decoded(model, params, ids_BT):
     return np.stack(logits, axis=1)
 
 
-@pytest.mark.parametrize('batch, changes', [
-    (1, {}), (1, dict(n_embd=24)), (3, dict(n_embd=24)), (20, dict(n_embd=48, n_head=4, n_layer=1)),
-    (1, dict(bias=False, activation_function='gelu')), (2, dict(bias=False, activation_function='gelu', n_inner=40))])
+@pytest.mark.parametrize(
+    ('batch', 'changes'),
+    [
+        (1, {}),
+        (1, dict(n_embd=24)),
+        (3, dict(n_embd=24)),
+        (20, dict(n_embd=48, n_head=4, n_layer=1)),
+        (1, dict(bias=False, activation_function='gelu')),
+        (2, dict(bias=False, activation_function='gelu', n_inner=40)),
+    ],
+)
 def test_logits_at_every_position(batch, changes):
     model = tiny(**changes)
     params, ids_BT = rough_params(model), tokens(model, batch)
     expected = np.asarray(model.apply({'params': params}, ids_BT))
-    np.testing.assert_allclose(decoded(model, params, ids_BT), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        decoded(model, params, ids_BT), expected, rtol=0, atol=2e-6 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize('batch', [1, 3])
@@ -60,11 +76,11 @@ def test_bfloat16_is_as_near_to_fp32_as_the_open_model(batch):
     assert np.sqrt(np.square(got).mean()) < 1.2 * np.sqrt(np.square(rounding).mean())
 
 
-@pytest.mark.parametrize('kernels', ['open', 'fused'])
+@pytest.mark.parametrize('kernels', ['xla', 'fused'])
 def test_what_is_rounded(kernels):
     """The matrices alone, so that text comes from the model that is evaluated."""
     model = tiny(dtype='bfloat16', kernels=kernels)
-    for part in decoding.lay_out(model, rough_params(model)):
+    for part in decoding.cast_params(model, rough_params(model)):
         for name, leaf in flat(part).items():
             exact = {'wte', 'wpe', 'ln_1', 'ln_2', 'ln_f'} & set(name.split('/'))
             assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
@@ -72,17 +88,20 @@ def test_what_is_rounded(kernels):
 
 def test_past_the_context_nothing_else_is_touched():
     model = tiny()
-    weights = decode.lay_out(model.cfg, jax.tree.map(jnp.asarray, rough_params(model)))
+    weights = decode.cast_params(model.cfg, jax.tree.map(jnp.asarray, rough_params(model)))
     cache = jax.tree.map(lambda leaf: jnp.ones_like(leaf), init_cache(model.cfg, 2))
-    _, after = jax.jit(decode.next_logits, static_argnums=0)(model.cfg, weights, jnp.array([1, 2]), cache, 14)
+    _, after = jax.jit(decode.next_logits, static_argnums=0)(
+        model.cfg, weights, jnp.array([1, 2]), cache, 14
+    )
     for leaf in jax.tree.leaves(after):
-        assert np.all(leaf[:, :, :-1] == 1) and not np.any(leaf[:, :, -1] == 1)
+        assert np.all(leaf[:, :, :-1] == 1)
+        assert not np.any(leaf[:, :, -1] == 1)
 
 
 def kept(x, k):
     """The elements that reach the threshold, cut into blocks as the kernel has them."""
     padded = np.concatenate([x, np.full(-len(x) % 8, -np.inf, np.float32)]).reshape(-1, 8)
-    bound = jax.jit(lambda *blocks: decode._kth_largest(blocks, k))(*padded)
+    bound = jax.jit(lambda *blocks: sample._kth_largest(blocks, k))(*padded)
     return x >= bound
 
 
@@ -93,8 +112,16 @@ def rows():
     near = np.nextafter(np.full(61, -1, np.float32), np.float32(0), dtype=np.float32)
     near[::3] = -1
     masked = np.where(rng.random(61) < 0.5, -np.inf, normal).astype(np.float32)
-    return {'normal': normal, 'negative': -np.abs(normal) - 1, 'ties': np.round(normal), 'equal': np.ones_like(normal),
-            'far apart': np.float32(apart), 'neighbours': near, 'masked': masked, 'zeros': np.float32([-0.0, 0.0] * 30)}
+    return {
+        'normal': normal,
+        'negative': -np.abs(normal) - 1,
+        'ties': np.round(normal),
+        'equal': np.ones_like(normal),
+        'far apart': np.float32(apart),
+        'neighbours': near,
+        'masked': masked,
+        'zeros': np.float32([-0.0, 0.0] * 30),
+    }
 
 
 @pytest.mark.parametrize('name', rows())
@@ -105,29 +132,49 @@ def test_the_kth_largest(name):
         assert np.array_equal(kept(x, k) & (x > -np.inf), (x >= kth) & (x > -np.inf)), k
 
 
-@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(), Sampling(0.5, 3), Sampling(1.0, 7), Sampling(1.0, 99)])
+@pytest.mark.parametrize(
+    'sampling', [Sampling(0), Sampling(), Sampling(0.5, 3), Sampling(1.0, 7), Sampling(1.0, 99)]
+)
 def test_choices_equal_the_open_ones(sampling):
     logits_BV = np.stack([np.resize(x, 60) for x in rows().values()] * 4)
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
     keys_CB = jnp.stack([keys_B[::-1], keys_B])
-    pick = decode.chooser(keys_CB, 60, sampling.temperature, sampling.top_k)
+    pick = sample.chooser(keys_CB, 60, sampling.temperature, sampling.top_k)
     got = pick(logits_BV, jnp.full(keys_CB.shape, -1), 1)
     assert np.all(got[0] == -1)
-    assert np.array_equal(got[1], decoding.choose(logits_BV, keys_B, sampling))
+    assert np.array_equal(got[1], sample_token(logits_BV, keys_B, sampling))
 
 
-@pytest.mark.parametrize('samples, sampling', [
-    (1, Sampling(0)), (3, Sampling(0)), (1, Sampling(2.0)), (3, Sampling(2.0, 5)), (2, Sampling(2.0, 7, 0.9))])
+@pytest.mark.parametrize(
+    ('samples', 'sampling'),
+    [
+        (1, Sampling(0)),
+        (3, Sampling(0)),
+        (1, Sampling(2.0)),
+        (3, Sampling(2.0, 5)),
+        (2, Sampling(2.0, 7, 0.9)),
+    ],
+)
 def test_the_same_text(samples, sampling):
     """Also across chunks, and past the context."""
+
     def text(kernels):
         model = tiny(n_positions=2 * CHUNK + 3, kernels=kernels)
-        chunks = decoding.generate(model, rough_params(model, seed=13, std=0.6), [3, 1, 4], max_new_tokens=3 * CHUNK,
-                                   num_samples=samples, seed=5, sampling=sampling, notify=lambda note: None)
+        chunks = decoding.generate(
+            model,
+            rough_params(model, seed=13, std=0.6),
+            [3, 1, 4],
+            max_new_tokens=3 * CHUNK,
+            num_samples=samples,
+            seed=5,
+            sampling=sampling,
+            notify=lambda note: None,
+        )
         return np.concatenate(list(chunks), axis=1)
 
-    expected = text('open')
-    assert expected.shape == (samples, 3 * CHUNK) and len(np.unique(expected)) > 3
+    expected = text('xla')
+    assert expected.shape == (samples, 3 * CHUNK)
+    assert len(np.unique(expected)) > 3
     assert np.array_equal(text('fused'), expected)
 
 
@@ -136,18 +183,35 @@ def test_lowers_for_a_gpu(batch):
     """At the size of GPT-2, with the block sizes that a GPU is given; no GPU is needed."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FOR_A_GPU.items():
-            patch.setattr(decode, name, value)
+            patch.setattr(MODULE[name], name, value)
         patch.setattr(jax, 'default_backend', lambda: 'gpu')
         jax.clear_caches()
-        model = tiny(50257, n_embd=768, n_head=12, n_layer=1, n_positions=1024, dtype='bfloat16', kernels='fused')
-        _, weights = jax.eval_shape(lambda params: decoding.lay_out(model, params), shapes(model))
+        model = tiny(
+            50257,
+            n_embd=768,
+            n_head=12,
+            n_layer=1,
+            n_positions=1024,
+            dtype='bfloat16',
+            kernels='fused',
+        )
+        _, weights = jax.eval_shape(
+            lambda params: decoding.cast_params(model, params), shapes(model)
+        )
         cache = jax.eval_shape(lambda: init_cache(model.cfg, batch))
         keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
         logits_BV = jax.ShapeDtypeStruct((batch, 50257), jnp.float32)
-        h100 = AbstractMesh((1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu'))
+        h100 = AbstractMesh(
+            (1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')
+        )
         with use_abstract_mesh(h100):
-            traced = decoding.decode.trace(model, weights, logits_BV, cache, 5, keys_B, 0, Sampling(1.0, 200))
+            traced = decoding.decode.trace(
+                model, weights, logits_BV, cache, 5, keys_B, 0, Sampling(1.0, 200)
+            )
             text = traced.lower(lowering_platforms=('cuda',)).as_text()
         jax.clear_caches()
-    assert text.count('_attend_kernel') and text.count('_choose_kernel')
-    assert text.count('custom_call @__gpu$xla.gpu.triton') == 7  # five a layer, the head, and the choice
+    assert text.count('_attend_kernel')
+    assert text.count('_choose_kernel')
+    assert (
+        text.count('custom_call @__gpu$xla.gpu.triton') == 7
+    )  # five a layer, the head, and the choice

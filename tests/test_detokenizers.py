@@ -12,32 +12,27 @@ WIKITEXT = {
     ' = = History = = \n': '== History ==\n',
     ' = = = 1990 \u2013 95 = = = \n': '=== 1990\u201395 ===\n',
     ' = = = = A = b = = = = \n': '==== A = b ====\n',
-    ' It is a two @-@ part film , and cost 1 @,@ 050 of 16 @.@ 9 million . \n':
-        'It is a two-part film, and cost 1,050 of 16.9 million.\n',
-    " The <unk> 's role as \" Ann \" in \" Al 's Story \" ; he said : \" you don 't know ! \" \n":
-        "The <unk>'s role as \"Ann\" in \"Al's Story\"; he said: \"you don't know!\"\n",
-    ' At 22 : 30 ( 23 : 30 local time ) the ( " first " ) ship left ... and 10 % stayed ? \n':
-        'At 22:30 (23:30 local time) the ("first") ship left... and 10% stayed?\n',
-    " The ships ' officers paid $ 5 or \u00a3 4 @.@ 5 [ sic ] per 3 / 4 mile . \n":
-        "The ships' officers paid $5 or \u00a34.5 [sic] per 3/4 mile.\n",
-    ' Life \u2013 as it is \u2014 in Wade \u2013 Giles , one " open . \n':
-        'Life \u2013 as it is \u2014 in Wade \u2013 Giles, one " open.\n',
+    ' It is a two @-@ part film , and cost 1 @,@ 050 of 16 @.@ 9 million . \n': 'It is a two-part film, and cost 1,050 of 16.9 million.\n',
+    ' The <unk> \'s role as " Ann " in " Al \'s Story " ; he said : " you don \'t know ! " \n': 'The <unk>\'s role as "Ann" in "Al\'s Story"; he said: "you don\'t know!"\n',
+    ' At 22 : 30 ( 23 : 30 local time ) the ( " first " ) ship left ... and 10 % stayed ? \n': 'At 22:30 (23:30 local time) the ("first") ship left... and 10% stayed?\n',
+    " The ships ' officers paid $ 5 or \u00a3 4 @.@ 5 [ sic ] per 3 / 4 mile . \n": "The ships' officers paid $5 or \u00a34.5 [sic] per 3/4 mile.\n",
+    ' Life \u2013 as it is \u2014 in Wade \u2013 Giles , one " open . \n': 'Life \u2013 as it is \u2014 in Wade \u2013 Giles, one " open.\n',
 }
 PTB = {
-    " it is n't the company 's $ N billion plan \n we 'll see what <unk> corp. 's owners say \n":
-        "it isn't the company's $N billion plan\nwe'll see what <unk> corp.'s owners say\n",
-    " the investors ' N N loss at standard & poor 's said the nyt\\/cbs poll \n":
-        "the investors' N N loss at standard & poor's said the nyt/cbs poll\n",
+    " it is n't the company 's $ N billion plan \n we 'll see what <unk> corp. 's owners say \n": "it isn't the company's $N billion plan\nwe'll see what <unk> corp.'s owners say\n",
+    " the investors ' N N loss at standard & poor 's said the nyt\\/cbs poll \n": "the investors' N N loss at standard & poor's said the nyt/cbs poll\n",
 }
 BILLION = {
-    "\" We don 't know , \" he said ( much ) later .\nIt 's $ 7.5 million in the 1990s ... or 10 % ?\n":
-        "\"We don't know,\" he said (much) later.\nIt's $7.5 million in the 1990s... or 10%?\n",
+    '" We don \'t know , " he said ( much ) later .\nIt \'s $ 7.5 million in the 1990s ... or 10 % ?\n': '"We don\'t know," he said (much) later.\nIt\'s $7.5 million in the 1990s... or 10%?\n',
 }
-EXAMPLES = [(name, *pair) for name, pairs in (('wikitext', WIKITEXT), ('ptb', PTB), ('1bw', BILLION))
-            for pair in pairs.items()]
+EXAMPLES = [
+    (name, *pair)
+    for name, pairs in (('wikitext', WIKITEXT), ('ptb', PTB), ('1bw', BILLION))
+    for pair in pairs.items()
+]
 
 
-@pytest.mark.parametrize('name, spaced, written', EXAMPLES)
+@pytest.mark.parametrize(('name', 'spaced', 'written'), EXAMPLES)
 def test_what_is_made_of_it(name, spaced, written):
     assert make_detokenizer(name)(spaced) == written
     assert make_detokenizer('none')(spaced) == spaced
@@ -52,14 +47,16 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize('name, spaced, written', EXAMPLES)
+@pytest.mark.parametrize(('name', 'spaced', 'written'), EXAMPLES)
 def test_the_old_text_can_be_had_back(name, spaced, written):
     again = ''
     for line in written.splitlines():
-        words = [f'@{word[0]}@' if word.groupdict().get('within') else word[0]
-                 for word in re.finditer(WORDS[name], line)]
+        words = [
+            f'@{word[0]}@' if word.groupdict().get('within') else word[0]
+            for word in re.finditer(WORDS[name], line)
+        ]
         edge = '' if name == '1bw' else ' '
-        again += edge + ''.join(f'{word} ' for word in words)[:None if edge else -1] + '\n'
+        again += edge + ''.join(f'{word} ' for word in words)[: None if edge else -1] + '\n'
     assert again.replace('nyt/', 'nyt\\/') == spaced
 
 

@@ -14,7 +14,7 @@ import pytest
 import runs
 
 from gpt2_jax.workdir import folder
-from gpt2_jax.workdir.checkpoints import FOLDER, steps_in
+from gpt2_jax.workdir.checksums import FOLDER, all_steps
 
 STEPS = runs.SMALL['train.steps']
 CONFIG = 'from gpt2_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n'
@@ -36,16 +36,31 @@ def made(tmp_path_factory):
     (folder / 'empty.txt').touch()
     (folder / 'short.txt').write_text('to be or not to be')
     (folder / 'empty').mkdir()
-    for name, line in (('fine', 'pass'), ('typo', 'config.train.stepz = 3'), ('section', 'config.trian.steps = 3'),
-                       ('type', "config.train.steps = 'many'"), ('bug', 'config.train.steps = 1 // 0')):
+    for name, line in (
+        ('fine', 'pass'),
+        ('typo', 'config.train.stepz = 3'),
+        ('section', 'config.trian.steps = 3'),
+        ('type', "config.train.steps = 'many'"),
+        ('bug', 'config.train.steps = 1 // 0'),
+    ):
         (folder / f'{name}.py').write_text(f'{CONFIG}    {line}\n    return config\n')
     (folder / 'nothing.py').write_text(f'{CONFIG}    config.train.steps = 3\n')
     (folder / 'syntax.py').write_text('def get_config(:\n')
     assert runs.quiet_train(runs.make_config(text), folder / 'run')[0] == 0
     damaged = shutil.copytree(folder / 'run', folder / 'damaged') / FOLDER / str(STEPS)
     (damaged / 'params/_METADATA').write_text('{}')
-    assert runs.script('prepare', f'--input={text}', f'--out_dir={folder}/shards', '--shard_tokens=3000')[0] == 0
-    assert runs.script('prepare', f'--input={text}', f'--out_dir={folder}/bytes', '--tokenizer=byte')[0] == 0
+    assert (
+        runs.script(
+            'prepare', f'--input={text}', f'--out_dir={folder}/shards', '--shard_tokens=3000'
+        )[0]
+        == 0
+    )
+    assert (
+        runs.script('prepare', f'--input={text}', f'--out_dir={folder}/bytes', '--tokenizer=byte')[
+            0
+        ]
+        == 0
+    )
     (folder / 'passages.jsonl').write_text('{"text": "ba bo"}\n{"text": "ba\n')
     (folder / 'other_field.jsonl').write_text('{"body": "ba bo"}\n')
     (folder / 'unknown.txt').write_text('ba Zu')
@@ -63,8 +78,14 @@ def made(tmp_path_factory):
 def train(*changes, config='fine', corpus='text.txt', workdir='new'):
     """The arguments of a run in the folder `made`, shown as {made}."""
     settings = [f'--config.{key}={value}' for key, value in runs.SMALL.items()]
-    return ('train', f'--config={{made}}/{config}.py', *settings, f'--config.data.corpus={{made}}/{corpus}',
-            f'--workdir={{made}}/{workdir}', *changes)
+    return (
+        'train',
+        f'--config={{made}}/{config}.py',
+        *settings,
+        f'--config.data.corpus={{made}}/{corpus}',
+        f'--workdir={{made}}/{workdir}',
+        *changes,
+    )
 
 
 def evaluate(*options):
@@ -78,120 +99,355 @@ def sample(*options, run='run'):
 # what is wrong -> (script and arguments, exit code, what the line must contain)
 ROWS = {
     'mistyped flag': (train('--wrkdir=x'), 2, ['wrkdir', 'workdir']),
-    'mistyped setting': (train('--config.train.stepz=3'), 2, [
-        '--config.train.stepz', 'the nearest is train.steps (int, at least 1)', 'train.batch_size, train.seq_len']),
-    'mistyped section': (train('--config.trian.steps=3'), 2, ['the nearest is train.steps', 'data, eval, log, mesh']),
+    'mistyped setting': (
+        train('--config.train.stepz=3'),
+        2,
+        [
+            '--config.train.stepz',
+            'the nearest is train.steps (int, at least 1)',
+            'train.batch_size, train.seq_len',
+        ],
+    ),
+    'mistyped section': (
+        train('--config.trian.steps=3'),
+        2,
+        ['the nearest is train.steps', 'data, eval, log, mesh'],
+    ),
     'section for a setting': (train('--config.train=3'), 2, ["no setting 'train'", 'train.steps']),
-    'wrong type': (train('--config.train.steps=many'), 2, ["'many'", 'expected train.steps (int, at least 1)']),
-    'fraction for a whole number': (train('--config.train.steps=1.5'), 2, ["'1.5'", 'train.steps (int']),
-    'no truth value': (train('--config.model.bias=maybe'), 2, ['maybe', 'model.bias (bool, True or False)']),
-    'value not allowed': (train('--config.model.dtype=float16'), 2, [
-        "model.dtype = 'float16' is not allowed", "'float32', 'tf32', 'bfloat16'"]),
-    'value out of range': (train('--config.model.resid_pdrop=1.0'), 2, ['model.resid_pdrop = 1.0', 'below 1']),
+    'wrong type': (
+        train('--config.train.steps=many'),
+        2,
+        ["'many'", 'expected train.steps (int, at least 1)'],
+    ),
+    'fraction for a whole number': (
+        train('--config.train.steps=1.5'),
+        2,
+        ["'1.5'", 'train.steps (int'],
+    ),
+    'no truth value': (
+        train('--config.model.bias=maybe'),
+        2,
+        ['maybe', 'model.bias (bool, True or False)'],
+    ),
+    'value not allowed': (
+        train('--config.model.dtype=float16'),
+        2,
+        ["model.dtype = 'float16' is not allowed", "'float32', 'tf32', 'bfloat16'"],
+    ),
+    'value out of range': (
+        train('--config.model.resid_pdrop=1.0'),
+        2,
+        ['model.resid_pdrop = 1.0', 'below 1'],
+    ),
     'no configuration': (('train',), 2, ['--config is missing', '--config=configs/quickstart.py']),
-    'no configuration file': (train(config='nowhere'), 2, ['nowhere.py', 'no such file', os.getcwd()]),
-    'setting before the configuration': (('train', '--config.train.steps=3', '--config={made}/fine.py'), 2, [
-        '--config=FILE must come before']),
-    'bug in a configuration file': (train(config='bug'), 2, [
-        'bug.py, line 6 (config.train.steps = 1 // 0)', 'ZeroDivisionError']),
-    'mistyped setting in a file': (train(config='typo'), 2, [
-        'typo.py, line 6 (config.train.stepz = 3)', 'the nearest is train.steps']),
-    'mistyped section in a file': (train(config='section'), 2, ['section.py, line 6', 'the nearest is train.steps']),
-    'wrong type in a file': (train(config='type'), 2, ['type.py, line 6', 'expected train.steps (int, at least 1)']),
+    'no configuration file': (
+        train(config='nowhere'),
+        2,
+        ['nowhere.py', 'no such file', os.getcwd()],
+    ),
+    'setting before the configuration': (
+        ('train', '--config.train.steps=3', '--config={made}/fine.py'),
+        2,
+        ['--config=FILE must come before'],
+    ),
+    'bug in a configuration file': (
+        train(config='bug'),
+        2,
+        ['bug.py, line 6 (config.train.steps = 1 // 0)', 'ZeroDivisionError'],
+    ),
+    'mistyped setting in a file': (
+        train(config='typo'),
+        2,
+        ['typo.py, line 6 (config.train.stepz = 3)', 'the nearest is train.steps'],
+    ),
+    'mistyped section in a file': (
+        train(config='section'),
+        2,
+        ['section.py, line 6', 'the nearest is train.steps'],
+    ),
+    'wrong type in a file': (
+        train(config='type'),
+        2,
+        ['type.py, line 6', 'expected train.steps (int, at least 1)'],
+    ),
     'no Python in a file': (train(config='syntax'), 2, ['syntax.py', 'SyntaxError', 'line 1']),
-    'file that returns nothing': (train(config='nothing'), 2, ['nothing.py: get_config() must return']),
-    'word that is no flag': (train('train.steps=3'), 2, ["unexpected argument 'train.steps=3'", '--name=value']),
-    'heads that do not divide the width': (train('--config.model.n_head=5'), 2, ['model.n_embd = 32', 'n_head = 5']),
-    'windows beyond the context': (train('--config.train.seq_len=17'), 2, ['seq_len = 17', 'n_positions = 16']),
-    'batch that cannot be split': (train('--config.train.accumulate=3'), 2, ['batch_size = 4', 'accumulate = 3']),
-    'more devices than there are': (train('--config.train.batch_size=512', '--config.mesh.data=512'), 2, [
-        '= 512 devices', 'JAX sees', 'JAX_NUM_CPU_DEVICES=512']),
+    'file that returns nothing': (
+        train(config='nothing'),
+        2,
+        ['nothing.py: get_config() must return'],
+    ),
+    'word that is no flag': (
+        train('train.steps=3'),
+        2,
+        ["unexpected argument 'train.steps=3'", '--name=value'],
+    ),
+    'heads that do not divide the width': (
+        train('--config.model.n_head=5'),
+        2,
+        ['model.n_embd = 32', 'n_head = 5'],
+    ),
+    'windows beyond the context': (
+        train('--config.train.seq_len=17'),
+        2,
+        ['seq_len = 17', 'n_positions = 16'],
+    ),
+    'batch that cannot be split': (
+        train('--config.train.grad_accum_steps=3'),
+        2,
+        ['batch_size = 4', 'grad_accum_steps = 3'],
+    ),
+    'more devices than there are': (
+        train('--config.train.batch_size=512', '--config.mesh.data=512'),
+        2,
+        ['= 512 devices', 'JAX sees', 'JAX_NUM_CPU_DEVICES=512'],
+    ),
     'no GPU': (train('--platform=gpu'), 2, ['--platform=gpu', 'nvidia-smi', '--platform=cpu']),
-    'unknown corpus': (train('--config.data.corpus=tinyshakespear'), 1, [
-        "no corpus called 'tinyshakespear'", "did you mean 'tinyshakespeare'?"]),
-    'text that is not UTF-8': (train(corpus='latin1.txt'), 1, ['latin1.txt is not UTF-8', '0xe4 at offset 5']),
+    'unknown corpus': (
+        train('--config.data.corpus=tinyshakespear'),
+        1,
+        ["no corpus called 'tinyshakespear'", "did you mean 'tinyshakespeare'?"],
+    ),
+    'text that is not UTF-8': (
+        train(corpus='latin1.txt'),
+        1,
+        ['latin1.txt is not UTF-8', '0xe4 at offset 5'],
+    ),
     'empty text': (train(corpus='empty.txt'), 1, ['empty.txt is empty']),
-    'text too short to train': (train(corpus='short.txt'), 1, ['too few for train.seq_len = 16', 'needs 32']),
-    'text too short to evaluate': (train('--config.data.val_fraction=0.0'), 1, ['evaluation needs at least 2 tokens']),
-    'folder that was not prepared': (train(corpus='empty'), 1, ['not a prepared one', 'scripts/prepare.py']),
+    'text too short to train': (
+        train(corpus='short.txt'),
+        1,
+        ['too few for train.seq_len = 16', 'needs 32'],
+    ),
+    'text too short to evaluate': (
+        train('--config.data.val_fraction=0.0'),
+        1,
+        ['evaluation needs at least 2 tokens'],
+    ),
+    'folder that was not prepared': (
+        train(corpus='empty'),
+        1,
+        ['not a prepared one', 'scripts/prepare.py'],
+    ),
     'damaged shard': (train(corpus='shard_damaged'), 1, ['train_00001.npy is damaged', 'SHA-256']),
     'missing shard': (train(corpus='shard_missing'), 1, ['val_00000.npy is missing']),
     'damaged manifest': (train(corpus='manifest_damaged'), 1, ['manifest.json is damaged']),
-    'shards of another tokenizer': (train('--config.data.tokenizer=byte', corpus='shards'), 2, [
-        "tokenizer 'char'", '--config.data.tokenizer=char']),
-    'folder that cannot be made': (train(workdir='text.txt/run'), 1, ['text.txt/run', 'Not a directory', '--workdir']),
-    'folder that is a file': (train(workdir='text.txt'), 1, ['text.txt', 'File exists', '--workdir']),
-    'run with another configuration': (train('--config.train.seed=1', workdir='run'), 2, [
-        'train.seed: 0 there, 1 now', '--workdir', '--fresh']),
-    'run on another text': (train(corpus='other.txt', workdir='run'), 2, [
-        'data.corpus: ', '(its text)', 'other.txt', '--fresh']),
-    'fewer steps than the run had': (train('--config.train.steps=9', workdir='run'), 2, ['18 there, 9 now']),
-    'more steps, and no --extend': (train('--config.train.steps=20', workdir='run'), 2, ['with --extend']),
-    'out of memory': (train('--config.model.n_embd=3200000'), 1, [
-        'out of memory', 'GiB', 'train.batch_size', 'train.accumulate', 'seq_len', 'model.remat']),
-    'out of memory for a batch': (train('--config.train.batch_size=2000000000'), 1, ['out of memory', 'batch_size']),
+    'shards of another tokenizer': (
+        train('--config.data.tokenizer=byte', corpus='shards'),
+        2,
+        ["tokenizer 'char'", '--config.data.tokenizer=char'],
+    ),
+    'folder that cannot be made': (
+        train(workdir='text.txt/run'),
+        1,
+        ['text.txt/run', 'Not a directory', '--workdir'],
+    ),
+    'folder that is a file': (
+        train(workdir='text.txt'),
+        1,
+        ['text.txt', 'File exists', '--workdir'],
+    ),
+    'run with another configuration': (
+        train('--config.train.seed=1', workdir='run'),
+        2,
+        ['train.seed: 0 there, 1 now', '--workdir', '--fresh'],
+    ),
+    'run on another text': (
+        train(corpus='other.txt', workdir='run'),
+        2,
+        ['data.corpus: ', '(its text)', 'other.txt', '--fresh'],
+    ),
+    'fewer steps than the run had': (
+        train('--config.train.steps=9', workdir='run'),
+        2,
+        ['18 there, 9 now'],
+    ),
+    'more steps, and no --extend': (
+        train('--config.train.steps=20', workdir='run'),
+        2,
+        ['--extend allows a larger train.steps'],
+    ),
+    'out of memory': (
+        train('--config.model.n_embd=3200000'),
+        1,
+        [
+            'out of memory',
+            'GiB',
+            'train.batch_size',
+            'train.grad_accum_steps',
+            'seq_len',
+            'model.remat',
+        ],
+    ),
+    'out of memory for a batch': (
+        train('--config.train.batch_size=2000000000'),
+        1,
+        ['out of memory', 'batch_size'],
+    ),
     'no checkpoint': (sample(run='empty'), 1, ['empty holds no checkpoint', 'scripts/train.py']),
     'no folder': (sample(run='nowhere'), 1, ['nowhere holds no checkpoint']),
-    'checkpoint that is not there': (sample('--which=7'), 1, ["no checkpoint '7'", 'it has 15, 18']),
-    'no kind of checkpoint': (sample('--which=newest'), 1, ["no checkpoint 'newest'", "'best' or 'latest'"]),
-    'damaged checkpoint': (sample(run='damaged'), 1, [
-        f"{STEPS} cannot be used: 'params/_METADATA' is not as it was saved", 'try --which=15']),
-    'unknown character in a prompt': (sample('--prompt=ba Zu'), 1, [
-        "unknown character 'Z' (U+005A) at position 3", 'alphabet of 12', 'abdefgiou']),
-    'two prompts': (sample('--prompt=ba', '--prompt_file={made}/text.txt'), 2, ['--prompt and --prompt_file']),
+    'checkpoint that is not there': (sample('--step=7'), 1, ["no checkpoint '7'", 'it has 15, 18']),
+    'no kind of checkpoint': (
+        sample('--step=newest'),
+        1,
+        ["no checkpoint 'newest'", "'best' or 'latest'"],
+    ),
+    'damaged checkpoint': (
+        sample(run='damaged'),
+        1,
+        [f"{STEPS} cannot be used: 'params/_METADATA' is not as it was saved", 'try --step=15'],
+    ),
+    'unknown character in a prompt': (
+        sample('--prompt=ba Zu'),
+        1,
+        ["unknown character 'Z' (U+005A) at position 3", 'alphabet of 12', 'abdefgiou'],
+    ),
+    'two prompts': (
+        sample('--prompt=ba', '--prompt_file={made}/text.txt'),
+        2,
+        ['--prompt and --prompt_file'],
+    ),
     'no prompt file': (sample('--prompt_file={made}/nowhere'), 1, ['nowhere', 'No such file']),
-    'prompt that is not UTF-8': (sample('--prompt_file={made}/latin1.txt'), 2, ['latin1.txt is not UTF-8', 'offset 5']),
-    'strict context': (sample('--strict_context', '--prompt=ba', '--max_new_tokens=15'), 2, [
-        '2 prompt tokens and 15 new ones', 'context of 16']),
-    'negative temperature': (sample('--temperature=-1'), 2, ['temperature = -1', '0 (greedy) or more']),
+    'prompt that is not UTF-8': (
+        sample('--prompt_file={made}/latin1.txt'),
+        2,
+        ['latin1.txt is not UTF-8', 'offset 5'],
+    ),
+    'strict context': (
+        sample('--strict_context', '--prompt=ba', '--max_new_tokens=15'),
+        2,
+        ['2 prompt tokens and 15 new ones', 'context of 16'],
+    ),
+    'negative temperature': (
+        sample('--temperature=-1'),
+        2,
+        ['temperature = -1', '0 (greedy) or more'],
+    ),
     'no probability': (sample('--top_p=0'), 2, ['top_p = 0', 'above 0']),
     'no samples': (sample('--num_samples=0'), 2, ['num_samples=0', 'positive integer']),
     'no run': (('sample',), 2, ['--ckpt_dir is missing']),
     'unknown split': (evaluate('--split=test'), 2, ['split=test', 'val|train']),
-    'evaluation without a checkpoint': (('evaluate', '--ckpt_dir={made}/empty'), 1, ['holds no checkpoint']),
+    'evaluation without a checkpoint': (
+        ('evaluate', '--ckpt_dir={made}/empty'),
+        1,
+        ['holds no checkpoint'],
+    ),
     'no text to score': (evaluate('--text={made}/nowhere.txt'), 1, ['no text file', 'nowhere.txt']),
-    'text to score that is not UTF-8': (evaluate('--text={made}/latin1.txt'), 1, ['latin1.txt is not UTF-8']),
+    'text to score that is not UTF-8': (
+        evaluate('--text={made}/latin1.txt'),
+        1,
+        ['latin1.txt is not UTF-8'],
+    ),
     'empty text to score': (evaluate('--text={made}/empty.txt'), 1, ['empty.txt is empty']),
-    'unknown character in a text to score': (evaluate('--text={made}/unknown.txt'), 1, [
-        "unknown character 'Z' (U+005A) at position 3", 'alphabet of 12']),
-    'documents without the field': (evaluate('--text={made}/other_field.jsonl'), 1, ["line 1 has no text in 'text'"]),
-    'tokens of another tokenizer to score': (evaluate('--text={made}/bytes'), 2, [
-        "another tokenizer, byte of 256 tokens, than the checkpoint's, char of 12"]),
-    'token files for a tokenizer of characters': (evaluate('--text={made}/*.bin'), 2, [
-        'files of GPT-2 tokens', "'char'"]),
-    'split of a text': (evaluate('--text={made}/text.txt', '--split=train'), 2, ['--split is for prepared folders']),
+    'unknown character in a text to score': (
+        evaluate('--text={made}/unknown.txt'),
+        1,
+        ["unknown character 'Z' (U+005A) at position 3", 'alphabet of 12'],
+    ),
+    'documents without the field': (
+        evaluate('--text={made}/other_field.jsonl'),
+        1,
+        ["line 1 has no text in 'text'"],
+    ),
+    'tokens of another tokenizer to score': (
+        evaluate('--text={made}/bytes'),
+        2,
+        ["another tokenizer, byte of 256 tokens, than the checkpoint's, char of 12"],
+    ),
+    'token files for a tokenizer of characters': (
+        evaluate('--text={made}/*.bin'),
+        2,
+        ['files of GPT-2 tokens', "'char'"],
+    ),
+    'split of a text': (
+        evaluate('--text={made}/text.txt', '--split=train'),
+        2,
+        ['--split is for prepared folders'],
+    ),
     'text to score that has no name': (evaluate('--text='), 2, ['--text is empty']),
-    'stride beyond the context': (evaluate('--text={made}/text.txt', '--stride=17'), 2, ['stride = 17', '--stride=16']),
-    'no stride': (evaluate('--text={made}/text.txt', '--stride=0'), 2, ['stride=0', 'positive integer']),
-    'context beyond the positions': (evaluate('--text={made}/text.txt', '--context=17'), 2, [
-        'context = 17', 'the 16 positions', '--context=16']),
-    'two things to score': (evaluate('--text={made}/text.txt', '--lambada={made}/passages.jsonl'), 2, [
-        '--text means nothing with --lambada']),
-    'stride for passages': (evaluate('--lambada={made}/passages.jsonl', '--stride=4'), 2, [
-        '--stride means nothing with --lambada']),
-    'de-tokenizer for its own corpus': (evaluate('--detokenizer=ptb'), 2, ['means nothing without --text']),
-    'unknown de-tokenizer': (evaluate('--text={made}/text.txt', '--detokenizer=penn'), 2, ['detokenizer=penn', 'ptb']),
-    'no passages': (evaluate('--lambada={made}/nowhere.jsonl'), 1, ['nowhere.jsonl', 'No such file']),
-    'damaged passages': (evaluate('--lambada={made}/passages.jsonl'), 1, ['passages.jsonl, line 2 is not JSON']),
-    'passages in no known form': (evaluate('--lambada={made}/text.txt'), 2, ['text.txt is no file of passages']),
-    'flag of another measurement': (('benchmark', '--config={made}/fine.py', '--what=startup', '--top_k=3'), 2, [
-        '--top_k means nothing with --what=startup']),
+    'stride beyond the context': (
+        evaluate('--text={made}/text.txt', '--stride=17'),
+        2,
+        ['stride = 17', '--stride=16'],
+    ),
+    'no stride': (
+        evaluate('--text={made}/text.txt', '--stride=0'),
+        2,
+        ['stride=0', 'positive integer'],
+    ),
+    'context beyond the positions': (
+        evaluate('--text={made}/text.txt', '--context=17'),
+        2,
+        ['context = 17', 'the 16 positions', '--context=16'],
+    ),
+    'two things to score': (
+        evaluate('--text={made}/text.txt', '--lambada={made}/passages.jsonl'),
+        2,
+        ['--text means nothing with --lambada'],
+    ),
+    'stride for passages': (
+        evaluate('--lambada={made}/passages.jsonl', '--stride=4'),
+        2,
+        ['--stride means nothing with --lambada'],
+    ),
+    'de-tokenizer for its own corpus': (
+        evaluate('--detokenizer=ptb'),
+        2,
+        ['means nothing without --text'],
+    ),
+    'unknown de-tokenizer': (
+        evaluate('--text={made}/text.txt', '--detokenizer=penn'),
+        2,
+        ['detokenizer=penn', 'ptb'],
+    ),
+    'no passages': (
+        evaluate('--lambada={made}/nowhere.jsonl'),
+        1,
+        ['nowhere.jsonl', 'No such file'],
+    ),
+    'damaged passages': (
+        evaluate('--lambada={made}/passages.jsonl'),
+        1,
+        ['passages.jsonl, line 2 is not JSON'],
+    ),
+    'passages in no known form': (
+        evaluate('--lambada={made}/text.txt'),
+        2,
+        ['text.txt is no file of passages'],
+    ),
+    'flag of another measurement': (
+        ('benchmark', '--config={made}/fine.py', '--what=startup', '--top_k=3'),
+        2,
+        ['--top_k means nothing with --what=startup'],
+    ),
     'no input': (('prepare', '--out_dir={made}/out'), 2, ['--input is missing']),
-    'input that is not there': (('prepare', '--input={made}/nowhere.txt', '--out_dir={made}/out'), 1, [
-        'nowhere.txt', 'No such file']),
-    'output that is there': (('prepare', '--input={made}/text.txt', '--out_dir={made}/shards'), 1, [
-        'shards exists and is not an empty folder']),
-    'unknown tokenizer': (('prepare', '--input={made}/text.txt', '--out_dir={made}/out', '--tokenizer=word'), 2, [
-        'tokenizer=word', 'char|byte']),
+    'input that is not there': (
+        ('prepare', '--input={made}/nowhere.txt', '--out_dir={made}/out'),
+        1,
+        ['nowhere.txt', 'No such file'],
+    ),
+    'output that is there': (
+        ('prepare', '--input={made}/text.txt', '--out_dir={made}/shards'),
+        1,
+        ['shards exists and is not an empty folder'],
+    ),
+    'unknown tokenizer': (
+        ('prepare', '--input={made}/text.txt', '--out_dir={made}/out', '--tokenizer=word'),
+        2,
+        ['tokenizer=word', 'char|byte'],
+    ),
 }
 
 
 def check(code, err, expected, fragments, others=0):
     """One line, at the end of stderr, before which only `others` stand that are no errors."""
-    lines = [line for line in err.splitlines() if not line.startswith('[')]  # what sample.py runs on
+    lines = [
+        line for line in err.splitlines() if not line.startswith('[')
+    ]  # what sample.py runs on
     assert code == expected, err
     assert 'Traceback' not in err and len(lines) == 1 + others, err
-    assert lines[-1].startswith('error: ') and not any(line.startswith('error') for line in lines[:-1]), err
+    assert lines[-1].startswith('error: ') and not any(
+        line.startswith('error') for line in lines[:-1]
+    ), err
     assert all(fragment in lines[-1] for fragment in fragments), lines[-1]
 
 
@@ -203,18 +459,22 @@ def test_wrong_input(what, made):
     code, _, err = runs.script(script, *(argument.format(made=made) for argument in arguments))
     check(code, err, expected, fragments)
     # Only what runs out of memory gets as far as making a folder, and no input gets as far as saving anything.
-    assert not steps_in(made / 'new' / FOLDER) and ((made / 'new').exists() <= (what == 'out of memory'))
+    assert not all_steps(made / 'new' / FOLDER)
+    assert (made / 'new').exists() <= (what == 'out of memory')
     shutil.rmtree(made / 'new', ignore_errors=True)
 
 
 def run_train(made, workdir, *changes):
     script, *arguments = train(*changes)
-    return runs.script(script, *(argument.format(made=made) for argument in arguments), f'--workdir={workdir}')
+    return runs.script(
+        script, *(argument.format(made=made) for argument in arguments), f'--workdir={workdir}'
+    )
 
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """Neither a network nor a copy of any corpus."""
+
     def no_network(*args, **options):
         raise urllib.error.URLError('Name or service not known')
 
@@ -226,19 +486,39 @@ def offline(tmp_path, monkeypatch):
 
 def test_corpus_that_cannot_be_had(made, tmp_path, offline):
     code, _, err = run_train(made, tmp_path / 'run', '--config.data.corpus=tinyshakespeare')
-    check(code, err, 1, ['no local copy of tinyshakespeare', 'Name or service not known', 'data/tinyshakespeare/input',
-                         'GPT2_JAX_DATA_DIR', 'data.corpus', 'https://'], others=1)  # that it is downloading
+    check(
+        code,
+        err,
+        1,
+        [
+            'no local copy of tinyshakespeare',
+            'Name or service not known',
+            'data/tinyshakespeare/input',
+            'GPT2_JAX_DATA_DIR',
+            'data.corpus',
+            'https://',
+        ],
+        others=1,
+    )  # that it is downloading
 
 
 def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkeypatch):
-    code, out, err = run_train(made, tmp_path / 'run', '--config.data.corpus=tinyshakespeare',
-                               '--config.data.fallback=python-topics', '--config.data.val_fraction=0.001',
-                               '--config.train.steps=1', '--config.eval.sample_tokens=0')
-    assert code == 0 and "FALLBACK: this run trains on 'python-topics' instead" in out
+    code, out, err = run_train(
+        made,
+        tmp_path / 'run',
+        '--config.data.corpus=tinyshakespeare',
+        '--config.data.fallback=python-topics',
+        '--config.data.val_fraction=0.001',
+        '--config.train.steps=1',
+        '--config.eval.sample_tokens=0',
+    )
+    assert code == 0
+    assert "FALLBACK: this run trains on 'python-topics' instead" in out
     summary = json.loads((tmp_path / 'run/summary.json').read_text())
-    assert summary['corpus']['fallback'] and summary['corpus']['name'] == 'python-topics'
+    assert summary['corpus']['fallback']
+    assert summary['corpus']['name'] == 'python-topics'
     # With a network it is still evaluated on what it was trained on.
-    monkeypatch.setattr('gpt2_jax.corpora._download', lambda name: made / 'text.txt')
+    monkeypatch.setattr('gpt2_jax.data.corpora._download', lambda name: made / 'text.txt')
     code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
     assert code == 0 and repr(summary['best_val_loss']) in out, err
 
@@ -254,21 +534,48 @@ def test_second_run_in_the_same_folder(made, tmp_path):
 def test_no_room_for_a_checkpoint(made, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda path: types.SimpleNamespace(free=1000))
     code, _, err = run_train(made, tmp_path)
-    check(code, err, 1, ['checkpoint 5 could not be saved', 'it takes 0.2 MiB', '0.0 MiB left', 'none yet'])
+    check(
+        code,
+        err,
+        1,
+        ['checkpoint 5 could not be saved', 'it takes 0.2 MiB', '0.0 MiB left', 'none yet'],
+    )
 
 
-@pytest.mark.parametrize('kilobytes, fragments', [
-    (1, ['the run cannot write', 'File too large']),  # the logs do not fit
-    (30, ['checkpoint 5 could not be saved', 'File too large', 'there is none yet', 'the same command'])])
+@pytest.mark.parametrize(
+    ('kilobytes', 'fragments'),
+    [
+        (1, ['the run cannot write', 'File too large']),  # the logs do not fit
+        (
+            30,
+            [
+                'checkpoint 5 could not be saved',
+                'File too large',
+                'there is none yet',
+                'the same command',
+            ],
+        ),
+    ],
+)
 def test_disk_that_is_full(kilobytes, fragments, made, tmp_path):
     """A limit on the size of any file stands in for a disk that refuses to write more."""
     script, *arguments = train('--config.log.every=1')
-    command = [sys.executable, Path(__file__).parents[1] / f'scripts/{script}.py',
-               *(argument.format(made=made) for argument in arguments), f'--workdir={tmp_path}/run']
-    code = ('import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
-            'os.execv(sys.executable, sys.argv[1:])').format(kilobytes * 1024)
-    cache = shutil.copytree(runs.compile_cache().name, tmp_path / 'cache')  # it must not get half an entry
+    command = [
+        sys.executable,
+        Path(__file__).parents[1] / f'scripts/{script}.py',
+        *(argument.format(made=made) for argument in arguments),
+        f'--workdir={tmp_path}/run',
+    ]
+    code = (
+        'import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
+        'os.execv(sys.executable, sys.argv[1:])'
+    ).format(kilobytes * 1024)
+    cache = shutil.copytree(
+        runs.compile_cache().name, tmp_path / 'cache'
+    )  # it must not get half an entry
     env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache)}
-    done = subprocess.run([sys.executable, '-c', code, *command], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, '-c', code, *command], env=env, capture_output=True, text=True, timeout=120
+    )
     check(done.returncode, done.stderr, 1, fragments)
     assert not any((tmp_path / 'run' / FOLDER).iterdir())  # what could not be saved takes no room

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny import rough_params, tiny
 
-from gpt2_jax.training.evaluate import count_bytes, evaluate
-from gpt2_jax.parallel.mesh import make_mesh
-from gpt2_jax.data.shards import Tokens
-from gpt2_jax.training.step import make_eval_step
+from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
+from gpt2_jax.inference.evaluate import count_bytes, evaluate
+from gpt2_jax.parallel.mesh import make_mesh
+from gpt2_jax.training.step import make_eval_step
 
 T = 8
 ALPHABET = 'ab éß中文😀🙂\n'  # one to four bytes each
@@ -28,16 +28,26 @@ def text_of(n):
 def evaluated(text, batch_size, cuts=(), stride=None):
     tokenizer = make_tokenizer('char', ALPHABET)
     tokens = Tokens(tuple(np.split(tokenizer.encode(text), cuts)))
-    return evaluate(eval_step, PARAMS, tokens, tokenizer, batch_size=batch_size, seq_len=T, stride=stride,
-                    mesh=make_mesh(data=1, fsdp=1, tensor=1))
+    return evaluate(
+        eval_step,
+        PARAMS,
+        tokens,
+        tokenizer,
+        batch_size=batch_size,
+        seq_len=T,
+        stride=stride,
+        mesh=make_mesh(data=1, fsdp=1, tensor=1),
+    )
 
 
-@pytest.mark.parametrize('n', [2, 9, 10, 104, 105])  # one target; one window; one and 1; 12 windows and 7; 13 windows
+@pytest.mark.parametrize(
+    'n', [2, 9, 10, 104, 105]
+)  # one target; one window; one and 1; 12 windows and 7; 13 windows
 def test_a_split_equals_a_plain_loop(n):
     ids = make_tokenizer('char', ALPHABET).encode(text_of(n)).astype(np.int32)
     nats, targets = 0.0, 0
     for start in range(0, n - 1, T):
-        window = ids[start:start + T + 1]
+        window = ids[start : start + T + 1]
         # The model is causal: what stands after the window changes nothing before it.
         logits_TV = np.float64(forward({'params': PARAMS}, np.resize(window[:-1], (1, T)))[0])
         for t, target in enumerate(window[1:]):
@@ -46,7 +56,8 @@ def test_a_split_equals_a_plain_loop(n):
     n_bytes = len(text_of(n)[1:].encode())
 
     got = evaluated(text_of(n), batch_size=3)
-    assert (got.tokens, got.bytes) == (targets, n_bytes) and targets == n - 1
+    assert (got.tokens, got.bytes) == (targets, n_bytes)
+    assert targets == n - 1
     assert got.loss == pytest.approx(nats / targets, rel=1e-6)
     assert got.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
     assert got.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
@@ -60,7 +71,9 @@ def test_a_stride_gives_every_target_the_context_it_says(n, stride):
     for target in range(1, n):  # each by itself, from the context its window gives it
         start = max(0, math.ceil((target - T) / stride) * stride)
         assert target <= T or T - stride < target - start <= T
-        context = np.resize(ids[start:target], (1, T))  # as above: what stands after it changes nothing
+        context = np.resize(
+            ids[start:target], (1, T)
+        )  # as above: what stands after it changes nothing
         logits_V = np.float64(forward({'params': PARAMS}, context)[0, target - start - 1])
         nats -= logits_V[ids[target]] - math.log(np.exp(logits_V).sum())
     got = evaluated(text_of(n), batch_size=3, stride=stride)

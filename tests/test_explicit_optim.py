@@ -7,7 +7,8 @@ import optax
 import pytest
 from tiny import flat, rough_params, shapes, tiny
 
-from gpt2_jax.parallel import mesh
+from gpt2_jax.parallel import partition
+from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.optim import make_optimizer, make_schedule
 from gpt2_jax.training.step import token_losses
 
@@ -16,8 +17,13 @@ IMPLEMENTATIONS = ('optax', 'explicit')
 
 def make(implementation, steps=100, **changes):
     settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0) | changes
-    schedule = make_schedule(implementation=implementation, learning_rate=1e-2, end_learning_rate=1e-3,
-                             warmup_steps=10, steps=steps)
+    schedule = make_schedule(
+        implementation=implementation,
+        learning_rate=1e-2,
+        end_learning_rate=1e-3,
+        warmup_steps=10,
+        steps=steps,
+    )
     return make_optimizer(implementation=implementation, schedule=schedule, **settings)
 
 
@@ -29,21 +35,28 @@ def test_equal_updates_over_100_steps():
 
     @jax.jit
     def update(both, grads):
-        both = [(params, *optimizer.update(grads, state, params))
-                for (params, state), optimizer in zip(both, optimizers, strict=True)]
+        both = [
+            (params, *optimizer.update(grads, state, params))
+            for (params, state), optimizer in zip(both, optimizers, strict=True)
+        ]
         return [(optax.apply_updates(params, updates), state) for params, updates, state in both], [
-            updates for _, updates, _ in both]
+            updates for _, updates, _ in both
+        ]
 
     rng, clipped = np.random.default_rng(0), 0
     for step in range(100):
         spread = 10 ** rng.uniform(-4, 0)
-        grads = jax.tree.map(lambda leaf, std=spread: np.float32(rng.normal(0, std, leaf.shape)), start)
+        grads = jax.tree.map(
+            lambda leaf, std=spread: np.float32(rng.normal(0, std, leaf.shape)), start
+        )
         clipped += float(optax.tree.norm(grads)) > 1
         both, updates = update(both, grads)
         for trees in (updates, [params for params, _ in both]):
             theirs, ours = map(flat, trees)
             for name, leaf in ours.items():
-                assert np.linalg.norm(leaf - theirs[name]) < 1e-6 * np.linalg.norm(leaf), f'{name}, step {step}'
+                assert np.linalg.norm(leaf - theirs[name]) < 1e-6 * np.linalg.norm(leaf), (
+                    f'{name}, step {step}'
+                )
     assert 30 < clipped < 70
 
 
@@ -61,7 +74,10 @@ def test_equal_loss_curves():
             value, grads = jax.value_and_grad(loss)(params)
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), value
-        return jax.jit(lambda: jax.lax.scan(update, (start, optimizer.init(start)), length=100)[1])()
+
+        return jax.jit(
+            lambda: jax.lax.scan(update, (start, optimizer.init(start)), length=100)[1]
+        )()
 
     theirs, ours = (curve(make(implementation)) for implementation in IMPLEMENTATIONS)
     assert theirs[-1] < 0.2 * theirs[0]
@@ -73,11 +89,17 @@ def test_moments_lie_as_their_parameters(implementation):
     """One table of shardings serves both: each moment ends in its parameter's path."""
     params = shapes(tiny())
     state = jax.eval_shape(make(implementation).init, params)
-    mesh = mesh.make_mesh(data=1, fsdp=1, tensor=1)
-    layout, state_layout, state = (flat(tree) for tree in (
-        mesh.shardings(mesh, params), mesh.shardings(mesh, state), state))
+    mesh = make_mesh(data=1, fsdp=1, tensor=1)
+    layout, state_layout, state = (
+        flat(tree)
+        for tree in (partition.shardings(mesh, params), partition.shardings(mesh, state), state)
+    )
     for name, leaf in flat(params).items():
         moments = [path for path in state if path.endswith('/' + name)]
-        assert [(state[path].shape, state_layout[path]) for path in moments] == [(leaf.shape, layout[name])] * 2
-    assert sum(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in state.values()) == {'optax': 2, 'explicit': 1}[
-        implementation]
+        assert [(state[path].shape, state_layout[path]) for path in moments] == [
+            (leaf.shape, layout[name])
+        ] * 2
+    assert (
+        sum(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in state.values())
+        == {'optax': 2, 'explicit': 1}[implementation]
+    )

@@ -7,15 +7,24 @@ import pytest
 import runs
 from tiny import flat
 
-from gpt2_jax.workdir import checkpoints
-from gpt2_jax.workdir.checkpoints import FOLDER
 from gpt2_jax.config import resolve
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.training.finetune import start_state
+from gpt2_jax.parallel import feed
+from gpt2_jax.training import programs
+from gpt2_jax.training.finetune import from_pretrained
 from gpt2_jax.training.setup import build
+from gpt2_jax.workdir import checkpoints as checkpoints_lib
+from gpt2_jax.workdir import restore
+from gpt2_jax.workdir.checksums import FOLDER
 
-SIZES = dict(model__n_layer=1, model__n_head=2, model__n_embd=16, model__n_positions=8, train__steps=6,
-             eval__sample_tokens=0)
+SIZES = dict(
+    model__n_layer=1,
+    model__n_head=2,
+    model__n_embd=16,
+    model__n_positions=8,
+    train__steps=6,
+    eval__sample_tokens=0,
+)
 
 
 @pytest.fixture(scope='module')
@@ -35,40 +44,56 @@ def parts_of(text, **changes):
     return build(resolve(runs.make_config(text, **SIZES | changes)))
 
 
-def start(parts, base, **options):
+def start(setup, base, **options):
     told = []
-    return start_state(parts, base, notify=told.append, **options), told[0]
+    return from_pretrained(setup, base, notify=told.append, **options), told[0]
 
 
 def saved(base) -> dict[str, np.ndarray]:
     """Every leaf of the base run's latest state."""
-    with checkpoints.Checkpoints(base / FOLDER) as checkpoints:
-        return flat(checkpoints.restore(6, build(checkpoints.load(base, 'latest').config).abstract_state()))
+    with checkpoints_lib.Checkpoints(base / FOLDER) as checkpoints:
+        return flat(
+            checkpoints.restore(
+                6, programs.abstract_state(build(restore.load(base, 'latest').config))
+            )
+        )
 
 
 def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
-    parts = parts_of(text, optim__learning_rate=1e-4)
-    state, told = start(parts, base, which='latest')
+    setup = parts_of(text, optim__learning_rate=1e-4)
+    state, told = start(setup, base, which='latest')
     assert told == f'starting from checkpoint 6 in {base}, with a fresh optimizer'
-    old, fresh = saved(base), flat(parts.new_state())
+    old, fresh = saved(base), flat(programs.new_state(setup))
     assert flat(state).keys() == old.keys()
     for name, leaf in flat(state).items():
         expected = old if name.startswith('params') else fresh
         assert np.array_equal(leaf, expected[name]), name
         assert leaf.sharding == fresh[name].sharding and leaf.dtype == fresh[name].dtype, name
-    state, metrics = parts.train_step()(state, parts.batch(0))
-    assert int(state.step) == 1 and float(metrics['learning_rate']) == pytest.approx(1e-4 / 11)
+    state, metrics = programs.train_step(setup)(
+        state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
+    )
+    assert int(state.step) == 1
+    assert float(metrics['learning_rate']) == pytest.approx(1e-4 / 11)
 
 
 def test_the_checkpoint_is_the_one_asked_for(text, base):
-    parts = parts_of(text)
-    by_which = {which: flat(start(parts, base, which=which)[0].params) for which in ('best', 'latest', '5', '6')}
-    assert all(np.array_equal(by_which['latest'][name], leaf) for name, leaf in by_which['6'].items())
-    assert not all(np.array_equal(by_which['latest'][name], leaf) for name, leaf in by_which['5'].items())
+    setup = parts_of(text)
+    by_which = {
+        which: flat(start(setup, base, which=which)[0].params)
+        for which in ('best', 'latest', '5', '6')
+    }
+    assert all(
+        np.array_equal(by_which['latest'][name], leaf) for name, leaf in by_which['6'].items()
+    )
+    assert not all(
+        np.array_equal(by_which['latest'][name], leaf) for name, leaf in by_which['5'].items()
+    )
 
 
 def test_a_smaller_context_is_cropped(text, base):
-    state, told = start(parts_of(text, model__n_positions=5), base, which='latest', keep_optimizer=True)
+    state, told = start(
+        parts_of(text, model__n_positions=5), base, which='latest', keep_optimizer=True
+    )
     assert told.endswith('with its optimizer; context cropped from 8 to 5')
     old, cropped = saved(base), 0
     for name, leaf in flat(state).items():
@@ -81,48 +106,99 @@ def test_a_smaller_context_is_cropped(text, base):
 
 
 def test_a_kept_optimizer_goes_on_under_a_new_schedule(text, base):
-    parts = parts_of(text, optim__learning_rate=1e-4)
-    state, _ = start(parts, base, which='latest', keep_optimizer=True)
+    setup = parts_of(text, optim__learning_rate=1e-4)
+    state, _ = start(setup, base, which='latest', keep_optimizer=True)
     old = saved(base)
-    adam, schedule = (optax.tree.get(state.opt_state, name) for name in ('ScaleByAdamState', 'ScaleByScheduleState'))
+    adam, schedule = (
+        optax.tree.get(state.opt_state, name)
+        for name in ('ScaleByAdamState', 'ScaleByScheduleState')
+    )
     assert (int(state.step), int(adam.count), int(schedule.count)) == (0, 6, 0)
     moments = {name: leaf for name, leaf in flat(state).items() if '/mu/' in name or '/nu/' in name}
     assert len(moments) == 2 * len(flat(state.params))
     for name, leaf in moments.items():
         assert np.array_equal(leaf, old[name]) and np.asarray(leaf).any(), name
-    assert float(parts.train_step()(state, parts.batch(0))[1]['learning_rate']) == pytest.approx(1e-4 / 11)
+    assert float(
+        programs.train_step(setup)(
+            state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
+        )[1]['learning_rate']
+    ) == pytest.approx(1e-4 / 11)
 
 
-@pytest.mark.parametrize('changes, options, words', [
-    (dict(model__n_layer=2), {}, 'model.n_layer is 1 there, 2 here$'),
-    (dict(model__n_head=4, model__bias=False), {}, 'model.n_head is 2 there, 4 here; model.bias is True there, False'),
-    (dict(model__activation_function='gelu'), {}, "model.activation_function is 'gelu_new' there, 'gelu' here"),
-    (dict(model__n_positions=9), {}, 'model.n_positions is 8 there, and 9 here: it can only shrink'),
-    (dict(data__tokenizer='byte'), {}, r'its tokenizer is char with \d+ tokens, .* another, byte with 256'),
-    (dict(optim__implementation='explicit'), dict(keep_optimizer=True), "is 'optax' there, 'explicit' here"),
-    (dict(optim__clip_norm=0.0), dict(keep_optimizer=True), 'optim.clip_norm is 1.0 there, 0.0 here'),
-])
+@pytest.mark.parametrize(
+    ('changes', 'options', 'words'),
+    [
+        (dict(model__n_layer=2), {}, 'model.n_layer is 1 there, 2 here$'),
+        (
+            dict(model__n_head=4, model__bias=False),
+            {},
+            'model.n_head is 2 there, 4 here; model.bias is True there, False',
+        ),
+        (
+            dict(model__activation_function='gelu'),
+            {},
+            "model.activation_function is 'gelu_new' there, 'gelu' here",
+        ),
+        (
+            dict(model__n_positions=9),
+            {},
+            'model.n_positions is 8 there, and 9 here: it can only shrink',
+        ),
+        (
+            dict(data__tokenizer='byte'),
+            {},
+            r'its tokenizer is char with \d+ tokens, .* another, byte with 256',
+        ),
+        (
+            dict(optim__implementation='explicit'),
+            dict(keep_optimizer=True),
+            "is 'optax' there, 'explicit' here",
+        ),
+        (
+            dict(optim__clip_norm=0.0),
+            dict(keep_optimizer=True),
+            'optim.clip_norm is 1.0 there, 0.0 here',
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(text, base, changes, options, words):
     with pytest.raises(UsageError, match=f'^this run cannot start from {base}: .*{words}'):
         start(parts_of(text, **changes), base, **options)
 
 
 def test_dropout_precision_and_optimizer_may_be_others(text, base):
-    parts = parts_of(text, model__resid_pdrop=0.3, model__dtype='bfloat16', optim__implementation='explicit',
-                     optim__clip_norm=0.0)
-    state, _ = start(parts, base)
-    assert jax.tree.structure(state) == jax.tree.structure(parts.shapes)
+    setup = parts_of(
+        text,
+        model__resid_pdrop=0.3,
+        model__dtype='bfloat16',
+        optim__implementation='explicit',
+        optim__clip_norm=0.0,
+    )
+    state, _ = start(setup, base)
+    assert jax.tree.structure(state) == jax.tree.structure(setup.shapes)
 
 
 def test_training_starts_there_and_goes_on_from_its_own_checkpoints(text, base, tmp_path):
-    config = runs.make_config(text, **SIZES, train__init_from=str(base), train__init_which='latest',
-                              train__init_optimizer=True, optim__learning_rate=1e-4)
+    config = runs.make_config(
+        text,
+        **SIZES,
+        train__init_from=str(base),
+        train__init_step='latest',
+        train__init_optimizer=True,
+        optim__learning_rate=1e-4,
+    )
     code, out = runs.quiet_train(config, tmp_path / 'tuned')
-    assert code == 0 and f'starting from checkpoint 6 in {base}, with its optimizer' in out
-    parts = parts_of(text, optim__learning_rate=1e-4)
-    state, _ = start(parts, base, which='latest', keep_optimizer=True)
-    assert runs.metrics(tmp_path / 'tuned')[0]['loss'] == float(parts.train_step()(state, parts.batch(0))[1]['loss'])
-    assert 'going on' not in out and 'is finished' in runs.quiet_train(config, tmp_path / 'tuned')[1]
+    assert code == 0
+    assert f'starting from checkpoint 6 in {base}, with its optimizer' in out
+    setup = parts_of(text, optim__learning_rate=1e-4)
+    state, _ = start(setup, base, which='latest', keep_optimizer=True)
+    assert runs.metrics(tmp_path / 'tuned')[0]['loss'] == float(
+        programs.train_step(setup)(
+            state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
+        )[1]['loss']
+    )
+    assert 'resuming' not in out
+    assert 'is finished' in runs.quiet_train(config, tmp_path / 'tuned')[1]
     config.train.init_from = str(tmp_path / 'nowhere')
     with pytest.raises(UserError, match='nowhere holds no checkpoint'):
         runs.quiet_train(config, tmp_path / 'other')
@@ -133,6 +209,9 @@ def test_a_start_that_cannot_be_leaves_the_old_run_in_its_place(text, tmp_path):
     runs.quiet_train(runs.make_config(text, **SIZES), tmp_path / 'run')
     before = sorted(path.name for path in tmp_path.rglob('*'))
     with pytest.raises(UserError, match='nowhere holds no checkpoint'):
-        runs.quiet_train(runs.make_config(text, **SIZES, train__init_from=str(tmp_path / 'nowhere')), tmp_path / 'run',
-                         fresh=True)
+        runs.quiet_train(
+            runs.make_config(text, **SIZES, train__init_from=str(tmp_path / 'nowhere')),
+            tmp_path / 'run',
+            fresh=True,
+        )
     assert sorted(path.name for path in tmp_path.rglob('*')) == before

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tiny import rough_params, tiny
 
-from gpt2_jax.inference import decoding as generation
-from gpt2_jax.errors import UsageError
-from gpt2_jax.inference.decoding import CHUNK, Sampling, choose, default_prompt, generate, print_samples, stream_text
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
+from gpt2_jax.errors import UsageError
+from gpt2_jax.inference import decoding as generation
+from gpt2_jax.inference.decoding import CHUNK, generate
+from gpt2_jax.inference.sampling import Sampling, sample_token
+from gpt2_jax.inference.streaming import default_prompt, print_samples, stream_text
 
 CONTEXT, HALF = 20, 10
 MODEL = tiny(n_positions=CONTEXT, n_layer=2)
@@ -25,14 +27,16 @@ forward = jax.jit(MODEL.apply)
 def prefills_of_several_lengths():
     """Also within this short context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, 'LEAST_PREFILL', 4)
+        patch.setattr(generation, 'MIN_PREFILL', 4)
         yield
 
 
 def text(prompt=PROMPT, **options):
     """(num_samples, n) tokens."""
     notes = options.setdefault('notify', lambda note: None)
-    return np.concatenate(list(generate(MODEL, PARAMS, np.array(prompt), **options | {'notify': notes})), axis=1)
+    return np.concatenate(
+        list(generate(MODEL, PARAMS, np.array(prompt), **options | {'notify': notes})), axis=1
+    )
 
 
 def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
@@ -47,7 +51,9 @@ def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
     return out
 
 
-@pytest.mark.parametrize('prompt', [PROMPT, [5], list(range(10)) + list(range(9)), [2, 7] * 10, [1, 2, 3] * 11])
+@pytest.mark.parametrize(
+    'prompt', [PROMPT, [5], list(range(10)) + list(range(9)), [2, 7] * 10, [1, 2, 3] * 11]
+)
 def test_greedy_cached_equals_uncached(prompt):
     """Also past the context, several times, and for prompts as long as the context and longer."""
     expected = without_cache(prompt, 45)
@@ -57,14 +63,17 @@ def test_greedy_cached_equals_uncached(prompt):
 
 def test_drawn_cached_equals_uncached():
     """Token i of sample s is drawn with the key fold_in(fold_in(key(seed), s), i), in whichever chunk it comes."""
+
     @jax.jit
     def draw(logits_V, s, i):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), s), i)
-        return choose(logits_V[None], key[None], LIVELY)[0]
+        return sample_token(logits_V[None], key[None], LIVELY)[0]
 
     got = text(max_new_tokens=45, num_samples=3, seed=7, sampling=LIVELY)
     for s in range(3):
-        assert got[s].tolist() == without_cache(PROMPT, 45, lambda logits_V, i, s=s: draw(logits_V, s, i))
+        assert got[s].tolist() == without_cache(
+            PROMPT, 45, lambda logits_V, i, s=s: draw(logits_V, s, i)
+        )
 
 
 def test_few_compilations_for_all_lengths():
@@ -72,25 +81,43 @@ def test_few_compilations_for_all_lengths():
     generation.decode.clear_cache()
     for length in (1, 2, 11, 19, 20, 21, 50):
         text([1] * length, max_new_tokens=length, sampling=GREEDY)
-    assert generation.prefill._cache_size() == 3  # 4, 16 and the context: a prompt of 20 is cut to 10
+    assert (
+        generation.prefill._cache_size() == 3
+    )  # 4, 16 and the context: a prompt of 20 is cut to 10
     assert generation.decode._cache_size() == 1
 
 
 def test_seeds_and_samples():
     three = text(max_new_tokens=30, num_samples=3, seed=7, sampling=LIVELY)
-    assert three.shape == (3, 30) and three.dtype == np.int32
+    assert three.shape == (3, 30)
+    assert three.dtype == np.int32
     assert len({tuple(row) for row in three}) == 3
     assert np.array_equal(three, text(max_new_tokens=30, num_samples=3, seed=7, sampling=LIVELY))
-    assert not np.array_equal(three, text(max_new_tokens=30, num_samples=3, seed=8, sampling=LIVELY))
+    assert not np.array_equal(
+        three, text(max_new_tokens=30, num_samples=3, seed=8, sampling=LIVELY)
+    )
     one = text(max_new_tokens=30, seed=7, sampling=LIVELY)
     assert np.array_equal(one[0], three[0])  # whatever is sampled beside it
-    assert np.array_equal(one[:, :21], text(max_new_tokens=21, seed=7, sampling=LIVELY))  # and however long
+    assert np.array_equal(
+        one[:, :21], text(max_new_tokens=21, seed=7, sampling=LIVELY)
+    )  # and however long
 
 
 def test_chunks():
-    chunks = generate(MODEL, PARAMS, np.array(PROMPT), max_new_tokens=21, num_samples=3, sampling=LIVELY,
-                      notify=lambda note: None)
-    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 17 - CHUNK), (3, 21 - 17)]  # 3 + 17 = the context
+    chunks = generate(
+        MODEL,
+        PARAMS,
+        np.array(PROMPT),
+        max_new_tokens=21,
+        num_samples=3,
+        sampling=LIVELY,
+        notify=lambda note: None,
+    )
+    assert [chunk.shape for chunk in chunks] == [
+        (3, CHUNK),
+        (3, 17 - CHUNK),
+        (3, 21 - 17),
+    ]  # 3 + 17 = the context
 
 
 def test_the_context():
@@ -101,7 +128,9 @@ def test_the_context():
     text(max_new_tokens=45, sampling=GREEDY, notify=notes.append)
     assert notes == ['the context of 20 tokens is full: going on from its last 10'] * 2  # once each
     for prompt, n in ((PROMPT, CONTEXT - 2), ([1] * 21, 1)):
-        with pytest.raises(UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'):
+        with pytest.raises(
+            UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'
+        ):
             text(prompt, max_new_tokens=n, strict_context=True)
     with pytest.raises(UsageError, match='the prompt is empty'):
         text([], max_new_tokens=1)
@@ -110,10 +139,14 @@ def test_the_context():
 def test_the_shortest_context():
     model = tiny(n_positions=1, n_layer=1)
     params, expected = rough_params(model, std=0.5), [4]
-    next_V = jax.jit(model.apply)({'params': params}, np.arange(11)[:, None])[:, 0].argmax(-1)  # of each token alone
+    next_V = jax.jit(model.apply)({'params': params}, np.arange(11)[:, None])[:, 0].argmax(
+        -1
+    )  # of each token alone
     for _ in range(5):
         expected.append(int(next_V[expected[-1]]))
-    chunks = generate(model, params, np.array([4]), max_new_tokens=5, sampling=GREEDY, notify=lambda note: None)
+    chunks = generate(
+        model, params, np.array([4]), max_new_tokens=5, sampling=GREEDY, notify=lambda note: None
+    )
     got = [next(chunks, None) for _ in range(5)]
     assert np.concatenate(got, axis=1)[0].tolist() == expected[1:]
 
@@ -139,13 +172,24 @@ LOGITS = np.float32([0.3, 2.0, -1.0, 1.1, 0.0, 1.9, -3.0, 0.7])
 
 def draw(sampling, logits=LOGITS):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(DRAWS))
-    tokens = jax.jit(choose, static_argnums=2)(np.tile(logits, (DRAWS, 1)), keys, sampling)
+    tokens = jax.jit(sample_token, static_argnums=2)(np.tile(logits, (DRAWS, 1)), keys, sampling)
     return np.bincount(tokens, minlength=len(logits)) / DRAWS
 
 
-@pytest.mark.parametrize('settings', [
-    (1.0, 0, 1.0), (0.5, 0, 1.0), (3.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 8, 1.0), (1.0, 99, 1.0),
-    (1.0, 0, 0.8), (1.0, 0, 0.3), (3.0, 5, 0.7)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (3.0, 0, 1.0),
+        (1.0, 3, 1.0),
+        (1.0, 8, 1.0),
+        (1.0, 99, 1.0),
+        (1.0, 0, 0.8),
+        (1.0, 0, 0.3),
+        (3.0, 5, 0.7),
+    ],
+)
 def test_draws_follow_the_filtered_distribution(settings):
     expected, got = numpy_distribution(LOGITS, *settings), draw(Sampling(*settings))
     assert np.array_equal(got > 0, expected > 0)
@@ -156,14 +200,25 @@ def test_choices_without_chance():
     logits_BV = np.random.default_rng(0).normal(0, 3, (64, 11)).astype(np.float32)
     keys_B = jax.random.split(jax.random.key(0), 64)
     best_B = logits_BV.argmax(-1)
-    for sampling in (GREEDY, Sampling(temperature=0, top_k=5, top_p=0.5), Sampling(top_k=1), Sampling(top_p=1e-6)):
-        assert np.array_equal(choose(logits_BV, keys_B, sampling), best_B), sampling
-    assert not np.array_equal(choose(logits_BV, keys_B, Sampling()), best_B)
+    for sampling in (
+        GREEDY,
+        Sampling(temperature=0, top_k=5, top_p=0.5),
+        Sampling(top_k=1),
+        Sampling(top_p=1e-6),
+    ):
+        assert np.array_equal(sample_token(logits_BV, keys_B, sampling), best_B), sampling
+    assert not np.array_equal(sample_token(logits_BV, keys_B, Sampling()), best_B)
 
 
 def test_wrong_sampling():
-    for wrong in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan),
-                  dict(temperature=math.nan)):
+    for wrong in (
+        dict(temperature=-1.0),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(top_p=math.nan),
+        dict(temperature=math.nan),
+    ):
         with pytest.raises(UsageError, match=f'{next(iter(wrong))} = .* is not allowed; expected'):
             Sampling(**wrong)
 
@@ -173,7 +228,9 @@ def all_chunkings(ids, max_cuts):
     cuts = [()] + [(a,) for a in range(len(ids) + 1)]
     if max_cuts == 2:
         cuts += [(a, b) for a in range(len(ids) + 1) for b in range(a, len(ids) + 1)]
-    return [np.split(np.asarray(ids)[None], cut, axis=1) for cut in cuts] + [np.split(ids[None], len(ids), axis=1)]
+    return [np.split(np.asarray(ids)[None], cut, axis=1) for cut in cuts] + [
+        np.split(ids[None], len(ids), axis=1)
+    ]
 
 
 @pytest.mark.parametrize('tokenizer', [ByteTokenizer(), make_tokenizer('char', 'né 中文😀')])
@@ -192,9 +249,19 @@ def test_bytes_that_are_no_text():
         assert ''.join(stream_text(chunks, ByteTokenizer())) == ByteTokenizer().decode(ids)
 
 
-@pytest.mark.parametrize('whole, stop', [
-    ('to be\n\nor not', '\n\n'), ('aaab and more', 'aab'), ('ababac!', 'abac'), ('stop', 'stop'), ('no end', 'END'),
-    ('almost: sto', 'stop'), ('x中中文y', '中文'), ('a.b.c', '.')])
+@pytest.mark.parametrize(
+    ('whole', 'stop'),
+    [
+        ('to be\n\nor not', '\n\n'),
+        ('aaab and more', 'aab'),
+        ('ababac!', 'abac'),
+        ('stop', 'stop'),
+        ('no end', 'END'),
+        ('almost: sto', 'stop'),
+        ('x中中文y', '中文'),
+        ('a.b.c', '.'),
+    ],
+)
 def test_stop_strings_never_leak(whole, stop):
     tokenizer = ByteTokenizer()
     for chunks in all_chunkings(tokenizer.encode(whole), 2):
@@ -210,7 +277,10 @@ def test_stopping_stops_decoding():
 def test_rows_are_streamed_apart():
     ids = np.stack([ByteTokenizer().encode(row) for row in ('first', 'other')])
     chunks = np.split(ids, 5, axis=1)
-    assert [''.join(stream_text(chunks, ByteTokenizer(), row)) for row in (0, 1)] == ['first', 'other']
+    assert [''.join(stream_text(chunks, ByteTokenizer(), row)) for row in (0, 1)] == [
+        'first',
+        'other',
+    ]
 
 
 def test_default_prompt():
@@ -228,4 +298,5 @@ def test_printed_samples(capsys):
     stop = rows[2][5:7]
     print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=stop, **options)
     assert capsys.readouterr().out == ''.join(
-        f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1))
+        f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1)
+    )

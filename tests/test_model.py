@@ -10,14 +10,28 @@ import numpy as np
 import pytest
 from tiny import flat, rough_params, shapes, tiny, tokens
 
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config
-from gpt2_jax.model.gpt2 import ACTIVATIONS, CausalSelfAttention, GPT2, GPT2Config, LayerNorm, MLP, count_params, dropout_seeds, explicit_attention, flops_per_token, init_cache, init_params, keep_mask, product
+from gpt2_jax.model.dropout import dropout_seeds, keep_mask
+from gpt2_jax.model.gpt2 import (
+    GPT2,
+    MLP,
+    CausalSelfAttention,
+    LayerNorm,
+    activate,
+    causal_attention,
+    init_cache,
+)
+from gpt2_jax.model.ops import matmul_rows
+from gpt2_jax.model.params import count_params, flops_per_token, init_params
 from gpt2_jax.training.step import token_losses
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)  # fp32 against fp64, for values about 1
 erf = np.vectorize(math.erf)
-GELU = {'gelu': lambda x: x / 2 * (1 + erf(x / math.sqrt(2))),
-        'gelu_new': lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))}
+GELU = {
+    'gelu': lambda x: x / 2 * (1 + erf(x / math.sqrt(2))),
+    'gelu_new': lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
 
 
 def numpy_gpt2(params, cfg, tokens_T):
@@ -25,11 +39,14 @@ def numpy_gpt2(params, cfg, tokens_T):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
     def affine(x, at):
-        return x @ at['kernel'].reshape(x.shape[-1], -1) + (at['bias'].reshape(-1) if cfg.bias else 0)
+        return x @ at['kernel'].reshape(x.shape[-1], -1) + (
+            at['bias'].reshape(-1) if cfg.bias else 0
+        )
 
     def norm(x, at):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * at['scale'] + (
-            at['bias'] if cfg.bias else 0)
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * at[
+            'scale'
+        ] + (at['bias'] if cfg.bias else 0)
 
     T, K = len(tokens_T), cfg.n_embd // cfg.n_head
     x = params['wte']['embedding'][tokens_T] + params['wpe']['embedding'][:T]
@@ -40,19 +57,26 @@ def numpy_gpt2(params, cfg, tokens_T):
         for head in range(cfg.n_head):
             columns = slice(head * K, head * K + K)
             for t in range(T):
-                weights = np.exp(k[:t + 1, columns] @ q[t, columns] / math.sqrt(K))
-                z[t, columns] = weights @ v[:t + 1, columns] / weights.sum()
+                weights = np.exp(k[: t + 1, columns] @ q[t, columns] / math.sqrt(K))
+                z[t, columns] = weights @ v[: t + 1, columns] / weights.sum()
         x = x + affine(z, block['attn']['c_proj'])
         hidden = GELU[cfg.activation_function](affine(norm(x, block['ln_2']), block['mlp']['c_fc']))
         x = x + affine(hidden, block['mlp']['c_proj'])
     return norm(x, params['ln_f']) @ params['wte']['embedding'].T
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(bias=False, activation_function='gelu', n_head=4, n_inner=24, n_layer=3),
-    dict(vocab_size=1030, n_layer=1)])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        dict(bias=False, activation_function='gelu', n_head=4, n_inner=24, n_layer=3),
+        dict(vocab_size=1030, n_layer=1),
+    ],
+)
 def test_forward_equals_numpy(changes):
-    model = tiny(**changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)  # off, unless asked for
+    model = tiny(
+        **changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5
+    )  # off, unless asked for
     params, tokens_BT = rough_params(model), tokens(model, length=9)
     logits_BTV = jax.jit(model.apply)({'params': params}, tokens_BT)
     assert logits_BTV.dtype == jnp.float32
@@ -61,13 +85,15 @@ def test_forward_equals_numpy(changes):
     np.testing.assert_allclose(logits_BTV, expected_BTV, **CLOSE)
 
 
-@pytest.mark.parametrize('inputs, outputs', [((5,), (7,)), ((2, 3), (4,)), ((5,), (3, 2, 4))])
+@pytest.mark.parametrize(('inputs', 'outputs'), [((5,), (7,)), ((2, 3), (4,)), ((5,), (3, 2, 4))])
 def test_gradients_of_a_product(inputs, outputs):
     rng = np.random.default_rng(0)
     sizes = (6, *inputs), inputs + outputs, (6, *outputs)
     x_N, kernel, dy_N = (np.float32(rng.normal(size=size)) for size in sizes)
-    y_N, pull_back = jax.vjp(lambda x, w: product(x, w, 'highest'), x_N, kernel)
-    expected_N, theirs = jax.vjp(lambda x, w: jnp.tensordot(x, w, len(inputs), precision='highest'), x_N, kernel)
+    y_N, pull_back = jax.vjp(lambda x, w: matmul_rows(x, w, 'highest'), x_N, kernel)
+    expected_N, theirs = jax.vjp(
+        lambda x, w: jnp.tensordot(x, w, len(inputs), precision='highest'), x_N, kernel
+    )
     np.testing.assert_array_equal(y_N, expected_N)
     for ours, expected in zip(pull_back(dy_N), theirs(dy_N), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -78,7 +104,9 @@ def test_causality_by_gradient():
     params, tokens_BT = rough_params(model), tokens(model, batch=1)
     mix_V = np.random.default_rng(0).normal(size=11)
 
-    def outputs_T(wpe):  # a row of wpe enters at its own position and nowhere else, as the input embedding there
+    def outputs_T(
+        wpe,
+    ):  # a row of wpe enters at its own position and nowhere else, as the input embedding there
         return model.apply({'params': params | {'wpe': {'embedding': wpe}}}, tokens_BT)[0] @ mix_V
 
     gradient_TSD = np.asarray(jax.jit(jax.jacrev(outputs_T))(params['wpe']['embedding']))
@@ -87,19 +115,28 @@ def test_causality_by_gradient():
     assert np.array_equal(sees_TS, np.tril(np.ones((12, 12), bool)))
 
 
-@pytest.mark.parametrize('T, S, pos', [(7, 7, 0), (1, 9, 4), (3, 9, 5)])
+@pytest.mark.parametrize(('T', 'S', 'pos'), [(7, 7, 0), (1, 9, 4), (3, 9, 5)])
 def test_attention_equals_fused_and_loop(T, S, pos):
     B, H, K = 2, 3, 4
     rng = np.random.default_rng(0)
     q_BTHK, k_BSHK, v_BSHK = (rng.normal(0, 2, (B, n, H, K)).astype(np.float32) for n in (T, S, S))
-    explicit = jax.jit(lambda *args: explicit_attention(*args, None, 0.0, jax.lax.Precision.HIGHEST))
+    explicit = jax.jit(lambda *args: causal_attention(*args))
     z_BTHK = explicit(q_BTHK, k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2), pos)
-    causal = dict(is_causal=True) if S == T else dict(mask=(np.arange(S) <= pos + np.arange(T)[:, None])[None, None])
-    fused = jax.jit(lambda *args: jax.nn.dot_product_attention(*args, implementation='xla', **causal))
+    causal = (
+        dict(is_causal=True)
+        if S == T
+        else dict(mask=(np.arange(S) <= pos + np.arange(T)[:, None])[None, None])
+    )
+    fused = jax.jit(
+        lambda *args: jax.nn.dot_product_attention(*args, implementation='xla', **causal)
+    )
     np.testing.assert_allclose(z_BTHK, fused(q_BTHK, k_BSHK, v_BSHK), rtol=1e-5, atol=1e-6)
 
     for b, t, h in np.ndindex(B, T, H):
-        scores = [math.exp(sum(q_BTHK[b, t, h] * k_BSHK[b, s, h]) / math.sqrt(K)) for s in range(pos + t + 1)]
+        scores = [
+            math.exp(sum(q_BTHK[b, t, h] * k_BSHK[b, s, h]) / math.sqrt(K))
+            for s in range(pos + t + 1)
+        ]
         expected_K = sum(score * v_BSHK[b, s, h] for s, score in enumerate(scores)) / sum(scores)
         np.testing.assert_allclose(z_BTHK[b, t, h], expected_K, rtol=1e-5, atol=1e-5)
 
@@ -107,11 +144,16 @@ def test_attention_equals_fused_and_loop(T, S, pos):
 @pytest.mark.parametrize('bias', [True, False])
 def test_layer_norm_equals_flax_and_numpy(bias):
     rng = np.random.default_rng(0)
-    x = np.float32(rng.normal(3, 1, (5, 16)) * 10.0 ** np.arange(-3, 2)[:, None])  # variances from 1e-6: eps counts
+    x = np.float32(
+        rng.normal(3, 1, (5, 16)) * 10.0 ** np.arange(-3, 2)[:, None]
+    )  # variances from 1e-6: eps counts
     params = {'scale': rng.normal(1, 1, 16).astype(np.float32)} | (
-        {'bias': rng.normal(0, 1, 16).astype(np.float32)} if bias else {})
+        {'bias': rng.normal(0, 1, 16).astype(np.float32)} if bias else {}
+    )
     y = LayerNorm(tiny(bias=bias).cfg).apply({'params': params}, x)
-    flax = nn.LayerNorm(epsilon=1e-5, use_bias=bias, use_fast_variance=False).apply({'params': params}, x)
+    flax = nn.LayerNorm(epsilon=1e-5, use_bias=bias, use_fast_variance=False).apply(
+        {'params': params}, x
+    )
     np.testing.assert_allclose(y, flax, **CLOSE)
     x = x.astype(np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -121,8 +163,10 @@ def test_layer_norm_equals_flax_and_numpy(bias):
 def test_gelu():
     x = np.linspace(-6, 6, 101)
     for name, formula in GELU.items():
-        np.testing.assert_allclose(ACTIVATIONS[name](jnp.float32(x)), formula(x), rtol=1e-5, atol=2e-6)
-    assert np.abs(GELU['gelu'](x) - GELU['gelu_new'](x)).max() > 1e-4  # so the lines above tell them apart
+        np.testing.assert_allclose(activate(name, jnp.float32(x)), formula(x), rtol=1e-5, atol=2e-6)
+    assert (
+        np.abs(GELU['gelu'](x) - GELU['gelu_new'](x)).max() > 1e-4
+    )  # so the lines above tell them apart
 
 
 def test_remat_changes_nothing():
@@ -133,12 +177,20 @@ def test_remat_changes_nothing():
 
     params, tokens_BT = rough_params(tiny(n_layer=1)), tokens(tiny())
     run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
-    (loss_off, gradients_off), (loss_on, gradients_on) = (run(params, 7, remat) for remat in (False, True))
+    (loss_off, gradients_off), (loss_on, gradients_on) = (
+        run(params, 7, remat) for remat in (False, True)
+    )
     np.testing.assert_allclose(loss_on, loss_off, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradients_on, gradients_off)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        gradients_on,
+        gradients_off,
+    )
     assert abs(run(params, 8, True)[0] - loss_on) > 1e-3  # dropout was on
-    recomputed = [str(jax.make_jaxpr(jax.grad(loss), static_argnums=2)(params, 7, remat)).count('remat')
-                  for remat in (False, True)]
+    recomputed = [
+        str(jax.make_jaxpr(jax.grad(loss), static_argnums=2)(params, 7, remat)).count('remat')
+        for remat in (False, True)
+    ]
     assert recomputed[0] == 0 < recomputed[1]  # and so was remat
 
 
@@ -156,19 +208,34 @@ def test_cached_equals_full_at_every_position():
         # What an earlier text left in the cache must not be seen.
         cache, pos = jax.tree.map(lambda leaf: leaf + 100, init_cache(model.cfg, batch=3)), 0
         for size in sizes:
-            logits_BTV, cache = feed(cache, tokens_BT[:, pos:pos + size], pos)
-            np.testing.assert_allclose(logits_BTV, full_BTV[:, pos:pos + size], **CLOSE)
+            logits_BTV, cache = feed(cache, tokens_BT[:, pos : pos + size], pos)
+            np.testing.assert_allclose(logits_BTV, full_BTV[:, pos : pos + size], **CLOSE)
             pos += size
         assert pos == 12
 
 
 def test_parameter_tree():
     cfg = tiny(n_layer=3, n_head=4, n_embd=8, n_inner=20, n_positions=6).cfg
-    block = {'ln_1/scale': (8,), 'ln_1/bias': (8,), 'ln_2/scale': (8,), 'ln_2/bias': (8,),
-             'attn/c_attn/kernel': (8, 3, 4, 2), 'attn/c_attn/bias': (3, 4, 2),
-             'attn/c_proj/kernel': (4, 2, 8), 'attn/c_proj/bias': (8,),
-             'mlp/c_fc/kernel': (8, 20), 'mlp/c_fc/bias': (20,), 'mlp/c_proj/kernel': (20, 8), 'mlp/c_proj/bias': (8,)}
-    expected = {'wte/embedding': (11, 8), 'wpe/embedding': (6, 8), 'ln_f/scale': (8,), 'ln_f/bias': (8,)}
+    block = {
+        'ln_1/scale': (8,),
+        'ln_1/bias': (8,),
+        'ln_2/scale': (8,),
+        'ln_2/bias': (8,),
+        'attn/c_attn/kernel': (8, 3, 4, 2),
+        'attn/c_attn/bias': (3, 4, 2),
+        'attn/c_proj/kernel': (4, 2, 8),
+        'attn/c_proj/bias': (8,),
+        'mlp/c_fc/kernel': (8, 20),
+        'mlp/c_fc/bias': (20,),
+        'mlp/c_proj/kernel': (20, 8),
+        'mlp/c_proj/bias': (8,),
+    }
+    expected = {
+        'wte/embedding': (11, 8),
+        'wpe/embedding': (6, 8),
+        'ln_f/scale': (8,),
+        'ln_f/bias': (8,),
+    }
     expected |= {f'h_{i}/{name}': shape for i in range(3) for name, shape in block.items()}
     leaves = flat(shapes(GPT2(cfg)))
     assert {name: leaf.shape for name, leaf in leaves.items()} == expected
@@ -176,16 +243,24 @@ def test_parameter_tree():
 
     no_bias = flat(shapes(tiny(bias=False)))
     assert set(no_bias) == {name for name in flat(shapes(tiny())) if not name.endswith('bias')}
-    assert {leaf.dtype for leaf in jax.tree.leaves(shapes(tiny(dtype='bfloat16')))} == {jnp.dtype('float32')}
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes(tiny(dtype='bfloat16')))} == {
+        jnp.dtype('float32')
+    }
 
 
 def test_published_parameter_counts():
-    published = {(12, 12, 768): 124_439_808, (24, 16, 1024): 354_823_168,
-                 (36, 20, 1280): 774_030_080, (48, 25, 1600): 1_557_611_200}
+    published = {
+        (12, 12, 768): 124_439_808,
+        (24, 16, 1024): 354_823_168,
+        (36, 20, 1280): 774_030_080,
+        (48, 25, 1600): 1_557_611_200,
+    }
     for (L, H, D), count in published.items():
         settings = default_config().model.to_dict() | dict(n_layer=L, n_head=H, n_embd=D)
         F, V, P = 4 * D, 50257, 1024
-        assert count == V * D + P * D + 2 * D + L * (4 * D + D * 3 * D + 3 * D + D * D + D + 2 * D * F + F + D)
+        assert count == V * D + P * D + 2 * D + L * (
+            4 * D + D * 3 * D + 3 * D + D * D + D + 2 * D * F + F + D
+        )
         if L == 12:  # the defaults are this model
             assert settings == default_config().model.to_dict()
             assert count_params(shapes(GPT2(GPT2Config(**settings, vocab_size=V)))) == count
@@ -194,7 +269,7 @@ def test_published_parameter_counts():
 def test_initial_values():
     L = 2
     model = tiny(vocab_size=65, n_layer=L, n_embd=64, n_positions=64)
-    init = jax.jit(lambda seed: init_params(model, seed))
+    init = jax.jit(lambda seed: init_params(model.cfg, seed))
     params = init(3)
     groups = {}
     for name, leaf in flat(params).items():
@@ -208,14 +283,23 @@ def test_initial_values():
         std, n = 0.02 / math.sqrt(2 * L) if 'c_proj' in name else 0.02, len(values)
         assert abs(values.std() / std - 1) < 5 / math.sqrt(2 * n), name
         assert abs(values.mean()) < 5 * std / math.sqrt(n), name
-        assert abs(np.mean((values / std)**4) - 3) < 5 * math.sqrt(96 / n), name  # normal, and not cut off
+        assert abs(np.mean((values / std) ** 4) - 3) < 5 * math.sqrt(96 / n), (
+            name
+        )  # normal, and not cut off
         assert not any(np.array_equal(leaves[0], other) for other in leaves[1:]), name
     for seed, same in ((3, True), (4, False)):
         again = init(seed)
-        assert np.array_equal(again['h_0']['mlp']['c_fc']['kernel'], params['h_0']['mlp']['c_fc']['kernel']) == same
+        assert (
+            np.array_equal(
+                again['h_0']['mlp']['c_fc']['kernel'], params['h_0']['mlp']['c_fc']['kernel']
+            )
+            == same
+        )
 
     tokens_BT = tokens(model, batch=4)
-    losses_BT = token_losses(jax.jit(model.apply)({'params': params}, tokens_BT[:, :-1]), tokens_BT[:, 1:])
+    losses_BT = token_losses(
+        jax.jit(model.apply)({'params': params}, tokens_BT[:, :-1]), tokens_BT[:, 1:]
+    )
     assert abs(losses_BT.mean() - math.log(65)) < 0.05
 
 
@@ -228,9 +312,13 @@ def share_dropped(output, expected, rate):
     output, expected = np.asarray(output), np.broadcast_to(expected, output.shape)
     dropped = output == 0
     assert np.all(expected != 0)
-    np.testing.assert_allclose(output[~dropped], expected[~dropped] / (1 - rate), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        output[~dropped], expected[~dropped] / (1 - rate), rtol=1e-4, atol=1e-6
+    )
     assert abs(dropped.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / dropped.size)
-    for axis in range(dropped.ndim):  # no axis shares one mask: then the shares along it would be 0 or 1
+    for axis in range(
+        dropped.ndim
+    ):  # no axis shares one mask: then the shares along it would be 0 or 1
         shares = dropped.mean(axis)
         assert shares.std() < 1.5 * math.sqrt(rate * (1 - rate) / dropped.shape[axis])
 
@@ -238,16 +326,22 @@ def share_dropped(output, expected, rate):
 def on_and_off(module, params, *args, places):
     """With seeds for so many places with dropout, and with none."""
     seeds = dropout_seeds(tiny(n_layer=1).cfg, jax.random.key(5))
-    on, off = (seeds[0], None) if places == 1 else (seeds[1:1 + places], [None] * places)
-    return jax.jit(lambda: tuple(module.apply({'params': params}, *args, which) for which in (on, off)))()
+    on, off = (seeds[0], None) if places == 1 else (seeds[1 : 1 + places], [None] * places)
+    return jax.jit(
+        lambda: tuple(module.apply({'params': params}, *args, which) for which in (on, off))
+    )()
 
 
 def test_dropout_of_the_pattern():
     model = tiny(n_head=1, n_embd=T, n_positions=T, attn_pdrop=0.3, bias=False)
     kernel = np.zeros((T, 3, 1, T), np.float32)
-    kernel[:, 2, 0] = np.eye(T)  # q = k = 0 and v = x = 1: the output is the pattern, 1 / (t + 1) for s <= t
+    kernel[:, 2, 0] = np.eye(
+        T
+    )  # q = k = 0 and v = x = 1: the output is the pattern, 1 / (t + 1) for s <= t
     params = {'c_attn': {'kernel': kernel}, 'c_proj': {'kernel': np.eye(T, dtype=np.float32)[None]}}
-    (pattern_BTS, _), _ = on_and_off(CausalSelfAttention(model.cfg), params, x_BTD, None, 0, places=3)
+    (pattern_BTS, _), _ = on_and_off(
+        CausalSelfAttention(model.cfg), params, x_BTD, None, 0, places=3
+    )
     t, s = np.tril_indices(T)
     share_dropped(np.asarray(pattern_BTS)[:, t, s], 1 / (t + 1), 0.3)
 
@@ -255,19 +349,25 @@ def test_dropout_of_the_pattern():
 def test_dropout_of_what_enters_the_residual_stream():
     model = tiny(n_embd=T, resid_pdrop=0.2)
     block = rough_params(model)['h_0']
-    (out_BTD, _), (whole_BTD, _) = on_and_off(CausalSelfAttention(model.cfg), block['attn'], x_BTD, None, 0,
-                                                  places=3)
+    (out_BTD, _), (whole_BTD, _) = on_and_off(
+        CausalSelfAttention(model.cfg), block['attn'], x_BTD, None, 0, places=3
+    )
     share_dropped(out_BTD, whole_BTD, 0.2)
     share_dropped(*on_and_off(MLP(model.cfg), block['mlp'], x_BTD, places=1), 0.2)
 
 
 def test_dropout_of_the_embeddings():
     model = tiny(n_layer=1, n_embd=T, n_positions=T, embd_pdrop=0.4)
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(model))  # blocks that add nothing
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32), shapes(model)
+    )  # blocks that add nothing
     params['wte']['embedding'] += 1
     params['ln_f']['scale'] += 1
-    x_BTD, _ = jax.jit(lambda: model.apply({'params': params}, tokens(model, B), method='features',
-                                           dropout_key=jax.random.key(5)))()
+    x_BTD, _ = jax.jit(
+        lambda: model.apply(
+            {'params': params}, tokens(model, B), method='features', dropout_key=jax.random.key(5)
+        )
+    )()
     # LayerNorm maps the two values, 0 and 1 / 0.6, to a negative and a positive one.
     share_dropped(np.asarray(x_BTD) > 0, 0.6, 0.4)
 
@@ -276,7 +376,11 @@ def test_masks_are_independent():
     """Of each place, each key, and each element: kept together as often as by chance."""
     rate, n = 0.3, 1 << 16
     index = np.arange(n, dtype=np.uint32)
-    places = [seeds for seed in range(3) for seeds in dropout_seeds(tiny(n_layer=2).cfg, jax.random.key(seed))]
+    places = [
+        seeds
+        for seed in range(3)
+        for seeds in dropout_seeds(tiny(n_layer=2).cfg, jax.random.key(seed))
+    ]
     assert len(places) == 3 * 7
     masks = [np.asarray(keep_mask(index, seeds, rate)) for seeds in places]
     masks += [np.roll(masks[0], lag) for lag in (1, 2, 64, 256, 4096)]
@@ -290,8 +394,10 @@ def test_masks_are_independent():
 def test_bfloat16():
     model = tiny()
     params, tokens_BT = rough_params(model), tokens(model)
-    exact, rounded = (np.asarray(jax.jit(tiny(dtype=dtype).apply)({'params': params}, tokens_BT))
-                      for dtype in ('float32', 'bfloat16'))
+    exact, rounded = (
+        np.asarray(jax.jit(tiny(dtype=dtype).apply)({'params': params}, tokens_BT))
+        for dtype in ('float32', 'bfloat16')
+    )
     assert rounded.dtype == np.float32
     assert 1e-3 < np.abs(rounded - exact).max() < 0.1 * exact.std()
     assert np.mean(rounded.view(np.uint32) & 0xFFFF != 0) > 0.9  # the head adds up in fp32
@@ -299,20 +405,29 @@ def test_bfloat16():
 
 def matrix_products(model, tokens_BT) -> list[str]:
     """Every matrix product of the forward and the backward pass, as XLA is given them."""
-    run = jax.jit(jax.value_and_grad(lambda params: model.apply({'params': params}, tokens_BT).sum()))
-    return [line for line in run.lower(shapes(model)).as_text().splitlines() if 'dot_general' in line]
+    run = jax.jit(
+        jax.value_and_grad(lambda params: model.apply({'params': params}, tokens_BT).sum())
+    )
+    return [
+        line for line in run.lower(shapes(model)).as_text().splitlines() if 'dot_general' in line
+    ]
 
 
-@pytest.mark.parametrize('dtype, element, precision', [
-    ('float32', 'f32', 'HIGHEST'), ('tf32', 'f32', 'HIGH'), ('bfloat16', 'bf16', 'DEFAULT')])
+@pytest.mark.parametrize(
+    ('dtype', 'element', 'precision'),
+    [('float32', 'f32', 'HIGHEST'), ('tf32', 'f32', 'HIGH'), ('bfloat16', 'bf16', 'DEFAULT')],
+)
 def test_every_matrix_product_has_the_precision_asked_for(dtype, element, precision):
     """A GPU would take TF32 for fp32 products that do not ask for more, and fp32 for a bf16 and an fp32 operand."""
     model = tiny(dtype=dtype)
     products = matrix_products(model, tokens(model))
-    assert len(products) == 3 * (2 * 6 + 1) + 1  # forward, two gradients of each, and the look-up's gradient
+    assert len(products) == 3 * (2 * 6 + 1)  # forward, and two gradients of each
     for line in products:
-        assert re.search(rf'precision = \[{precision}, {precision}\] : '
-                         rf'\(tensor<[\dx]+x{element}>, tensor<[\dx]+x{element}>\)', line), line
+        assert re.search(
+            rf'precision = \[{precision}, {precision}\] : '
+            rf'\(tensor<[\dx]+x{element}>, tensor<[\dx]+x{element}>\)',
+            line,
+        ), line
 
 
 def test_flops_per_token_counts_every_matrix_product():
@@ -320,10 +435,12 @@ def test_flops_per_token_counts_every_matrix_product():
     tokens_BT, flops = tokens(model), 0
     for line in matrix_products(model, tokens_BT):
         contracted = map(int, re.search(r'contracting_dims = \[([\d, ]+)\]', line)[1].split(','))
-        left, out = (list(map(int, shape.split('x'))) for shape in re.findall(r'tensor<([\dx]+)xf32>', line)[::2])
+        left, out = (
+            list(map(int, shape.split('x')))
+            for shape in re.findall(r'tensor<([\dx]+)xf32>', line)[::2]
+        )
         flops += 2 * math.prod(out) * math.prod(left[i] for i in contracted)  # 2 m n k
-    look_up = 2 * 11 * 16  # its gradient is one for a small vocabulary only, and not counted
-    assert flops == (flops_per_token(model.cfg, 12) + look_up) * tokens_BT.size
+    assert flops == flops_per_token(model.cfg, 12) * tokens_BT.size
 
 
 def test_too_long_a_sequence():

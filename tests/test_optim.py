@@ -13,13 +13,24 @@ IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['optax', 'explicit'
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize('steps, w', [(50, 10), (50, 0), (11, 10), (10, 10), (5, 10), (1, 0), (1, 100)])
+@pytest.mark.parametrize(
+    ('steps', 'w'), [(50, 10), (50, 0), (11, 10), (10, 10), (5, 10), (1, 0), (1, 100)]
+)
 def test_schedule_equals_its_formula(implementation, steps, w):
     peak, end = 3e-3, 2e-4
-    schedule = make_schedule(implementation=implementation, learning_rate=peak, end_learning_rate=end, warmup_steps=w,
-                             steps=steps)
-    expected = [peak * (s + 1) / (w + 1) if s < w else
-                end + (peak - end) * (1 + math.cos(math.pi * (s - w) / (steps - w))) / 2 for s in range(steps)]
+    schedule = make_schedule(
+        implementation=implementation,
+        learning_rate=peak,
+        end_learning_rate=end,
+        warmup_steps=w,
+        steps=steps,
+    )
+    expected = [
+        peak * (s + 1) / (w + 1)
+        if s < w
+        else end + (peak - end) * (1 + math.cos(math.pi * (s - w) / (steps - w))) / 2
+        for s in range(steps)
+    ]
     rates = schedule(np.arange(51))
     np.testing.assert_allclose(rates[:steps], expected, rtol=1e-5)
     if steps > w:
@@ -29,25 +40,48 @@ def test_schedule_equals_its_formula(implementation, steps, w):
 def test_decay_is_masked_by_name():
     mask = flat(decay_mask(shapes(tiny())))
     matrices = {'wte/embedding', 'wpe/embedding'} | {
-        f'h_{i}/{part}/kernel' for i in range(2) for part in ('attn/c_attn', 'attn/c_proj', 'mlp/c_fc', 'mlp/c_proj')}
+        f'h_{i}/{part}/kernel'
+        for i in range(2)
+        for part in ('attn/c_attn', 'attn/c_proj', 'mlp/c_fc', 'mlp/c_proj')
+    }
     assert {name for name, decays in mask.items() if decays} == matrices
     assert len(mask) - len(matrices) == 2 * 8 + 2  # biases and scales, whatever their rank
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize('clip_norm, clips', [(0.5, [True, True, False]), (1e3, [False] * 3), (0.0, [False] * 3)])
+@pytest.mark.parametrize(
+    ('clip_norm', 'clips'), [(0.5, [True, True, False]), (1e3, [False] * 3), (0.0, [False] * 3)]
+)
 def test_updates_equal_their_equations(implementation, clip_norm, clips):
     beta1, beta2, eps, decay = 0.8, 0.9, 1e-3, 0.3  # an eps and a decay that show
-    schedule = make_schedule(implementation=implementation, learning_rate=0.1, end_learning_rate=0.01, warmup_steps=1,
-                             steps=3)
-    optimizer = make_optimizer(implementation=implementation, schedule=schedule, beta1=beta1, beta2=beta2, eps=eps,
-                               weight_decay=decay, clip_norm=clip_norm)
+    schedule = make_schedule(
+        implementation=implementation,
+        learning_rate=0.1,
+        end_learning_rate=0.01,
+        warmup_steps=1,
+        steps=3,
+    )
+    optimizer = make_optimizer(
+        implementation=implementation,
+        schedule=schedule,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=decay,
+        clip_norm=clip_norm,
+    )
     rng = np.random.default_rng(0)
-    sizes = {'c_attn': {'kernel': (3, 2), 'bias': (3, 1, 2)}, 'ln': {'scale': (3,)}, 'wte': {'embedding': (4, 3)}}
+    sizes = {
+        'c_attn': {'kernel': (3, 2), 'bias': (3, 1, 2)},
+        'ln': {'scale': (3,)},
+        'wte': {'embedding': (4, 3)},
+    }
 
     def draw(std):
-        return {part: {name: np.float32(rng.normal(0, std, size)) for name, size in leaves.items()}
-                for part, leaves in sizes.items()}
+        return {
+            part: {name: np.float32(rng.normal(0, std, size)) for name, size in leaves.items()}
+            for part, leaves in sizes.items()
+        }
 
     params = draw(1)
     expected = {name: np.float64(leaf) for name, leaf in flat(params).items()}
@@ -65,9 +99,11 @@ def test_updates_equal_their_equations(implementation, clip_norm, clips):
         for name, p in expected.items():
             g[name] *= min(1, clip_norm / norm) if clip_norm else 1
             m[name] = beta1 * m[name] + (1 - beta1) * g[name]
-            v[name] = beta2 * v[name] + (1 - beta2) * g[name]**2
+            v[name] = beta2 * v[name] + (1 - beta2) * g[name] ** 2
             step = m[name] / (1 - beta1**s) / (np.sqrt(v[name] / (1 - beta2**s)) + eps)
             decays = name.endswith(('kernel', 'embedding'))
             expected[name] = p - lr * (step + (decay * p if decays else 0))
         for name, leaf in flat(params).items():
-            np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-6, err_msg=f'{name}, update {s}')
+            np.testing.assert_allclose(
+                leaf, expected[name], rtol=1e-5, atol=1e-6, err_msg=f'{name}, update {s}'
+            )

@@ -1,16 +1,20 @@
 """One device equals eight: the same runs on meshes of simulated devices, all in one process of their own."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from gpt2_jax.parallel.mesh import peak_flops
+from gpt2_jax.inference.evaluate import make_evaluate
+from gpt2_jax.parallel import feed
+from gpt2_jax.parallel.devices import peak_flops
 
 # data x fsdp x tensor
 ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
@@ -22,50 +26,86 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
     """A few updates and an evaluation on one mesh, and how the state lies on it."""
     from tiny import flat
 
-    from gpt2_jax.parallel import mesh
     from gpt2_jax.config import default_config, resolve
+    from gpt2_jax.parallel import mesh
     from gpt2_jax.training.setup import build
+
     config = default_config()
-    config.model.update(n_layer=1, n_head=HEADS, n_embd=32, n_positions=T,
-                        embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+    config.model.update(
+        n_layer=1,
+        n_head=HEADS,
+        n_embd=32,
+        n_positions=T,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        resid_pdrop=0.1,
+    )
     config.data.corpus = corpus
-    config.train.update(steps=STEPS, batch_size=ROWS, accumulate=ACCUMULATE)
+    config.train.update(steps=STEPS, batch_size=ROWS, grad_accum_steps=ACCUMULATE)
     config.optim.update(learning_rate=1e-2, warmup_steps=1)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
-    recipe = build(resolve(config))
-    programs = []
+    setup = build(resolve(config))
+    lowered = []
 
     def compile_and_keep(mesh, function):
         def call(*args):
             if not compiled:
                 compiled.append(function.lower(*args).compile())
-                programs.append(compiled[0].as_text())
-            return in_turn(mesh, compiled[0])(*args)
+                lowered.append(compiled[0].as_text())
+            return one_at_a_time(mesh, compiled[0])(*args)
+
         compiled = []
         return call
 
-    in_turn, mesh.in_turn = mesh.in_turn, compile_and_keep
-    train_step, evaluate, state, records = recipe.train_step(), recipe.evaluator(), recipe.new_state(), []
-    mesh.in_turn = in_turn
+    one_at_a_time = mesh.one_at_a_time
+    evaluation = importlib.import_module('gpt2_jax.inference.evaluate')
+    with (
+        mock.patch.object(programs, 'one_at_a_time', compile_and_keep),
+        mock.patch.object(evaluation, 'one_at_a_time', compile_and_keep),
+    ):
+        train_step, evaluate = programs.train_step(setup), make_evaluate(setup)
+    state, records = programs.new_state(setup), []
     for step in range(STEPS):
-        state, metrics = train_step(state, recipe.batch(step))
+        state, metrics = train_step(
+            state,
+            feed.train_batch(setup.mesh, setup.dataset.train, step=step, **setup.batch_options),
+        )
         records.append({name: float(value) for name, value in metrics.items()})
     sizes = {name: leaf.size for name, leaf in flat(state).items()}
-    stored = {name: max(piece.data.size for piece in leaf.addressable_shards) for name, leaf in flat(state).items()}
-    return {'records': records, 'evaluation': evaluate(state.params)._asdict(), 'programs': programs,
-            'devices': recipe.mesh.size, 'sizes': sizes, 'stored': stored}
+    stored = {
+        name: max(piece.data.size for piece in leaf.addressable_shards)
+        for name, leaf in flat(state).items()
+    }
+    return {
+        'records': records,
+        'evaluation': evaluate(state.params)._asdict(),
+        'programs': lowered,
+        'devices': setup.mesh.size,
+        'sizes': sizes,
+        'stored': stored,
+    }
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp('parallel')
-    letters = [chr(code) for code in range(97, 97 + 30)]  # a vocabulary that 2 divides, and 4 does not
+    letters = [
+        chr(code) for code in range(97, 97 + 30)
+    ]  # a vocabulary that 2 divides, and 4 does not
     text = ''.join(np.random.default_rng(0).choice(letters, 1500))
     (folder / 'text.txt').write_text(text)
-    done = subprocess.run([sys.executable, '-W', 'error', __file__, str(folder / 'text.txt')], text=True, timeout=300,
-                          capture_output=True, env=os.environ | {
-                              'JAX_NUM_CPU_DEVICES': '8', 'JAX_PLATFORMS': 'cpu',
-                              'XLA_FLAGS': '--xla_backend_optimization_level=0'})  # compiles sooner
+    done = subprocess.run(
+        [sys.executable, '-W', 'error', __file__, str(folder / 'text.txt')],
+        text=True,
+        timeout=300,
+        capture_output=True,
+        env=os.environ
+        | {
+            'JAX_NUM_CPU_DEVICES': '8',
+            'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        },
+    )  # compiles sooner
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -74,7 +114,8 @@ def runs(tmp_path_factory) -> dict[str, dict]:
 def test_training_equals_one_device(runs, mesh):
     """With dropout, in two micro-batches: loss, norms and learning rate of every step."""
     losses = [record['loss'] for record in runs[ONE]['records']]
-    assert len(set(losses)) == STEPS and runs[mesh]['devices'] in (4, 8)
+    assert len(set(losses)) == STEPS
+    assert runs[mesh]['devices'] in (4, 8)
     for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -85,7 +126,9 @@ def test_evaluation_equals_one_device(runs, mesh):
     assert runs[mesh]['evaluation']['tokens'] == 149
 
 
-@pytest.mark.parametrize('mesh, pieces', [(ONE, 1), (DATA, 1), (FSDP, 4), (ALL, 4), (TENSOR, 4)])
+@pytest.mark.parametrize(
+    ('mesh', 'pieces'), [(ONE, 1), (DATA, 1), (FSDP, 4), (ALL, 4), (TENSOR, 4)]
+)
 def test_matrices_and_their_moments_are_stored_in_pieces(runs, mesh, pieces):
     """ZeRO: no device holds a whole matrix, nor its moments. Read after the updates: they keep the layout."""
     sizes, stored = runs[mesh]['sizes'], runs[mesh]['stored']
@@ -115,10 +158,21 @@ def test_each_device_works_on_its_own_rows(runs):
             assert 'all-to-all' not in program
 
 
-@pytest.mark.parametrize('kind, peak', [
-    ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989.4e12),
-    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA L4', 121e12), ('NVIDIA L40S', 362e12), ('NVIDIA L40', None),
-    ('NVIDIA H200 NVL', None), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('cpu', None)])
+@pytest.mark.parametrize(
+    ('kind', 'peak'),
+    [
+        ('NVIDIA H100 80GB HBM3', 989.4e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA H200', 989.4e12),
+        ('NVIDIA A100-SXM4-80GB', 312e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA L40S', 362e12),
+        ('NVIDIA L40', None),
+        ('NVIDIA H200 NVL', None),
+        ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),
+        ('cpu', None),
+    ],
+)
 def test_peaks_are_known_or_unknown(kind, peak):
     """Never guessed: of what is named alike, one may be twice as fast as the other."""
     assert peak_flops(SimpleNamespace(device_kind=kind)) == peak

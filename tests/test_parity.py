@@ -17,14 +17,24 @@ from safetensors.numpy import load_file
 from tiny import rough_params, tiny, tokens
 
 from gpt2_jax import convert
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config
-from gpt2_jax.inference.decoding import Sampling, generate
-from gpt2_jax.model.huggingface import ACTIVATIONS, config_from_hf, export_config, export_params, import_params, read_folder, write_folder
-from gpt2_jax.model.gpt2 import ACTIVATIONS as OURS
-from gpt2_jax.model.gpt2 import GPT2, GPT2Config
-from gpt2_jax.training.optim import make_optimizer
-from gpt2_jax.training.step import init_state, make_train_step, token_losses
 from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
+from gpt2_jax.inference.decoding import generate
+from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.model.gpt2 import GPT2, activate
+from gpt2_jax.model.huggingface import (
+    ACTIVATIONS,
+    config_from_hf,
+    export_config,
+    export_params,
+    import_params,
+    read_folder,
+    write_folder,
+)
+from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.programs import make_value_and_grad
+from gpt2_jax.training.step import init_state, make_train_step, token_losses
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: nothing here is fetched
 torch = pytest.importorskip('torch')
@@ -40,9 +50,27 @@ pytestmark = pytest.mark.filterwarnings('default')
 SHAPES = [
     dict(n_layer=1, n_head=1, n_embd=16, n_positions=80, vocab_size=97, B=1, T=80),
     dict(n_layer=2, n_head=2, n_embd=32, n_positions=96, vocab_size=256, B=3, T=17),
-    dict(n_layer=3, n_head=4, n_embd=64, n_positions=128, vocab_size=1000, B=2, T=64, activation_function='gelu'),
-    dict(n_layer=4, n_head=3, n_embd=48, n_positions=100, vocab_size=65, B=8, T=32, n_inner=100,
-         layer_norm_epsilon=1e-3),
+    dict(
+        n_layer=3,
+        n_head=4,
+        n_embd=64,
+        n_positions=128,
+        vocab_size=1000,
+        B=2,
+        T=64,
+        activation_function='gelu',
+    ),
+    dict(
+        n_layer=4,
+        n_head=3,
+        n_embd=48,
+        n_positions=100,
+        vocab_size=65,
+        B=8,
+        T=32,
+        n_inner=100,
+        layer_norm_epsilon=1e-3,
+    ),
     dict(n_layer=6, n_head=8, n_embd=128, n_positions=256, vocab_size=512, B=2, T=128),
     dict(n_layer=12, n_head=12, n_embd=96, n_positions=90, vocab_size=333, B=4, T=50),
     dict(n_layer=2, n_head=4, n_embd=64, n_positions=72, vocab_size=50257, B=1, T=16),
@@ -51,25 +79,39 @@ SHAPES = [
 
 def ours_of(theirs):
     """Our model and parameters with the weights of a model of transformers, taken from memory."""
-    model = GPT2(GPT2Config(**default_config().model.to_dict() | config_from_hf(theirs.config.to_dict())))
+    model = GPT2(
+        GPT2Config(**default_config().model.to_dict() | config_from_hf(theirs.config.to_dict()))
+    )
     return model, import_params(weights_of(theirs), model.cfg)
 
 
 def weights_of(theirs) -> dict[str, np.ndarray]:
-    return {name: parameter.detach().numpy().copy() for name, parameter in theirs.named_parameters()}
+    return {
+        name: parameter.detach().numpy().copy() for name, parameter in theirs.named_parameters()
+    }
 
 
 def greedy_by_transformers(theirs, prompt_T, n: int) -> np.ndarray:
     ids_BT = torch.from_numpy(np.int64(prompt_T))[None]
-    return theirs.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=n, do_sample=False,
-                           use_cache=True, pad_token_id=0)[0, len(prompt_T):].numpy()
+    return theirs.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=n,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )[0, len(prompt_T) :].numpy()
 
 
-@pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: '-'.join(str(value) for value in shape.values()))
+@pytest.mark.parametrize(
+    'shape', SHAPES, ids=lambda shape: '-'.join(str(value) for value in shape.values())
+)
 def test_logits_gradients_and_greedy_text(shape, tmp_path):
     config = {name: value for name, value in shape.items() if name not in 'BT'}
     theirs = rough_gpt2(**config)
-    tokens_BT = np.random.default_rng(1).integers(0, config['vocab_size'], (shape['B'], shape['T']), np.int32)
+    tokens_BT = np.random.default_rng(1).integers(
+        0, config['vocab_size'], (shape['B'], shape['T']), np.int32
+    )
     logits_BTV, loss, gradients = logits_and_gradients(theirs, tokens_BT)
     theirs.save_pretrained(tmp_path)  # so that the file is transformers' own
     settings, tensors = read_folder(tmp_path)
@@ -80,22 +122,39 @@ def test_logits_gradients_and_greedy_text(shape, tmp_path):
         logits_BTV = model.apply({'params': params}, tokens_BT)
         return token_losses(logits_BTV[:, :-1], tokens_BT[:, 1:]).mean(), logits_BTV
 
-    (our_loss, our_logits_BTV), our_gradients = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
+    (our_loss, our_logits_BTV), our_gradients = jax.jit(
+        jax.value_and_grad(mean_loss, has_aux=True)
+    )(params)
     logit_error = np.abs(our_logits_BTV - logits_BTV).max()
     ours = export_params(our_gradients, model.cfg)
     assert set(ours) == {f'transformer.{name}' for name in gradients}
-    errors = {name: np.abs(ours[f'transformer.{name}'] - gradient).max() / np.abs(gradient).max()
-              for name, gradient in gradients.items()}
-    print(f'logits up to {np.abs(logits_BTV).max():.2f} differ by at most {logit_error:.1e}, gradients by '
-          f'{max(errors.values()):.1e} of the largest of their leaf')
+    errors = {
+        name: np.abs(ours[f'transformer.{name}'] - gradient).max() / np.abs(gradient).max()
+        for name, gradient in gradients.items()
+    }
+    print(
+        f'logits up to {np.abs(logits_BTV).max():.2f} differ by at most {logit_error:.1e}, gradients by '
+        f'{max(errors.values()):.1e} of the largest of their leaf'
+    )
     assert logits_BTV.std() > 0.3
     assert logit_error <= 2e-5
     assert abs(our_loss - loss) <= 2e-6 * loss
     assert max(errors.values()) <= 1e-5, errors
 
     prompt_T = tokens_BT[0, :5]
-    text = np.concatenate([chunk[0] for chunk in generate(model, params, prompt_T, max_new_tokens=64,
-                                                          sampling=Sampling(0), strict_context=True)])
+    text = np.concatenate(
+        [
+            chunk[0]
+            for chunk in generate(
+                model,
+                params,
+                prompt_T,
+                max_new_tokens=64,
+                sampling=Sampling(0),
+                strict_context=True,
+            )
+        ]
+    )
     assert np.array_equal(text, greedy_by_transformers(theirs, prompt_T, 64))
     assert len(set(text.tolist())) > 3  # it is no single token over and over
 
@@ -105,22 +164,35 @@ def test_what_is_exported_loads_in_transformers(changes, tmp_path):
     model = tiny(n_positions=80, **changes)
     params = rough_params(model, std=0.1)
     write_folder(tmp_path, export_config(model.cfg, None), export_params(params, model.cfg))
-    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report.values()), report
     tokens_BT = tokens(model)
     with torch.no_grad():
         logits_BTV = theirs(torch.from_numpy(np.int64(tokens_BT))).logits.numpy()
     assert logits_BTV.std() > 0.3
     assert np.abs(jax.jit(model.apply)({'params': params}, tokens_BT) - logits_BTV).max() <= 2e-5
-    text = np.concatenate([chunk[0] for chunk in generate(model, params, tokens_BT[0, :5], max_new_tokens=64,
-                                                          sampling=Sampling(0))])
+    text = np.concatenate(
+        [
+            chunk[0]
+            for chunk in generate(
+                model, params, tokens_BT[0, :5], max_new_tokens=64, sampling=Sampling(0)
+            )
+        ]
+    )
     assert np.array_equal(text, greedy_by_transformers(theirs, tokens_BT[0, :5], 64))
 
 
 def test_the_fixture_is_what_its_generator_makes(tmp_path):
     make_fixture.make(tmp_path)
-    assert (tmp_path / 'config.json').read_text() == (make_fixture.FOLDER / 'config.json').read_text()
-    for name, atol in (('model.safetensors', 0), ('golden.safetensors', 1e-6)):  # another processor rounds otherwise
+    assert (tmp_path / 'config.json').read_text() == (
+        make_fixture.FOLDER / 'config.json'
+    ).read_text()
+    for name, atol in (
+        ('model.safetensors', 0),
+        ('golden.safetensors', 1e-6),
+    ):  # another processor rounds otherwise
         made, kept = load_file(tmp_path / name), load_file(make_fixture.FOLDER / name)
         assert made.keys() == kept.keys()
         for key, leaf in made.items():
@@ -129,7 +201,9 @@ def test_the_fixture_is_what_its_generator_makes(tmp_path):
 
 def test_the_fixture_loads_in_transformers():
     """So its layout, names without prefix and masks included, is one that transformers takes for GPT-2's."""
-    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(make_fixture.FOLDER, output_loading_info=True)
+    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
+        make_fixture.FOLDER, output_loading_info=True
+    )
     assert not report['missing_keys'] and not report['mismatched_keys'], report
     golden = load_file(make_fixture.FOLDER / 'golden.safetensors')
     with torch.no_grad():
@@ -141,7 +215,7 @@ def test_the_fixture_loads_in_transformers():
 def test_activations_mean_what_their_names_mean(name):
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
     theirs = transformers.activations.get_activation(name)(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(OURS[ACTIVATIONS[name]](x), theirs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(activate(ACTIVATIONS[name], x), theirs, rtol=0, atol=1e-6)
 
 
 def test_the_tokenizer_goes_to_transformers_and_back(tmp_path, monkeypatch):
@@ -155,13 +229,19 @@ def test_the_tokenizer_goes_to_transformers_and_back(tmp_path, monkeypatch):
     assert theirs.decode(tokenizer.encode(text).tolist()) == text
 
     model = tiny(vocab_size=tokenizer.vocab_size)
-    write_folder(tmp_path, export_config(model.cfg, None), export_params(rough_params(model), model.cfg))
+    write_folder(
+        tmp_path, export_config(model.cfg, None), export_params(rough_params(model), model.cfg)
+    )
     (tmp_path / 'merges.txt').unlink()
     theirs.save_pretrained(tmp_path)  # as tokenizer.json
     assert not (tmp_path / 'merges.txt').exists()
-    with pytest.raises(convert.UserError, match="does not hold GPT-2's merges: it is another tokenizer"):
+    with pytest.raises(
+        convert.UserError, match="does not hold GPT-2's merges: it is another tokenizer"
+    ):
         convert.from_hf(str(tmp_path), tmp_path / 'run')
-    monkeypatch.setattr(convert.vocabulary, 'MERGES_SHA256', hashlib.sha256(merges.encode()).hexdigest())
+    monkeypatch.setattr(
+        convert.vocabulary, 'MERGES_SHA256', hashlib.sha256(merges.encode()).hexdigest()
+    )
     convert.from_hf(str(tmp_path), tmp_path / 'run', notify=lambda text: None)
     assert convert.checkpoint.load(tmp_path / 'run', 'best').tokenizer == tokenizer
 
@@ -173,11 +253,21 @@ def test_the_line_that_converts_a_pickle(kind, tmp_path):
     state = theirs.state_dict()
     sizes = {name: value for name, value in make_fixture.SIZES.items() if name != 'n_positions'}
     if kind == 'nanoGPT':
-        model = {f'_orig_mod.{name}': tensor.T if re.search(r'c_\w+\.weight', name) else tensor
-                 for name, tensor in state.items()}
-        torch.save({'model': model, 'optimizer': {'step': torch.tensor(3.)}, 'best_val_loss': torch.tensor(1.5),
-                    'model_args': sizes | {'block_size': 32, 'bias': True, 'dropout': 0.0}, 'iter_num': 3,
-                    'config': {'compile': True}}, tmp_path / 'ckpt.pt')
+        model = {
+            f'_orig_mod.{name}': tensor.T if re.search(r'c_\w+\.weight', name) else tensor
+            for name, tensor in state.items()
+        }
+        torch.save(
+            {
+                'model': model,
+                'optimizer': {'step': torch.tensor(3.0)},
+                'best_val_loss': torch.tensor(1.5),
+                'model_args': sizes | {'block_size': 32, 'bias': True, 'dropout': 0.0},
+                'iter_num': 3,
+                'config': {'compile': True},
+            },
+            tmp_path / 'ckpt.pt',
+        )
     else:
         torch.save(state, tmp_path / 'pytorch_model.bin')
         (tmp_path / 'config.json').write_text(json.dumps(theirs.config.to_dict()))
@@ -188,7 +278,9 @@ def test_the_line_that_converts_a_pickle(kind, tmp_path):
     settings, tensors = read_folder(tmp_path)
     model, params = ours_of(theirs)
     dropout = 0.0 if kind == 'nanoGPT' else 0.1
-    expected = dict(n_embd=24, n_positions=32, activation_function='gelu', vocab_size=64, resid_pdrop=dropout)
+    expected = dict(
+        n_embd=24, n_positions=32, activation_function='gelu', vocab_size=64, resid_pdrop=dropout
+    )
     assert expected.items() <= config_from_hf(settings).items()
     again = import_params(tensors, model.cfg)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
@@ -198,7 +290,9 @@ def test_a_converted_run_gives_transformers_the_same_logits(tmp_path):
     theirs = rough_gpt2(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=256)
     theirs.save_pretrained(tmp_path / 'in')
     (tmp_path / 'bytes.json').write_text(convert.tokenizers.to_json(ByteTokenizer()))
-    convert.from_hf(str(tmp_path / 'in'), tmp_path / 'run', tmp_path / 'bytes.json', notify=lambda text: None)
+    convert.from_hf(
+        str(tmp_path / 'in'), tmp_path / 'run', tmp_path / 'bytes.json', notify=lambda text: None
+    )
     convert.to_hf(tmp_path / 'run', 'best', tmp_path / 'out', notify=lambda text: None)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'out')
     ids = torch.arange(12)[None]
@@ -207,8 +301,16 @@ def test_a_converted_run_gives_transformers_the_same_logits(tmp_path):
 
 
 LEARNING_RATE, BETAS, EPS, DECAY, CLIP = 6e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
-STEP_SIZES = dict(n_layer=3, n_head=4, n_embd=64, n_positions=64, vocab_size=300, embd_pdrop=0.0, attn_pdrop=0.0,
-                  resid_pdrop=0.0)
+STEP_SIZES = dict(
+    n_layer=3,
+    n_head=4,
+    n_embd=64,
+    n_positions=64,
+    vocab_size=300,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+)
 
 
 class Pair:
@@ -217,14 +319,31 @@ class Pair:
     def __init__(self, learning_rate=LEARNING_RATE, implementation='optax', eps=EPS):
         self.theirs = rough_gpt2(**STEP_SIZES)
         self.model, params = ours_of(self.theirs)
-        plain = [name.endswith('bias') or '.ln_' in name for name, _ in self.theirs.named_parameters()]
-        groups = [{'params': [parameter for parameter, is_plain in zip(self.theirs.parameters(), plain, strict=True)
-                              if is_plain == which], 'weight_decay': 0.0 if which else DECAY}
-                  for which in (False, True)]
+        plain = [
+            name.endswith('bias') or '.ln_' in name for name, _ in self.theirs.named_parameters()
+        ]
+        groups = [
+            {
+                'params': [
+                    parameter
+                    for parameter, is_plain in zip(self.theirs.parameters(), plain, strict=True)
+                    if is_plain == which
+                ],
+                'weight_decay': 0.0 if which else DECAY,
+            }
+            for which in (False, True)
+        ]
         self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps)
         self.schedule = lambda step: learning_rate
-        self.optimizer = make_optimizer(implementation=implementation, schedule=self.schedule, beta1=BETAS[0],
-                                        beta2=BETAS[1], eps=eps, weight_decay=DECAY, clip_norm=CLIP)
+        self.optimizer = make_optimizer(
+            implementation=implementation,
+            schedule=self.schedule,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=eps,
+            weight_decay=DECAY,
+            clip_norm=CLIP,
+        )
         self.state = init_state(params, self.optimizer)
         self.update = jax.jit(self.optimizer.update)
 
@@ -234,9 +353,12 @@ class Pair:
             parameter.grad = torch.from_numpy(gradients[name].copy())
         torch.nn.utils.clip_grad_norm_(self.theirs.parameters(), CLIP)
         self.adamw.step()
-        updates, opt_state = self.update(import_params(gradients, self.model.cfg), self.state.opt_state,
-                                         self.state.params)
-        self.state = self.state.replace(params=jax.tree.map(np.add, self.state.params, updates), opt_state=opt_state)
+        updates, opt_state = self.update(
+            import_params(gradients, self.model.cfg), self.state.opt_state, self.state.params
+        )
+        self.state = self.state.replace(
+            params=jax.tree.map(np.add, self.state.params, updates), opt_state=opt_state
+        )
 
     def differences(self) -> dict[str, np.ndarray]:
         """How far the parameters are apart, element by element."""
@@ -252,16 +374,22 @@ def test_updates_by_the_same_gradients(learning_rate, implementation):
     before = weights_of(pair.theirs)
     largest = []
     for scale in (1e-2, 1e-4, 1.0, 1e-3, 1e-2):
-        pair.step_by_gradients({name: np.float32(rng.normal(0, scale, leaf.shape)) for name, leaf in before.items()})
+        pair.step_by_gradients(
+            {name: np.float32(rng.normal(0, scale, leaf.shape)) for name, leaf in before.items()}
+        )
         largest.append(max(leaf.max() for leaf in pair.differences().values()))
-    print(f'learning rate {learning_rate}: parameters differ by at most {largest[0]:.1e} after 1 update, '
-          f'{largest[-1]:.1e} after {len(largest)}')
-    moved = {name: np.abs(leaf - before[name]).mean() for name, leaf in weights_of(pair.theirs).items()}
+    print(
+        f'learning rate {learning_rate}: parameters differ by at most {largest[0]:.1e} after 1 update, '
+        f'{largest[-1]:.1e} after {len(largest)}'
+    )
+    moved = {
+        name: np.abs(leaf - before[name]).mean() for name, leaf in weights_of(pair.theirs).items()
+    }
     assert min(moved.values()) > 0.5 * learning_rate
     assert max(largest) <= 1e-6
 
 
-@pytest.mark.parametrize('earlier, eps', [(0, EPS), (0, 1e-5), (5, EPS)])
+@pytest.mark.parametrize(('earlier', 'eps'), [(0, EPS), (0, 1e-5), (5, EPS)])
 def test_an_update_by_the_same_batch(earlier, eps):
     """The whole step of both, forward and backward pass, clipping, AdamW: within 0.01 of the learning rate.
 
@@ -272,34 +400,65 @@ def test_an_update_by_the_same_batch(earlier, eps):
     """
     pair, rng = Pair(eps=eps), np.random.default_rng(3)
     for _ in range(earlier):
-        pair.step_by_gradients({name: np.float32(rng.normal(0, 3e-3, leaf.shape))
-                                for name, leaf in weights_of(pair.theirs).items()})
+        pair.step_by_gradients(
+            {
+                name: np.float32(rng.normal(0, 3e-3, leaf.shape))
+                for name, leaf in weights_of(pair.theirs).items()
+            }
+        )
     before = weights_of(pair.theirs)
     params = import_params(before, pair.model.cfg)  # the same to the last bit
     text_BT = np.random.default_rng(1).integers(0, STEP_SIZES['vocab_size'], (8, 33), np.int32)
 
-    inputs, targets = (torch.from_numpy(np.int64(part_BT)) for part_BT in (text_BT[:, :-1], text_BT[:, 1:]))
+    inputs, targets = (
+        torch.from_numpy(np.int64(part_BT)) for part_BT in (text_BT[:, :-1], text_BT[:, 1:])
+    )
     pair.theirs.zero_grad()
-    loss = torch.nn.functional.cross_entropy(pair.theirs(inputs).logits.flatten(0, 1), targets.flatten())
+    loss = torch.nn.functional.cross_entropy(
+        pair.theirs(inputs).logits.flatten(0, 1), targets.flatten()
+    )
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(pair.theirs.parameters(), CLIP))
-    gradients = {name: parameter.grad.numpy().copy() for name, parameter in pair.theirs.named_parameters()}
+    gradients = {
+        name: parameter.grad.numpy().copy() for name, parameter in pair.theirs.named_parameters()
+    }
     pair.adamw.step()
 
-    train_step = jax.jit(make_train_step(pair.model, pair.optimizer, pair.schedule, seed=0, accumulate=1))
-    pair.state, metrics = train_step(pair.state.replace(params=params),
-                                     {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]})
+    train_step = jax.jit(
+        make_train_step(
+            make_value_and_grad(pair.model),
+            pair.optimizer,
+            pair.schedule,
+            seed=0,
+            grad_accum_steps=1,
+        )
+    )
+    pair.state, metrics = train_step(
+        pair.state.replace(params=params), {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]}
+    )
     assert norm > 1.3 * CLIP  # it was clipped
     np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics['loss'], loss.item(), rtol=1e-6)
-    compared = {name: np.abs(g) >= (earlier == 0 and eps == EPS) * 1e-5 * np.abs(g).max()
-                for name, g in gradients.items()}
-    errors = {name: leaf[compared[name]].max() / LEARNING_RATE for name, leaf in pair.differences().items()}
-    moved = {name: np.abs(leaf - before[name])[compared[name]].mean() for name, leaf in weights_of(pair.theirs).items()}
+    compared = {
+        name: np.abs(g) >= (earlier == 0 and eps == EPS) * 1e-5 * np.abs(g).max()
+        for name, g in gradients.items()
+    }
+    errors = {
+        name: leaf[compared[name]].max() / LEARNING_RATE
+        for name, leaf in pair.differences().items()
+    }
+    moved = {
+        name: np.abs(leaf - before[name])[compared[name]].mean()
+        for name, leaf in weights_of(pair.theirs).items()
+    }
     left_out = {name: np.sum(~compared[name] & (gradients[name] != 0)) for name in compared}
     worst = max(errors, key=errors.get)
-    print(f'{earlier} updates, eps {eps}, one update more: apart by at most {errors[worst]:.1e} of the learning '
-          f'rate, in {worst}; left out {sum(left_out.values())} of {sum(leaf.size for leaf in before.values()):,}')
+    print(
+        f'{earlier} updates, eps {eps}, one update more: apart by at most {errors[worst]:.1e} of the learning '
+        f'rate, in {worst}; left out {sum(left_out.values())} of {sum(leaf.size for leaf in before.values()):,}'
+    )
     assert errors[worst] <= 0.01
     assert min(moved.values()) > 0.1 * LEARNING_RATE
-    assert all(n <= (64 if name.endswith('c_attn.bias') else 25) for name, n in left_out.items()), left_out
+    assert all(n <= (64 if name.endswith('c_attn.bias') else 25) for name, n in left_out.items()), (
+        left_out
+    )

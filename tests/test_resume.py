@@ -12,9 +12,9 @@ import pytest
 import runs
 from runs import make_config
 
-from gpt2_jax import train as train_lib
-from gpt2_jax.workdir.checkpoints import steps_in
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.training import meter
+from gpt2_jax.workdir.checksums import all_steps
 
 STEPS = runs.SMALL['train.steps']
 
@@ -45,7 +45,8 @@ def half(text, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 12, signal.SIGTERM)
         code, printed = runs.quiet_train(make_config(text), folder)
-    assert code == 128 + signal.SIGTERM and 'stopped by SIGTERM at step 12' in printed
+    assert code == 128 + signal.SIGTERM
+    assert 'stopped by SIGTERM at step 12' in printed
     return folder
 
 
@@ -56,6 +57,7 @@ def stopped(half, tmp_path):
 
 def signal_at(patch, step, number):
     """Has the signal come with an update."""
+
     def change(state):
         if state.step == step - 1:
             signal.raise_signal(number)
@@ -66,18 +68,24 @@ def signal_at(patch, step, number):
 
 def signal_after_fetch(patch, step, number):
     """Has the signal come in the middle of a pass of the loop: after it was looked for, before the pass saves."""
-    fetch = train_lib.Loop.fetch
+    drain, raised = meter.Meter.drain, []
 
-    def with_signal(self, count):
-        fetch(self, count)
-        if self.done == step:
+    def with_signal(self):
+        at = self._pending[-1][0] if self._pending else 0
+        drain(self)
+        if at == step and not raised:
+            raised.append(number)
             signal.raise_signal(number)
 
-    patch.setattr(train_lib.Loop, 'fetch', with_signal)
+    patch.setattr(meter.Meter, 'drain', with_signal)
 
 
 def snapshot(folder):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob('*') if path.name != '.lock'}
+    return {
+        path: (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in folder.rglob('*')
+        if path.name != '.lock'
+    }
 
 
 def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
@@ -93,8 +101,8 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
     process.kill()
     process.communicate()
     for number in (signal.SIGTERM, signal.SIGINT):
-        known, process = steps_in(run / 'checkpoints'), start()
-        while process.poll() is None and set(steps_in(run / 'checkpoints')) <= set(known):
+        known, process = all_steps(run / 'checkpoints'), start()
+        while process.poll() is None and set(all_steps(run / 'checkpoints')) <= set(known):
             time.sleep(0.002)
         process.send_signal(number)
         printed, _ = process.communicate()
@@ -104,13 +112,18 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
     assert runs.differences(run, reference) == []
 
 
-@pytest.mark.parametrize('number, at', [(signal.SIGTERM, 7), (signal.SIGINT, 9)])  # 7 is evaluated, 10 is saved
+@pytest.mark.parametrize(
+    ('number', 'at'), [(signal.SIGTERM, 7), (signal.SIGINT, 9)]
+)  # 7 is evaluated, 10 is saved
 def test_signal_saves_and_leaves(number, at, text, reference, tmp_path, monkeypatch):
-    before = signal.signal(number, signal.default_int_handler)  # in a shell's background Ctrl-C is ignored
+    before = signal.signal(
+        number, signal.default_int_handler
+    )  # in a shell's background Ctrl-C is ignored
     with monkeypatch.context() as patch:
         signal_after_fetch(patch, at, number)
         code, printed = runs.quiet_train(make_config(text, log__every=1), tmp_path)
-    assert code == 128 + number and f'stopped by {number.name} at step {at + 1}, which is saved' in printed
+    assert code == 128 + number
+    assert f'stopped by {number.name} at step {at + 1}, which is saved' in printed
     assert signal.signal(number, before) is signal.default_int_handler
     assert runs.quiet_train(make_config(text, log__every=1), tmp_path)[0] == 0
     assert runs.different_states(tmp_path, reference) == []
@@ -128,7 +141,8 @@ def test_finished_run_says_so_and_changes_nothing(text, reference):
     before = snapshot(reference)
     code, printed = runs.quiet_train(make_config(text), reference)
     best = json.loads((reference / 'summary.json').read_text())['best_val_loss']
-    assert code == 0 and f'is finished: {STEPS} steps, best validation loss {best:.4f}' in printed
+    assert code == 0
+    assert f'is finished: {STEPS} steps, best validation loss {best:.4f}' in printed
     assert snapshot(reference) == before
 
 
@@ -137,25 +151,35 @@ def test_killed_between_the_last_save_and_the_summary(text, reference, tmp_path)
     (run / 'summary.json').unlink()
     assert runs.quiet_train(make_config(text), run)[0] == 0
     assert runs.differences(run, reference) == []
-    summary, wanted = (json.loads((folder / 'summary.json').read_text()) for folder in (run, reference))
-    assert all(summary[key] == wanted[key] for key in ('seconds_to_first_step', 'tokens_per_second'))
+    summary, wanted = (
+        json.loads((folder / 'summary.json').read_text()) for folder in (run, reference)
+    )
+    assert all(
+        summary[key] == wanted[key] for key in ('seconds_to_first_step', 'tokens_per_second')
+    )
 
 
 def test_summary(text, reference):
     summary = json.loads((reference / 'summary.json').read_text())
-    assert summary['steps'] == STEPS and summary['tokens'] == STEPS * 4 * 16
+    assert summary['steps'] == STEPS
+    assert summary['tokens'] == STEPS * 4 * 16
     validated = [record for record in runs.metrics(reference) if record['split'] == 'val']
     best = min(validated, key=lambda record: record['loss'])
     assert (summary['best_step'], summary['best_val_loss']) == (best['step'], best['loss'])
-    assert summary['final_val_loss'] == validated[-1]['loss'] and validated[-1]['step'] == STEPS
+    assert summary['final_val_loss'] == validated[-1]['loss']
+    assert validated[-1]['step'] == STEPS
     assert summary['val_tokens'] == best['tokens'] == -(-len(text.read_text()) // 10) - 1
     assert 0 < summary['seconds_to_first_step'] < summary['seconds_total'] < 100
-    assert summary['tokens_per_second'] > 0 and summary['parameters'] == 13_664
-    assert summary['device'].startswith('cpu') and summary['jax_version']
+    assert summary['tokens_per_second'] > 0
+    assert summary['parameters'] == 13_664
+    assert summary['device'].startswith('cpu')
+    assert summary['jax_version']
 
 
 def test_settings_of_no_consequence_may_change(text, reference, stopped):
-    changed = make_config(text, eval__every=5, eval__sample_tokens=0, checkpoint__every=4, log__every=1)
+    changed = make_config(
+        text, eval__every=5, eval__sample_tokens=0, checkpoint__every=4, log__every=1
+    )
     assert runs.quiet_train(changed, stopped)[0] == 0
     assert runs.different_states(stopped, reference) == []
 
@@ -165,8 +189,13 @@ def test_other_settings_may_not(text, stopped):
     changed = make_config(text, model__n_embd=16, train__seed=5, optim__beta1=0.8, eval__every=3)
     with pytest.raises(UsageError) as error:
         runs.quiet_train(changed, stopped)
-    for part in ('model.n_embd: 32 there, 16 now', 'train.seed: 0 there, 5 now', 'optim.beta1: 0.9 there, 0.8 now',
-                 '--fresh', '--workdir'):
+    for part in (
+        'model.n_embd: 32 there, 16 now',
+        'train.seed: 0 there, 5 now',
+        'optim.beta1: 0.9 there, 0.8 now',
+        '--fresh',
+        '--workdir',
+    ):
         assert part in str(error.value)
     assert 'eval.every' not in str(error.value)
     assert snapshot(stopped) == before
@@ -189,27 +218,38 @@ def test_changed_text_is_refused(text, stopped, tmp_path):
 
 def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / 'run')
-    with pytest.raises(UsageError, match=r'train\.steps: 18 there, 30 now \(a larger .* with --extend'):
+    with pytest.raises(
+        UsageError, match=r'train\.steps: 18 there, 30 now \(a larger .* with --extend'
+    ):
         runs.quiet_train(make_config(text, train__steps=30), run)
     with pytest.raises(UsageError, match=r'train\.steps: 18 there, 12 now; '):
         runs.quiet_train(make_config(text, train__steps=12), run, extend=True)
     code, printed = runs.quiet_train(make_config(text, train__steps=30), run, extend=True)
     assert code == 0
-    told = re.search(r'extended from 18 to 30 steps: the schedule is laid out anew .* learning rate at step 18 goes '
-                     r'from (\S+) to (\S+)', printed)
-    assert float(told[1]) == pytest.approx(6e-5) and float(told[2]) > 3e-4
+    told = re.search(
+        r'extended from 18 to 30 steps: the schedule is laid out anew .* learning rate at step 18 goes '
+        r'from (\S+) to (\S+)',
+        printed,
+    )
+    assert float(told[1]) == pytest.approx(6e-5)
+    assert float(told[2]) > 3e-4
     records = runs.metrics(run)
-    assert records[:len(runs.metrics(reference))] == runs.metrics(reference)
+    assert records[: len(runs.metrics(reference))] == runs.metrics(reference)
     assert records[-1]['step'] == 30
     assert max(runs.events(run).values()) == 1
     assert json.loads((run / 'summary.json').read_text())['steps'] == 30
 
 
 def test_fresh_moves_the_old_run_aside(text, reference, stopped):
-    before = {path.relative_to(stopped): path.read_bytes() for path in stopped.rglob('*') if path.is_file()}
+    before = {
+        path.relative_to(stopped): path.read_bytes()
+        for path in stopped.rglob('*')
+        if path.is_file()
+    }
     code, printed = runs.quiet_train(make_config(text), stopped, fresh=True)
-    aside, = (folder for folder in stopped.parent.iterdir() if folder != stopped)
-    assert code == 0 and f'the old run was moved to {aside}' in printed
+    (aside,) = (folder for folder in stopped.parent.iterdir() if folder != stopped)
+    assert code == 0
+    assert f'the old run was moved to {aside}' in printed
     before.pop(next(path for path in before if path.name == '.lock'))
     assert all((aside / path).read_bytes() == data for path, data in before.items())
     assert runs.differences(stopped, reference) == []
@@ -226,7 +266,7 @@ def test_logs_are_cut_back_to_the_checkpoint(text, reference, stopped):
     for name in ('metrics.jsonl', 'samples.txt'):
         with open(stopped / name, 'a') as file:
             file.write('{"step": 14, "split": "train", "loss"')
-    event_file, = (stopped / 'tensorboard').iterdir()
+    (event_file,) = (stopped / 'tensorboard').iterdir()
     data = event_file.read_bytes()
     event_file.write_bytes(data + data[:-5])  # every figure once more, and half a record
     (stopped / 'tensorboard/events.out.tfevents.later').write_bytes(data)
@@ -243,9 +283,11 @@ def test_logs_of_something_else_are_left_alone(text, tmp_path):
 
 def test_evaluate_restores_best_and_latest_to_the_digit(reference):
     summary = json.loads((reference / 'summary.json').read_text())
-    for which, step, loss in (('best', summary['best_step'], summary['best_val_loss']),
-                              ('latest', STEPS, summary['final_val_loss'])):
-        code, out, err = runs.script('evaluate', f'--ckpt_dir={reference}', f'--which={which}')
+    for which, step, loss in (
+        ('best', summary['best_step'], summary['best_val_loss']),
+        ('latest', STEPS, summary['final_val_loss']),
+    ):
+        code, out, err = runs.script('evaluate', f'--ckpt_dir={reference}', f'--step={which}')
         assert (code, err) == (0, '')
         assert out.startswith(f'step {step}, val: loss {loss!r} nats per token')
 
@@ -253,9 +295,11 @@ def test_evaluate_restores_best_and_latest_to_the_digit(reference):
 def test_sample_needs_nothing_but_the_folder(text, reference, tmp_path, monkeypatch):
     options = ('--prompt=ba', '--max_new_tokens=40', '--seed=7')
     code, out, _ = runs.script('sample', f'--ckpt_dir={reference}', *options)
-    assert code == 0 and out.startswith('ba') and len(out) == 43
+    assert code == 0
+    assert out.startswith('ba')
+    assert len(out) == 43
     moved = shutil.copytree(reference, tmp_path / 'else where')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('gpt2_jax.data.load', None)  # no text is looked for
+    monkeypatch.setattr('gpt2_jax.data.load.load', None)  # no text is looked for
     assert runs.script('sample', f'--ckpt_dir={moved}', *options)[1] == out
     assert runs.script('sample', f'--ckpt_dir={moved}', *options[:-1], '--seed=8')[1] != out

@@ -15,12 +15,12 @@ from bpe import SMALL
 from test_huggingface import FIXTURE, LETTERS, convert_fixture
 from tiny import rough_params, tiny
 
-from gpt2_jax.data import tokenizers
-from gpt2_jax.inference import lambada, score
-from gpt2_jax.workdir import checkpoints
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.data import tokenizers
 from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.inference import lambada, score
+from gpt2_jax.workdir import restore
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -36,25 +36,33 @@ def run(tmp_path_factory):
     path = runs.write_text(folder / 'text.txt')
     assert runs.quiet_train(runs.make_config(path), folder / 'run')[0] == 0
     text = path.read_text()
-    (folder / 'val.txt').write_text(text[len(text) - math.ceil(len(text) / 10):])
+    (folder / 'val.txt').write_text(text[len(text) - math.ceil(len(text) / 10) :])
     return folder
 
 
-def restored(tokenizer=SMALL, seed=0, **changes) -> checkpoints.Restored:
-    """A small random model, as checkpoints.load gives one."""
+def restored(tokenizer=SMALL, seed=0, **changes) -> restore.Restored:
+    """A small random model, as restore.load gives one."""
     model = tiny(vocab_size=tokenizer.vocab_size, **changes)
     config = default_config()
-    config.model.update({name: value for name, value in dataclasses.asdict(model.cfg).items() if name != 'vocab_size'})
-    return checkpoints.Restored(7, model, rough_params(model, seed), tokenizer, resolve(config), {})
+    config.model.update(
+        {
+            name: value
+            for name, value in dataclasses.asdict(model.cfg).items()
+            if name != 'vocab_size'
+        }
+    )
+    return restore.Restored(7, model, rough_params(model, seed), tokenizer, resolve(config), {})
 
 
-def by_hand(model: checkpoints.Restored):
+def by_hand(model: restore.Restored):
     """The function losses(ids) -> (nats, right) of ids[1:], each given all before it: (N - 1,) each, in fp64."""
     forward = jax.jit(model.model.apply)
 
     def losses(ids):
-        window = np.resize(ids[:-1], (1, model.model.cfg.n_positions))  # causal: what stands after it changes nothing
-        logits = np.float64(forward({'params': model.params}, np.int32(window)))[0, :len(ids) - 1]
+        window = np.resize(
+            ids[:-1], (1, model.model.cfg.n_positions)
+        )  # causal: what stands after it changes nothing
+        logits = np.float64(forward({'params': model.params}, np.int32(window)))[0, : len(ids) - 1]
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -logp[np.arange(len(ids) - 1), ids[1:]], logits.argmax(-1) == ids[1:]
 
@@ -63,22 +71,26 @@ def by_hand(model: checkpoints.Restored):
 
 def test_the_validation_text_gives_trainings_own_figure(run):
     summary = json.loads((run / 'run/summary.json').read_text())
-    model = checkpoints.load(run / 'run', 'latest')
+    model = restore.load(run / 'run', 'latest')
     context = model.model.cfg.n_positions
     for stride in (None, context):  # the context by default
-        got = score.score_text(model, str(run / 'val.txt'), stride=stride, rows=runs.SMALL['train.batch_size'])
+        got = score.score_text(
+            model, str(run / 'val.txt'), stride=stride, rows=runs.SMALL['train.batch_size']
+        )
         assert got.evaluation.loss == summary['final_val_loss']
         assert got.windows == (context, context, runs.SMALL['train.batch_size'])
     own = score.score_corpus(model)
-    assert own.evaluation == got.evaluation and own.windows == got.windows
+    assert own.evaluation == got.evaluation
+    assert own.windows == got.windows
     more = score.score_text(model, str(run / 'val.txt'), stride=1)
-    assert more.evaluation.tokens == got.evaluation.tokens and more.evaluation.loss != got.evaluation.loss
+    assert more.evaluation.tokens == got.evaluation.tokens
+    assert more.evaluation.loss != got.evaluation.loss
     same = score.score_corpus(model, stride=1)
     assert same.evaluation.loss == pytest.approx(more.evaluation.loss, rel=1e-6)
 
 
 def test_the_figures_are_sums_over_what_is_counted(tmp_path):
-    spaced = ' the end , they \'ll two @-@ part é . \n'
+    spaced = " the end , they 'll two @-@ part é . \n"
     (tmp_path / 'a.txt').write_text(spaced, 'utf-8')
     model = restored(n_positions=64)
     got = score.score_text(model, str(tmp_path / 'a.txt'), detokenizer='wikitext', context=64)
@@ -87,25 +99,41 @@ def test_the_figures_are_sums_over_what_is_counted(tmp_path):
     n_bytes = len("the end, they'll two-part é.\n".encode()) - len(SMALL.decode_bytes(ids[:1]))
     assert (got.evaluation.tokens, got.evaluation.bytes) == (len(ids) - 1, n_bytes)
     assert (got.text.words, got.text.lines) == (10, 1)
-    figures = {'nats': nats / (len(ids) - 1), 'bits': nats / math.log(2) / n_bytes,
-               'token': math.exp(nats / (len(ids) - 1)), 'word': math.exp(nats / 10), 'lines too': math.exp(nats / 11)}
+    figures = {
+        'nats': nats / (len(ids) - 1),
+        'bits': nats / math.log(2) / n_bytes,
+        'token': math.exp(nats / (len(ids) - 1)),
+        'word': math.exp(nats / 10),
+        'lines too': math.exp(nats / 11),
+    }
     assert got.evaluation.loss == pytest.approx(figures['nats'], rel=1e-5)
     assert got.perplexity_per(got.text.words) == pytest.approx(figures['word'], rel=1e-4)
-    printed = [float(number) for number in re.findall(r'(?:loss|perplexity|bytes?,|;) ([\d.]+)', str(got))]
-    assert printed == pytest.approx([figures[name] for name in ('nats', 'token', 'word', 'lines too')], rel=1e-4)
+    printed = [
+        float(number) for number in re.findall(r'(?:loss|perplexity|bytes?,|;) ([\d.]+)', str(got))
+    ]
+    assert printed == pytest.approx(
+        [figures[name] for name in ('nats', 'token', 'word', 'lines too')], rel=1e-4
+    )
     assert f'{got.evaluation.bits_per_byte:.4f} bits per byte' in str(got)
     assert got.evaluation.bits_per_byte == pytest.approx(figures['bits'], rel=1e-5)
-    for words in ('context 64, stride 64', 'detokenizer wikitext', 'tokenizer gpt2 (277)', '10 words'):
+    for words in (
+        'context 64, stride 64',
+        'detokenizer wikitext',
+        'tokenizer gpt2 (277)',
+        '10 words',
+    ):
         assert words in str(got)
 
 
-@pytest.mark.parametrize('context, stride', [(12, 12), (12, 5), (7, 7), (7, 2)])
+@pytest.mark.parametrize(('context', 'stride'), [(12, 12), (12, 5), (7, 7), (7, 2)])
 def test_the_context_is_the_one_asked_for(tmp_path, context, stride):
     (tmp_path / 'a.txt').write_text('to be or not to be, that is the question')
     model = restored(ByteTokenizer())
     losses, ids = by_hand(model), ByteTokenizer().encode((tmp_path / 'a.txt').read_text())
-    starts = [max(0, math.ceil((target - context) / stride) * stride) for target in range(1, len(ids))]
-    nats = sum(losses(ids[start:target + 1])[0][-1] for target, start in enumerate(starts, 1))
+    starts = [
+        max(0, math.ceil((target - context) / stride) * stride) for target in range(1, len(ids))
+    ]
+    nats = sum(losses(ids[start : target + 1])[0][-1] for target, start in enumerate(starts, 1))
     got = score.score_text(model, str(tmp_path / 'a.txt'), context=context, stride=stride)
     assert got.evaluation.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
 
@@ -120,8 +148,10 @@ def test_lambada_by_hand(tmp_path):
     model = restored(tokenizer, seed=5)  # one that is right now and then
     T, losses = model.model.cfg.n_positions, by_hand(model)
     rng = np.random.default_rng(0)
-    passages = [' '.join(''.join(rng.choice(list('abc'), rng.integers(1, 3))) for _ in range(n))
-                for n in rng.integers(2, 9, 80)]
+    passages = [
+        ' '.join(''.join(rng.choice(list('abc'), rng.integers(1, 3))) for _ in range(n))
+        for n in rng.integers(2, 9, 80)
+    ]
     passages[5] = ' a  b  '  # spaces count, but for those after the last word
     nats, right, last_nats, last_right, cropped = [], [], [], [], 0
     for passage in passages:
@@ -129,12 +159,13 @@ def test_lambada_by_hand(tmp_path):
         answer = 1 + len(word)  # a token a character, the space before it being one
         ids = tokenizer.encode(f'{before} {word}')
         cropped += len(ids) > T + 1
-        each, hits = losses(ids[-T - 1:])
+        each, hits = losses(ids[-T - 1 :])
         nats.append(each[-answer:].sum())
         right.append(hits[-answer:].all())
         last_nats.append(each[-1])
         last_right.append(hits[-1])
-    assert 0 < cropped < 80 and 0 < sum(right) < sum(last_right) < 80  # or nothing would be told apart
+    assert 0 < cropped < 80
+    assert 0 < sum(right) < sum(last_right) < 80
     path = write_passages(tmp_path / 'a.jsonl', *passages)
     for rows in (1, 7, 128):
         got = lambada.score_lambada(model, path, rows=rows)
@@ -152,8 +183,10 @@ def test_the_last_word_may_be_many_tokens(tmp_path):
     assert len(answer) > 2
     model = restored(n_positions=16)
     nats, _ = by_hand(model)(np.concatenate([before, answer]))
-    got = lambada.score_lambada(model, write_passages(tmp_path / 'a.jsonl', "the end, they they'll"))
-    assert got.perplexity == pytest.approx(math.exp(nats[-len(answer):].sum()), rel=1e-4)
+    got = lambada.score_lambada(
+        model, write_passages(tmp_path / 'a.jsonl', "the end, they they'll")
+    )
+    assert got.perplexity == pytest.approx(math.exp(nats[-len(answer) :].sum()), rel=1e-4)
 
 
 def test_lambada_is_compiled_once(tmp_path, monkeypatch):
@@ -170,10 +203,16 @@ def test_lambada_is_compiled_once(tmp_path, monkeypatch):
     assert traced == [(2, 10)]  # no longer than the longest passage needs
 
 
-@pytest.mark.parametrize('passages, words', [
-    (['the end', 'word'], "passage 2 is 'word': expected at least two words"),
-    (['the end', ' word '], 'passage 2 is'), (['  '], 'passage 1 is'), ([], 'holds no passages'),
-    (['the ' + 'x' * 13], 'last word of 14 tokens, and the context is 12')])
+@pytest.mark.parametrize(
+    ('passages', 'words'),
+    [
+        (['the end', 'word'], "passage 2 is 'word': expected at least two words"),
+        (['the end', ' word '], 'passage 2 is'),
+        (['  '], 'passage 1 is'),
+        ([], 'holds no passages'),
+        (['the ' + 'x' * 13], 'last word of 14 tokens, and the context is 12'),
+    ],
+)
 def test_passages_without_an_answer(tmp_path, passages, words):
     with pytest.raises(UserError, match=words):
         lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages))
@@ -190,10 +229,18 @@ def test_passages_come_in_json_lines_or_parquet(tmp_path):
         lambada.score_lambada(restored(), str(tmp_path / 'a.txt'))
 
 
-@pytest.mark.parametrize('context, stride, words', [
-    (13, None, 'context = 13 is longer than the 12 positions of the checkpoint: give at most --context=12'),
-    (8, 9, 'stride = 9 is more than the context of 8, .*: give at most --stride=8'),
-    (None, 13, 'stride = 13 is more than the context of 12')])
+@pytest.mark.parametrize(
+    ('context', 'stride', 'words'),
+    [
+        (
+            13,
+            None,
+            'context = 13 is longer than the 12 positions of the checkpoint: give at most --context=12',
+        ),
+        (8, 9, 'stride = 9 is more than the context of 8, .*: give at most --stride=8'),
+        (None, 13, 'stride = 13 is more than the context of 12'),
+    ],
+)
 def test_windows_that_cannot_be(context, stride, words):
     with pytest.raises(UsageError, match=words):
         score.make_windows(restored(), context=context, stride=stride, rows=1)
@@ -202,9 +249,13 @@ def test_windows_that_cannot_be(context, stride, words):
 def test_more_devices_than_there_are():
     model = restored()
     model.config.mesh.update(data=512)
-    parts, _ = score.build(model, score.make_windows(model, context=None, stride=None, rows=3),
-                           SimpleNamespace(tokenizer=SMALL))
-    assert parts.mesh.size == 1 and len(jax.devices()) < 512
+    setup, _ = score.build(
+        model,
+        score.make_windows(model, context=None, stride=None, rows=3),
+        SimpleNamespace(tokenizer=SMALL),
+    )
+    assert setup.mesh.size == 1
+    assert len(jax.devices()) < 512
 
 
 def test_rows_are_dealt_out_to_all_devices(monkeypatch):
@@ -213,7 +264,9 @@ def test_rows_are_dealt_out_to_all_devices(monkeypatch):
     model.config.mesh.update(data=2, fsdp=2)
     monkeypatch.setattr(score.jax, 'devices', lambda: [None] * 4)
     monkeypatch.setattr(score.jax, 'device_put', lambda params, layout: params)
-    monkeypatch.setattr(score.recipe, 'build', lambda config, dataset: built.append(config) or mock.MagicMock())
+    monkeypatch.setattr(
+        score, 'build_setup', lambda config, dataset: built.append(config) or mock.MagicMock()
+    )
     score.build(model, score.make_windows(model, context=None, stride=None, rows=5))
     assert built[0].train.batch_size == 8
 
@@ -223,27 +276,46 @@ def test_a_converted_folder_as_a_user(tmp_path):
     (tmp_path / 'letters.json').write_text(tokenizers.to_json(LETTERS))
     convert_fixture(FIXTURE, ckpt_dir=tmp_path / 'run', tokenizer_file=tmp_path / 'letters.json')
     code, _, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
-    assert code == 2 and err.count('\n') == 1 and 'the weights of' in err and '--text=FILE or --lambada=FILE' in err
+    assert code == 2
+    assert err.count('\n') == 1
+    assert 'the weights of' in err
+    assert '--text=FILE or --lambada=FILE' in err
     text = LETTERS.alphabet * 3 + '\n'
     (tmp_path / 'a.txt').write_text(text[:-1])
-    code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run', f'--text={tmp_path}/a.txt', '--stride=8')
+    code, out, err = runs.script(
+        'evaluate', f'--ckpt_dir={tmp_path}/run', f'--text={tmp_path}/a.txt', '--stride=8'
+    )
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0].startswith(f'step 0, {tmp_path}/a.txt: loss ') and 'over 191 tokens of 191 bytes' in lines[0]
-    assert lines[1].startswith('per word: perplexity') and 'over 1 words' in lines[1] and len(lines) == 3
-    assert 'context 32, stride 8 (all of the first window' in lines[2] and 'detokenizer none' in lines[2]
-    code, shorter, _ = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run', f'--text={tmp_path}/a.txt', '--stride=8',
-                                   '--context=16', '--batch_size=2')
-    assert code == 0 and 'context 16, stride 8' in shorter
+    assert lines[0].startswith(f'step 0, {tmp_path}/a.txt: loss ')
+    assert 'over 191 tokens of 191 bytes' in lines[0]
+    assert lines[1].startswith('per word: perplexity')
+    assert 'over 1 words' in lines[1]
+    assert len(lines) == 3
+    assert 'context 32, stride 8 (all of the first window' in lines[2]
+    assert 'detokenizer none' in lines[2]
+    code, shorter, _ = runs.script(
+        'evaluate',
+        f'--ckpt_dir={tmp_path}/run',
+        f'--text={tmp_path}/a.txt',
+        '--stride=8',
+        '--context=16',
+        '--batch_size=2',
+    )
+    assert code == 0
+    assert 'context 16, stride 8' in shorter
 
 
 def test_lambada_as_a_user(tmp_path, run):
     words = (run / 'text.txt').read_text().split()[:12]
     (tmp_path / 'a.jsonl').write_text(json.dumps({'passage': ' '.join(words).replace('.', '')}))
-    code, out, err = runs.script('evaluate', f'--ckpt_dir={run}/run', f'--lambada={tmp_path}/a.jsonl',
-                                 '--text_field=passage')
+    code, out, err = runs.script(
+        'evaluate', f'--ckpt_dir={run}/run', f'--lambada={tmp_path}/a.jsonl', '--text_field=passage'
+    )
     assert code == 0, err
-    assert 'a.jsonl: last word: accuracy' in out and 'over 1 passages' in out and 'no stop-word filter' in out
+    assert 'a.jsonl: last word: accuracy' in out
+    assert 'over 1 passages' in out
+    assert 'no stop-word filter' in out
     assert 'context 16, 1 passages cropped' in out
 
 
@@ -251,4 +323,5 @@ def test_bytes_are_bits_per_byte(tmp_path):
     """With a token a byte, the figure is the loss in bits."""
     (tmp_path / 'a.txt').write_text('été ' * 9, 'utf-8')
     got = score.score_text(restored(ByteTokenizer()), str(tmp_path / 'a.txt')).evaluation
-    assert got.bits_per_byte == pytest.approx(got.loss / math.log(2)) and got.bytes == 9 * 6 - 1
+    assert got.bits_per_byte == pytest.approx(got.loss / math.log(2))
+    assert got.bytes == 9 * 6 - 1

@@ -15,8 +15,9 @@ import pytest
 from bpe import MERGES, SMALL, TEXTS, published
 
 from gpt2_jax.data import documents, load, shards, tokenizers
+from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
+from gpt2_jax.data.shards import open_shards, prepare
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.data.shards import Tokens, from_text, open_shards, prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -31,8 +32,13 @@ def texts(tmp_path):
 
 
 def write(texts, out_dir, *, tokenizer_name='char', val_fraction=0.1, shard_tokens=37):
-    return prepare(texts, str(out_dir), tokenizer_name=tokenizer_name, val_fraction=val_fraction,
-                   shard_tokens=shard_tokens)
+    return prepare(
+        texts,
+        str(out_dir),
+        tokenizer_name=tokenizer_name,
+        val_fraction=val_fraction,
+        shard_tokens=shard_tokens,
+    )
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def all_of(tokens):
 
 def cut(text, val_fraction):
     n_val = math.ceil(len(text) * Fraction(val_fraction))
-    return text[:len(text) - n_val], text[len(text) - n_val:]
+    return text[: len(text) - n_val], text[len(text) - n_val :]
 
 
 def test_tokens_read_across_arrays():
@@ -57,7 +63,8 @@ def test_tokens_read_across_arrays():
     for start in range(23):
         for stop in range(start + 1, 24):
             read = tokens.read(start, stop)
-            assert read.dtype == np.uint16 and np.array_equal(read, whole[start:stop])
+            assert read.dtype == np.uint16
+            assert np.array_equal(read, whole[start:stop])
     for start, stop in [(-1, 3), (3, 3), (20, 24)]:
         with pytest.raises(IndexError):
             tokens.read(start, stop)
@@ -67,31 +74,57 @@ def test_tokens_read_across_arrays():
 @pytest.mark.parametrize('block_bytes', [1, 2, 3, 5, 64, 1 << 20])
 @pytest.mark.parametrize('name', ['char', 'byte'])
 def test_streaming_equals_memory(texts, tmp_path, monkeypatch, name, block_bytes):
-    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)  # characters of 2, 3 and 4 bytes cut at every place
+    monkeypatch.setattr(
+        documents, 'BLOCK_BYTES', block_bytes
+    )  # characters of 2, 3 and 4 bytes cut at every place
     manifest = write(texts, tmp_path / 'out', tokenizer_name=name, val_fraction=0.25)
     dataset = open_shards(tmp_path / 'out')
-    assert dataset.tokenizer == tokenizers.make_tokenizer(name, FIRST + SECOND) and dataset.name == 'out'
-    for split, tokens, parts in zip(shards.SPLITS, (dataset.train, dataset.val),
-                                    zip(cut(FIRST, '0.25'), cut(SECOND, '0.25'), strict=True), strict=True):
+    assert dataset.tokenizer == tokenizers.make_tokenizer(name, FIRST + SECOND)
+    assert dataset.name == 'out'
+    for split, tokens, parts in zip(
+        SPLITS,
+        (dataset.train, dataset.val),
+        zip(cut(FIRST, '0.25'), cut(SECOND, '0.25'), strict=True),
+        strict=True,
+    ):
         text = ''.join(parts)
         assert dataset.tokenizer.decode(all_of(tokens)) == text
         about = manifest['splits'][split]
         assert about['tokens'] == len(tokens) == len(dataset.tokenizer.encode(text))
         assert about['bytes'] == len(text.encode())
-        assert [shard['tokens'] for shard in about['shards'][:-1]] == [37] * (len(about['shards']) - 1)
+        assert [shard['tokens'] for shard in about['shards'][:-1]] == [37] * (
+            len(about['shards']) - 1
+        )
         assert len(about['shards']) == len(tokens.arrays) == math.ceil(len(tokens) / 37)
-    assert all(isinstance(array.base, np.memmap) and array.dtype == np.uint8 for array in dataset.train.arrays)
+    assert all(
+        isinstance(array.base, np.memmap) and array.dtype == np.uint8
+        for array in dataset.train.arrays
+    )
 
 
 def test_manifest_and_files(texts, tmp_path):
     manifest = write(texts, tmp_path / 'out')
     assert manifest == json.loads((tmp_path / 'out/manifest.json').read_text())
     assert manifest['inputs'] == [
-        {'file': name, 'documents': 1, 'characters': len(text), 'bytes': len(text.encode()),
-         'sha256': hashlib.sha256(text.encode()).hexdigest()}
-        for name, text in (('first.txt', FIRST), ('second.txt', SECOND))]
-    listed = {shard['file']: shard['sha256'] for split in manifest['splits'].values() for shard in split['shards']}
-    assert {path.name for path in (tmp_path / 'out').iterdir()} == {*listed, 'manifest.json', 'tokenizer.json'}
+        {
+            'file': name,
+            'documents': 1,
+            'characters': len(text),
+            'bytes': len(text.encode()),
+            'sha256': hashlib.sha256(text.encode()).hexdigest(),
+        }
+        for name, text in (('first.txt', FIRST), ('second.txt', SECOND))
+    ]
+    listed = {
+        shard['file']: shard['sha256']
+        for split in manifest['splits'].values()
+        for shard in split['shards']
+    }
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {
+        *listed,
+        'manifest.json',
+        'tokenizer.json',
+    }
     assert {'train_00000.npy', 'train_00001.npy', 'val_00000.npy'} <= set(listed)
     for name, digest in listed.items():
         assert hashlib.sha256((tmp_path / 'out' / name).read_bytes()).hexdigest() == digest
@@ -114,9 +147,14 @@ DOCUMENTS = ['', 'the first', ' the  ', '', "\nthe'll é🎭", '<|endoftext|>', 
 
 def write_documents(folder):
     """The same documents in each kind of file that holds several."""
-    lines = '\n\n'.join(json.dumps({'id': 7, 'body': text, 'text': 'other'}) for text in DOCUMENTS) + '\n'
+    lines = (
+        '\n\n'.join(json.dumps({'id': 7, 'body': text, 'text': 'other'}) for text in DOCUMENTS)
+        + '\n'
+    )
     (folder / 'd.jsonl').write_text(lines)
-    (folder / 'd.jsonl.gz').write_bytes(gzip.compress(lines.encode()[:99]) + gzip.compress(lines.encode()[99:]))
+    (folder / 'd.jsonl.gz').write_bytes(
+        gzip.compress(lines.encode()[:99]) + gzip.compress(lines.encode()[99:])
+    )
     return [folder / 'd.jsonl', folder / 'd.jsonl.gz']
 
 
@@ -127,13 +165,22 @@ def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, 
     if kind == 'parquet':
         import pyarrow
         from pyarrow import parquet
+
         path = tmp_path / 'd.parquet'
-        parquet.write_table(pyarrow.table({'id': range(len(DOCUMENTS)), 'body': DOCUMENTS}), path, row_group_size=3)
+        parquet.write_table(
+            pyarrow.table({'id': range(len(DOCUMENTS)), 'body': DOCUMENTS}), path, row_group_size=3
+        )
     else:
         path = write_documents(tmp_path)[kind]
     (tmp_path / 'plain.txt').write_text('the plain text')
-    manifest = prepare([str(path), str(tmp_path / 'plain.txt')], str(tmp_path / 'out'), tokenizer_name='gpt2',
-                       val_fraction=0.1, shard_tokens=10, text_field='body')
+    manifest = prepare(
+        [str(path), str(tmp_path / 'plain.txt')],
+        str(tmp_path / 'out'),
+        tokenizer_name='gpt2',
+        val_fraction=0.1,
+        shard_tokens=10,
+        text_field='body',
+    )
     left = len(cut(''.join(DOCUMENTS), '0.1')[0])
     train, val = [], []
     for text in DOCUMENTS:
@@ -143,7 +190,9 @@ def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, 
     train.append('the plain te')
     val.append('xt')
     dataset = open_shards(tmp_path / 'out')
-    for split, tokens, parts in zip(shards.SPLITS, (dataset.train, dataset.val), (train, val), strict=True):
+    for split, tokens, parts in zip(
+        SPLITS, (dataset.train, dataset.val), (train, val), strict=True
+    ):
         parts = [SMALL.encode(part).tolist() for part in parts if part]
         expected = [token for part in parts for token in [SMALL.separator, *part]][1:]
         assert all_of(tokens).tolist() == expected
@@ -154,8 +203,14 @@ def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, 
 
 def test_documents_are_joined_where_there_is_no_separator(tmp_path):
     for name in ('char', 'byte'):
-        prepare([str(write_documents(tmp_path)[0])], str(tmp_path / name), tokenizer_name=name, val_fraction=0.5,
-                shard_tokens=100, text_field='body')
+        prepare(
+            [str(write_documents(tmp_path)[0])],
+            str(tmp_path / name),
+            tokenizer_name=name,
+            val_fraction=0.5,
+            shard_tokens=100,
+            text_field='body',
+        )
         dataset = open_shards(tmp_path / name)
         assert dataset.tokenizer.decode(all_of(dataset.train)) == cut(''.join(DOCUMENTS), '0.5')[0]
         assert dataset.tokenizer.decode(all_of(dataset.val)) == cut(''.join(DOCUMENTS), '0.5')[1]
@@ -165,7 +220,8 @@ def test_bpe_of_one_text_has_no_separator(texts, tmp_path):
     tokenizer = published()
     write(texts[:1], tmp_path / 'out', tokenizer_name='gpt2')
     dataset, memory = open_shards(tmp_path / 'out'), from_text('x', FIRST, tokenizer, 0.1)
-    assert dataset.tokenizer == tokenizer and dataset.train.arrays[0].dtype == np.uint16
+    assert dataset.tokenizer == tokenizer
+    assert dataset.train.arrays[0].dtype == np.uint16
     assert all_of(dataset.train).tolist() == all_of(memory.train).tolist()
     assert all_of(dataset.val).tolist() == all_of(memory.val).tolist()
 
@@ -177,18 +233,34 @@ def test_wide_alphabet_takes_two_bytes(tmp_path):
     assert open_shards(tmp_path / 'out').train.arrays[0].dtype == np.uint16
 
 
-@pytest.mark.parametrize('n, val_fraction, n_val', [
-    (1_115_394, 0.1, 111_540), (70, 0.1, 7), (71, 0.1, 8), (100, 0.07, 7), (10, 0.0, 0), (10, 0.99, 10), (3, 1e-05, 1)])
+@pytest.mark.parametrize(
+    ('n', 'val_fraction', 'n_val'),
+    [
+        (1_115_394, 0.1, 111_540),
+        (70, 0.1, 7),
+        (71, 0.1, 8),
+        (100, 0.07, 7),
+        (10, 0.0, 0),
+        (10, 0.99, 10),
+        (3, 1e-05, 1),
+    ],
+)
 def test_split_rule(n, val_fraction, n_val):
-    dataset = from_text('x', 'ab' * (n // 2) + 'a' * (n % 2), tokenizers.ByteTokenizer(), val_fraction)
+    dataset = from_text(
+        'x', 'ab' * (n // 2) + 'a' * (n % 2), tokenizers.ByteTokenizer(), val_fraction
+    )
     assert (len(dataset.train), len(dataset.val)) == (n - n_val, n_val)
 
 
 def test_memory_equals_disk_for_one_text(texts, tmp_path):
     write(texts[:1], tmp_path / 'out')
-    disk, memory = open_shards(tmp_path / 'out'), from_text('x', FIRST, tokenizers.make_tokenizer('char', FIRST), 0.1)
+    disk, memory = (
+        open_shards(tmp_path / 'out'),
+        from_text('x', FIRST, tokenizers.make_tokenizer('char', FIRST), 0.1),
+    )
     assert np.array_equal(all_of(disk.train), all_of(memory.train))
-    assert np.array_equal(all_of(disk.val), all_of(memory.val)) and disk.tokenizer == memory.tokenizer
+    assert np.array_equal(all_of(disk.val), all_of(memory.val))
+    assert disk.tokenizer == memory.tokenizer
 
 
 def test_identity(texts, tmp_path):
@@ -198,19 +270,29 @@ def test_identity(texts, tmp_path):
     write(texts, tmp_path / 'd', tokenizer_name='byte')
     write(texts, tmp_path / 'e', val_fraction=0.2)
     a, b, *others = (open_shards(tmp_path / name).sha256 for name in 'abcde')
-    assert a == b and len({a, *others}) == 4
+    assert a == b
+    assert len({a, *others}) == 4
 
     byte = tokenizers.ByteTokenizer()
-    a, b, *others = (from_text('x', *about).sha256 for about in [
-        ('abc', byte, 0.1), ('abc', byte, 0.1), ('abd', byte, 0.1), ('abc', byte, 0.2),
-        ('abc', tokenizers.CharTokenizer('abc'), 0.1)])
-    assert a == b and len({a, *others}) == 4
+    a, b, *others = (
+        from_text('x', *about).sha256
+        for about in [
+            ('abc', byte, 0.1),
+            ('abc', byte, 0.1),
+            ('abd', byte, 0.1),
+            ('abc', byte, 0.2),
+            ('abc', tokenizers.CharTokenizer('abc'), 0.1),
+        ]
+    )
+    assert a == b
+    assert len({a, *others}) == 4
 
 
 def test_no_validation_split(texts, tmp_path):
     write(texts, tmp_path / 'out', val_fraction=0.0)
     dataset = open_shards(tmp_path / 'out')
-    assert len(dataset.val) == 0 and dataset.tokenizer.decode(all_of(dataset.train)) == FIRST + SECOND
+    assert len(dataset.val) == 0
+    assert dataset.tokenizer.decode(all_of(dataset.train)) == FIRST + SECOND
 
 
 def test_is_prepared(texts, tmp_path):
@@ -224,6 +306,7 @@ def edit_manifest(change):
         manifest = json.loads((folder / 'manifest.json').read_text())
         change(manifest)
         (folder / 'manifest.json').write_text(json.dumps(manifest))
+
     return damage
 
 
@@ -233,24 +316,45 @@ def flip_one_bit(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize('damage, named', [
-    (lambda f: flip_one_bit(f / 'train_00001.npy'), r'train_00001.npy is damaged: its SHA-256 is'),
-    (lambda f: os.truncate(f / 'val_00000.npy', 100), r'val_00000.npy is damaged'),
-    (lambda f: (f / 'val_00000.npy').write_bytes(b''), r'val_00000.npy is damaged'),
-    (lambda f: (f / 'train_00000.npy').unlink(), r'train_00000.npy is missing'),
-    (lambda f: (f / 'train_00001.npy').replace(f / 'train_00000.npy'), r'train_00000.npy is damaged'),
-    (lambda f: (f / 'tokenizer.json').unlink(), r'cannot read .*tokenizer.json'),
-    (lambda f: (f / 'tokenizer.json').write_bytes(b'{'), r'tokenizer.json: .*damaged'),
-    (lambda f: (f / 'tokenizer.json').write_bytes(b'\xff'), r'cannot read .*tokenizer.json'),
-    (lambda f: (f / 'tokenizer.json').write_text('{"name": "byte"}'), r'tokenizer.json is not the tokenizer'),
-    (lambda f: (f / 'manifest.json').unlink(), r'cannot read .*manifest.json'),
-    (lambda f: os.truncate(f / 'manifest.json', 99), r'manifest.json is damaged'),
-    (lambda f: (f / 'manifest.json').write_text('[]'), r'manifest.json is damaged'),
-    (edit_manifest(lambda m: m.pop('splits')), r'manifest.json is damaged'),
-    (edit_manifest(lambda m: m.update(format=99)), r'manifest.json has format 99, this version reads 1'),
-    (edit_manifest(lambda m: m.update(dtype='uint16')), r'train_00000.npy holds \(37,\) tokens of uint8'),
-    (edit_manifest(lambda m: m['splits']['val']['shards'][0].update(tokens=5)), r'val_00000.npy holds'),
-])
+@pytest.mark.parametrize(
+    ('damage', 'named'),
+    [
+        (
+            lambda f: flip_one_bit(f / 'train_00001.npy'),
+            r'train_00001.npy is damaged: its SHA-256 is',
+        ),
+        (lambda f: os.truncate(f / 'val_00000.npy', 100), r'val_00000.npy is damaged'),
+        (lambda f: (f / 'val_00000.npy').write_bytes(b''), r'val_00000.npy is damaged'),
+        (lambda f: (f / 'train_00000.npy').unlink(), r'train_00000.npy is missing'),
+        (
+            lambda f: (f / 'train_00001.npy').replace(f / 'train_00000.npy'),
+            r'train_00000.npy is damaged',
+        ),
+        (lambda f: (f / 'tokenizer.json').unlink(), r'cannot read .*tokenizer.json'),
+        (lambda f: (f / 'tokenizer.json').write_bytes(b'{'), r'tokenizer.json: .*damaged'),
+        (lambda f: (f / 'tokenizer.json').write_bytes(b'\xff'), r'cannot read .*tokenizer.json'),
+        (
+            lambda f: (f / 'tokenizer.json').write_text('{"name": "byte"}'),
+            r'tokenizer.json is not the tokenizer',
+        ),
+        (lambda f: (f / 'manifest.json').unlink(), r'cannot read .*manifest.json'),
+        (lambda f: os.truncate(f / 'manifest.json', 99), r'manifest.json is damaged'),
+        (lambda f: (f / 'manifest.json').write_text('[]'), r'manifest.json is damaged'),
+        (edit_manifest(lambda m: m.pop('splits')), r'manifest.json is damaged'),
+        (
+            edit_manifest(lambda m: m.update(format=99)),
+            r'manifest.json has format 99, this version reads 1',
+        ),
+        (
+            edit_manifest(lambda m: m.update(dtype='uint16')),
+            r'train_00000.npy holds \(37,\) tokens of uint8',
+        ),
+        (
+            edit_manifest(lambda m: m['splits']['val']['shards'][0].update(tokens=5)),
+            r'val_00000.npy holds',
+        ),
+    ],
+)
 def test_damage_is_named(texts, tmp_path, damage, named):
     write(texts, tmp_path / 'out')
     open_shards(tmp_path / 'out')
@@ -259,14 +363,21 @@ def test_damage_is_named(texts, tmp_path, damage, named):
         open_shards(tmp_path / 'out')
 
 
-@pytest.mark.parametrize('change, error, named', [
-    ({'val_fraction': 1.0}, UsageError, 'val_fraction is 1.0'), ({'val_fraction': -0.1}, UsageError, 'val_fraction'),
-    ({'val_fraction': math.nan}, UsageError, 'val_fraction'), ({'shard_tokens': 0}, UsageError, 'shard_tokens is 0'),
-    ({'tokenizer_name': 'bpe'}, UsageError, 'bpe'), ({'tokenizer_name': 'gpt2'}, UserError, 'no vocabulary'),
-])
+@pytest.mark.parametrize(
+    ('change', 'error', 'named'),
+    [
+        ({'val_fraction': 1.0}, UsageError, 'val_fraction is 1.0'),
+        ({'val_fraction': -0.1}, UsageError, 'val_fraction'),
+        ({'val_fraction': math.nan}, UsageError, 'val_fraction'),
+        ({'shard_tokens': 0}, UsageError, 'shard_tokens is 0'),
+        ({'tokenizer_name': 'bpe'}, UsageError, 'bpe'),
+        ({'tokenizer_name': 'gpt2'}, UserError, 'no vocabulary'),
+    ],
+)
 def test_wrong_settings_write_nothing(texts, tmp_path, monkeypatch, change, error, named):
     def find():
         raise UserError('no vocabulary')
+
     monkeypatch.setattr(tokenizers, 'find_merges', find)
     monkeypatch.setattr(documents, 'read', None)  # all of it is found before the first pass
     before = sorted(tmp_path.iterdir())
@@ -275,10 +386,15 @@ def test_wrong_settings_write_nothing(texts, tmp_path, monkeypatch, change, erro
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize('content, named', [
-    (b'', 'bad.txt is empty'), (b'abc\xe9', 'bad.txt is not UTF-8 text: byte 0xe9 at offset 3'),
-    (b'abcd\xc3\xa9\xe2\x82x', 'byte 0xe2 at offset 6'), (None, 'cannot read the text .*bad.txt'),
-])
+@pytest.mark.parametrize(
+    ('content', 'named'),
+    [
+        (b'', 'bad.txt is empty'),
+        (b'abc\xe9', 'bad.txt is not UTF-8 text: byte 0xe9 at offset 3'),
+        (b'abcd\xc3\xa9\xe2\x82x', 'byte 0xe2 at offset 6'),
+        (None, 'cannot read the text .*bad.txt'),
+    ],
+)
 @pytest.mark.parametrize('block_bytes', [1, 3, 4, 1 << 20])
 def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named, block_bytes):
     monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
@@ -307,6 +423,7 @@ def test_interrupted_writing_leaves_nothing(texts, tmp_path, monkeypatch, error)
         if path.name == 'train_00002.npy':
             raise error
         path.write_bytes(b'')
+
     monkeypatch.setattr(np, 'save', save)
     before = sorted(tmp_path.iterdir())
     expected = {OSError: UserError, KeyboardInterrupt: KeyboardInterrupt}[type(error)]
@@ -322,6 +439,7 @@ def test_text_that_changes_between_the_passes(texts, tmp_path, monkeypatch):
     def change(*args):
         Path(texts[1]).write_text(SECOND[::-1])
         return make(*args)
+
     monkeypatch.setattr(tokenizers, 'make_tokenizer', change)
     with pytest.raises(UserError, match=r'second.txt changed while it was read'):
         write(texts, tmp_path / 'out')
@@ -330,33 +448,56 @@ def test_text_that_changes_between_the_passes(texts, tmp_path, monkeypatch):
 
 def run_script(*arguments):
     root = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, root / 'scripts/prepare.py', *arguments], capture_output=True, text=True,
-                          env=os.environ | {'PYTHONPATH': str(root)})
+    return subprocess.run(
+        [sys.executable, root / 'scripts/prepare.py', *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {'PYTHONPATH': str(root)},
+    )
 
 
 def test_script(texts, tmp_path):
-    done = run_script('--input', *texts, '--tokenizer', 'byte', '--out_dir', tmp_path / 'a', '--val_fraction=0.2')
+    done = run_script(
+        '--input', *texts, '--tokenizer', 'byte', '--out_dir', tmp_path / 'a', '--val_fraction=0.2'
+    )
     assert done.returncode == 0 and 'tokenizer byte, vocabulary 256' in done.stdout, done.stderr
-    done = run_script(*(f'--input={text}' for text in texts), '--tokenizer=byte', f'--out_dir={tmp_path / "b"}',
-                      '--val_fraction=0.2', '--shard_tokens=50')
+    done = run_script(
+        *(f'--input={text}' for text in texts),
+        '--tokenizer=byte',
+        f'--out_dir={tmp_path / "b"}',
+        '--val_fraction=0.2',
+        '--shard_tokens=50',
+    )
     a, b = open_shards(tmp_path / 'a'), open_shards(tmp_path / 'b')
-    assert np.array_equal(all_of(a.train), all_of(b.train)) and len(b.train.arrays) > len(a.train.arrays) == 1
+    assert np.array_equal(all_of(a.train), all_of(b.train))
+    assert len(b.train.arrays) > len(a.train.arrays) == 1
     assert a.tokenizer.decode(all_of(a.val)) == cut(FIRST, '0.2')[1] + cut(SECOND, '0.2')[1]
     again = run_script('--input', *texts, '--out_dir', tmp_path / 'a')
-    assert again.returncode == 1 and again.stderr.startswith('error: ') and again.stderr.count('\n') == 1
+    assert again.returncode == 1
+    assert again.stderr.startswith('error: ')
+    assert again.stderr.count('\n') == 1
     mixed = run_script('--input', texts[0], '--input', *texts, '--out_dir', tmp_path / 'c')
-    assert mixed.returncode == 2 and 'order of the texts' in mixed.stderr
+    assert mixed.returncode == 2
+    assert 'order of the texts' in mixed.stderr
 
 
 def test_a_holdout_takes_the_place_of_the_validation_text(tmp_path):
     (tmp_path / 'text.txt').write_text(''.join(map(chr, range(97, 117))) * 5)  # 100 characters
-    settings = dict(corpus=str(tmp_path / 'text.txt'), tokenizer='char', val_fraction=0.2, fallback='')
+    settings = dict(
+        corpus=str(tmp_path / 'text.txt'), tokenizer='char', val_fraction=0.2, fallback=''
+    )
     whole, held = (load.load(**settings, holdout=share) for share in (0.0, 0.25))
     assert (len(whole.train), len(held.train), len(held.val)) == (80, 60, 20)
-    assert np.array_equal(np.concatenate([held.train.read(0, 60), held.val.read(0, 20)]), whole.train.read(0, 80))
-    assert held.name == whole.name and held.sha256 != whole.sha256
+    assert np.array_equal(
+        np.concatenate([held.train.read(0, 60), held.val.read(0, 20)]), whole.train.read(0, 80)
+    )
+    assert held.name == whole.name
+    assert held.sha256 != whole.sha256
     assert held.sha256 != load.load(**settings, holdout=0.5).sha256
-    with pytest.raises(UserError, match=r'data\.holdout = 0.001 leaves 80 of 80 training tokens to train on and 0 to'):
+    with pytest.raises(
+        UserError,
+        match=r'data\.holdout = 0.001 leaves 80 of 80 training tokens to train on and 0 to',
+    ):
         load.load(**settings, holdout=0.001)
 
 
@@ -364,4 +505,6 @@ def test_parts_of_tokens_in_pieces_are_no_copies():
     arrays = tuple(np.arange(start, start + 5) for start in (0, 5, 10))
     part = Tokens(arrays).part(3, 12)
     assert np.array_equal(part.read(0, 9), np.arange(3, 12))
-    assert [array.base is whole for array, whole in zip(part.arrays, arrays, strict=True)] == [True] * 3
+    assert [array.base is whole for array, whole in zip(part.arrays, arrays, strict=True)] == [
+        True
+    ] * 3

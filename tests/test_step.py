@@ -10,12 +10,23 @@ import pytest
 from tiny import flat, rough_params, tiny, tokens
 
 from gpt2_jax.config import default_config, resolve
+from gpt2_jax.parallel import feed
+from gpt2_jax.training import programs
 from gpt2_jax.training.optim import make_schedule
+from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.setup import build
-from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step, token_losses
+from gpt2_jax.training.step import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    token_losses,
+)
 
 SCHEDULE = make_schedule(learning_rate=1.0, end_learning_rate=0.1, warmup_steps=2, steps=10)
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(SCHEDULE))  # AdamW has its own tests
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(0.1), optax.sgd(SCHEDULE)
+)  # AdamW has its own tests
 SMALL = dict(n_layer=1, bias=False)  # compiles sooner
 MODEL, DROPPING = tiny(**SMALL), tiny(**SMALL, embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
 
@@ -29,8 +40,16 @@ def fresh_state(step=0) -> TrainState:
     return init_state(rough_params(MODEL), OPTIMIZER).replace(step=jnp.int32(step))
 
 
-def compiled(model, accumulate, seed=0):
-    return jax.jit(make_train_step(model, OPTIMIZER, SCHEDULE, seed=seed, accumulate=accumulate))
+def compiled(model, grad_accum_steps, seed=0):
+    return jax.jit(
+        make_train_step(
+            make_value_and_grad(model),
+            OPTIMIZER,
+            SCHEDULE,
+            seed=seed,
+            grad_accum_steps=grad_accum_steps,
+        )
+    )
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +72,9 @@ def test_token_losses_equal_log_softmax():
         logits_BTV = np.float32(rng.normal(0, scale, (3, 4, 11)))
         targets_BT = rng.integers(0, 11, (3, 4))
         expected_BT = numpy_token_losses(logits_BTV, targets_BT)
-        np.testing.assert_allclose(token_losses(logits_BTV, targets_BT), expected_BT, rtol=1e-6, atol=1e-6 * scale)
+        np.testing.assert_allclose(
+            token_losses(logits_BTV, targets_BT), expected_BT, rtol=1e-6, atol=1e-6 * scale
+        )
 
 
 @pytest.mark.parametrize('k', [2, 4])
@@ -78,7 +99,9 @@ def test_metrics_equal_numpy(one_batch):
 
     def mean_loss(params):
         logits_BTV = MODEL.apply({'params': params}, batch['inputs'])
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), batch['targets'][..., None], -1).mean()
+        return -jnp.take_along_axis(
+            jax.nn.log_softmax(logits_BTV), batch['targets'][..., None], -1
+        ).mean()
 
     expected = {
         'loss': numpy_token_losses(logits_BTV, batch['targets']).mean(),
@@ -90,7 +113,8 @@ def test_metrics_equal_numpy(one_batch):
     assert expected['grad_norm'] > 0.2  # it was clipped afterwards
     assert set(metrics) == set(expected)
     for name, value in metrics.items():
-        assert value.dtype == jnp.float32 and value.shape == ()
+        assert value.dtype == jnp.float32
+        assert value.shape == ()
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, err_msg=name)
 
 
@@ -111,8 +135,14 @@ def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
     for step in (0, 1, 7):
         after, metrics = update(fresh_state(step), twice)
         again, _ = update(fresh_state(step), twice)
-        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True))
-        by_hand = [loss_by_hand(step, micro, batch['inputs'][:4], batch['targets'][:4]) for micro in range(k)]
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True)
+        )
+        by_hand = [
+            loss_by_hand(step, micro, batch['inputs'][:4], batch['targets'][:4])
+            for micro in range(k)
+        ]
         np.testing.assert_allclose(metrics['loss'], np.mean(by_hand), rtol=1e-5)
         losses += by_hand
     assert len({round(float(loss), 4) for loss in losses}) == 6
@@ -133,14 +163,22 @@ def test_eval_step_masks():
 
 
 def test_the_state_is_donated_and_one_batch_is_learned_by_heart(tmp_path):
-    (tmp_path / 'text.txt').write_text(''.join(np.random.default_rng(0).choice(list('abcdefgh'), 400)))
+    (tmp_path / 'text.txt').write_text(
+        ''.join(np.random.default_rng(0).choice(list('abcdefgh'), 400))
+    )
     config = default_config()
-    config.model.update(SMALL, n_head=2, n_embd=32, n_positions=8, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    config.model.update(
+        SMALL, n_head=2, n_embd=32, n_positions=8, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+    )
     config.data.corpus = str(tmp_path / 'text.txt')
     config.train.update(steps=200, batch_size=4)
     config.optim.update(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=5)
-    recipe = build(resolve(config))
-    state, train_step, batch = recipe.new_state(), recipe.train_step(), recipe.batch(0)
+    setup = build(resolve(config))
+    state, train_step, batch = (
+        programs.new_state(setup),
+        programs.train_step(setup),
+        feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options),
+    )
     losses = []
     for _ in range(config.train.steps):
         old = state

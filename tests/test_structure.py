@@ -10,35 +10,80 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = {path.stem: path for path in (ROOT / 'gpt2_jax').glob('*.py') if path.stem != '__init__'}
+PACKAGE = {
+    '.'.join(path.relative_to(ROOT / 'gpt2_jax').with_suffix('').parts): path
+    for path in sorted((ROOT / 'gpt2_jax').rglob('*.py'))
+    if path.stem != '__init__'
+}
 SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
-# From the ground up: a file may import those of the lines above its own, and no other.
+# From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors',
-    'config detokenizers documents published run_folder writers',
-    'vocabulary',
-    'tokenizers',
-    'corpora shards',
-    'batches token_files',
-    'data texts',
-    'model triton_call',
-    'attention_kernel norm_kernel gelu_kernel loss_kernel adamw_kernel decode_kernels optim',
-    'fused parallel huggingface',
-    'step',
-    'checkpoint evaluate generate',
-    'recipe',
-    'benchmark convert finetune score',
-    'lambada train',
+    'errors architecture',
+    'config files',
+    # data: from raw text to the batch of a step
+    'data.documents data.vocabulary',
+    'data.tokenizers',
+    'data.corpora data.dataset',
+    'data.shards data.bin_files data.batches',
+    'data.load',
+    # model: GPT-2 as a pure function of its parameters
+    'model.dropout model.ops',
+    'model.gpt2',
+    'model.params',
+    'model.huggingface',
+    # parallel: which devices, and how arrays lie on them
+    'parallel.devices parallel.mesh parallel.partition',
+    'parallel.faults parallel.feed',
+    # kernels: the same formulas as GPU kernels
+    'kernels.support',
+    'kernels.launch',
+    'kernels.attention kernels.norm kernels.gelu kernels.cross_entropy kernels.adamw',
+    'kernels.decode kernels.sample',
+    # workdir: what a run leaves in its folder, and reading it back
+    'workdir.folder workdir.log workdir.checksums',
+    'workdir.checkpoints',
+    'workdir.restore',
+    # training: one update, and the loop around it
+    'training.optim',
+    'training.step training.fused_step',
+    'training.setup',
+    'training.programs training.meter',
+    'training.finetune training.resume training.loop',
+    # inference: text from a trained model, and its figures on any text
+    'inference.sampling inference.detokenizers',
+    'inference.decoding inference.texts inference.evaluate',
+    'inference.streaming inference.score',
+    'inference.lambada',
+    # diagnostics: what a run is, and how fast
+    'diagnostics.describe diagnostics.benchmark',
+    # the roof: one file a script, and what a run does now and then
+    'hooks convert',
+    'train',
     'cli',
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
-# Of no part in the way from one's own text to sampled verse: speed, and what is published by others, or scored on it.
-BESIDE = ('adamw_kernel', 'attention_kernel', 'benchmark', 'convert', 'decode_kernels', 'detokenizers', 'documents',
-          'finetune', 'fused', 'gelu_kernel', 'huggingface', 'lambada', 'loss_kernel', 'norm_kernel', 'published',
-          'score', 'texts', 'token_files', 'triton_call', 'vocabulary')
-NO_JAX = ('config', 'detokenizers', 'documents', 'published', 'vocabulary', 'tokenizers', 'corpora', 'shards',
-          'batches', 'token_files', 'data', 'texts', 'cli')
+PACKAGES = (
+    'data',
+    'model',
+    'parallel',
+    'kernels',
+    'workdir',
+    'training',
+    'inference',
+    'diagnostics',
+)
+NO_JAX = (
+    'architecture',
+    'config',
+    'files',
+    'cli',
+    'inference.detokenizers',
+    'inference.texts',
+    'workdir.folder',
+    'kernels.support',
+    *(name for name in PACKAGE if name.startswith('data.')),
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -54,26 +99,57 @@ def imports(path: Path) -> set[str]:
 
 
 def ours(path: Path) -> set[str]:
-    """The files of the package that a file imports: {'step', 'model'}."""
-    parts = [name.split('.') for name in imports(path) if name.startswith('gpt2_jax.')]
-    assert all(part[1] in PACKAGE for part in parts), f'{path} imports from gpt2_jax/__init__.py'
-    return {part[1] for part in parts}
+    """The files of the package that a file imports: {'training.step', 'model.gpt2'}."""
+    found = set()
+    for name in imports(path):
+        parts = name.split('.')
+        if parts[0] == 'gpt2_jax' and len(parts) > 1:
+            known = [n for n in ('.'.join(parts[1:3]), parts[1]) if n in PACKAGE]
+            assert known, f'{path} imports {name}, which is no file'
+            found.add(known[0])
+    return found
 
 
 def test_every_file_has_its_layer():
-    assert set(PACKAGE) <= set(LEVEL)
+    assert set(PACKAGE) == set(LEVEL)
+
+
+def test_packages_are_whole_layers():
+    """Packages lie one above the other: no file of one is between two files of another."""
+    order = [
+        name.split('.')[0] if '.' in name else '' for layer in LAYERS for name in layer.split()
+    ]
+    seen = [
+        package for package, before in zip(order, [None, *order], strict=False) if package != before
+    ]
+    assert [package for package in seen if package] == list(PACKAGES)
 
 
 @pytest.mark.parametrize('name', PACKAGE)
 def test_imports_point_down(name):
     wrong = [other for other in ours(PACKAGE[name]) if LEVEL[other] >= LEVEL[name]]
     assert not wrong, f'{name} imports {wrong}'
-    assert 'cli' not in ours(PACKAGE[name])
+
+
+@pytest.mark.parametrize('name', PACKAGE)
+def test_no_file_uses_what_is_private_to_another(name):
+    assert not [
+        full
+        for full in imports(PACKAGE[name])
+        if full.startswith('gpt2_jax.') and full.split('.')[-1].startswith('_')
+    ]
+
+
+def test_packages_are_small():
+    for package in PACKAGES:
+        files = [name for name in PACKAGE if name.startswith(f'{package}.')]
+        assert len(files) <= 9, f'{package} has {len(files)} files'
+        assert (ROOT / 'gpt2_jax' / package / '__init__.py').read_text() == ''
 
 
 @pytest.mark.parametrize('name', NO_JAX)
 def test_what_knows_no_jax(name):
-    assert set(ours(PACKAGE[name])) <= set(NO_JAX) | {'errors'}
+    assert ours(PACKAGE[name]) <= {*NO_JAX, 'errors'}
     outside = {full.split('.')[0] for full in imports(PACKAGE[name])}
     assert not outside & {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 
@@ -85,27 +161,53 @@ def test_what_knows_no_jax_loads_none():
 
 
 def test_the_model_knows_nothing_but_jax_and_flax():
-    outside = {full.split('.')[0] for full in imports(PACKAGE['model'])} - set(sys.stdlib_module_names)
-    assert outside == {'jax', 'flax'}
-    assert not {'os', 'pathlib', 'sys'} & imports(PACKAGE['model'])
+    for name in ('model.gpt2', 'model.ops', 'model.dropout', 'model.params'):
+        outside = {full.split('.')[0] for full in imports(PACKAGE[name])} - set(
+            sys.stdlib_module_names
+        )
+        assert outside <= {'jax', 'flax', 'gpt2_jax'}
+        assert all(
+            other == 'architecture' or other.startswith('model.') for other in ours(PACKAGE[name])
+        )
+        assert not {'os', 'pathlib', 'sys'} & imports(PACKAGE[name])
+
+
+def test_the_model_fits_one_reading():
+    """GPT-2 and nothing else: no gradient by hand, no padding, no barrier, no cuDNN."""
+    source = PACKAGE['model.gpt2'].read_text('utf-8')
+    assert code_lines(PACKAGE['model.gpt2']) <= 200
+    for word in ('custom_vjp', 'custom_jvp', 'defvjp', 'jnp.pad', 'barrier', 'cudnn'):
+        assert word not in source
 
 
 def code_lines(path: Path) -> int:
     """Lines that are not blank, comment or docstring."""
     source, lines = path.read_text('utf-8'), set()
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    skipped = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in skipped:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
             lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
 
 
 def test_lines_are_counted_right(tmp_path):
-    (tmp_path / 'x.py').write_text('"""Doc\n\nstring."""\n\n# comment\nx = """a\nb"""  # counts\n\n\ndef f():\n'
-                                   '    """Doc."""\n    return (1,\n            # no\n            2)\n')
+    (tmp_path / 'x.py').write_text(
+        '"""Doc\n\nstring."""\n\n# comment\nx = """a\nb"""  # counts\n\n\ndef f():\n'
+        '    """Doc."""\n    return (1,\n            # no\n            2)\n'
+    )
     assert code_lines(tmp_path / 'x.py') == 5
 
 
@@ -113,10 +215,13 @@ def test_lines_are_counted_right(tmp_path):
 def test_scripts_are_short_and_shadow_nothing(path):
     """scripts/ comes first on the path of every script: a file inspect.py there would be imported by JAX."""
     assert path.stem not in sys.stdlib_module_names
-    assert path.stem not in {full.split('.')[0] for other in PACKAGE.values() for full in imports(other)}
-    assert code_lines(path) < 60
-
-
-def test_the_package_is_small():
-    """From raw text to sampled verse in an afternoon's reading: about 2,000 lines, and what they need to be fast."""
-    assert sum(code_lines(path) for name, path in PACKAGE.items() if name not in BESIDE) <= 2220
+    assert path.stem not in {
+        full.split('.')[0] for other in PACKAGE.values() for full in imports(other)
+    }
+    flag_lines = {
+        line
+        for node in ast.parse(path.read_text('utf-8')).body
+        if isinstance(node, ast.Assign)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    assert code_lines(path) - len(flag_lines) < 60

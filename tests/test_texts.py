@@ -7,12 +7,12 @@ import pytest
 from bpe import SMALL
 
 from gpt2_jax.data import shards
-from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.data.shards import Tokens
-from gpt2_jax.inference.texts import count_words, open_text
+from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.inference.texts import count_words, open_text
 
-TEXT = 'the  end, é\u00a0🎭 is near\n\n it\'s\there \n'
+TEXT = "the  end, é\u00a0🎭 is near\n\n it's\there \n"
 OPTIONS = {'split': None, 'detokenizer': 'none', 'text_field': 'text'}
 
 
@@ -44,8 +44,13 @@ def test_documents_are_those_that_prepare_writes(tmp_path):
     for tokenizer in (SMALL, ByteTokenizer()):
         text = open_text(str(path), tokenizer, **OPTIONS | {'text_field': 'body'})
         end = [] if tokenizer.separator is None else [tokenizer.separator]
-        assert ids(text) == [*tokenizer.encode('the end'), *end, *tokenizer.encode('x y\nz'), *end,
-                             *tokenizer.encode('the')]
+        assert ids(text) == [
+            *tokenizer.encode('the end'),
+            *end,
+            *tokenizer.encode('x y\nz'),
+            *end,
+            *tokenizer.encode('the'),
+        ]
         assert (text.words, text.lines) == (6, 1)
     (tmp_path / 'none.jsonl').touch()
     assert len(open_text(str(tmp_path / 'none.jsonl'), SMALL, **OPTIONS).tokens) == 0
@@ -53,16 +58,25 @@ def test_documents_are_those_that_prepare_writes(tmp_path):
 
 def test_a_prepared_folder_by_split(tmp_path):
     (tmp_path / 'a.txt').write_text(TEXT * 20, 'utf-8')
-    shards.prepare([str(tmp_path / 'a.txt')], str(tmp_path / 'out'), tokenizer_name='byte', val_fraction=0.25,
-                   shard_tokens=100)
+    shards.prepare(
+        [str(tmp_path / 'a.txt')],
+        str(tmp_path / 'out'),
+        tokenizer_name='byte',
+        val_fraction=0.25,
+        shard_tokens=100,
+    )
     dataset = shards.open_shards(tmp_path / 'out')
     for split in ('train', 'val'):
         text = open_text(str(tmp_path / 'out'), ByteTokenizer(), **OPTIONS | {'split': split})
         part = getattr(dataset, split)
-        assert ids(text) == part.read(0, len(part)).tolist() and text.name.endswith(f'out ({split})')
+        assert ids(text) == part.read(0, len(part)).tolist()
+        assert text.name.endswith(f'out ({split})')
     default = open_text(str(tmp_path / 'out'), ByteTokenizer(), **OPTIONS)
-    assert ids(default) == ids(text) and default.words == 5 * 8
-    with pytest.raises(UsageError, match=r'another tokenizer, byte of 256 tokens, than the .* gpt2 of 277'):
+    assert ids(default) == ids(text)
+    assert default.words == 5 * 8
+    with pytest.raises(
+        UsageError, match=r'another tokenizer, byte of 256 tokens, than the .* gpt2 of 277'
+    ):
         open_text(str(tmp_path / 'out'), SMALL, **OPTIONS)
     with pytest.raises(UsageError, match='holds tokens, and a de-tokenizer takes text'):
         open_text(str(tmp_path / 'out'), ByteTokenizer(), **OPTIONS | {'detokenizer': 'ptb'})
@@ -72,7 +86,8 @@ def test_token_files_of_one_split(tmp_path):
     tokens = np.array([*SMALL.encode('the end'), SMALL.separator, *SMALL.encode('the\n')], '<u2')
     tokens.tofile(tmp_path / 'val.bin')
     text = open_text(f'{tmp_path}/*.bin', SMALL, **OPTIONS)
-    assert ids(text) == tokens.tolist() and (text.words, text.lines) == (3, 1)
+    assert ids(text) == tokens.tolist()
+    assert (text.words, text.lines) == (3, 1)
     with pytest.raises(UserError, match='no train file'):
         open_text(f'{tmp_path}/*.bin', SMALL, **OPTIONS | {'split': 'train'})
     with pytest.raises(UsageError, match="GPT-2 tokens, but the checkpoint's tokenizer is 'byte'"):

@@ -7,8 +7,8 @@ import pytest
 from bpe import MERGES, SMALL
 
 from gpt2_jax.data import load, tokenizers
-from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.data.bin_files import open_token_files
+from gpt2_jax.errors import UsageError, UserError
 
 IDS = np.random.default_rng(0).integers(0, SMALL.vocab_size, 1000).astype('<u2')
 SETTINGS = {'tokenizer': 'gpt2', 'val_fraction': 0.1, 'holdout': 0.0, 'fallback': ''}
@@ -36,12 +36,16 @@ def folder(tmp_path):
 def test_llm_c_files(folder, monkeypatch, backwards):
     monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
     found = glob.glob  # lists files in the order of the disk
-    monkeypatch.setattr(glob, 'glob', lambda *args, **more: sorted(found(*args, **more), reverse=backwards))
+    monkeypatch.setattr(
+        glob, 'glob', lambda *args, **more: sorted(found(*args, **more), reverse=backwards)
+    )
     dataset = load.load(corpus=f'{folder}/web_*.bin', **SETTINGS)
     assert (dataset.name, dataset.tokenizer) == ('web', SMALL)
     assert dataset.train.read(0, 700).tolist() == IDS[:700].tolist()
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
-    assert all(isinstance(array.base, np.memmap) for array in dataset.train.arrays + dataset.val.arrays)
+    assert all(
+        isinstance(array.base, np.memmap) for array in dataset.train.arrays + dataset.val.arrays
+    )
 
 
 def test_headerless_files(tmp_path, monkeypatch):
@@ -56,7 +60,8 @@ def test_headerless_files(tmp_path, monkeypatch):
 def test_one_split_alone(folder):
     put(folder / 'web_train_000001.bin', IDS + SMALL.vocab_size)  # damaged, but not wanted
     dataset = open_token_files(f'{folder}/*.bin', SMALL, ('val',))
-    assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist() and len(dataset.train) == 0
+    assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
+    assert len(dataset.train) == 0
     with pytest.raises(UserError, match='no train file among the 1 that match'):
         open_token_files(f'{folder}/*_val_*.bin', SMALL, ('train',))
 
@@ -75,26 +80,48 @@ def test_identity(folder):
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
     (folder / 'web_train_000001.bin').rename(folder / 'web_train_000003.bin')  # another order
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
-    (folder / 'web_train_000003.bin').rename(folder / 'web_train_val.bin')  # another split, in the same order
+    (folder / 'web_train_000003.bin').rename(
+        folder / 'web_train_val.bin'
+    )  # another split, in the same order
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
-    others.add(open_token_files(f'{folder}/*.bin', tokenizers.Gpt2Tokenizer(MERGES + 'x y\n')).sha256)
+    others.add(
+        open_token_files(f'{folder}/*.bin', tokenizers.Gpt2Tokenizer(MERGES + 'x y\n')).sha256
+    )
     assert len(others) == 5
 
 
-@pytest.mark.parametrize('content, named', [
-    (header(10) + IDS[:9].tobytes(), 'damaged: its header says 10 tokens of 2 bytes, and 18 bytes follow it'),
-    (header(10) + IDS[:11].tobytes(), 'its header says 10 tokens of 2 bytes, and 22 bytes'),
-    (header(10) + IDS[:10].tobytes() + b'x', 'its header says 10 tokens of 2 bytes, and 21 bytes'),
-    (header(-1) + IDS[:10].tobytes(), 'its header says -1 tokens'),
-    (header(0), '0 bytes, which are no tokens'),
-    (header(10, version=2) + IDS[:10].tobytes(), 'header of llm.c in version 2: expected 1'),
-    (header(10)[:1000], 'damaged: it ends within the header'), (header(10)[:4], 'it ends within the header'),
-    (header(10, magic=20240801, version=7) + IDS[:20].tobytes(), 'token 55713 at position 0, outside'),
-    (header(10)[2:], 'token 308 at position 0'),
-    (IDS[:9].tobytes() + b'x', '19 bytes, which are no tokens'), (b'x', '1 bytes'), (b'', '0 bytes'),
-    (IDS[:9].tobytes() + b'\x15\x01' + IDS[:9].tobytes(), r'token 277 at position 9, outside .*\[0, 277\)'),
-    (header(3) + b'\x01\x00\x02\x00\xff\xff', 'token 65535 at position 2'),
-])
+@pytest.mark.parametrize(
+    ('content', 'named'),
+    [
+        (
+            header(10) + IDS[:9].tobytes(),
+            'damaged: its header says 10 tokens of 2 bytes, and 18 bytes follow it',
+        ),
+        (header(10) + IDS[:11].tobytes(), 'its header says 10 tokens of 2 bytes, and 22 bytes'),
+        (
+            header(10) + IDS[:10].tobytes() + b'x',
+            'its header says 10 tokens of 2 bytes, and 21 bytes',
+        ),
+        (header(-1) + IDS[:10].tobytes(), 'its header says -1 tokens'),
+        (header(0), '0 bytes, which are no tokens'),
+        (header(10, version=2) + IDS[:10].tobytes(), 'header of llm.c in version 2: expected 1'),
+        (header(10)[:1000], 'damaged: it ends within the header'),
+        (header(10)[:4], 'it ends within the header'),
+        (
+            header(10, magic=20240801, version=7) + IDS[:20].tobytes(),
+            'token 55713 at position 0, outside',
+        ),
+        (header(10)[2:], 'token 308 at position 0'),
+        (IDS[:9].tobytes() + b'x', '19 bytes, which are no tokens'),
+        (b'x', '1 bytes'),
+        (b'', '0 bytes'),
+        (
+            IDS[:9].tobytes() + b'\x15\x01' + IDS[:9].tobytes(),
+            r'token 277 at position 9, outside .*\[0, 277\)',
+        ),
+        (header(3) + b'\x01\x00\x02\x00\xff\xff', 'token 65535 at position 2'),
+    ],
+)
 @pytest.mark.parametrize('name', ['web_train_000001.bin', 'web_val_000000.bin'])
 def test_damage_is_named(folder, name, content, named):
     (folder / name).write_bytes(content)
@@ -104,12 +131,17 @@ def test_damage_is_named(folder, name, content, named):
 
 def test_what_does_not_match(folder, monkeypatch):
     monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
-    for pattern, named in ((f'{folder}/*train*.bin', 'no val file among the 2 that match'),
-                           (f'{folder}/*val*.bin', 'no train file among the 1 '),
-                           (f'{folder}/x*.bin', 'no train file among the 0 '), ('train.bin', 'among the 0 ')):
+    for pattern, named in (
+        (f'{folder}/*train*.bin', 'no val file among the 2 that match'),
+        (f'{folder}/*val*.bin', 'no train file among the 1 '),
+        (f'{folder}/x*.bin', 'no train file among the 0 '),
+        ('train.bin', 'among the 0 '),
+    ):
         with pytest.raises(UserError, match=named):
             load.load(corpus=pattern, **SETTINGS)
-    with pytest.raises(UsageError, match=r"data.tokenizer is 'char': set --config.data.tokenizer=gpt2"):
+    with pytest.raises(
+        UsageError, match=r"data.tokenizer is 'char': set --config.data.tokenizer=gpt2"
+    ):
         load.load(corpus=f'{folder}/*.bin', **SETTINGS | {'tokenizer': 'char'})
     (folder / 'web_train_1.bin').mkdir()
     with pytest.raises(UserError, match=r'cannot read .*web_train_1.bin: Is a directory'):

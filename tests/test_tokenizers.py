@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gpt2_jax.data import tokenizers
-from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer, make_tokenizer
+from gpt2_jax.errors import UsageError, UserError
 
 TEXT = 'To be, or not…\r\nß 漢字 🎭 é'
 
@@ -16,12 +16,14 @@ TEXT = 'To be, or not…\r\nß 漢字 🎭 é'
 def test_round_trip(name):
     tokenizer = make_tokenizer(name, TEXT)
     ids = tokenizer.encode(TEXT)
-    assert ids.dtype == np.uint8 and ids.max() < tokenizer.vocab_size
+    assert ids.dtype == np.uint8
+    assert ids.max() < tokenizer.vocab_size
     assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == TEXT
     assert tokenizer.decode_bytes(ids) == TEXT.encode()
     assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
     assert tokenizer.byte_lengths[ids].sum() == len(TEXT.encode())
-    assert len(tokenizer.encode('')) == 0 and tokenizer.decode([]) == ''
+    assert len(tokenizer.encode('')) == 0
+    assert tokenizer.decode([]) == ''
 
 
 def test_ids_are_places_in_the_sorted_alphabet():
@@ -38,7 +40,9 @@ def test_large_text_equals_plain_loop(monkeypatch):
     assert tokenizer.encode(text).tolist() == [tokenizer.alphabet.index(c) for c in text]
 
 
-@pytest.mark.parametrize('size, dtype', [(1, np.uint8), (256, np.uint8), (257, np.uint16), (65537, np.uint32)])
+@pytest.mark.parametrize(
+    ('size', 'dtype'), [(1, np.uint8), (256, np.uint8), (257, np.uint16), (65537, np.uint32)]
+)
 def test_smallest_dtype(size, dtype):
     alphabet = ''.join(map(chr, range(0x10000, 0x10000 + size)))  # above the surrogates
     tokenizer = CharTokenizer(alphabet)
@@ -46,14 +50,19 @@ def test_smallest_dtype(size, dtype):
     assert tokenizer.decode(tokenizer.encode(alphabet)) == alphabet
 
 
-@pytest.mark.parametrize('unknown, code', [('é', 'U+00E9'), ('A', 'U+0041'), ('\U0010ffff', 'U+10FFFF'),
-                                           ('\udc80', 'U+DC80')])
+@pytest.mark.parametrize(
+    ('unknown', 'code'),
+    [('é', 'U+00E9'), ('A', 'U+0041'), ('\U0010ffff', 'U+10FFFF'), ('\udc80', 'U+DC80')],
+)
 def test_unknown_character_is_named(monkeypatch, unknown, code):
     monkeypatch.setattr(tokenizers, 'ENCODE_BLOCK', 4)
     with pytest.raises(UserError) as caught:
         CharTokenizer('abc').encode('abcab' + unknown + 'a' + unknown)
     message = str(caught.value)
-    assert repr(unknown) in message and code in message and 'position 5 ' in message and "'abc'" in message
+    assert repr(unknown) in message
+    assert code in message
+    assert 'position 5 ' in message
+    assert "'abc'" in message
 
 
 def test_half_surrogate_is_no_text_for_bytes():
@@ -71,28 +80,44 @@ def test_bytes_stream_without_splitting_characters():
 @pytest.mark.parametrize('tokenizer', [CharTokenizer('abc'), ByteTokenizer()])
 @pytest.mark.parametrize('bad', [-1, 256])
 def test_id_outside_the_vocabulary(tokenizer, bad):
-    with pytest.raises(UserError, match=rf'token {bad} at position 2 .* \[0, {tokenizer.vocab_size}\)'):
+    with pytest.raises(
+        UserError, match=rf'token {bad} at position 2 .* \[0, {tokenizer.vocab_size}\)'
+    ):
         tokenizer.decode([0, 1, bad])
 
 
 @pytest.mark.parametrize('tokenizer', [CharTokenizer('\n"abcé🎭'), ByteTokenizer()])
 def test_json_reads_back_equal(tokenizer):
     again = tokenizers.from_json(tokenizers.to_json(tokenizer))
-    assert again == tokenizer and tokenizers.fingerprint(again) == tokenizers.fingerprint(tokenizer)
+    assert again == tokenizer
+    assert tokenizers.fingerprint(again) == tokenizers.fingerprint(tokenizer)
 
 
 def test_fingerprints_differ():
-    prints = {tokenizers.fingerprint(t) for t in (CharTokenizer('ab'), CharTokenizer('abc'), ByteTokenizer())}
-    assert len(prints) == 3 and all(len(p) == 64 for p in prints)
+    prints = {
+        tokenizers.fingerprint(t)
+        for t in (CharTokenizer('ab'), CharTokenizer('abc'), ByteTokenizer())
+    }
+    assert len(prints) == 3
+    assert all(len(p) == 64 for p in prints)
 
 
-@pytest.mark.parametrize('text, named', [
-    ('{"name": "char", "alph', 'damaged'), ('[]', 'damaged'), ('{"alphabet": "abc"}', 'damaged'),
-    ('{"name": "char"}', 'damaged'), ('{"name": "byte", "alphabet": "ab"}', 'damaged'),
-    ('{"name": "wordpiece"}', "unknown kind 'wordpiece'"), ('{"name": ["char"]}', 'unknown kind'),
-    ('{"name": "char", "alphabet": ""}', 'empty'), ('{"name": "char", "alphabet": "aab"}', 'distinct'),
-    ('{"name": "char", "alphabet": "ba"}', 'order'), ('{"name": "char", "alphabet": ["a", "b"]}', 'order'),
-])
+@pytest.mark.parametrize(
+    ('text', 'named'),
+    [
+        ('{"name": "char", "alph', 'damaged'),
+        ('[]', 'damaged'),
+        ('{"alphabet": "abc"}', 'damaged'),
+        ('{"name": "char"}', 'damaged'),
+        ('{"name": "byte", "alphabet": "ab"}', 'damaged'),
+        ('{"name": "wordpiece"}', "unknown kind 'wordpiece'"),
+        ('{"name": ["char"]}', 'unknown kind'),
+        ('{"name": "char", "alphabet": ""}', 'empty'),
+        ('{"name": "char", "alphabet": "aab"}', 'distinct'),
+        ('{"name": "char", "alphabet": "ba"}', 'order'),
+        ('{"name": "char", "alphabet": ["a", "b"]}', 'order'),
+    ],
+)
 def test_damaged_json(text, named):
     with pytest.raises(UserError, match=named):
         tokenizers.from_json(text)

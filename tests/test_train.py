@@ -4,25 +4,31 @@ import threading
 
 import pytest
 
-from gpt2_jax import train
-from gpt2_jax.training import setup
 from gpt2_jax.config import default_config, resolve
+from gpt2_jax.diagnostics.describe import describe
+from gpt2_jax.training import programs
+from gpt2_jax.training.setup import build
 
 
 def test_an_error_does_not_wait_for_what_is_compiled():
     done = threading.Event()
-    with pytest.raises(KeyError), train._compiling() as pool:
+    with pytest.raises(KeyError), programs.compiling() as pool:
         compiled = pool.submit(done.wait, 5)
         raise KeyError
     assert not compiled.done()
     done.set()
 
 
-@pytest.mark.parametrize('holdout, said', [(0.0, '80 training and 20 validation tokens'),
-                                           (0.25, '60 training and 20 held-out training tokens')])
+@pytest.mark.parametrize(
+    ('holdout', 'said'),
+    [
+        (0.0, '80 training and 20 validation tokens'),
+        (0.25, '60 training and 20 held-out training tokens'),
+    ],
+)
 def test_what_a_run_says_of_its_text(tmp_path, holdout, said):
     (tmp_path / 'text.txt').write_text('abcde' * 20)
     config = default_config()
     config.data.update(corpus=str(tmp_path / 'text.txt'), val_fraction=0.2, holdout=holdout)
     config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
-    assert sum(said in line for line in setup.describe(setup.build(resolve(config)))) == 1
+    assert sum(said in line for line in describe(build(resolve(config)))) == 1

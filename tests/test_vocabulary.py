@@ -9,8 +9,8 @@ from bpe import MERGES, SMALL
 
 from gpt2_jax import files
 from gpt2_jax.data import vocabulary
-from gpt2_jax.errors import UserError
 from gpt2_jax.data.tokenizers import make_tokenizer
+from gpt2_jax.errors import UserError
 
 FILE = f'#version: 0.2\n{MERGES}'.encode()
 
@@ -19,10 +19,16 @@ FILE = f'#version: 0.2\n{MERGES}'.encode()
 def publish(tmp_path, monkeypatch):
     """Stands in an empty folder, with empty caches and no network, and publishes a small vocabulary."""
     monkeypatch.chdir(tmp_path)
-    folders = {'XDG_CACHE_HOME': 'cache', 'GPT2_JAX_DATA_DIR': 'mine', 'TIKTOKEN_CACHE_DIR': 'tiktoken'}
+    folders = {
+        'XDG_CACHE_HOME': 'cache',
+        'GPT2_JAX_DATA_DIR': 'mine',
+        'TIKTOKEN_CACHE_DIR': 'tiktoken',
+    }
     for name, folder in folders.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
-    source = files.Source('http://127.0.0.1:9/vocab.bpe', hashlib.sha256(FILE).hexdigest(), len(FILE))
+    source = files.Source(
+        'http://127.0.0.1:9/vocab.bpe', hashlib.sha256(FILE).hexdigest(), len(FILE)
+    )
     monkeypatch.setattr(vocabulary, 'SOURCE', source)
     monkeypatch.setattr(vocabulary, 'MERGES_SHA256', hashlib.sha256(MERGES.encode()).hexdigest())
 
@@ -33,8 +39,15 @@ def put(path, data=FILE):
 
 
 CACHED = 'tiktoken/' + hashlib.sha1(b'http://127.0.0.1:9/vocab.bpe').hexdigest()
-PLACES = ['data/gpt2/vocab.bpe', 'data/gpt2/merges.txt', 'mine/gpt2/vocab.bpe', 'mine/gpt2/merges.txt',
-          'cache/gpt2_jax/gpt2/vocab.bpe', 'cache/gpt2_jax/gpt2/merges.txt', CACHED]
+PLACES = [
+    'data/gpt2/vocab.bpe',
+    'data/gpt2/merges.txt',
+    'mine/gpt2/vocab.bpe',
+    'mine/gpt2/merges.txt',
+    'cache/gpt2_jax/gpt2/vocab.bpe',
+    'cache/gpt2_jax/gpt2/merges.txt',
+    CACHED,
+]
 
 
 @pytest.mark.parametrize('place', PLACES)
@@ -54,13 +67,17 @@ def test_order_of_the_places():
             vocabulary.find_merges()
 
 
-@pytest.mark.parametrize('data', [MERGES.encode(), FILE.replace(b'\n', b'\r\n'), FILE.replace(b'0.2', b'0.1')])
+@pytest.mark.parametrize(
+    'data', [MERGES.encode(), FILE.replace(b'\n', b'\r\n'), FILE.replace(b'0.2', b'0.1')]
+)
 def test_the_merges_count_and_not_their_version_line(data):
     put('data/gpt2/merges.txt', data)
     assert vocabulary.find_merges() == MERGES
 
 
-@pytest.mark.parametrize('data', [b'', FILE[:-1], FILE + b'\n', FILE.replace(b'l l', b'l m'), b'\xff'])
+@pytest.mark.parametrize(
+    'data', [b'', FILE[:-1], FILE + b'\n', FILE.replace(b'l l', b'l m'), b'\xff']
+)
 @pytest.mark.parametrize('place', [PLACES[1], CACHED])
 def test_another_vocabulary_is_refused_and_kept(place, data):
     put(place, data)
@@ -71,7 +88,9 @@ def test_another_vocabulary_is_refused_and_kept(place, data):
 
 def test_unreadable(monkeypatch):
     Path('data/gpt2/vocab.bpe').mkdir(parents=True)
-    with pytest.raises(UserError, match=r'cannot read the vocabulary data/gpt2/vocab.bpe: Is a directory'):
+    with pytest.raises(
+        UserError, match=r'cannot read the vocabulary data/gpt2/vocab.bpe: Is a directory'
+    ):
         vocabulary.find_merges()
 
 
@@ -79,19 +98,29 @@ def test_download_goes_to_the_cache(monkeypatch):
     def fetch(name, source, file):
         file.write(FILE)
         return hashlib.sha256(FILE).hexdigest()
+
     monkeypatch.setattr(files, '_fetch', fetch)
     assert vocabulary.find_merges() == MERGES
     monkeypatch.setattr(files, '_fetch', None)
     assert vocabulary.find_merges() == MERGES  # now from the cache
-    assert os.listdir('cache/gpt2_jax/gpt2') == ['vocab.bpe'] and not Path('tiktoken').exists()
+    assert os.listdir('cache/gpt2_jax/gpt2') == ['vocab.bpe']
+    assert not Path('tiktoken').exists()
 
 
 def test_no_network_names_each_way_out():
     with pytest.raises(UserError) as caught:
         vocabulary.find_merges()
     message = str(caught.value)
-    assert '\n' not in message and 'refused' in message
-    for way in ('vocab.bpe or merges.txt', 'data/gpt2', 'cache/gpt2_jax/gpt2', 'GPT2_JAX_DATA_DIR', 'gpt2/vocab.bpe',
-                'TIKTOKEN_CACHE_DIR', 'http://127.0.0.1:9/vocab.bpe'):
+    assert '\n' not in message
+    assert 'refused' in message
+    for way in (
+        'vocab.bpe or merges.txt',
+        'data/gpt2',
+        'cache/gpt2_jax/gpt2',
+        'GPT2_JAX_DATA_DIR',
+        'gpt2/vocab.bpe',
+        'TIKTOKEN_CACHE_DIR',
+        'http://127.0.0.1:9/vocab.bpe',
+    ):
         assert way in message
     assert os.listdir('cache/gpt2_jax/gpt2') == []

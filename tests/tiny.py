@@ -3,26 +3,39 @@
 import jax
 import numpy as np
 
-from gpt2_jax.config import default_config
-from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
+from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.ops import training_ops
+from gpt2_jax.model.params import init_params
 
 
 def tiny(vocab_size=11, **changes) -> GPT2:
     """Two layers, two heads, width 16, 12 positions, no dropout; the rest as GPT-2."""
-    small = dict(n_layer=2, n_head=2, n_embd=16, n_positions=12, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    return GPT2(GPT2Config(**default_config().model.to_dict() | small | changes, vocab_size=vocab_size))
+    small = dict(
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        n_positions=12,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    cfg = GPT2Config(**small | changes, vocab_size=vocab_size)
+    return GPT2(cfg, training_ops(cfg.attention))
 
 
 def shapes(model: GPT2):
     """The parameters' shapes; nothing is computed."""
-    return jax.eval_shape(lambda: init_params(model, 0))
+    return jax.eval_shape(lambda: init_params(model.cfg, 0))
 
 
 def rough_params(model: GPT2, seed=0, std=0.3):
     """Parameters in which every leaf matters: no bias is 0, no scale 1, and attention is far from uniform."""
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: np.float32((path[-1].key == 'scale') + rng.normal(0, std, leaf.shape)), shapes(model))
+        lambda path, leaf: np.float32((path[-1].key == 'scale') + rng.normal(0, std, leaf.shape)),
+        shapes(model),
+    )
 
 
 def tokens(model: GPT2, batch=3, length=None, seed=1):
@@ -33,5 +46,9 @@ def tokens(model: GPT2, batch=3, length=None, seed=1):
 
 def flat(tree) -> dict[str, np.ndarray]:
     """{'h_0/attn/c_attn/kernel': leaf, ..}."""
-    return {'/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        '/'.join(
+            str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
+        ): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
-from gpt2_jax.data.shards import Tokens
 
 Batch = dict[str, np.ndarray]
 
@@ -33,8 +33,16 @@ def epoch_order(n: int, T: int, seed: int, epoch: int) -> tuple[int, np.ndarray]
     return int(raw[0]) % T, np.argsort(raw[1:], kind='stable')
 
 
-def rows(tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int, lo: int = 0,
-         hi: int | None = None) -> Batch:
+def train_batch(
+    tokens: Tokens,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    seq_len: int,
+    lo: int = 0,
+    hi: int | None = None,
+) -> Batch:
     """Rows lo .. hi - 1 (all, by default) of the global batch of `step`: inputs and targets, int32 (hi - lo, T).
 
     Raises UserError where the tokens are too few for one window.
@@ -42,8 +50,10 @@ def rows(tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int,
     T, hi = seq_len, batch_size if hi is None else hi
     n = (len(tokens) - T) // T
     if n < 1:
-        raise UserError(f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which needs '
-                        f'{2 * T}: use a shorter train.seq_len or more text')
+        raise UserError(
+            f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which needs '
+            f'{2 * T}: use a shorter train.seq_len or more text'
+        )
     inputs, targets = np.empty((2, hi - lo, T), np.int32)
     for row, g in enumerate(range(step * batch_size + lo, step * batch_size + hi)):
         offset, order = epoch_order(n, T, seed, g // n)
@@ -53,7 +63,9 @@ def rows(tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int,
     return {'inputs': inputs, 'targets': targets}
 
 
-def eval_batches(tokens: Tokens, *, batch_size: int, seq_len: int, stride: int | None = None) -> Iterator[Batch]:
+def eval_batches(
+    tokens: Tokens, *, batch_size: int, seq_len: int, stride: int | None = None
+) -> Iterator[Batch]:
     """All N - 1 targets exactly once, in order, in windows of T; by default each begins with an empty context.
 
     With a stride S <= T windows begin S apart, and only the last S targets of each count, but all of the first one:
@@ -65,26 +77,36 @@ def eval_batches(tokens: Tokens, *, batch_size: int, seq_len: int, stride: int |
     """
     B, T, S, n_targets = batch_size, seq_len, stride or seq_len, len(tokens) - 1
     if n_targets < 1:
-        raise UserError(f'evaluation needs at least 2 tokens, and there are {len(tokens)}: use more text, or leave '
-                        'more of it to validate on (data.val_fraction, data.holdout)')
+        raise UserError(
+            f'evaluation needs at least 2 tokens, and there are {len(tokens)}: use more text, or leave '
+            'more of it to validate on (data.val_fraction, data.holdout)'
+        )
     starts = range(0, max(n_targets - T + S, 1), S)
     for first in range(0, len(starts), B):
         inputs, targets = np.zeros((2, B, T), np.int32)
         mask = np.zeros((B, T), np.float32)
-        for row, start in enumerate(starts[first:first + B]):
+        for row, start in enumerate(starts[first : first + B]):
             window = tokens.read(start, min(start + T, n_targets) + 1)
             size = len(window) - 1
-            inputs[row, :size], targets[row, :size], mask[row, T - S if start else 0:size] = window[:-1], window[1:], 1
+            inputs[row, :size], targets[row, :size], mask[row, T - S if start else 0 : size] = (
+                window[:-1],
+                window[1:],
+                1,
+            )
         yield {'inputs': inputs, 'targets': targets, 'mask': mask}
 
 
-def prefetch(make: Callable[[int], Batch], start: int, stop: int, depth: int = 2) -> Iterator[Batch]:
+def prefetch(
+    make: Callable[[int], Batch], start: int, stop: int, depth: int = 2
+) -> Iterator[Batch]:
     """make(step) for each step in [start, stop), computed up to `depth` steps ahead in one background thread.
 
     An error of `make` is raised where its batch would have come. The thread ends with the generator.
     """
     with ThreadPoolExecutor(1, 'prefetch') as pool:
-        ahead = collections.deque(pool.submit(make, step) for step in range(start, min(start + depth, stop)))
+        ahead = collections.deque(
+            pool.submit(make, step) for step in range(start, min(start + depth, stop))
+        )
         try:
             for step in range(start, stop):
                 if step + depth < stop:

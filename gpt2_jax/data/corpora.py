@@ -17,7 +17,8 @@ CORPORA = {
     'tinyshakespeare': Source(
         url='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
         sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
-        n_bytes=1_115_394),
+        n_bytes=1_115_394,
+    ),
 }
 EMBEDDED = 'python-topics'  # needs no file: the English help texts that ship inside CPython
 
@@ -51,13 +52,17 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
         found = next((path for path in _places(name) if os.path.exists(path)), None)
         return _read(name, found or _download(name), CORPORA[name].sha256)
     if os.path.isdir(path):
-        raise UserError(f'{name} is a folder, and not a prepared one (it has no manifest.json): '
-                        f'give a text file, or a folder written by scripts/prepare.py')
+        raise UserError(
+            f'{name} is a folder, and not a prepared one (it has no manifest.json): '
+            f'give a text file, or a folder written by scripts/prepare.py'
+        )
     known = [*CORPORA, EMBEDDED]
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
-    raise UserError(f'no text file and no corpus called {name!r}: {hint}'
-                    f'give a text file, a prepared folder or one of {", ".join(known)}')
+    raise UserError(
+        f'no text file and no corpus called {name!r}: {hint}'
+        f'give a text file, a prepared folder or one of {", ".join(known)}'
+    )
 
 
 def _places(name: str) -> list[Path]:
@@ -73,13 +78,17 @@ def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
         raise UserError(f'cannot read the text {path}: {error.strerror}') from None
     digest = hashlib.sha256(data).hexdigest()
     if sha256 and digest != sha256:
-        raise UserError(f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; '
-                        f'move it away to get the published text, or give its path as data.corpus to use it as it is')
+        raise UserError(
+            f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; '
+            f'move it away to get the published text, or give its path as data.corpus to use it as it is'
+        )
     try:
         text = data.decode('utf-8')
     except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; '
-                        f'convert it first, for instance with iconv') from None
+        raise UserError(
+            f'{path} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; '
+            f'convert it first, for instance with iconv'
+        ) from None
     if not text:
         raise UserError(f'the text {path} is empty: expected at least one character')
     return Corpus(name, path, text, digest)
@@ -89,8 +98,10 @@ def _embedded() -> Corpus:
     try:
         from pydoc_data.topics import topics  # 0.7 MB of help texts: imported only when asked for
     except ImportError:
-        raise CorpusNotFound(f'this Python comes without its help texts (pydoc_data), so there is no corpus '
-                             f'{EMBEDDED!r}: give the path of a text file as data.corpus') from None
+        raise CorpusNotFound(
+            f'this Python comes without its help texts (pydoc_data), so there is no corpus '
+            f'{EMBEDDED!r}: give the path of a text file as data.corpus'
+        ) from None
     text = '\n'.join(topics[key] for key in sorted(topics))
     return Corpus(EMBEDDED, None, text, hashlib.sha256(text.encode()).hexdigest())
 
@@ -104,5 +115,6 @@ def _download(name: str) -> Path:
         raise CorpusNotFound(
             f'no local copy of {name}, and its download failed ({str(error).strip("<>")}): put the text at '
             f'{_places(name)[0]} or {path}, or set GPT2_JAX_DATA_DIR to a folder that holds {name}/input.txt, or give '
-            f'the path of any text file as data.corpus; the text is published at {source.url}') from None
+            f'the path of any text file as data.corpus; the text is published at {source.url}'
+        ) from None
     return path

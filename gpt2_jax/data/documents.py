@@ -25,7 +25,9 @@ def read(path: str, text_field: str) -> Iterator[Iterable[str]]:
         else:
             yield _text(path)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'cannot read the text {path}: {getattr(error, "strerror", None) or error}') from None
+        raise UserError(
+            f'cannot read the text {path}: {getattr(error, "strerror", None) or error}'
+        ) from None
 
 
 def _text(path: str) -> Iterator[str]:
@@ -34,7 +36,9 @@ def _text(path: str) -> Iterator[str]:
     try:
         with open(path, 'rb') as file:
             while block := file.read(BLOCK_BYTES):
-                kept = len(decoder.getstate()[0])  # bytes of a character that the last block's end cut in two
+                kept = len(
+                    decoder.getstate()[0]
+                )  # bytes of a character that the last block's end cut in two
                 yield decoder.decode(block)
                 n_bytes += len(block)
             kept = len(decoder.getstate()[0])
@@ -43,8 +47,10 @@ def _text(path: str) -> Iterator[str]:
         raise UserError(f'cannot read the text {path}: {error.strerror}') from None
     except UnicodeDecodeError as error:
         offset = n_bytes - kept + error.start
-        raise UserError(f'{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {offset}; '
-                        f'convert it first, for instance with iconv') from None
+        raise UserError(
+            f'{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {offset}; '
+            f'convert it first, for instance with iconv'
+        ) from None
 
 
 def _json_lines(path: str, text_field: str) -> Iterator[tuple[str]]:
@@ -62,7 +68,10 @@ def _json_lines(path: str, text_field: str) -> Iterator[tuple[str]]:
 
 def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
     try:
-        from pyarrow import ArrowException, parquet  # an extra, and large: imported only when asked for
+        from pyarrow import (
+            ArrowException,
+            parquet,
+        )  # an extra, and large: imported only when asked for
     except ImportError:
         raise UserError(f"reading {path} needs pyarrow: pip install -e '.[parquet]'") from None
     try:
@@ -71,7 +80,9 @@ def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
             if text_field not in columns:
                 _checked(None, path, text_field, columns)
             batches = file.iter_batches(PARQUET_ROWS, columns=[text_field])
-            for number, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
+            for number, text in enumerate(
+                (text for batch in batches for text in batch.column(0).to_pylist()), 1
+            ):
                 yield _checked(text, f'{path}, row {number}', text_field, columns)
     except ArrowException as error:
         raise UserError(f'{path} cannot be read as Parquet: {error}') from None
@@ -80,11 +91,15 @@ def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
 def _checked(text, where: str, text_field: str, fields: Iterable[str]) -> tuple[str]:
     """The text as a document of one block."""
     if not isinstance(text, str):
-        raise UserError(f'{where} has no text in {text_field!r}, but {text!r:.40}; its fields are '
-                        f'{", ".join(map(repr, fields)) or "none"}: name the one with the text by --text_field')
+        raise UserError(
+            f'{where} has no text in {text_field!r}, but {text!r:.40}; its fields are '
+            f'{", ".join(map(repr, fields)) or "none"}: name the one with the text by --text_field'
+        )
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f'{where}: half of a surrogate pair, {text[error.start]!r}, is no Unicode text') from None
-    return text,
+            raise UserError(
+                f'{where}: half of a surrogate pair, {text[error.start]!r}, is no Unicode text'
+            ) from None
+    return (text,)

@@ -6,89 +6,23 @@ validation, cut before tokenizing. Between documents stands the tokenizer's sepa
 tokens.
 """
 
-import bisect
 import collections
-import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import os
 import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_jax.data import documents, tokenizers
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, n_train_characters, sha256_of
 from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.errors import UsageError, UserError
 
 FORMAT = 1  # of manifest.json; a reader refuses any other
-SPLITS = ('train', 'val')
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tokens:
-    """One sequence of N token ids, kept in one or more arrays."""
-
-    arrays: tuple[np.ndarray, ...]
-    ends: tuple[int, ...] = dataclasses.field(init=False, repr=False)  # ends[i]: tokens in arrays[:i + 1]
-
-    def __post_init__(self):
-        object.__setattr__(self, 'ends', tuple(itertools.accumulate(len(array) for array in self.arrays)))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def part(self, start: int, stop: int) -> 'Tokens':
-        """Ids start .. stop - 1, at least one, without a copy."""
-        if not 0 <= start < stop <= len(self):
-            raise IndexError(f'no tokens [{start}, {stop}) in a sequence of {len(self)}')
-        i = bisect.bisect_right(self.ends, start)
-        pieces = []
-        while start < stop:
-            begin = self.ends[i] - len(self.arrays[i])
-            pieces.append(self.arrays[i][start - begin:stop - begin])
-            start, i = self.ends[i], i + 1
-        return Tokens(tuple(pieces))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start .. stop - 1, at least one, as (stop - start,); a view where they lie in one array."""
-        pieces = self.part(start, stop).arrays
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """Tokens to train and to validate on. Equal `sha256` means the same tokens, split and tokenizer."""
-
-    name: str
-    tokenizer: Tokenizer
-    train: Tokens
-    val: Tokens
-    sha256: str
-
-
-def from_text(name: str, text: str, tokenizer: Tokenizer, val_fraction: float) -> Dataset:
-    """A dataset in memory, with the tokens and the split that `prepare` would write."""
-    cut = _n_train(len(text), val_fraction)
-    train, val = (Tokens((tokenizer.encode(part),)) for part in (text[:cut], text[cut:]))
-    identity = [hashlib.sha256(text.encode()).hexdigest(), tokenizers.fingerprint(tokenizer), val_fraction]
-    return Dataset(name, tokenizer, train, val, sha256_of(identity))
-
-
-def hold_out(dataset: Dataset, fraction: float) -> Dataset:
-    """The dataset with the last `fraction` of its training tokens to validate on, and its validation tokens unused."""
-    n = len(dataset.train)
-    cut = round(n * (1 - fraction))
-    if not 0 < cut < n:
-        raise UserError(f'data.holdout = {fraction} leaves {cut} of {n} training tokens to train on and {n - cut} to '
-                        'validate on: expected some of each')
-    return dataclasses.replace(dataset, train=dataset.train.part(0, cut), val=dataset.train.part(cut, n),
-                               sha256=sha256_of([dataset.sha256, 'holdout', fraction]))
 
 
 def is_prepared(path: str | os.PathLike) -> bool:
@@ -96,8 +30,15 @@ def is_prepared(path: str | os.PathLike) -> bool:
     return os.path.exists(os.path.join(path, 'manifest.json'))
 
 
-def prepare(inputs: list[str], out_dir: str, *, tokenizer_name: str, val_fraction: float, shard_tokens: int,
-            text_field: str = 'text') -> dict:
+def prepare(
+    inputs: list[str],
+    out_dir: str,
+    *,
+    tokenizer_name: str,
+    val_fraction: float,
+    shard_tokens: int,
+    text_field: str = 'text',
+) -> dict:
     """Writes the documents in files (see documents.py), in order, as a prepared folder; returns its manifest.
 
     Two passes over the files, a block at a time: the first counts and collects the alphabet, the second encodes. The
@@ -107,11 +48,15 @@ def prepare(inputs: list[str], out_dir: str, *, tokenizer_name: str, val_fractio
     out_dir = Path(out_dir).resolve()
     if shard_tokens < 1:
         raise UsageError(f'shard_tokens is {shard_tokens}: expected at least 1')
-    _n_train(1, val_fraction)  # refuse a wrong fraction before the first pass, not after
+    n_train_characters(1, val_fraction)  # refuse a wrong fraction before the first pass, not after
     learns = tokenizer_name == 'char'
-    tokenizer = None if learns else tokenizers.make_tokenizer(tokenizer_name, '')  # the same, where it is not there
+    tokenizer = (
+        None if learns else tokenizers.make_tokenizer(tokenizer_name, '')
+    )  # the same, where it is not there
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise UserError(f'{out_dir} exists and is not an empty folder: choose another out_dir, or move it away')
+        raise UserError(
+            f'{out_dir} exists and is not an empty folder: choose another out_dir, or move it away'
+        )
     sources, characters = [], set()
     for path in inputs:
         sha256, n_documents, n_characters = _input_sha256(path), 0, 0
@@ -123,8 +68,17 @@ def prepare(inputs: list[str], out_dir: str, *, tokenizer_name: str, val_fractio
                     characters.update(block)
         if not n_characters:
             raise UserError(f'the text {path} is empty: expected at least one character')
-        sources.append((path, {'documents': n_documents, 'characters': n_characters, 'bytes': os.path.getsize(path),
-                               'sha256': sha256}))
+        sources.append(
+            (
+                path,
+                {
+                    'documents': n_documents,
+                    'characters': n_characters,
+                    'bytes': os.path.getsize(path),
+                    'sha256': sha256,
+                },
+            )
+        )
     tokenizer = tokenizer or tokenizers.make_tokenizer(tokenizer_name, characters)
     partial = out_dir.with_name(f'.{out_dir.name}.{secrets.token_hex(4)}.partial')
     try:
@@ -148,36 +102,34 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
     try:
         manifest = json.loads(path.read_text('utf-8'))
         if manifest['format'] != FORMAT:
-            raise UserError(f'{path} has format {manifest["format"]}, this version reads {FORMAT}: prepare it again')
+            raise UserError(
+                f'{path} has format {manifest["format"]}, this version reads {FORMAT}: prepare it again'
+            )
         dtype, fingerprint = np.dtype(manifest['dtype']), manifest['tokenizer']['sha256']
-        shards = [(split, shard['file'], shard['tokens'], shard['sha256'])
-                  for split in SPLITS for shard in manifest['splits'][split]['shards']]
+        shards = [
+            (split, shard['file'], shard['tokens'], shard['sha256'])
+            for split in SPLITS
+            for shard in manifest['splits'][split]['shards']
+        ]
     except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}; a prepared folder is written by '
-                        f'scripts/prepare.py') from None
+        raise UserError(
+            f'cannot read {path}: {error.strerror}; a prepared folder is written by '
+            f'scripts/prepare.py'
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{path} is damaged: prepare the folder again from its texts') from None
     tokenizer = _open_tokenizer(folder / 'tokenizer.json', fingerprint)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
-        arrays = list(pool.map(lambda shard: _open_shard(folder / shard[1], dtype, *shard[2:]), shards))
-    train, val = (Tokens(tuple(array for array, shard in zip(arrays, shards, strict=True) if shard[0] == split))
-                  for split in SPLITS)
+        arrays = list(
+            pool.map(lambda shard: _open_shard(folder / shard[1], dtype, *shard[2:]), shards)
+        )
+    train, val = (
+        Tokens(
+            tuple(array for array, shard in zip(arrays, shards, strict=True) if shard[0] == split)
+        )
+        for split in SPLITS
+    )
     return Dataset(folder.resolve().name, tokenizer, train, val, sha256_of([fingerprint, shards]))
-
-
-def sha256_of(identity: list) -> str:
-    """SHA-256 of a list of plain values: what makes up a dataset."""
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _n_train(n_characters: int, val_fraction: float) -> int:
-    """How many characters come before the cut: all but the last ceil(n val_fraction).
-
-    The fraction is taken as the decimal a person wrote: in binary, 100 x 0.07 is a little over 7, and would take 8.
-    """
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f'val_fraction is {val_fraction}: expected at least 0 and below 1')
-    return n_characters - math.ceil(n_characters * Fraction(str(val_fraction)))
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str | None]) -> tuple[np.ndarray, int]:
@@ -190,13 +142,25 @@ def _encode(tokenizer: Tokenizer, texts: list[str | None]) -> tuple[np.ndarray, 
 class _SplitWriter:
     """Encodes the documents of one split in the threads of `pool`, and writes them out in shards of `shard_tokens`."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int, pool: ThreadPoolExecutor):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        pool: ThreadPoolExecutor,
+    ):
         self.folder, self.split, self.tokenizer, self.pool = folder, split, tokenizer, pool
         self.buffer = np.empty(shard_tokens, np.min_scalar_type(tokenizer.vocab_size - 1))
         self.filled = self.n_bytes = 0
         self.shards = []
-        self.empty = self.fresh = True  # nothing is written yet; nor anything of the document that has begun
-        self.held, self.n_held = [], 0  # blocks of that document, and the characters of all that no thread has yet
+        self.empty = self.fresh = (
+            True  # nothing is written yet; nor anything of the document that has begun
+        )
+        self.held, self.n_held = (
+            [],
+            0,
+        )  # blocks of that document, and the characters of all that no thread has yet
         self.texts = []  # to be encoded each by itself, None being a separator
         self.encoding = collections.deque()  # in order
 
@@ -232,10 +196,10 @@ class _SplitWriter:
     def _store(self, ids: np.ndarray, n_bytes: int):
         self.n_bytes += n_bytes
         while len(ids):
-            taken = ids[:len(self.buffer) - self.filled]
-            self.buffer[self.filled:self.filled + len(taken)] = taken
+            taken = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(taken)] = taken
             self.filled += len(taken)
-            ids = ids[len(taken):]
+            ids = ids[len(taken) :]
             if self.filled == len(self.buffer):
                 self._flush()
 
@@ -243,8 +207,10 @@ class _SplitWriter:
         """Writes what is gathered, if anything, as the next shard."""
         if self.filled:
             path = self.folder / f'{self.split}_{len(self.shards):05d}.npy'
-            np.save(path, self.buffer[:self.filled], allow_pickle=False)
-            self.shards.append({'file': path.name, 'tokens': self.filled, 'sha256': _file_sha256(path)})
+            np.save(path, self.buffer[: self.filled], allow_pickle=False)
+            self.shards.append(
+                {'file': path.name, 'tokens': self.filled, 'sha256': _file_sha256(path)}
+            )
             self.filled = 0
 
     def finish(self) -> dict:
@@ -254,16 +220,30 @@ class _SplitWriter:
         while self.encoding:
             self._store(*self.encoding.popleft().result())
         self._flush()
-        return {'tokens': sum(shard['tokens'] for shard in self.shards), 'bytes': self.n_bytes, 'shards': self.shards}
+        return {
+            'tokens': sum(shard['tokens'] for shard in self.shards),
+            'bytes': self.n_bytes,
+            'shards': self.shards,
+        }
 
 
-def _write(folder: Path, sources: list[tuple[str, dict]], text_field: str, tokenizer: Tokenizer, val_fraction: float,
-           shard_tokens: int) -> dict:
+def _write(
+    folder: Path,
+    sources: list[tuple[str, dict]],
+    text_field: str,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    shard_tokens: int,
+) -> dict:
     """The second pass: every file of a prepared folder. The manifest."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken and numpy encode outside the interpreter lock
-        train, val = (_SplitWriter(folder, split, tokenizer, shard_tokens, pool) for split in SPLITS)
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # tiktoken and numpy encode outside the interpreter lock
+        train, val = (
+            _SplitWriter(folder, split, tokenizer, shard_tokens, pool) for split in SPLITS
+        )
         for path, about in sources:
-            left = _n_train(about['characters'], val_fraction)
+            left = n_train_characters(about['characters'], val_fraction)
             for document in documents.read(path, text_field):
                 train.begin_document()
                 val.begin_document()
@@ -272,12 +252,17 @@ def _write(folder: Path, sources: list[tuple[str, dict]], text_field: str, token
                     val.add(block[left:])
                     left = max(0, left - len(block))
             if _input_sha256(path) != about['sha256']:
-                raise UserError(f'the text {path} changed while it was read: run again when nothing writes to it')
+                raise UserError(
+                    f'the text {path} changed while it was read: run again when nothing writes to it'
+                )
         splits = {'train': train.finish(), 'val': val.finish()}
     manifest = {
         'format': FORMAT,
-        'tokenizer': {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size,
-                      'sha256': tokenizers.fingerprint(tokenizer)},
+        'tokenizer': {
+            'name': tokenizer.name,
+            'vocab_size': tokenizer.vocab_size,
+            'sha256': tokenizers.fingerprint(tokenizer),
+        },
         'dtype': train.buffer.dtype.name,
         'val_fraction': val_fraction,
         'splits': splits,
@@ -296,9 +281,11 @@ def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     if tokenizers.fingerprint(tokenizer) != fingerprint:
-        raise UserError(f'{path} is not the tokenizer these shards were written with: its SHA-256 is '
-                        f'{tokenizers.fingerprint(tokenizer)}, the manifest says {fingerprint}; restore it, or '
-                        f'prepare the folder again')
+        raise UserError(
+            f'{path} is not the tokenizer these shards were written with: its SHA-256 is '
+            f'{tokenizers.fingerprint(tokenizer)}, the manifest says {fingerprint}; restore it, or '
+            f'prepare the folder again'
+        )
     return tokenizer
 
 
@@ -307,17 +294,22 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str) -> np.n
     try:
         digest = _file_sha256(path)
         if digest != sha256:
-            raise UserError(f'{path} is damaged: its SHA-256 is {digest}, the manifest says {sha256}; restore it from '
-                            f'a copy, or prepare the folder again')
+            raise UserError(
+                f'{path} is damaged: its SHA-256 is {digest}, the manifest says {sha256}; restore it from '
+                f'a copy, or prepare the folder again'
+            )
         ids = np.load(path, mmap_mode='r', allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f'{path} is missing, and the manifest names it: restore it, or prepare the folder '
-                        f'again') from None
+        raise UserError(
+            f'{path} is missing, and the manifest names it: restore it, or prepare the folder again'
+        ) from None
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}') from None
     if ids.shape != (n_tokens,) or ids.dtype != dtype:
-        raise UserError(f'{path} holds {ids.shape} tokens of {ids.dtype}, the manifest says ({n_tokens},) of {dtype}: '
-                        f'prepare the folder again')
+        raise UserError(
+            f'{path} holds {ids.shape} tokens of {ids.dtype}, the manifest says ({n_tokens},) of {dtype}: '
+            f'prepare the folder again'
+        )
     return np.asarray(ids)  # still the map, without the cost of the memmap subclass at every slice
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.data.vocabulary import find_merges
+from gpt2_jax.errors import UsageError, UserError
 
-ENCODE_BLOCK = 1 << 16  # characters: their code points then stay in the processor's cache, three times as fast
+ENCODE_BLOCK = (
+    1 << 16
+)  # characters: their code points then stay in the processor's cache, three times as fast
 NO_UTF8 = 'half of a surrogate pair has no UTF-8 bytes'
 
 
@@ -28,7 +30,9 @@ class Tokenizer(Protocol):
     name: ClassVar[str]
     vocab_size: int
     byte_lengths: np.ndarray  # (V,) int64: UTF-8 bytes of each token, for bits per byte
-    separator: int | None  # the id that stands between documents, and never arises from text; None: they are joined
+    separator: (
+        int | None
+    )  # the id that stands between documents, and never arises from text; None: they are joined
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (N,) of the smallest unsigned dtype that fits the vocabulary; UserError where the text has no ids."""
@@ -53,9 +57,13 @@ class CharTokenizer:
 
     def __post_init__(self):
         if not self.alphabet:
-            raise UserError('the alphabet of a character tokenizer is empty: the text must hold at least one character')
+            raise UserError(
+                'the alphabet of a character tokenizer is empty: the text must hold at least one character'
+            )
         if not isinstance(self.alphabet, str) or list(self.alphabet) != sorted(set(self.alphabet)):
-            raise UserError('the alphabet of a character tokenizer must be distinct characters in code point order')
+            raise UserError(
+                'the alphabet of a character tokenizer must be distinct characters in code point order'
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -83,13 +91,18 @@ class CharTokenizer:
         """One id a character; UserError names the first unknown one, its position and the alphabet."""
         encoded = np.empty(len(text), np.min_scalar_type(self.vocab_size - 1))
         for start in range(0, len(text), ENCODE_BLOCK):
-            codes = np.frombuffer(text[start:start + ENCODE_BLOCK].encode('utf-32-le', 'surrogatepass'), '<u4')
+            codes = np.frombuffer(
+                text[start : start + ENCODE_BLOCK].encode('utf-32-le', 'surrogatepass'), '<u4'
+            )
             ids = self._ids.take(codes, mode='clip')
             if ids.min() < 0:
                 shown = repr(self.alphabet[:100]) + (' ...' if self.vocab_size > 100 else '')
-                raise _unknown(text, start + int(ids.argmin()),
-                               f"the tokenizer's alphabet of {self.vocab_size} is {shown}")
-            encoded[start:start + len(ids)] = ids
+                raise _unknown(
+                    text,
+                    start + int(ids.argmin()),
+                    f"the tokenizer's alphabet of {self.vocab_size} is {shown}",
+                )
+            encoded[start : start + len(ids)] = ids
         return encoded
 
     def cut(self, text: str) -> int:
@@ -102,7 +115,11 @@ class CharTokenizer:
 
     def decode(self, ids) -> str:
         """One character an id."""
-        return self._codes[_checked(ids, self.vocab_size)].tobytes().decode('utf-32-le', 'surrogatepass')
+        return (
+            self._codes[_checked(ids, self.vocab_size)]
+            .tobytes()
+            .decode('utf-32-le', 'surrogatepass')
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +159,9 @@ def _stand_ins() -> dict[str, int]:
     """{printable character: the byte it stands for}, in the order of GPT-2's ids: the printable bytes come first."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +173,9 @@ class Gpt2Tokenizer:
     Ids: the 256 bytes; then what each merge makes, by rank; the last one is <|endoftext|>.
     """
 
-    merges: str = dataclasses.field(repr=False)  # a line 'left right' each, the first one of rank 0; bytes by stand-ins
+    merges: str = dataclasses.field(
+        repr=False
+    )  # a line 'left right' each, the first one of rank 0; bytes by stand-ins
     name: ClassVar[str] = 'gpt2'
 
     def __post_init__(self):
@@ -167,8 +188,10 @@ class Gpt2Tokenizer:
                     raise ValueError
                 ranks[left + right] = len(ranks)
         except (AttributeError, KeyError, ValueError):
-            raise UserError(f'the merges of a gpt2 tokenizer are damaged: number {len(ranks) - 256} does not join two '
-                            f'known tokens into a new one') from None
+            raise UserError(
+                f'the merges of a gpt2 tokenizer are damaged: number {len(ranks) - 256} does not join two '
+                f'known tokens into a new one'
+            ) from None
         object.__setattr__(self, '_ranks', ranks)
 
     @property
@@ -188,8 +211,13 @@ class Gpt2Tokenizer:
 
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(self.name, pat_str=r50k_pat_str, mergeable_ranks=self._ranks,
-                                 special_tokens={'<|endoftext|>': self.separator}, explicit_n_vocab=self.vocab_size)
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=r50k_pat_str,
+            mergeable_ranks=self._ranks,
+            special_tokens={'<|endoftext|>': self.separator},
+            explicit_n_vocab=self.vocab_size,
+        )
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
@@ -225,8 +253,10 @@ class Gpt2Tokenizer:
         """The tokenizer as the hub publishes it: {file name: content}."""
         stand_ins = {byte: c for c, byte in _stand_ins().items()}
         vocab = {''.join(stand_ins[byte] for byte in token): i for token, i in self._ranks.items()}
-        return {'merges.txt': f'#version: 0.2\n{self.merges}',
-                'vocab.json': json.dumps(vocab | {'<|endoftext|>': self.separator})}
+        return {
+            'merges.txt': f'#version: 0.2\n{self.merges}',
+            'vocab.json': json.dumps(vocab | {'<|endoftext|>': self.separator}),
+        }
 
 
 TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, ByteTokenizer, Gpt2Tokenizer)}
@@ -252,13 +282,19 @@ def from_json(text: str) -> Tokenizer:
         fields = json.loads(text)
         name = str(fields.pop('name'))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError('the saved tokenizer is damaged: it is not a JSON object with a "name"') from None
+        raise UserError(
+            'the saved tokenizer is damaged: it is not a JSON object with a "name"'
+        ) from None
     if name not in TOKENIZERS:
-        raise UserError(f'the saved tokenizer is of unknown kind {name!r}: this version reads {", ".join(TOKENIZERS)}')
+        raise UserError(
+            f'the saved tokenizer is of unknown kind {name!r}: this version reads {", ".join(TOKENIZERS)}'
+        )
     try:
         return TOKENIZERS[name](**fields)
     except TypeError:
-        raise UserError(f'the saved {name} tokenizer is damaged: it has the fields {sorted(fields)}') from None
+        raise UserError(
+            f'the saved {name} tokenizer is damaged: it has the fields {sorted(fields)}'
+        ) from None
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -268,8 +304,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 def _unknown(text: str, position: int, expected: str) -> UserError:
     character = text[position]
-    return UserError(f'unknown character {character!r} (U+{ord(character):04X}) at position {position} of the text: '
-                     f'{expected}')
+    return UserError(
+        f'unknown character {character!r} (U+{ord(character):04X}) at position {position} of the text: '
+        f'{expected}'
+    )
 
 
 def _checked(ids, vocab_size: int) -> np.ndarray:
@@ -278,6 +316,8 @@ def _checked(ids, vocab_size: int) -> np.ndarray:
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         at = int(outside.argmax())
-        raise UserError(f'token {ids[at]} at position {at} is outside the vocabulary [0, {vocab_size}): '
-                        f'these tokens come from another tokenizer')
+        raise UserError(
+            f'token {ids[at]} at position {at} is outside the vocabulary [0, {vocab_size}): '
+            f'these tokens come from another tokenizer'
+        )
     return ids

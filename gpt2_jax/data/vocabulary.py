@@ -12,8 +12,11 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.files import Source, download, folders
 
 NAMES = ('vocab.bpe', 'merges.txt')
-SOURCE = Source(url='https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
-                sha256='1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5', n_bytes=456_318)
+SOURCE = Source(
+    url='https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
+    sha256='1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    n_bytes=456_318,
+)
 # Of the merges alone, with neither the version line nor the carriage returns that some copies have.
 MERGES_SHA256 = 'ac33235097fe06d4a8fff0feac994644809e6eb6ab70669e1e9fd40ae032428e'
 
@@ -30,7 +33,8 @@ def find_merges() -> str:
                 f"no local copy of GPT-2's vocabulary, and its download failed ({str(error).strip('<>')}): put "
                 f'{" or ".join(NAMES)} into {folders("gpt2")[0]} or {path.parent}, or set GPT2_JAX_DATA_DIR to a '
                 f"folder that holds gpt2/{NAMES[0]}, or TIKTOKEN_CACHE_DIR to a cache of tiktoken's that has it; it is "
-                f'published at {SOURCE.url}') from None
+                f'published at {SOURCE.url}'
+            ) from None
     return read_merges(path)
 
 
@@ -43,8 +47,10 @@ def read_merges(path: Path) -> str:
     merges = data.partition(b'\n')[2] if data.startswith(b'#version') else data
     digest = hashlib.sha256(merges).hexdigest()
     if digest != MERGES_SHA256:
-        raise UserError(f"{path} does not hold GPT-2's merges: their SHA-256 is {digest}, expected {MERGES_SHA256}; "
-                        f'move it away to get the published ones')
+        raise UserError(
+            f"{path} does not hold GPT-2's merges: their SHA-256 is {digest}, expected {MERGES_SHA256}; "
+            f'move it away to get the published ones'
+        )
     return merges.decode('utf-8')
 
 
@@ -52,5 +58,7 @@ def _places() -> list[Path]:
     """Every local place, in the order of search."""
     places = [folder / name for folder in folders('gpt2') for name in NAMES]
     if cache := os.environ.get('TIKTOKEN_CACHE_DIR'):
-        places.append(Path(cache, hashlib.sha1(SOURCE.url.encode()).hexdigest()))  # tiktoken's name for the file
+        places.append(
+            Path(cache, hashlib.sha1(SOURCE.url.encode()).hexdigest())
+        )  # tiktoken's name for the file
     return places

@@ -7,100 +7,74 @@ and a few compilations serve every length. What the padding writes into the cach
 could be seen.
 """
 
-import codecs
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import UsageError
+from gpt2_jax.inference.sampling import Sampling, sample_token
+from gpt2_jax.kernels.support import unmet_needs
 from gpt2_jax.model.gpt2 import GPT2, init_cache
-from gpt2_jax.data.tokenizers import Tokenizer
 
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. Longer saves round trips to the
 # device, shorter streams more smoothly.
 CHUNK = 16
-LEAST_PREFILL = 64  # shorter prompts are padded to this: they would be no faster, and each length compiled anew
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from logits.
-
-    temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely (Fan et al. 2018),
-    top_p the fewest whose probability reaches p (Holtzman et al. 2020); 0 and 1 keep all.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        for name, wrong, expected in (('temperature', not self.temperature >= 0, '0 (greedy) or more'),
-                                      ('top_k', self.top_k < 0, '0 (all) or more'),
-                                      ('top_p', not 0 < self.top_p <= 1, 'above 0 and at most 1 (all)')):
-            if wrong:
-                raise UsageError(f'{name} = {getattr(self, name)} is not allowed; expected {expected}')
+MIN_PREFILL = (
+    64  # shorter prompts are padded to this: they would be no faster, and each length compiled anew
+)
 
 
 def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
-    """The model to generate with. `kernels` is 'open', 'fused' (see decode.py), or 'auto': fused on an NVIDIA
+    """The model to generate with. `kernels` is 'xla', 'fused' (see decode.py), or 'auto': fused on an NVIDIA
     GPU in bfloat16, which they are made for, else open. `dtype` is as the setting model.dtype; '': the model's own.
 
     Raises UsageError where fused ones are asked for without a GPU.
     """
-    dtype, on_gpu = dtype or model.cfg.dtype, jax.default_backend() == 'gpu'
-    if kernels == 'fused' and not on_gpu:
-        raise UsageError(f'fused kernels need an NVIDIA GPU, but this runs on {jax.default_backend()}: take open ones')
+    cfg = dataclasses.replace(model.cfg, dtype=dtype or model.cfg.dtype)
+    need = next(unmet_needs('decoding', cfg, jax.default_backend()), None)
+    if kernels == 'fused' and need:
+        raise UsageError(f'the fused kernels of decoding need {need}; else give --kernels=xla')
     if kernels == 'auto':
-        kernels = 'fused' if on_gpu and dtype == 'bfloat16' else 'open'
-    return GPT2(dataclasses.replace(model.cfg, kernels=kernels, dtype=dtype))
-
-
-def choose(logits_BV, keys_B, sampling: Sampling):
-    """One token for each row, drawn with that row's key: (B, V), (B,) -> (B,)."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # probability of all that is likelier
-        least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+        kernels = 'xla' if need else 'fused'
+    return GPT2(dataclasses.replace(cfg, kernels=kernels), model.ops)
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def lay_out(model: GPT2, params):
+def cast_params(model: GPT2, params):
     """The parameters as prefill reads them, and as decode does; made once, and not at every token.
 
     Matrices in the compute dtype, embeddings and LayerNorms in fp32: the model that is trained and evaluated.
     """
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf, params)
-    if model.cfg.kernels == 'open':
+        lambda path, leaf: (
+            leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf
+        ),
+        params,
+    )
+    if model.cfg.kernels == 'xla':
         return params, params
     from gpt2_jax.kernels import decode
-    return params, decode.lay_out(model.cfg, params)
+
+    return params, decode.cast_params(model.cfg, params)
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def prefill(model: GPT2, params, tokens_BT, length):
     """The logits after the first `length` tokens, and a cache that holds them. T may be more."""
-    x_BTD, cache = model.apply({'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]),
-                               method='features')
+    x_BTD, cache = model.apply(
+        {'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]), method='features'
+    )
     last_BD = jax.lax.dynamic_index_in_dim(x_BTD, length - 1, axis=1, keepdims=False)
     return model.apply({'params': params}, last_BD, method='head'), cache
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache'))
+@functools.partial(
+    jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache')
+)
 def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
     """Chooses and feeds back CHUNK tokens, of which the first stands at position `pos`.
 
@@ -110,20 +84,25 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
 
     With model.kernels = 'fused' this is done by decode.py, but for choices it does not cover (top_p).
     """
-    keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(jnp.arange(CHUNK))
+    keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(
+        jnp.arange(CHUNK)
+    )
 
     def pick(logits_BV, tokens_CB, i):
-        return tokens_CB.at[i].set(choose(logits_BV, keys_CB[i], sampling))
+        return tokens_CB.at[i].set(sample_token(logits_BV, keys_CB[i], sampling))
 
     def step(token_B, cache, pos):
-        x_B1D, cache = model.apply({'params': weights}, token_B[:, None], cache, pos, method='features')
+        x_B1D, cache = model.apply(
+            {'params': weights}, token_B[:, None], cache, pos, method='features'
+        )
         return model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache
 
     if model.cfg.kernels == 'fused':
-        from gpt2_jax.kernels import decode
+        from gpt2_jax.kernels import decode, sample
+
         step = functools.partial(decode.next_logits, model.cfg, weights)
-        if sampling.top_p == 1 and logits_BV.shape[1] <= decode.MAX_VOCAB:
-            pick = decode.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
+        if sampling.top_p == 1 and logits_BV.shape[1] <= sample.MAX_VOCAB:
+            pick = sample.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
 
     def one(i, carry):
         logits_BV, cache, tokens_CB = carry
@@ -135,10 +114,10 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
     return tokens_CB.T, logits_BV, cache
 
 
-def _dispatched(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
+def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
     """Chunks of tokens that the device may still be at work on, each with how many of its columns count."""
     context = model.cfg.n_positions
-    params, weights = lay_out(model, params)
+    params, weights = cast_params(model, params)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
     text = [(np.tile(np.asarray(prompt, np.int32), (num_samples, 1)), len(prompt))]
     pos, done, told = context + 1, 0, False  # no cache yet
@@ -146,25 +125,38 @@ def _dispatched(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, 
         if pos >= context:
             text_BT = np.concatenate([np.asarray(part)[:, :n] for part, n in text], axis=1)
             if text_BT.shape[1] >= context:
-                text_BT = text_BT[:, -max(context // 2, 1):]
+                text_BT = text_BT[:, -max(context // 2, 1) :]
                 if not told:
-                    notify(f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}')
+                    notify(
+                        f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}'
+                    )
                     told = True
             pos = text_BT.shape[1]
             text = [(text_BT, pos)]
-            padding = min(max(2 ** (pos - 1).bit_length(), LEAST_PREFILL), context) - pos
+            padding = min(max(2 ** (pos - 1).bit_length(), MIN_PREFILL), context) - pos
             logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, padding))), pos)
         # At least one: a context of a single token is full at once, and begins anew for each.
         n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
-        tokens_BC, logits_BV, cache = decode(model, weights, logits_BV, cache, pos, keys_B, done, sampling)
+        tokens_BC, logits_BV, cache = decode(
+            model, weights, logits_BV, cache, pos, keys_B, done, sampling
+        )
         pos, done = pos + n, done + n
         text.append((tokens_BC, n))
         yield text[-1]
 
 
-def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: int = 1, seed: int = 0,
-             sampling: Sampling = Sampling(), strict_context: bool = False,
-             notify: Callable[[str], None] = print) -> Iterator[np.ndarray]:
+def generate(
+    model: GPT2,
+    params,
+    prompt,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    seed: int = 0,
+    sampling: Sampling = Sampling(),
+    strict_context: bool = False,
+    notify: Callable[[str], None] = print,
+) -> Iterator[np.ndarray]:
     """Continues `prompt` (T,) `num_samples` times; yields int32 (num_samples, n) as tokens are decoded.
 
     Sample i depends on (params, prompt, sampling, seed, i) alone. GPT-2's learned positions cannot slide, so when the
@@ -175,49 +167,15 @@ def generate(model: GPT2, params, prompt, *, max_new_tokens: int, num_samples: i
     if not len(prompt):
         raise UsageError('the prompt is empty: give at least one token to go on from')
     if strict_context and len(prompt) + max_new_tokens > context:
-        raise UsageError(f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
-                         f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart')
-    chunks = _dispatched(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify)
+        raise UsageError(
+            f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
+            f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart'
+        )
+    chunks = decode_chunks(
+        model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify
+    )
     chunk = next(chunks, None)
     while chunk is not None:
         # Fetched when the next has been dispatched: the device works on while the caller has this one.
         (tokens_BC, n), chunk = chunk, next(chunks, None)
         yield np.asarray(tokens_BC)[:, :n]
-
-
-def stream_text(chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int = 0, stop: str = '') -> Iterator[str]:
-    """The text of one row as it grows, never splitting a UTF-8 character, ending before the first `stop`."""
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    held = ''  # the end of the text so far that could be the beginning of `stop`
-    for chunk in chunks:
-        held += decoder.decode(tokenizer.decode_bytes(chunk[row]))
-        if stop and stop in held:
-            yield held[:held.index(stop)]
-            return
-        sure = max(0, len(held) - max(0, len(stop) - 1))
-        yield held[:sure]
-        held = held[sure:]
-    yield held + decoder.decode(b'', final=True)
-
-
-def default_prompt(tokenizer: Tokenizer) -> np.ndarray:
-    """What text starts from where no prompt is given: a newline, or the first token of an alphabet without one."""
-    try:
-        return tokenizer.encode('\n')
-    except UserError:
-        return np.zeros(1, np.int32)
-
-
-def print_samples(model: GPT2, params, tokenizer: Tokenizer, prompt: str, *, num_samples: int, stop: str, **options):
-    """Prints continuations of `prompt`: a single one as it grows, several one after the other when all are there."""
-    ids = tokenizer.encode(prompt) if prompt else default_prompt(tokenizer)
-    chunks = generate(model, params, ids, num_samples=num_samples, **options)
-    if num_samples > 1:
-        chunks = list(chunks)
-    for row in range(num_samples):
-        if num_samples > 1:
-            print(f'--- sample {row + 1} of {num_samples} ---')
-        print(prompt, end='')
-        for text in stream_text(chunks, tokenizer, row, stop):
-            print(text, end='', flush=True)
-        print()

@@ -15,20 +15,23 @@ Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
 # The tokenizer of Moses, that WikiText and the One Billion Word Benchmark come from.
 MOSES: Rules = (
-    (r'(?<!\S)" ([^"\n]+) "(?!\S)', r'"\1"'),       # in pairs, from the line's beginning
+    (r'(?<!\S)" ([^"\n]+) "(?!\S)', r'"\1"'),  # in pairs, from the line's beginning
     (r' ([.,:;!?%]|\.\.\.)(?=[ \n"]|$)', r'\1'),
-    (r'(?<=\d): (?=\d)', ':'),                      # 22 : 30, of which the rule above has left 22: 30
+    (r'(?<=\d): (?=\d)', ':'),  # 22 : 30, of which the rule above has left 22: 30
     (r'([(\[{]) ', r'\1'),
     (r' ([)\]}])', r'\1'),
-    (r"(?<=[\w>]) '(?=\w)", "'"),                   # Teddy 's, don 't, Chang 'an
-    (r"(?<=s) '(?= \w)", "'"),                      # the ships ' officers
+    (r"(?<=[\w>]) '(?=\w)", "'"),  # Teddy 's, don 't, Chang 'an
+    (r"(?<=s) '(?= \w)", "'"),  # the ships ' officers
     (r'([$£€#]) (?=\d)', r'\1'),
-    (r'(?<=\d) ([\u2013/]) (?=\d)', r'\1'),         # an en dash, in 2000 - 2005
+    (r'(?<=\d) ([\u2013/]) (?=\d)', r'\1'),  # an en dash, in 2000 - 2005
 )
 EDGES: Rules = ((r'(?m)^ ', ''), (r'(?m) $', ''))  # each line begins and ends with a space
 WIKITEXT: Rules = (
-    (r' @([-,.])@ ', r'\1'),                        # co @-@ stars, 1 @,@ 050, 16 @.@ 9
-    (r'(?m)^((?: =)+) (.+?)((?: =)+) $', lambda m: f' {m[1].replace(" ", "")} {m[2]} {m[3].replace(" ", "")} '),
+    (r' @([-,.])@ ', r'\1'),  # co @-@ stars, 1 @,@ 050, 16 @.@ 9
+    (
+        r'(?m)^((?: =)+) (.+?)((?: =)+) $',
+        lambda m: f' {m[1].replace(" ", "")} {m[2]} {m[3].replace(" ", "")} ',
+    ),
     *MOSES,
     *EDGES,
 )

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.data import documents
-from gpt2_jax.inference import score, texts
-from gpt2_jax.parallel import mesh
-from gpt2_jax.workdir.checkpoints import Restored
-from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.data.shards import Dataset, Tokens
-from gpt2_jax.training.step import Batch, token_losses
+from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.inference import score, texts
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.parallel import faults, mesh, partition
+from gpt2_jax.training.step import Batch, token_losses
+from gpt2_jax.workdir.restore import Restored
 
 
 class Passage(NamedTuple):
@@ -44,25 +44,31 @@ class LambadaScore(NamedTuple):
     context: int
 
     def __str__(self):
-        return (f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity {self.perplexity:.4f}; last token '
-                f'alone: accuracy {self.token_accuracy:.2%}, perplexity {self.token_perplexity:.4f}; over '
-                f'{self.passages:,} passages\n'
-                f'protocol: context {self.context}, {self.cropped:,} passages cropped from the left; a word is what '
-                'follows the last space, and is right where each of its tokens is the likeliest; perplexity is '
-                'exp(mean of -log p over passages); no stop-word filter')
+        return (
+            f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity {self.perplexity:.4f}; last token '
+            f'alone: accuracy {self.token_accuracy:.2%}, perplexity {self.token_perplexity:.4f}; over '
+            f'{self.passages:,} passages\n'
+            f'protocol: context {self.context}, {self.cropped:,} passages cropped from the left; a word is what '
+            'follows the last space, and is right where each of its tokens is the likeliest; perplexity is '
+            'exp(mean of -log p over passages); no stop-word filter'
+        )
 
 
 def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Passage]:
     """The passages of a .jsonl, .jsonl.gz or .parquet file, cut at the last space. Raises UserError."""
     if not path.endswith(texts.DOCUMENTS):
-        raise UsageError(f'{path} is no file of passages: expected {", ".join(texts.DOCUMENTS)}, with a passage in '
-                         f'the field {text_field!r} of each line or row')
+        raise UsageError(
+            f'{path} is no file of passages: expected {", ".join(texts.DOCUMENTS)}, with a passage in '
+            f'the field {text_field!r} of each line or row'
+        )
     passages = []
     for number, document in enumerate(documents.read(path, text_field), 1):
         before, _, word = ''.join(document).rstrip().rpartition(' ')
         if not before:
-            raise UserError(f'{path}, passage {number} is {word!r:.40}: expected at least two words with a space '
-                            'between them')
+            raise UserError(
+                f'{path}, passage {number} is {word!r:.40}: expected at least two words with a space '
+                'between them'
+            )
         try:
             prompt, answer = tokenizer.encode(before), tokenizer.encode(f' {word}')
         except UserError as error:
@@ -73,12 +79,14 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Pass
     return passages
 
 
-def make_answer_step(model: GPT2, gather: Callable = lambda params: params):
+def make_answer_step(model: GPT2, unshard: Callable = lambda params: params):
     """The function answer_step(params, batch) -> (nats_BT, right_BT): losses, and where the target is the likeliest."""
 
     def answer_step(params, batch: Batch):
-        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'])
-        return token_losses(logits_BTV, batch['targets']), jnp.argmax(logits_BTV, -1) == batch['targets']
+        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
+        return token_losses(logits_BTV, batch['targets']), jnp.argmax(logits_BTV, -1) == batch[
+            'targets'
+        ]
 
     return answer_step
 
@@ -87,13 +95,19 @@ def _pad(passages: list[Passage], B: int, T: int) -> dict[str, np.ndarray]:
     """Inputs and targets int32 (B, T): each passage's last T + 1 tokens, and then zeros, which no token before sees."""
     inputs, targets = np.zeros((2, B, T), np.int32)
     for row, (ids, _) in enumerate(passages):
-        window = ids[-(T + 1):]
-        inputs[row, :len(window) - 1], targets[row, :len(window) - 1] = window[:-1], window[1:]
+        window = ids[-(T + 1) :]
+        inputs[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
     return {'inputs': inputs, 'targets': targets}
 
 
-def score_lambada(restored: Restored, path: str, *, text_field: str = 'text', context: int | None = None,
-                  rows: int = score.ROWS) -> LambadaScore:
+def score_lambada(
+    restored: Restored,
+    path: str,
+    *,
+    text_field: str = 'text',
+    context: int | None = None,
+    rows: int = score.ROWS,
+) -> LambadaScore:
     """The passages of a file, each in a context of its own; one that is too long loses its beginning.
 
     Raises UserError.
@@ -102,22 +116,37 @@ def score_lambada(restored: Restored, path: str, *, text_field: str = 'text', co
     passages = read_passages(path, restored.tokenizer, text_field)
     longest = max(passages, key=lambda passage: passage.n_answer)
     if longest.n_answer > windows.context:
-        raise UserError(f'{path} has a last word of {longest.n_answer} tokens, and the context is {windows.context}')
+        raise UserError(
+            f'{path} has a last word of {longest.n_answer} tokens, and the context is {windows.context}'
+        )
     # One shape for all batches, so that one program serves them; and no longer than is needed.
     T = min(windows.context, max(len(ids) - 1 for ids, _ in passages))
     dataset = Dataset(path, restored.tokenizer, Tokens(()), Tokens(()), '')
     figures = []
-    with mesh.memory_errors(score.MEMORY_KNOBS):
-        parts, params = score.build(restored, windows, dataset)
-        answer_step = mesh.in_turn(parts.mesh, jax.jit(make_answer_step(
-            parts.model, mesh.make_gather(parts.mesh))))
+    with faults.memory_errors('score'):
+        setup, params = score.build(restored, windows, dataset)
+        answer_step = mesh.one_at_a_time(
+            setup.mesh, jax.jit(make_answer_step(setup.model, partition.make_unshard(setup.mesh)))
+        )
         for first in range(0, len(passages), rows):
-            some = passages[first:first + rows]
-            results = answer_step(params, mesh.put_batch(parts.mesh, _pad(some, rows, T)))
-            for (ids, n_answer), nats_T, right_T in zip(some, *map(np.asarray, results), strict=False):
+            some = passages[first : first + rows]
+            results = answer_step(params, mesh.put_batch(setup.mesh, _pad(some, rows, T)))
+            for (ids, n_answer), nats_T, right_T in zip(
+                some, *map(np.asarray, results), strict=False
+            ):
                 end = min(len(ids) - 1, T)
                 answer = slice(end - n_answer, end)
-                figures.append((right_T[answer].all(), nats_T[answer].sum(), right_T[end - 1], nats_T[end - 1]))
+                figures.append(
+                    (right_T[answer].all(), nats_T[answer].sum(), right_T[end - 1], nats_T[end - 1])
+                )
     accuracy, nats, token_accuracy, token_nats = np.mean(figures, axis=0, dtype=np.float64).tolist()
-    return LambadaScore(path, accuracy, math.exp(min(nats, 700)), token_accuracy, math.exp(min(token_nats, 700)),
-                        len(passages), sum(len(ids) - 1 > T for ids, _ in passages), windows.context)
+    return LambadaScore(
+        path,
+        accuracy,
+        math.exp(min(nats, 700)),
+        token_accuracy,
+        math.exp(min(token_nats, 700)),
+        len(passages),
+        sum(len(ids) - 1 > T for ids, _ in passages),
+        windows.context,
+    )

@@ -6,17 +6,17 @@ from typing import NamedTuple
 import jax
 
 from gpt2_jax import config as config_lib
-from gpt2_jax.inference import texts
-from gpt2_jax.parallel import mesh
-from gpt2_jax.training import setup
-from gpt2_jax.workdir.checkpoints import Restored
-from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.training.evaluate import Evaluation
-from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.inference import texts
+from gpt2_jax.inference.evaluate import Evaluation, make_evaluate
+from gpt2_jax.parallel import faults
+from gpt2_jax.training.setup import Setup
+from gpt2_jax.training.setup import build as build_setup
+from gpt2_jax.workdir.restore import Restored
 
 ROWS = 8  # windows at once: the logits of 1,024 tokens are 0.2 GiB each with GPT-2's vocabulary
-MEMORY_KNOBS = 'lower --batch_size'
 
 
 class Windows(NamedTuple):
@@ -27,8 +27,11 @@ class Windows(NamedTuple):
     rows: int
 
     def __str__(self):
-        kind = ('each window begins with an empty context' if self.stride == self.context else
-                'all of the first window counts, and the end of each later one')
+        kind = (
+            'each window begins with an empty context'
+            if self.stride == self.context
+            else 'all of the first window counts, and the end of each later one'
+        )
         return f'context {self.context}, stride {self.stride} ({kind})'
 
 
@@ -49,18 +52,26 @@ class Score(NamedTuple):
 
     def __str__(self):
         loss, perplexity, bits_per_byte, n_tokens, n_bytes = self.evaluation
-        lines = [f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits '
-                 f'per byte, over {n_tokens:,} tokens of {n_bytes:,} bytes']
+        lines = [
+            f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits '
+            f'per byte, over {n_tokens:,} tokens of {n_bytes:,} bytes'
+        ]
         if self.text:
             words, ends = self.text.words, self.text.lines
-            lines.append(f'per word: perplexity {self.perplexity_per(words):.4f} over {words:,} words of the original '
-                         f'text; {self.perplexity_per(words + ends):.4f} with its {ends:,} ends of lines as words too')
-        lines.append(f'protocol: {self.windows}; all tokens but the first are targets; detokenizer {self.detokenizer}; '
-                     f'tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,})')
+            lines.append(
+                f'per word: perplexity {self.perplexity_per(words):.4f} over {words:,} words of the original '
+                f'text; {self.perplexity_per(words + ends):.4f} with its {ends:,} ends of lines as words too'
+            )
+        lines.append(
+            f'protocol: {self.windows}; all tokens but the first are targets; detokenizer {self.detokenizer}; '
+            f'tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,})'
+        )
         return '\n'.join(lines)
 
 
-def make_windows(restored: Restored, *, context: int | None, stride: int | None, rows: int) -> Windows:
+def make_windows(
+    restored: Restored, *, context: int | None, stride: int | None, rows: int
+) -> Windows:
     """Windows of the context that the checkpoint was trained with, each after the other, where no more is asked for.
 
     Raises UsageError where `context` is more than its positions, or `stride` more than the context.
@@ -69,61 +80,108 @@ def make_windows(restored: Restored, *, context: int | None, stride: int | None,
     context = context or restored.config.train.seq_len
     windows = Windows(context, stride or context, rows)
     if context > positions:
-        raise UsageError(f'context = {context} is longer than the {positions} positions of the checkpoint: '
-                         f'give at most --context={positions}')
+        raise UsageError(
+            f'context = {context} is longer than the {positions} positions of the checkpoint: '
+            f'give at most --context={positions}'
+        )
     if windows.stride > context:
-        raise UsageError(f'stride = {stride} is more than the context of {context}, so tokens would be left out: give '
-                         f'at most --stride={context}')
+        raise UsageError(
+            f'stride = {stride} is more than the context of {context}, so tokens would be left out: give '
+            f'at most --stride={context}'
+        )
     return windows
 
 
-def build(restored: Restored, windows: Windows, dataset: Dataset | None = None) -> tuple[setup.Recipe, dict]:
-    """The recipe that evaluates in these windows, and the parameters where it has them. Raises UserError.
+def build(
+    restored: Restored, windows: Windows, dataset: Dataset | None = None
+) -> tuple[Setup, dict]:
+    """The setup that evaluates in these windows, and the parameters where it has them. Raises UserError.
 
     Its data are `dataset`, or the corpus of the run.
     """
     config = restored.config.copy_and_resolve_references()
-    if math.prod(config.mesh.values()) > len(jax.devices()):  # it was trained on more than there are here
+    if math.prod(config.mesh.values()) > len(
+        jax.devices()
+    ):  # it was trained on more than there are here
         config.mesh.update(data=1, fsdp=1, tensor=1)
     share = config.mesh.data * config.mesh.fsdp
-    config.train.update(seq_len=windows.context, batch_size=math.ceil(windows.rows / share) * share, accumulate=1)
-    parts = setup.build(config_lib.resolve(config), dataset)
-    return parts, jax.device_put(restored.params, parts.layout.params)
+    config.train.update(
+        seq_len=windows.context,
+        batch_size=math.ceil(windows.rows / share) * share,
+        grad_accum_steps=1,
+    )
+    setup = build_setup(config_lib.resolve(config), dataset)
+    return setup, jax.device_put(restored.params, setup.layout.params)
 
 
-def score_corpus(restored: Restored, *, split: str = 'val', context: int | None = None, stride: int | None = None,
-                 rows: int | None = None) -> Score:
+def score_corpus(
+    restored: Restored,
+    *,
+    split: str = 'val',
+    context: int | None = None,
+    stride: int | None = None,
+    rows: int | None = None,
+) -> Score:
     """The `split` of the corpus that the checkpoint was trained on: by default, the figures that training printed.
 
     Raises UserError where that corpus cannot be had again.
     """
-    if not restored.step:  # no update was made here: published weights, as convert.from_hf writes them
-        raise UsageError(f'the checkpoint is {restored.meta["corpus"]["name"]}, which come without their corpus: give '
-                         'what to score as --text=FILE or --lambada=FILE')
+    if (
+        not restored.step
+    ):  # no update was made here: published weights, as convert.from_hf writes them
+        raise UsageError(
+            f'the checkpoint is {restored.meta["corpus"]["name"]}, which come without their corpus: give '
+            'what to score as --text=FILE or --lambada=FILE'
+        )
     config, trained_on = restored.config, restored.meta['corpus']
     if trained_on['fallback']:
         config.data.corpus = trained_on['name']
-    windows = make_windows(restored, context=context, stride=stride,
-                           rows=rows or config.train.batch_size // config.train.accumulate)
-    with mesh.memory_errors(MEMORY_KNOBS):
-        parts, params = build(restored, windows)
-        now = parts.dataset
+    windows = make_windows(
+        restored,
+        context=context,
+        stride=stride,
+        rows=rows or config.train.batch_size // config.train.grad_accum_steps,
+    )
+    with faults.memory_errors('score'):
+        setup, params = build(restored, windows)
+        now = setup.dataset
         if now.sha256 != trained_on['sha256']:
-            raise UserError(f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but data.corpus '
-                            f'is now {now.name} {now.sha256[:12]}: bring the old text back to compare figures')
-        return Score(split, parts.evaluator(windows.stride)(params, split), windows, now.tokenizer)
+            raise UserError(
+                f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but data.corpus '
+                f'is now {now.name} {now.sha256[:12]}: bring the old text back to compare figures'
+            )
+        return Score(
+            split, make_evaluate(setup, windows.stride)(params, split), windows, now.tokenizer
+        )
 
 
-def score_text(restored: Restored, source: str, *, split: str | None = None, detokenizer: str = 'none',
-               text_field: str = 'text', context: int | None = None, stride: int | None = None,
-               rows: int = ROWS) -> Score:
+def score_text(
+    restored: Restored,
+    source: str,
+    *,
+    split: str | None = None,
+    detokenizer: str = 'none',
+    text_field: str = 'text',
+    context: int | None = None,
+    stride: int | None = None,
+    rows: int = ROWS,
+) -> Score:
     """Any text, by the checkpoint's tokenizer: see texts.open_text for `source` and the three options after it.
 
     All tokens but the first are targets. Raises UserError.
     """
     windows = make_windows(restored, context=context, stride=stride, rows=rows)
-    text = texts.open_text(source, restored.tokenizer, split=split, detokenizer=detokenizer, text_field=text_field)
+    text = texts.open_text(
+        source, restored.tokenizer, split=split, detokenizer=detokenizer, text_field=text_field
+    )
     dataset = Dataset(text.name, restored.tokenizer, Tokens(()), text.tokens, '')
-    with mesh.memory_errors(MEMORY_KNOBS):
-        parts, params = build(restored, windows, dataset)
-        return Score(text.name, parts.evaluator(windows.stride)(params), windows, restored.tokenizer, detokenizer, text)
+    with faults.memory_errors('score'):
+        setup, params = build(restored, windows, dataset)
+        return Score(
+            text.name,
+            make_evaluate(setup, windows.stride)(params),
+            windows,
+            restored.tokenizer,
+            detokenizer,
+            text,
+        )

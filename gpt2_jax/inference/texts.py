@@ -6,10 +6,10 @@ import dataclasses
 import numpy as np
 
 from gpt2_jax.data import bin_files, corpora, documents, shards
-from gpt2_jax.inference.detokenizers import make_detokenizer
-from gpt2_jax.errors import UsageError
-from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Gpt2Tokenizer, Tokenizer
+from gpt2_jax.errors import UsageError
+from gpt2_jax.inference.detokenizers import make_detokenizer
 
 DOCUMENTS = ('.jsonl', '.jsonl.gz', '.parquet')  # files that hold many texts
 BLOCK = 1 << 20  # tokens decoded at once
@@ -25,7 +25,9 @@ class Text:
     lines: int
 
 
-def open_text(source: str, tokenizer: Tokenizer, *, split: str | None, detokenizer: str, text_field: str) -> Text:
+def open_text(
+    source: str, tokenizer: Tokenizer, *, split: str | None, detokenizer: str, text_field: str
+) -> Text:
     """The text that `source` names, in the tokens of `tokenizer`.
 
     A text file, a corpus by name, or a file of documents (see documents.py) is taken whole, after the de-tokenizer of
@@ -36,36 +38,52 @@ def open_text(source: str, tokenizer: Tokenizer, *, split: str | None, detokeniz
     dataset = _prepared(source, tokenizer, split or 'val')
     if dataset:
         if detokenizer != 'none':
-            raise UsageError(f'{source} holds tokens, and a de-tokenizer takes text: give the text itself')
+            raise UsageError(
+                f'{source} holds tokens, and a de-tokenizer takes text: give the text itself'
+            )
         tokens = getattr(dataset, split or 'val')
         return Text(f'{source} ({split or "val"})', tokens, *count_words(tokens, tokenizer))
     if split:
-        raise UsageError(f'{source} is a text and is scored whole: --split is for prepared folders and token files')
-    texts = [corpora.find_text(source).text] if not source.endswith(DOCUMENTS) else [
-        ''.join(document) for document in documents.read(source, text_field)]
+        raise UsageError(
+            f'{source} is a text and is scored whole: --split is for prepared folders and token files'
+        )
+    texts = (
+        [corpora.find_text(source).text]
+        if not source.endswith(DOCUMENTS)
+        else [''.join(document) for document in documents.read(source, text_field)]
+    )
     detokenize = make_detokenizer(detokenizer)
     pieces = [tokenizer.encode(detokenize(text)) for text in texts if text]
     if tokenizer.separator is not None:
         separator = np.array([tokenizer.separator], np.min_scalar_type(tokenizer.separator))
         pieces = [array for piece in pieces for array in (separator, piece)][1:]
     tokens = Tokens((np.concatenate(pieces),) if pieces else ())
-    return Text(source, tokens, sum(len(text.split()) for text in texts), sum(text.count('\n') for text in texts))
+    return Text(
+        source,
+        tokens,
+        sum(len(text.split()) for text in texts),
+        sum(text.count('\n') for text in texts),
+    )
 
 
 def _prepared(source: str, tokenizer: Tokenizer, split: str) -> Dataset | None:
     """The tokens that others or scripts/prepare.py have made, where `source` names any."""
     if source.endswith('.bin'):
         if not isinstance(tokenizer, Gpt2Tokenizer):
-            raise UsageError(f"{source} names files of GPT-2 tokens, but the checkpoint's tokenizer is "
-                             f'{tokenizer.name!r}: give the text itself')
+            raise UsageError(
+                f"{source} names files of GPT-2 tokens, but the checkpoint's tokenizer is "
+                f'{tokenizer.name!r}: give the text itself'
+            )
         return bin_files.open_token_files(source, tokenizer, (split,))
     if not shards.is_prepared(source):
         return None
     dataset = shards.open_shards(source)
     if dataset.tokenizer != tokenizer:
         other = dataset.tokenizer
-        raise UsageError(f'{source} was prepared with another tokenizer, {other.name} of {other.vocab_size:,} tokens, '
-                         f"than the checkpoint's, {tokenizer.name} of {tokenizer.vocab_size:,}: give the text itself")
+        raise UsageError(
+            f'{source} was prepared with another tokenizer, {other.name} of {other.vocab_size:,} tokens, '
+            f"than the checkpoint's, {tokenizer.name} of {tokenizer.vocab_size:,}: give the text itself"
+        )
     return dataset
 
 

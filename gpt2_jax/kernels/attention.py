@@ -9,11 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.model.gpt2 import keep_mask
 from gpt2_jax.kernels.launch import LOG2_E, SEED_SPECS, call, only, seed_inputs, seeds_of
+from gpt2_jax.kernels.support import SEQ_LEN_MULTIPLE
+from gpt2_jax.model.dropout import keep_mask
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
-BLOCK = 64  # queries that are worked on at a time, and keys; T is a multiple of it
+BLOCK = SEQ_LEN_MULTIPLE  # queries, and keys, processed at a time
 WARPS, STAGES, KEYS_STAGES = 4, 3, 2
 DROPPED_BLOCK = 32  # where the backward pass draws a dropout mask, which takes registers
 
@@ -51,9 +52,15 @@ def _add_bias(rows, ins, which):
 
 def _forward_kernel(ins, outs, *, rate):
     """Block i of z. Where there is a bias, q with it takes the place of q, for the backward pass."""
-    i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long rows first, so that no long one is left alone at the end
+    i = (
+        pl.num_programs(2) - 1 - pl.program_id(2)
+    )  # the long rows first, so that no long one is left alone at the end
     T, _, K = ins['qkv'].shape
-    mine, first_row, queries = pl.ds(i * BLOCK, BLOCK), _first_row(T), _places(i * BLOCK, BLOCK)[:, None]
+    mine, first_row, queries = (
+        pl.ds(i * BLOCK, BLOCK),
+        _first_row(T),
+        _places(i * BLOCK, BLOCK)[:, None],
+    )
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
     if outs['qkv'] is not None:
         outs['qkv'][mine, 0, :] = q
@@ -105,20 +112,35 @@ def _queries_backward_kernel(ins, outs, *, rate, inner):
     """Block i of dq, over the keys it sees; and of delta, the sum of p dp over a row, which is that of z dz."""
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # the long ones first, as in the forward pass
     T, _, K = ins['qkv'].shape
-    mine, blocks, queries = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
+    mine, blocks, queries = (
+        pl.ds(i * BLOCK, BLOCK),
+        BLOCK // inner,
+        _places(i * BLOCK, BLOCK)[:, None],
+    )
     q, dz, first_row = ins['qkv'][mine, 0, :], ins['dz'][mine, :], _first_row(T)
-    lse, delta = ins['lse'][mine][:, None], (dz.astype(jnp.float32) * ins['z'][mine, :].astype(jnp.float32)).sum(-1)
+    lse, delta = (
+        ins['lse'][mine][:, None],
+        (dz.astype(jnp.float32) * ins['z'][mine, :].astype(jnp.float32)).sum(-1),
+    )
     outs['delta'][mine], delta = delta, delta[:, None]
-    through_bias = 0.0 if ins['bias'] is None else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
+    through_bias = (
+        0.0
+        if ins['bias'] is None
+        else (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
+    )
 
     def body(masked, j, dq):
         theirs, keys = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
         k, v = ins['qkv'][theirs, 1, :], ins['qkv'][theirs, 2, :]
         p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
-        _, ds = _backward(ins, rate, p, plgpu.dot(dz, v.T) + through_bias, delta, first_row, queries, keys)
+        _, ds = _backward(
+            ins, rate, p, plgpu.dot(dz, v.T) + through_bias, delta, first_row, queries, keys
+        )
         return dq + plgpu.dot(ds, k)
 
-    dq = lax.fori_loop(0, i * blocks, functools.partial(body, False), jnp.zeros((BLOCK, K), jnp.float32))
+    dq = lax.fori_loop(
+        0, i * blocks, functools.partial(body, False), jnp.zeros((BLOCK, K), jnp.float32)
+    )
     dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), dq)
     _write(outs, mine, q=dq / math.sqrt(K))
 
@@ -128,15 +150,29 @@ def _keys_backward_kernel(ins, outs, *, rate, inner):
     i = pl.program_id(2)
     T, _, K = ins['qkv'].shape
     mine, blocks, keys = pl.ds(i * BLOCK, BLOCK), BLOCK // inner, _places(i * BLOCK, BLOCK)[:, None]
-    k, v, first_row = ins['qkv'][mine, 1, :], _add_bias(ins['qkv'][mine, 2, :], ins, 2), _first_row(T)
+    k, v, first_row = (
+        ins['qkv'][mine, 1, :],
+        _add_bias(ins['qkv'][mine, 2, :], ins, 2),
+        _first_row(T),
+    )
 
-    def body(masked, j, carry):  # transposed, keys before queries, so that no product transposes a pattern
+    def body(
+        masked, j, carry
+    ):  # transposed, keys before queries, so that no product transposes a pattern
         dk, dv = carry
         theirs, queries = pl.ds(j * inner, inner), _places(j * inner, inner)[None, :]
         q, dz = ins['qkv'][theirs, 0, :], ins['dz'][theirs, :]
         p = jnp.exp2(_scores(k, q, queries, keys, masked) - ins['lse'][theirs][None, :])
-        dropped, ds = _backward(ins, rate, p, plgpu.dot(v, dz.T), ins['delta'][theirs][None, :], first_row, queries,
-                                keys)
+        dropped, ds = _backward(
+            ins,
+            rate,
+            p,
+            plgpu.dot(v, dz.T),
+            ins['delta'][theirs][None, :],
+            first_row,
+            queries,
+            keys,
+        )
         return dk + plgpu.dot(ds, q), dv + plgpu.dot(dropped, dz)
 
     zero = jnp.zeros((BLOCK, K), jnp.float32)
@@ -147,23 +183,42 @@ def _keys_backward_kernel(ins, outs, *, rate, inner):
 
 def _specs(T, K):
     """Of one text and head: all rows of q, k, v; seeds and bias."""
-    return SEED_SPECS | {'qkv': pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0)),
-                         'bias': pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))}
+    return SEED_SPECS | {
+        'qkv': pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0)),
+        'bias': pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0)),
+    }
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _attention_forward(qkv_BT3HK, bias_3HK, seeds, rate):
     B, T, _, H, K = qkv_BT3HK.shape
-    ins, specs, biased = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seeds), _specs(T, K), bias_3HK is not None
-    shapes = {'qkv': qkv_BT3HK if biased else None, 'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
-              'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32)}
-    out_specs = {'qkv': specs['qkv'], 'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
-                 'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))}
+    ins, specs, biased = (
+        {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seeds),
+        _specs(T, K),
+        bias_3HK is not None,
+    )
+    shapes = {
+        'qkv': qkv_BT3HK if biased else None,
+        'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
+        'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+    }
+    out_specs = {
+        'qkv': specs['qkv'],
+        'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
+        'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)),
+    }
     outs = call(
-        functools.partial(_forward_kernel, rate=rate), grid=(B, H, T // BLOCK), warps=WARPS, stages=STAGES,
-        name='attention_forward', in_specs=[only(ins, specs)], out_specs=only(shapes, out_specs), out_shape=shapes,
+        functools.partial(_forward_kernel, rate=rate),
+        grid=(B, H, T // BLOCK),
+        warps=WARPS,
+        stages=STAGES,
+        name='attention_forward',
+        in_specs=[only(ins, specs)],
+        out_specs=only(shapes, out_specs),
+        out_shape=shapes,
         # In the order of their names, without what is None: bias, place, qkv, words; lse, qkv, z.
-        input_output_aliases={1 + (seeds is not None): 1} if biased else {})(ins)
+        input_output_aliases={1 + (seeds is not None): 1} if biased else {},
+    )(ins)
     return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
 
 
@@ -190,25 +245,50 @@ def _attention_bwd(rate, saved, dz_BTHK):
     z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
     dqkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
     dbias = pl.BlockSpec((None, 3, None, K), lambda b, h, i: (b * n + i, 0, h, 0))
-    shapes = {'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
-              'dbias': None if bias_3HK is None else jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32)}
+    shapes = {
+        'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
+        'dbias': None if bias_3HK is None else jax.ShapeDtypeStruct((B * n, 3, H, K), jnp.float32),
+    }
     ins = seed_inputs(seeds) | {'qkv': qkv_BT3HK, 'bias': bias_3HK, 'dz': dz_BTHK, 'lse': lse_BHT}
-    specs, out_specs = _specs(T, K) | {'dz': z, 'lse': row}, only(shapes, {'dqkv': dqkv, 'dbias': dbias})
+    specs, out_specs = (
+        _specs(T, K) | {'dz': z, 'lse': row},
+        only(shapes, {'dqkv': dqkv, 'dbias': dbias}),
+    )
 
     def run(kernel, name, stages, ins, in_specs, **options):
-        return call(functools.partial(kernel, rate=rate, inner=DROPPED_BLOCK if rate else BLOCK), grid=(B, H, n),
-                    warps=WARPS, stages=stages, name=name, in_specs=in_specs, **options)(*ins)
+        return call(
+            functools.partial(kernel, rate=rate, inner=DROPPED_BLOCK if rate else BLOCK),
+            grid=(B, H, n),
+            warps=WARPS,
+            stages=stages,
+            name=name,
+            in_specs=in_specs,
+            **options,
+        )(*ins)
 
     # Two kernels, the second of which goes on in the memory of the first: in one, the registers for keys would leave
     # room for fewer programs on queries too.
-    outs = run(_queries_backward_kernel, 'attention_backward_queries', STAGES, [ins | {'z': z_BTHK}],
-               [only(ins, specs) | {'z': z}], out_specs=out_specs | {'delta': row},
-               out_shape=shapes | {'delta': jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)})
+    outs = run(
+        _queries_backward_kernel,
+        'attention_backward_queries',
+        STAGES,
+        [ins | {'z': z_BTHK}],
+        [only(ins, specs) | {'z': z}],
+        out_specs=out_specs | {'delta': row},
+        out_shape=shapes | {'delta': jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)},
+    )
     ins, specs = ins | {'delta': outs.pop('delta')}, specs | {'delta': row}
     before = len(jax.tree.leaves(ins))
-    outs = run(lambda ins, _, outs, **options: _keys_backward_kernel(ins, outs, **options), 'attention_backward_keys',
-               KEYS_STAGES, [ins, outs], [only(ins, specs), out_specs], out_specs=out_specs, out_shape=shapes,
-               input_output_aliases={before + i: i for i in range(len(jax.tree.leaves(outs)))})
+    outs = run(
+        lambda ins, _, outs, **options: _keys_backward_kernel(ins, outs, **options),
+        'attention_backward_keys',
+        KEYS_STAGES,
+        [ins, outs],
+        [only(ins, specs), out_specs],
+        out_specs=out_specs,
+        out_shape=shapes,
+        input_output_aliases={before + i: i for i in range(len(jax.tree.leaves(outs)))},
+    )
     return outs['dqkv'], None if bias_3HK is None else outs['dbias'].sum(0), None
 
 

@@ -19,7 +19,10 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
     target, padded = targets_ref[...], V + -V % PADDING
     hit = logits_ref[target].astype(jnp.float32)  # before any thread overwrites it
-    blocks, whole = logits_ref.shape[0] // columns, V // (columns * UNROLL) * UNROLL  # of these none has padding
+    blocks, whole = (
+        logits_ref.shape[0] // columns,
+        V // (columns * UNROLL) * UNROLL,
+    )  # of these none has padding
 
     def block(j, masked):
         """The columns of block j, and which of them are in the array: a mask, or None for all."""
@@ -38,12 +41,18 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
         most, total = carry
         parts = [load(j, masked) for j in several]
         most_now = functools.reduce(jnp.maximum, parts, most)
-        return most_now, total * jnp.exp2(most - most_now) + sum(jnp.exp2(logits - most_now) for logits in parts)
+        return most_now, total * jnp.exp2(most - most_now) + sum(
+            jnp.exp2(logits - most_now) for logits in parts
+        )
 
     zero = jnp.zeros(columns, jnp.float32)
     # Lanes of padding alone begin finite, so that no -inf - -inf is met.
-    carry = lax.fori_loop(0, whole // UNROLL, lambda i, carry: scan(
-        False, [i * UNROLL + u for u in range(UNROLL)], carry), (zero - 1e30, zero))
+    carry = lax.fori_loop(
+        0,
+        whole // UNROLL,
+        lambda i, carry: scan(False, [i * UNROLL + u for u in range(UNROLL)], carry),
+        (zero - 1e30, zero),
+    )
     most, total = scan(True, range(whole, blocks), carry)
     top = most.max(0)
     lse = top + jnp.log2((total * jnp.exp2(most - top)).sum(0))
@@ -65,10 +74,19 @@ def _softmax_gradient(logits_NV, targets_N, V):
     columns = min(COLUMNS, pl.next_power_of_2(padded))
     row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
     one = pl.BlockSpec((None,), lambda n: (n,))
-    return call(functools.partial(_softmax_gradient_kernel, V=V, columns=columns), grid=(N,),
-                 warps=SOFTMAX_WARPS, name='softmax_gradient', in_specs=[one, row], out_specs=[row, one],
-                 input_output_aliases={1: 0}, out_shape=[jax.ShapeDtypeStruct(logits_NV.shape, logits_NV.dtype),
-                                                         jax.ShapeDtypeStruct((N,), jnp.float32)])(targets_N, logits_NV)
+    return call(
+        functools.partial(_softmax_gradient_kernel, V=V, columns=columns),
+        grid=(N,),
+        warps=SOFTMAX_WARPS,
+        name='softmax_gradient',
+        in_specs=[one, row],
+        out_specs=[row, one],
+        input_output_aliases={1: 0},
+        out_shape=[
+            jax.ShapeDtypeStruct(logits_NV.shape, logits_NV.dtype),
+            jax.ShapeDtypeStruct((N,), jnp.float32),
+        ],
+    )(targets_N, logits_NV)
 
 
 def head_loss(x_ND, wte_VD, targets_N, scale):
@@ -88,6 +106,8 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     (V, _), dtype = wte_VD.shape, x_ND.dtype
     head_VD = jnp.pad((wte_VD - wte_VD.mean(0)).astype(dtype), ((0, -V % PADDING), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
-    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)  # bf16 has too few bits for the scale
+    multiply = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32
+    )  # bf16 has too few bits for the scale
     dx_ND = (multiply('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
     return nats_N, dx_ND, multiply('NV,ND->VD', dlogits_NV, x_ND) * scale

@@ -8,13 +8,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from gpt2_jax.kernels.launch import LOG2_E, call, only
+from gpt2_jax.kernels.support import ROWS_MULTIPLE
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 GELU_ROWS, GELU_COLUMNS, GELU_WARPS = 4, 512, 4
-GELU_PROGRAMS = 512  # of the backward pass, for each block of columns
-ROWS = GELU_PROGRAMS * GELU_ROWS  # N is a multiple of this, or less
+GELU_PROGRAMS = ROWS_MULTIPLE // GELU_ROWS  # of the backward pass, for each block of columns
 
 
 def _gelu_parts(x):
@@ -64,11 +64,20 @@ def gelu(x_NF, bias_F):
 def _gelu_fwd(x_NF, bias_F):
     N, F = x_NF.shape
     columns = _columns(F)
-    block, vector = pl.BlockSpec((GELU_ROWS, columns), lambda i, j: (i, j)), pl.BlockSpec((columns,), lambda i, j: (j,))
+    block, vector = (
+        pl.BlockSpec((GELU_ROWS, columns), lambda i, j: (i, j)),
+        pl.BlockSpec((columns,), lambda i, j: (j,)),
+    )
     ins = {'x': x_NF, 'bias': bias_F}
-    h_NF = call(_gelu_kernel, grid=(N // GELU_ROWS, F // columns), warps=GELU_WARPS, name='gelu',
-                 in_specs=[only(ins, {'x': block, 'bias': vector})], out_specs={'h': block},
-                 out_shape={'h': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype)})(ins)['h']
+    h_NF = call(
+        _gelu_kernel,
+        grid=(N // GELU_ROWS, F // columns),
+        warps=GELU_WARPS,
+        name='gelu',
+        in_specs=[only(ins, {'x': block, 'bias': vector})],
+        out_specs={'h': block},
+        out_shape={'h': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype)},
+    )(ins)['h']
     return h_NF, (x_NF, bias_F)
 
 
@@ -77,15 +86,26 @@ def _gelu_bwd(saved, dh_NF):
     x_NF, bias_F = saved
     N, F = x_NF.shape
     columns, programs = _columns(F), min(GELU_PROGRAMS, N // GELU_ROWS)
-    block, vector = (pl.BlockSpec((N // programs, columns), lambda i, j: (i, j)),
-                     pl.BlockSpec((columns,), lambda i, j: (j,)))
+    block, vector = (
+        pl.BlockSpec((N // programs, columns), lambda i, j: (i, j)),
+        pl.BlockSpec((columns,), lambda i, j: (j,)),
+    )
     ins = {'x': x_NF, 'bias': bias_F, 'dh': dh_NF}
-    shapes = {'dx': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype),
-              'dbias': None if bias_F is None else jax.ShapeDtypeStruct((programs, F), jnp.float32)}
-    outs = call(_gelu_backward_kernel, grid=(programs, F // columns), warps=GELU_WARPS, name='gelu_backward',
-                 in_specs=[only(ins, {'x': block, 'bias': vector, 'dh': block})],
-                 out_specs=only(shapes, {'dx': block, 'dbias': pl.BlockSpec((None, columns), lambda i, j: (i, j))}),
-                 out_shape=shapes)(ins)
+    shapes = {
+        'dx': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype),
+        'dbias': None if bias_F is None else jax.ShapeDtypeStruct((programs, F), jnp.float32),
+    }
+    outs = call(
+        _gelu_backward_kernel,
+        grid=(programs, F // columns),
+        warps=GELU_WARPS,
+        name='gelu_backward',
+        in_specs=[only(ins, {'x': block, 'bias': vector, 'dh': block})],
+        out_specs=only(
+            shapes, {'dx': block, 'dbias': pl.BlockSpec((None, columns), lambda i, j: (i, j))}
+        ),
+        out_shape=shapes,
+    )(ins)
     return outs['dx'], None if bias_F is None else outs['dbias'].sum(0)
 
 

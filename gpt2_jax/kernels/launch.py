@@ -24,7 +24,10 @@ from jax.experimental.pallas import triton as plgpu
 LOG2_E = math.log2(math.e)
 
 # A kernel's part of model.dropout_seeds: None where it drops nothing.
-SEED_SPECS = {'words': pl.BlockSpec((2,), lambda *grid: (0,)), 'place': pl.BlockSpec((1,), lambda *grid: (0,))}
+SEED_SPECS = {
+    'words': pl.BlockSpec((2,), lambda *grid: (0,)),
+    'place': pl.BlockSpec((1,), lambda *grid: (0,)),
+}
 
 
 def interprets() -> bool:
@@ -34,8 +37,12 @@ def interprets() -> bool:
 
 def call(kernel, *, warps, stages=2, **options):
     """pallas_call on a GPU; in the interpreter elsewhere."""
-    return pl.pallas_call(kernel, interpret=interprets(), **options,
-                          compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages))
+    return pl.pallas_call(
+        kernel,
+        interpret=interprets(),
+        **options,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+    )
 
 
 def only(present, specs):
@@ -52,3 +59,9 @@ def seed_inputs(seeds):
 def seeds_of(ins):
     """The seeds again, within a kernel."""
     return (ins['words'][0], ins['words'][1]), ins['place'][0]
+
+
+def column_blocks(D, most):
+    """Blocks, of a power of two, that D columns are cut into: their size, and how many. The last may hold padding."""
+    size = min(most, pl.next_power_of_2(D))
+    return size, pl.cdiv(D, size)

@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.model.gpt2 import keep_mask
 from gpt2_jax.kernels.launch import SEED_SPECS, call, only, seed_inputs, seeds_of
+from gpt2_jax.model.dropout import keep_mask
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 NORM_ROWS, NORM_WARPS = 2, 2
@@ -20,7 +20,9 @@ NORM_PROGRAMS, NORM_BACKWARD_ROWS, NORM_BACKWARD_WARPS = 1024, 2, 1
 def _rows(ref, index, D):
     """Rows of a block whose last dimension is padded to a power of two, in fp32, with zeros for the padding."""
     width = ref.shape[-1]
-    return plgpu.load(ref.at[index], mask=(jnp.arange(width) < D)[None, :], other=0.0).astype(jnp.float32)
+    return plgpu.load(ref.at[index], mask=(jnp.arange(width) < D)[None, :], other=0.0).astype(
+        jnp.float32
+    )
 
 
 def _row_index(row0, rows, D, width):
@@ -72,21 +74,33 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
 
     def body(r, sums):
         these = pl.ds(r * rows, rows)
-        here, mean, rstd = (these, slice(None)), ins['mean'][these][:, None], ins['rstd'][these][:, None]
+        here, mean, rstd = (
+            (these, slice(None)),
+            ins['mean'][these][:, None],
+            ins['rstd'][these][:, None],
+        )
         x_hat = (_rows(ins['x'], here, D) - mean) * rstd
         dy = _rows(ins['dy'], here, D)
         g = dy * scale
-        dx = (g - g.sum(-1, keepdims=True) / D - x_hat * ((g * x_hat).sum(-1, keepdims=True) / D)) * rstd
+        dx = (
+            g - g.sum(-1, keepdims=True) / D - x_hat * ((g * x_hat).sum(-1, keepdims=True) / D)
+        ) * rstd
         if ins['dx'] is not None:
             dx += _rows(ins['dx'], here, D)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
         dbranch = _dropped(dx, ins, rate, row0 + r * rows, D)
         if outs['dbranch'] is not None:
-            plgpu.store(outs['dbranch'].at[here], dbranch.astype(outs['dbranch'].dtype), mask=inside[None, :])
+            plgpu.store(
+                outs['dbranch'].at[here],
+                dbranch.astype(outs['dbranch'].dtype),
+                mask=inside[None, :],
+            )
         terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
         return {name: total + terms[name].sum(0) for name, total in sums.items()}
 
-    sums = lax.fori_loop(0, span // rows, body, {name: jnp.zeros(width, jnp.float32) for name in summed})
+    sums = lax.fori_loop(
+        0, span // rows, body, {name: jnp.zeros(width, jnp.float32) for name in summed}
+    )
     for row, name in enumerate(summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
@@ -95,17 +109,41 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
 def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
     N, D = x_ND.shape
     width = pl.next_power_of_2(D)
-    rows, vector = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
+    rows, vector = (
+        pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)),
+        pl.BlockSpec((width,), lambda i: (0,)),
+    )
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     both = branch_ND is not None
-    ins = seed_inputs(seeds) | {'x': x_ND, 'branch': branch_ND, 'branch_bias': branch_bias_D, 'scale': scale_D,
-                                 'bias': bias_D}
-    row, of_rows = pl.BlockSpec((NORM_ROWS,), lambda i: (i,)), jax.ShapeDtypeStruct((N,), jnp.float32)
+    ins = seed_inputs(seeds) | {
+        'x': x_ND,
+        'branch': branch_ND,
+        'branch_bias': branch_bias_D,
+        'scale': scale_D,
+        'bias': bias_D,
+    }
+    row, of_rows = (
+        pl.BlockSpec((NORM_ROWS,), lambda i: (i,)),
+        jax.ShapeDtypeStruct((N,), jnp.float32),
+    )
     outs = call(
-        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps), grid=(N // NORM_ROWS,), warps=NORM_WARPS,
+        functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps),
+        grid=(N // NORM_ROWS,),
+        warps=NORM_WARPS,
         name='add_norm',
-        in_specs=[only(ins, SEED_SPECS | {'x': rows, 'branch': rows, 'branch_bias': vector, 'scale': vector,
-                                           'bias': vector})],
+        in_specs=[
+            only(
+                ins,
+                SEED_SPECS
+                | {
+                    'x': rows,
+                    'branch': rows,
+                    'branch_bias': vector,
+                    'scale': vector,
+                    'bias': vector,
+                },
+            )
+        ],
         out_specs={'x': rows if both else None, 'y': rows, 'mean': row, 'rstd': row},
         out_shape={'x': like_x if both else None, 'y': like_x, 'mean': of_rows, 'rstd': of_rows},
     )(ins)
@@ -113,7 +151,9 @@ def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, ra
 
 
 def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
-    x_ND, y_ND, *statistics = _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)
+    x_ND, y_ND, *statistics = _add_norm_forward(
+        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps
+    )
     present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
     return (x_ND, y_ND), (x_ND, *statistics, scale_D, seeds, present)
 
@@ -138,22 +178,42 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seeds, dx_ND, dy_ND, prese
     both, branch_biased, biased = present
     N, D = x_ND.shape
     width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N // NORM_BACKWARD_ROWS)
-    rows, vector = pl.BlockSpec((N // programs, width), lambda i: (i, 0)), pl.BlockSpec((width,), lambda i: (0,))
+    rows, vector = (
+        pl.BlockSpec((N // programs, width), lambda i: (i, 0)),
+        pl.BlockSpec((width,), lambda i: (0,)),
+    )
     drops = both and rate > 0
     summed = ('scale',) + ('bias',) * biased + ('branch_bias',) * branch_biased
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
-    shapes = {'dx': like_x, 'dbranch': like_x if drops else None,
-              'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32)}
+    shapes = {
+        'dx': like_x,
+        'dbranch': like_x if drops else None,
+        'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32),
+    }
     mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
-    ins = seed_inputs(seeds if drops else None) | {'x': x_ND, 'mean': mean_N, 'rstd': rstd_N, 'dx': dx_ND, 'dy': dy_ND,
-                                                   'scale': scale_D}
+    ins = seed_inputs(seeds if drops else None) | {
+        'x': x_ND,
+        'mean': mean_N,
+        'rstd': rstd_N,
+        'dx': dx_ND,
+        'dy': dy_ND,
+        'scale': scale_D,
+    }
     row = pl.BlockSpec((N // programs,), lambda i: (i,))
     outs = call(
         functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, summed=summed),
-        grid=(programs,), warps=NORM_BACKWARD_WARPS, name='add_norm_backward',
-        in_specs=[only(ins, SEED_SPECS | {'x': rows, 'mean': row, 'rstd': row, 'dx': rows, 'dy': rows,
-                                          'scale': vector})],
-        out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}), out_shape=shapes,
+        grid=(programs,),
+        warps=NORM_BACKWARD_WARPS,
+        name='add_norm_backward',
+        in_specs=[
+            only(
+                ins,
+                SEED_SPECS
+                | {'x': rows, 'mean': row, 'rstd': row, 'dx': rows, 'dy': rows, 'scale': vector},
+            )
+        ],
+        out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}),
+        out_shape=shapes,
     )(ins)
     dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None
     sums = dict(zip(summed, outs['sums'].sum(0), strict=True))

@@ -22,9 +22,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import SETTINGS
 from gpt2_jax.errors import UserError
-from gpt2_jax.model.gpt2 import GPT2, GPT2Config, init_params
+from gpt2_jax.model.params import init_params
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 
@@ -43,16 +44,30 @@ FIELDS = {
     'bias': ('bias',),
 }
 # What the published names of activations compute.
-ACTIVATIONS = {'gelu_new': 'gelu_new', 'gelu_pytorch_tanh': 'gelu_new', 'gelu_fast': 'gelu_new',
-               'gelu': 'gelu', 'gelu_python': 'gelu'}
+ACTIVATIONS = {
+    'gelu_new': 'gelu_new',
+    'gelu_pytorch_tanh': 'gelu_new',
+    'gelu_fast': 'gelu_new',
+    'gelu': 'gelu',
+    'gelu_python': 'gelu',
+}
 # Fields that would make it another architecture, and the values with which it is GPT-2.
-GPT2_ONLY = {'model_type': 'gpt2', 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
-             'add_cross_attention': False, 'tie_word_embeddings': True, 'pruned_heads': {}, 'quantization_config': None}
+GPT2_ONLY = {
+    'model_type': 'gpt2',
+    'scale_attn_weights': True,
+    'scale_attn_by_inverse_layer_idx': False,
+    'add_cross_attention': False,
+    'tie_word_embeddings': True,
+    'pruned_heads': {},
+    'quantization_config': None,
+}
 
 # Writes what is in a pickle as the files that are read here; nanoGPT's settings with it.
-UNPICKLE = ("python -c \"import json, torch, safetensors.torch as st; c = torch.load('{name}', map_location='cpu', "
-            "weights_only=True); st.save_file({{k: v.clone().contiguous() for k, v in c.get('model', c).items()}}, "
-            "'model.safetensors'); 'model_args' in c and json.dump(c['model_args'], open('config.json', 'w'))\"")
+UNPICKLE = (
+    "python -c \"import json, torch, safetensors.torch as st; c = torch.load('{name}', map_location='cpu', "
+    "weights_only=True); st.save_file({{k: v.clone().contiguous() for k, v in c.get('model', c).items()}}, "
+    "'model.safetensors'); 'model_args' in c and json.dump(c['model_args'], open('config.json', 'w'))\""
+)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -65,7 +80,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         _refuse_pickle(folder)
         raise UserError(f'{folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}')
     if not folder.is_dir():
-        raise UserError(f'there is no folder {folder}: expected one that holds {CONFIG} and {WEIGHTS}')
+        raise UserError(
+            f'there is no folder {folder}: expected one that holds {CONFIG} and {WEIGHTS}'
+        )
     if (folder / WEIGHTS).exists():
         tensors = _read_tensors(folder / WEIGHTS)
     elif (folder / INDEX).exists():
@@ -74,28 +91,36 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         for path in sorted(folder.iterdir()):
             _refuse_pickle(path)
         found = ', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'
-        raise UserError(f'{folder} has no weights: expected {WEIGHTS} (or {INDEX} and its shards), found {found}')
+        raise UserError(
+            f'{folder} has no weights: expected {WEIGHTS} (or {INDEX} and its shards), found {found}'
+        )
     return _read_json(folder / CONFIG), tensors
 
 
 def _refuse_pickle(path: Path) -> None:
     if path.suffix in ('.pt', '.pth', '.bin', '.ckpt', '.pkl'):
-        raise UserError(f'{path} is a pickle, which can run any code when it is read: where you trust it, and torch is '
-                        f'installed, convert it by {UNPICKLE.format(name=path.name)}, and give the folder of what that '
-                        'writes')
+        raise UserError(
+            f'{path} is a pickle, which can run any code when it is read: where you trust it, and torch is '
+            f'installed, convert it by {UNPICKLE.format(name=path.name)}, and give the folder of what that '
+            'writes'
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text('utf-8'))
     except FileNotFoundError:
-        raise UserError(f'{path} is missing: it gives the sizes. For weights of nanoGPT it is their model_args, '
-                        'e.g. {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, '
-                        '"bias": false, "dropout": 0.0}') from None
+        raise UserError(
+            f'{path} is missing: it gives the sizes. For weights of nanoGPT it is their model_args, '
+            'e.g. {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, '
+            '"bias": false, "dropout": 0.0}'
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f'{path} cannot be read as JSON: {error}') from None
     if not isinstance(content, dict):
-        raise UserError(f'{path} is damaged: expected a JSON object, found {type(content).__name__}')
+        raise UserError(
+            f'{path} is damaged: expected a JSON object, found {type(content).__name__}'
+        )
     return content
 
 
@@ -103,22 +128,37 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework='np') as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype that numpy does not have
-        raise UserError(f'{path} cannot be read as safetensors: {error}; if it was cut short, fetch it again') from None
+    except (
+        OSError,
+        SafetensorError,
+        TypeError,
+        KeyError,
+    ) as error:  # the last two: a dtype that numpy does not have
+        raise UserError(
+            f'{path} cannot be read as safetensors: {error}; if it was cut short, fetch it again'
+        ) from None
 
 
 def _read_shards(folder: Path) -> dict[str, np.ndarray]:
     weight_map = _read_json(folder / INDEX).get('weight_map')
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f'{folder / INDEX} is damaged: expected a "weight_map" from tensors to files')
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise UserError(
+            f'{folder / INDEX} is damaged: expected a "weight_map" from tensors to files'
+        )
     tensors = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not (folder / file).is_file():
-            raise UserError(f'{folder / INDEX} names the file {file!r}, which is not in that folder: fetch it too')
+            raise UserError(
+                f'{folder / INDEX} names the file {file!r}, which is not in that folder: fetch it too'
+            )
         tensors |= _read_tensors(folder / file)
     if tensors.keys() != weight_map.keys():
-        raise UserError(f'the files that {folder / INDEX} names hold other tensors than it lists, for instance '
-                        f'{min(tensors.keys() ^ weight_map.keys())!r}: they belong to different models')
+        raise UserError(
+            f'the files that {folder / INDEX} names hold other tensors than it lists, for instance '
+            f'{min(tensors.keys() ^ weight_map.keys())!r}: they belong to different models'
+        )
     return tensors
 
 
@@ -130,7 +170,9 @@ def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
     nanogpt = 'model_type' not in published and 'block_size' in published
 
     def refuse(field, value, expected):
-        return UserError(f'{CONFIG}: {field} = {value!r} is not GPT-2 as it is built here; expected {expected}')
+        return UserError(
+            f'{CONFIG}: {field} = {value!r} is not GPT-2 as it is built here; expected {expected}'
+        )
 
     for field, expected in GPT2_ONLY.items():
         value = published.get(field, None if field == 'model_type' and not nanogpt else expected)
@@ -154,7 +196,9 @@ def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
         if type(value) is not kind or not allowed.test(value):
             raise refuse(field, value, f'{kind.__name__}, {allowed.words}')
         settings[setting] = value
-    heads, width = (settings.get(name, SETTINGS[f'model.{name}'][0]) for name in ('n_head', 'n_embd'))
+    heads, width = (
+        settings.get(name, SETTINGS[f'model.{name}'][0]) for name in ('n_head', 'n_embd')
+    )
     if width % heads:
         raise refuse('n_embd', width, f'a multiple of n_head = {heads}')
     return settings
@@ -163,21 +207,38 @@ def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
 def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
     """The published config.json of a model; `end_of_text` is the token that ends a text, where there is one."""
     return {
-        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'dtype': 'float32',
-        'vocab_size': cfg.vocab_size, 'n_layer': cfg.n_layer, 'n_head': cfg.n_head, 'n_embd': cfg.n_embd,
-        'n_positions': cfg.n_positions, 'n_ctx': cfg.n_positions,
+        'architectures': ['GPT2LMHeadModel'],
+        'model_type': 'gpt2',
+        'dtype': 'float32',
+        'vocab_size': cfg.vocab_size,
+        'n_layer': cfg.n_layer,
+        'n_head': cfg.n_head,
+        'n_embd': cfg.n_embd,
+        'n_positions': cfg.n_positions,
+        'n_ctx': cfg.n_positions,
         'n_inner': None if cfg.d_ff == 4 * cfg.n_embd else cfg.d_ff,
-        'activation_function': cfg.activation_function, 'layer_norm_epsilon': cfg.layer_norm_epsilon,
-        'initializer_range': cfg.initializer_range, 'embd_pdrop': cfg.embd_pdrop, 'attn_pdrop': cfg.attn_pdrop,
-        'resid_pdrop': cfg.resid_pdrop, 'bos_token_id': end_of_text, 'eos_token_id': end_of_text,
-        **({} if cfg.bias else {'bias': False}),  # no field of theirs: read back here, and as nanoGPT has it
+        'activation_function': cfg.activation_function,
+        'layer_norm_epsilon': cfg.layer_norm_epsilon,
+        'initializer_range': cfg.initializer_range,
+        'embd_pdrop': cfg.embd_pdrop,
+        'attn_pdrop': cfg.attn_pdrop,
+        'resid_pdrop': cfg.resid_pdrop,
+        'bos_token_id': end_of_text,
+        'eos_token_id': end_of_text,
+        **(
+            {} if cfg.bias else {'bias': False}
+        ),  # no field of theirs: read back here, and as nanoGPT has it
     }
 
 
-def _published(cfg: GPT2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
+def _published(
+    cfg: GPT2Config,
+) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
     """{published name: (path in our tree, our shape, published shape)} of every parameter, biases included or not."""
     table = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_params(GPT2(cfg), 0))):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(lambda: init_params(cfg, 0))
+    ):
         path = tuple(key.key for key in keys)
         *modules, kind = path
         shape = leaf.shape
@@ -185,7 +246,7 @@ def _published(cfg: GPT2Config) -> dict[str, tuple[tuple[str, ...], tuple[int, .
             rows = leaf.shape[0] if modules[-1] == 'c_attn' else leaf.size // leaf.shape[-1]
             shape = rows, leaf.size // rows
         elif kind == 'bias':
-            shape = leaf.size,
+            shape = (leaf.size,)
         name = '.'.join([*modules, 'bias' if kind == 'bias' else 'weight'])
         table[re.sub(r'^h_', 'h.', name)] = path, leaf.shape, shape
     return table
@@ -196,32 +257,55 @@ def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, 
 
     Where cfg.bias is False, biases may be there if all are 0, as `export_params` writes them.
     """
-    plain = {re.sub(r'^(_orig_mod\.|module\.)*(transformer\.)?(_orig_mod\.)?', '', name): tensor
-             for name, tensor in tensors.items()}
+    plain = {
+        re.sub(r'^(_orig_mod\.|module\.)*(transformer\.)?(_orig_mod\.)?', '', name): tensor
+        for name, tensor in tensors.items()
+    }
     if len(plain) < len(tensors):
-        raise UserError('the weights hold the same tensor twice, with and without "transformer." before its name')
-    plain = {name: tensor for name, tensor in plain.items()
-             if not re.fullmatch(r'h\.\d+\.attn\.(masked_)?bias', name)}  # the causal mask, and what it fills in
+        raise UserError(
+            'the weights hold the same tensor twice, with and without "transformer." before its name'
+        )
+    plain = {
+        name: tensor
+        for name, tensor in plain.items()
+        if not re.fullmatch(r'h\.\d+\.attn\.(masked_)?bias', name)
+    }  # the causal mask, and what it fills in
     head = plain.pop('lm_head.weight', None)
     if head is not None and not np.array_equal(head, plain.get('wte.weight')):
-        raise UserError('lm_head.weight differs from wte.weight: the output head is untied, and that of GPT-2 is the '
-                        'token embedding itself')
+        raise UserError(
+            'lm_head.weight differs from wte.weight: the output head is untied, and that of GPT-2 is the '
+            'token embedding itself'
+        )
     for name, tensor in plain.items():
         if tensor.dtype.name not in ('float32', 'float16', 'bfloat16'):
-            raise UserError(f'{name} is of {tensor.dtype.name}: expected float32, float16 or bfloat16')
+            raise UserError(
+                f'{name} is of {tensor.dtype.name}: expected float32, float16 or bfloat16'
+            )
     first = plain.get('h.0.attn.c_attn.weight')
     if first is not None and first.shape == (3 * cfg.n_embd, cfg.n_embd):  # (out, in)
-        plain = {name: tensor.T if re.fullmatch(r'h\.\d+\.\w+\.c_\w+\.weight', name) else tensor
-                 for name, tensor in plain.items()}
+        plain = {
+            name: tensor.T if re.fullmatch(r'h\.\d+\.\w+\.c_\w+\.weight', name) else tensor
+            for name, tensor in plain.items()
+        }
     table = _published(cfg)
     if not cfg.bias:
-        plain = {name: tensor for name, tensor in plain.items()
-                 if name in table or not name.endswith('.bias') or tensor.any()}
-    wrong = [_listed('missing', sorted(table.keys() - plain.keys())),
-             _listed('not of this model', sorted(plain.keys() - table.keys())),
-             _listed('of another shape', [f'{name} is {plain[name].shape}, expected {shape}'
-                                          for name, (_, _, shape) in table.items()
-                                          if name in plain and plain[name].shape != shape])]
+        plain = {
+            name: tensor
+            for name, tensor in plain.items()
+            if name in table or not name.endswith('.bias') or tensor.any()
+        }
+    wrong = [
+        _listed('missing', sorted(table.keys() - plain.keys())),
+        _listed('not of this model', sorted(plain.keys() - table.keys())),
+        _listed(
+            'of another shape',
+            [
+                f'{name} is {plain[name].shape}, expected {shape}'
+                for name, (_, _, shape) in table.items()
+                if name in plain and plain[name].shape != shape
+            ],
+        ),
+    ]
     if any(wrong):
         raise UserError(f'the weights do not fit {CONFIG}: {"; ".join(filter(None, wrong))}')
     params = {}
@@ -247,7 +331,9 @@ def export_params(params, cfg: GPT2Config) -> dict[str, np.ndarray]:
             leaf = leaf[key]
         tensors[f'transformer.{name}'] = np.ascontiguousarray(leaf, np.float32).reshape(shape)
         if not cfg.bias and path[0] not in ('wte', 'wpe'):
-            tensors[f'transformer.{name.removesuffix("weight")}bias'] = np.zeros(shape[-1], np.float32)
+            tensors[f'transformer.{name.removesuffix("weight")}bias'] = np.zeros(
+                shape[-1], np.float32
+            )
     return tensors
 
 
@@ -256,8 +342,13 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.nda
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', 'utf-8')
     try:
         # save_file writes memory as it lies: anything but C order would be scrambled.
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / WEIGHTS,
-                  metadata={'format': 'pt'})
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # it leaves a file that only its owner can read
+        save_file(
+            {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+            folder / WEIGHTS,
+            metadata={'format': 'pt'},
+        )
+        (folder / WEIGHTS).chmod(
+            (folder / CONFIG).stat().st_mode
+        )  # it leaves a file that only its owner can read
     except SafetensorError as error:
         raise UserError(f'{folder / WEIGHTS} could not be written: {error}') from None

@@ -16,14 +16,14 @@ import optax
 DECAYED = ('kernel', 'embedding')
 
 
-class InPlace(NamedTuple):
+class FusedOptimizer(NamedTuple):
     """An optimizer that changes parameters itself: update(grads, state, params) -> (params, state, norms)."""
 
     init: Callable
     update: Callable
 
 
-Optimizer = optax.GradientTransformation | InPlace
+Optimizer = optax.GradientTransformation | FusedOptimizer
 
 
 def decay_mask(params):
@@ -31,8 +31,14 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 
-def make_schedule(*, implementation: str = 'optax', learning_rate: float, end_learning_rate: float, warmup_steps: int,
-                  steps: int) -> optax.Schedule:
+def make_schedule(
+    *,
+    implementation: str = 'optax',
+    learning_rate: float,
+    end_learning_rate: float,
+    warmup_steps: int,
+    steps: int,
+) -> optax.Schedule:
     """The learning rate of update s = 0, 1, ..: linear to the peak over `warmup_steps`, cosine to the end.
 
         s < w:   peak (s + 1) / (w + 1)
@@ -41,30 +47,52 @@ def make_schedule(*, implementation: str = 'optax', learning_rate: float, end_le
     The ramp starts at peak / (w + 1): starting at 0 would waste the first update.
     A run with steps <= w is all ramp.
     """
-    peak, end, w, steps = learning_rate, end_learning_rate, warmup_steps, max(steps, warmup_steps + 1)
+    peak, end, w, steps = (
+        learning_rate,
+        end_learning_rate,
+        warmup_steps,
+        max(steps, warmup_steps + 1),
+    )
     if implementation == 'optax':
-        return optax.warmup_cosine_decay_schedule(init_value=peak / (w + 1), peak_value=peak, warmup_steps=w,
-                                                  decay_steps=steps, end_value=end)
+        return optax.warmup_cosine_decay_schedule(
+            init_value=peak / (w + 1),
+            peak_value=peak,
+            warmup_steps=w,
+            decay_steps=steps,
+            end_value=end,
+        )
 
     def schedule(s):
         ramp = peak * (s + 1) / (w + 1)
-        cosine = end + (peak - end) * (1 + jnp.cos(jnp.pi * jnp.minimum((s - w) / (steps - w), 1))) / 2
+        cosine = (
+            end + (peak - end) * (1 + jnp.cos(jnp.pi * jnp.minimum((s - w) / (steps - w), 1))) / 2
+        )
         return jnp.where(s < w, ramp, cosine)
 
     return schedule
 
 
-def make_optimizer(*, implementation: str = 'optax', schedule: optax.Schedule, beta1: float, beta2: float, eps: float,
-                   weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+def make_optimizer(
+    *,
+    implementation: str = 'optax',
+    schedule: optax.Schedule,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on gradients clipped to `clip_norm` (Pascanu et al. 2013).
 
-        g <- g min(1, clip_norm / ||g||)            over all leaves at once; 0 turns clipping off
-        m <- beta1 m + (1 - beta1) g                v <- beta2 v + (1 - beta2) g^2
-        p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)     decay where masked
+    g <- g min(1, clip_norm / ||g||)            over all leaves at once; 0 turns clipping off
+    m <- beta1 m + (1 - beta1) g                v <- beta2 v + (1 - beta2) g^2
+    p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)     decay where masked
     """
     if implementation == 'optax':
         clip = optax.clip_by_global_norm(clip_norm)
-        update = optax.adamw(schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+        update = optax.adamw(
+            schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask
+        )
     else:
         clip = explicit_clip(clip_norm)
         update = explicit_adamw(schedule, beta1, beta2, eps, weight_decay)
@@ -73,19 +101,23 @@ def make_optimizer(*, implementation: str = 'optax', schedule: optax.Schedule, b
 
 def as_parameters(grads, params):
     """Gradients in the parameters' shapes and dtypes: those of fused kernels may be bf16, and have rows of padding."""
-    return jax.tree.map(lambda g, p: g[:len(p)].astype(p.dtype), grads, params)
+    return jax.tree.map(lambda g, p: g[: len(p)].astype(p.dtype), grads, params)
 
 
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
     """One update: (params, opt_state, norms), where norms has grad_norm (before clipping), update_norm and param_norm
     (after the update)."""
-    if isinstance(optimizer, InPlace):
+    if isinstance(optimizer, FusedOptimizer):
         return optimizer.update(grads, opt_state, params)
     grads = as_parameters(grads, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     norm = optax.tree.norm
-    return params, opt_state, {'grad_norm': norm(grads), 'update_norm': norm(updates), 'param_norm': norm(params)}
+    return (
+        params,
+        opt_state,
+        {'grad_norm': norm(grads), 'update_norm': norm(updates), 'param_norm': norm(params)},
+    )
 
 
 def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
@@ -112,8 +144,9 @@ def zero_moments(params) -> AdamWState:
     return AdamWState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
 
-def explicit_adamw(schedule: optax.Schedule, beta1: float, beta2: float, eps: float,
-                   weight_decay: float) -> optax.GradientTransformation:
+def explicit_adamw(
+    schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
     """The other three lines of `make_optimizer`, which update s = 1, 2, .. adds to the parameters."""
 
     def update(grads, state, params):
@@ -123,9 +156,13 @@ def explicit_adamw(schedule: optax.Schedule, beta1: float, beta2: float, eps: fl
         v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.v, grads)
 
         def step(m, v, p, decays):
-            m_hat = m / (1 - beta1**s)  # m and v start at 0: without this they are too small at first
+            m_hat = m / (
+                1 - beta1**s
+            )  # m and v start at 0: without this they are too small at first
             v_hat = v / (1 - beta2**s)
-            return -learning_rate * (m_hat / (jnp.sqrt(v_hat) + eps) + (weight_decay * p if decays else 0))
+            return -learning_rate * (
+                m_hat / (jnp.sqrt(v_hat) + eps) + (weight_decay * p if decays else 0)
+            )
 
         return jax.tree.map(step, m, v, params, decay_mask(params)), AdamWState(s, m, v)
 

@@ -1,9 +1,8 @@
 """One update and one evaluation step: pure functions, no input and no output.
 
-    train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
+train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
 """
 
-import functools
 from collections.abc import Callable
 
 import flax
@@ -12,11 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.training.optim import Optimizer, apply_update, as_parameters
-
-# A batch: 'inputs' and 'targets', int32 (B, T), where targets are the inputs one place later in the text; for
-# evaluation also 'mask' (B, T), 1.0 where the target counts.
-Batch = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -34,50 +30,65 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
 
 
 def token_losses(logits_BTV, targets_BT):
-    """Cross-entropy of each target in nats, -log softmax(logits)[target], in fp32: (B, T, V), (B, T) -> (B, T)."""
-    # A comparison and not a look-up: it fuses with the sum over V, and its gradient is no scatter into (B, T, V).
+    """Cross-entropy of each target in nats, -log softmax(logits)[target]: (B, T, V), (B, T) -> (B, T)."""
+    # A comparison instead of a gather: it fuses with the sum over V, and its gradient needs no scatter.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
+    target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
 
 
-def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule, *, seed: int,
-                    accumulate: int, gather: Callable = lambda params: params):
-    """The function train_step(state, batch) -> (state, metrics), to be jitted with the state donated.
+def plain_value_and_grad(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
+    """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads), by JAX from the model.
 
-    The batch's B rows are worked off in `accumulate` equal micro-batches inside the step (one lax.scan); the
-    gradient is that of the mean loss over all B T targets. Dropout keys are a function of (seed, step,
-    micro-batch) alone, so a restart draws the same ones. `gather` is applied to the parameters before use: where
-    they are stored in pieces, it says how they are to lie for the matrix products.
-
-    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm (before
-    clipping), update_norm and param_norm (after the update).
+    The loss is the sum over the targets of `batch` divided by `n_targets`, those of all micro-batches.
+    `unshard` lays stored parameters out as the matrix products need them (see partition.make_unshard).
     """
 
-    def open_loss(params, batch, dropout_key, n_targets):
-        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'], dropout_key)
+    def loss(params, batch: Batch, dropout_key, n_targets):
+        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
         return token_losses(logits_BTV, batch['targets']).sum() / n_targets
 
-    if model.cfg.kernels == 'fused':
-        from gpt2_jax.training import fused_step
-        value_and_grad = functools.partial(fused_step.value_and_grad, model.cfg)
-    else:
-        value_and_grad = jax.value_and_grad(open_loss)
+    return jax.value_and_grad(loss)
+
+
+def make_train_step(
+    value_and_grad: Callable,
+    optimizer: Optimizer,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    grad_accum_steps: int,
+) -> Callable:
+    """The function train_step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The B rows of the batch are processed in `grad_accum_steps` equal micro-batches (one lax.scan); the
+    gradient is that of the mean loss over all B T targets. Dropout keys are a function of (seed, step,
+    micro-batch) alone, so a restarted run draws the same ones. `value_and_grad` is as in
+    `plain_value_and_grad`.
+
+    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm
+    (before clipping), update_norm and param_norm (after the update).
+    """
 
     def train_step(state: TrainState, batch: Batch):
-        step_key, n_targets = jax.random.fold_in(jax.random.key(seed), state.step), batch['targets'].size
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        n_targets = batch['targets'].size
 
-        def add_one(total, micro):
-            index, micro_batch = micro
-            loss, grads = value_and_grad(state.params, micro_batch, jax.random.fold_in(step_key, index), n_targets)
+        def micro_step(index, micro_batch):
+            dropout_key = jax.random.fold_in(step_key, index)
+            return value_and_grad(state.params, micro_batch, dropout_key, n_targets)
+
+        def add_micro_step(total, micro):
+            loss, grads = micro_step(*micro)
             return jax.tree.map(jnp.add, total, (loss, as_parameters(grads, state.params))), None
 
-        if accumulate == 1:
-            loss, grads = value_and_grad(state.params, batch, jax.random.fold_in(step_key, 0), n_targets)
+        if grad_accum_steps == 1:
+            loss, grads = micro_step(0, batch)
         else:
-            # Micro-batch m is the rows m, m + k, ..: each device, which holds consecutive rows, has its share of each.
-            micro_batches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-            (loss, grads), _ = jax.lax.scan(add_one, zero, (jnp.arange(accumulate), micro_batches))
+            micro_batches = jax.tree.map(lambda x: split_rows(x, grad_accum_steps), batch)
+            zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+            numbered = jnp.arange(grad_accum_steps), micro_batches
+            (loss, grads), _ = jax.lax.scan(add_micro_step, zero, numbered)
         params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -85,11 +96,19 @@ def make_train_step(model: GPT2, optimizer: Optimizer, schedule: optax.Schedule,
     return train_step
 
 
-def make_eval_step(model: GPT2, gather: Callable = lambda params: params):
+def split_rows(x, n: int):
+    """(B, ..) -> (n, B / n, ..), where micro-batch m has rows m, m + n, ..
+
+    A device holds consecutive rows, so it has an equal share of each micro-batch.
+    """
+    return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
+
+
+def make_eval_step(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
     """The function eval_step(params, batch) -> nats_B: each row's summed loss over its unmasked targets."""
 
     def eval_step(params, batch: Batch):
-        logits_BTV = model.apply({'params': gather(params)}, batch['inputs'])
+        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
         return (token_losses(logits_BTV, batch['targets']) * batch['mask']).sum(-1)
 
     return eval_step

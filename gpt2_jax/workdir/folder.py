@@ -27,21 +27,27 @@ def claim(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise UserError(f'another run is using {folder} (process {lock.read().strip() or "unknown"}): wait for '
-                                'it, stop it, or choose another --workdir') from None
+                raise UserError(
+                    f'another run is using {folder} (process {lock.read().strip() or "unknown"}): wait for '
+                    'it, stop it, or choose another --workdir'
+                ) from None
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
             logs = sorted(log_sizes(folder))
             if logs and not is_run(folder):
-                raise UserError(f'{folder} is not the folder of a run, but has {logs[0]}, which a run would overwrite: '
-                                'choose another --workdir')
+                raise UserError(
+                    f'{folder} is not the folder of a run, but has {logs[0]}, which a run would overwrite: '
+                    'choose another --workdir'
+                )
             yield
     except BrokenPipeError:  # no matter of this folder
         raise
     except OSError as error:
-        raise UserError(f'the run cannot write {error.filename or folder}: {error.strerror or error}; put it right and '
-                        'the same command goes on from the last checkpoint, or choose another --workdir') from None
+        raise UserError(
+            f'the run cannot write {error.filename or folder}: {error.strerror or error}; put it right and '
+            'the same command goes on from the last checkpoint, or choose another --workdir'
+        ) from None
 
 
 def is_run(folder: Path) -> bool:
@@ -72,8 +78,12 @@ def write_text(path: Path, text: str) -> None:
 
 def log_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each log file, to be kept with a checkpoint; see `cut_back`."""
-    return {str(path.relative_to(folder)): path.stat().st_size for pattern in LOGS for path in folder.glob(pattern)
-            if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for pattern in LOGS
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
 
 
 def cut_back(folder: Path, sizes: dict[str, int]) -> None:

@@ -30,26 +30,43 @@ def duration(seconds: float) -> str:
     return f'{int(minutes)} min {int(seconds % 60)} s' if minutes >= 1 else f'{seconds:.0f} s'
 
 
-class RunLog:
+class Logger:
     """Everything a run writes while it trains. Use as a context manager."""
 
     def __init__(self, folder: Path, start: int, steps: int):
         (folder / 'tensorboard').mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._metrics = stack.enter_context(open(folder / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1))
-            self._samples = stack.enter_context(open(folder / 'samples.txt', 'a', encoding='utf-8', buffering=1))
+            self._metrics = stack.enter_context(
+                open(folder / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)
+            )
+            self._samples = stack.enter_context(
+                open(folder / 'samples.txt', 'a', encoding='utf-8', buffering=1)
+            )
             # Not tensorboardX's SummaryWriter: it writes from a thread of its own, and what it was given is not in the
             # file when its flush returns.
-            self._events = stack.enter_context(contextlib.closing(RecordWriter(str(
-                folder / 'tensorboard' / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'))))
+            self._events = stack.enter_context(
+                contextlib.closing(
+                    RecordWriter(
+                        str(
+                            folder
+                            / 'tensorboard'
+                            / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
+                        )
+                    )
+                )
+            )
             self._event(file_version='brain.Event:2')
             self._close = stack.pop_all().close
         self._last_line = 0.0
         self._live = None
         if sys.stdout and sys.stdout.isatty():
             self._live = progress.Progress(
-                progress.TextColumn('step {task.completed}/{task.total}'), progress.BarColumn(),
-                progress.TextColumn('{task.description}'), progress.TimeRemainingColumn(), transient=True)
+                progress.TextColumn('step {task.completed}/{task.total}'),
+                progress.BarColumn(),
+                progress.TextColumn('{task.description}'),
+                progress.TimeRemainingColumn(),
+                transient=True,
+            )
             self._task = self._live.add_task('compiling', total=steps, completed=start)
             self._live.start()
 
@@ -67,22 +84,41 @@ class RunLog:
     def say(self, text: str) -> None:
         """A message on the console, above the progress line where there is one."""
         if self._live:
-            self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+            self._live.console.print(
+                text, markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
         else:
             print(text, flush=True)
 
     def record(self, step: int, split: str, values: dict[str, float | None]) -> None:
         """One line of metrics.jsonl, and the same figures as TensorBoard events. None stands for unknown."""
-        self._metrics.write(json.dumps({'step': step, 'split': split, **values}, allow_nan=False) + '\n')
-        self._event(step=step, summary=Summary(value=[Summary.Value(tag=f'{split}/{name}', simple_value=value)
-                                                      for name, value in values.items() if value is not None]))
+        self._metrics.write(
+            json.dumps({'step': step, 'split': split, **values}, allow_nan=False) + '\n'
+        )
+        self._event(
+            step=step,
+            summary=Summary(
+                value=[
+                    Summary.Value(tag=f'{split}/{name}', simple_value=value)
+                    for name, value in values.items()
+                    if value is not None
+                ]
+            ),
+        )
 
     def sample(self, step: int, text: str) -> None:
         """A sampled text, in samples.txt and on the console."""
         self._samples.write(f'=== step {step} ===\n{text}\n\n')
         self.say(f'--- sample at step {step} ---\n{text.strip()}\n---')
 
-    def progress(self, step: int, steps: int, loss: float, tokens_per_second: float | None, seconds_left: float | None):
+    def progress(
+        self,
+        step: int,
+        steps: int,
+        loss: float,
+        tokens_per_second: float | None,
+        seconds_left: float | None,
+    ):
         """The state of training: the live line, or now and then a plain one."""
         rate = f'{tokens_per_second:,.0f} tokens/s' if tokens_per_second else 'compiled'
         if self._live:

@@ -13,19 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax.parallel import mesh
-from gpt2_jax.workdir.checkpoints import Checkpoints
-from gpt2_jax.errors import UserError
-from gpt2_jax.inference.decoding import CHUNK, Sampling, generate, set_up
-from gpt2_jax.training.setup import Recipe
-from gpt2_jax.data.shards import Dataset, Tokens
+from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
+from gpt2_jax.errors import UserError
+from gpt2_jax.inference.decoding import CHUNK, generate, set_up
+from gpt2_jax.inference.evaluate import make_evaluate
+from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.parallel import devices, feed
+from gpt2_jax.training import programs
+from gpt2_jax.training.setup import Setup
+from gpt2_jax.workdir.checkpoints import Checkpoints
 
 
 def random_data(vocab_size: int, n_tokens: int = 1 << 20) -> Dataset:
     """Uniformly random tokens: speed does not depend on what is learned."""
     tokens = Tokens((np.random.default_rng(0).integers(0, vocab_size, n_tokens, dtype=np.uint16),))
-    return Dataset('random tokens', CharTokenizer(''.join(map(chr, range(vocab_size)))), tokens, tokens, '')
+    return Dataset(
+        'random tokens', CharTokenizer(''.join(map(chr, range(vocab_size)))), tokens, tokens, ''
+    )
 
 
 def _windows(run: Callable[[], Any], windows: int, seconds: float) -> list[float]:
@@ -45,15 +50,23 @@ def _windows(run: Callable[[], Any], windows: int, seconds: float) -> list[float
 
 
 def _spread(figures: list[float]) -> dict[str, float]:
-    return {'median': statistics.median(figures), 'min': min(figures), 'max': max(figures), 'windows': len(figures)}
+    return {
+        'median': statistics.median(figures),
+        'min': min(figures),
+        'max': max(figures),
+        'windows': len(figures),
+    }
 
 
-def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
+def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
     """Update, evaluation, save and compilation. Times in seconds, memory in bytes, rates in tokens per second."""
     began = time.monotonic()
-    state = jax.block_until_ready(recipe.new_state())
+    state = jax.block_until_ready(programs.new_state(setup))
     init_seconds = time.monotonic() - began
-    train_step, batch = recipe.train_step(), recipe.batch(0)
+    train_step, batch = (
+        programs.train_step(setup),
+        feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options),
+    )
     began = time.monotonic()
     state, _ = jax.block_until_ready(train_step(state, batch))
     compile_seconds = time.monotonic() - began
@@ -64,7 +77,7 @@ def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
         return metrics
 
     step_seconds = _spread(_windows(run, windows, seconds))
-    evaluate = recipe.evaluator()
+    evaluate = make_evaluate(setup)
     evaluate(state.params)
     began = time.monotonic()
     evaluate(state.params)
@@ -75,27 +88,39 @@ def bench_train(recipe: Recipe, windows: int, seconds: float) -> dict[str, Any]:
         blocked_seconds = time.monotonic() - began
         checkpoints.wait()
         save_seconds = time.monotonic() - began
-    rate = recipe.tokens_per_step / step_seconds['median']
-    peak = mesh.peak_flops(recipe.device)
+    rate = setup.tokens_per_step / step_seconds['median']
     return {
-        'step_seconds': step_seconds, 'tokens_per_second': rate, 'tokens_per_step': recipe.tokens_per_step,
-        'flops_per_token': recipe.flops_per_token,
-        'mfu': rate * recipe.flops_per_token / peak / recipe.mesh.size if peak else None,
-        'init_seconds': init_seconds, 'compile_and_first_step_seconds': compile_seconds,
-        'evaluation_seconds': evaluation_seconds, 'evaluation_tokens': len(recipe.dataset.val) - 1,
-        'save_seconds': save_seconds, 'save_holds_up_training_seconds': blocked_seconds,
-        'peak_memory_bytes': (recipe.device.memory_stats() or {}).get('peak_bytes_in_use'),
+        'step_seconds': step_seconds,
+        'tokens_per_second': rate,
+        'tokens_per_step': setup.tokens_per_step,
+        'flops_per_token': setup.flops_per_token,
+        'mfu': devices.model_flops_utilisation(rate, setup.flops_per_token, setup.mesh),
+        'init_seconds': init_seconds,
+        'compile_and_first_step_seconds': compile_seconds,
+        'evaluation_seconds': evaluation_seconds,
+        'evaluation_tokens': len(setup.dataset.val) - 1,
+        'save_seconds': save_seconds,
+        'save_holds_up_training_seconds': blocked_seconds,
+        'peak_memory_bytes': (setup.device.memory_stats() or {}).get('peak_bytes_in_use'),
     }
 
 
-def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int, sampling: Sampling) -> dict[str, Any]:
+def bench_decode(
+    setup: Setup, windows: int, num_samples: int, new_tokens: int, sampling: Sampling
+) -> dict[str, Any]:
     """Generation from a one-token prompt, prefill included. Rates count the tokens of all samples."""
-    model = set_up(recipe.model, recipe.model.cfg.kernels, '')
-    params = recipe.new_state().params
+    model = set_up(setup.model, setup.model.cfg.kernels, '')
+    params = programs.new_state(setup).params
 
     def run():
-        chunks = generate(model, params, [0], max_new_tokens=new_tokens, num_samples=num_samples,
-                          sampling=sampling)
+        chunks = generate(
+            model,
+            params,
+            [0],
+            max_new_tokens=new_tokens,
+            num_samples=num_samples,
+            sampling=sampling,
+        )
         return sum(chunk.shape[1] for chunk in chunks)
 
     began = time.monotonic()
@@ -107,8 +132,14 @@ def bench_decode(recipe: Recipe, windows: int, num_samples: int, new_tokens: int
         run()
         figures.append(time.monotonic() - began)
     seconds = _spread(figures)
-    return {'samples': num_samples, 'new_tokens': new_tokens, 'chunk': CHUNK, 'seconds': seconds,
-            'first_call_seconds': first, 'tokens_per_second': num_samples * new_tokens / seconds['median']}
+    return {
+        'samples': num_samples,
+        'new_tokens': new_tokens,
+        'chunk': CHUNK,
+        'seconds': seconds,
+        'first_call_seconds': first,
+        'tokens_per_second': num_samples * new_tokens / seconds['median'],
+    }
 
 
 def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
@@ -124,12 +155,20 @@ def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
             for window in range(windows + (kind == 'warm')):  # the first one fills the cache
                 with tempfile.TemporaryDirectory() as own:
                     cache = {'JAX_COMPILATION_CACHE_DIR': shared if kind == 'warm' else own}
-                    done = subprocess.run([*train_command, '--config.train.steps=1', f'--workdir={own}/run'],
-                                          capture_output=True, text=True, env=os.environ | cache)
+                    done = subprocess.run(
+                        [*train_command, '--config.train.steps=1', f'--workdir={own}/run'],
+                        capture_output=True,
+                        text=True,
+                        env=os.environ | cache,
+                    )
                     if done.returncode:
-                        raise UserError(f'the run that was to be timed failed: {done.stderr.strip()[-500:]}')
+                        raise UserError(
+                            f'the run that was to be timed failed: {done.stderr.strip()[-500:]}'
+                        )
                     if window or kind == 'cold':
-                        summaries.append(json.loads(Path(own, 'run/summary.json').read_text('utf-8')))
+                        summaries.append(
+                            json.loads(Path(own, 'run/summary.json').read_text('utf-8'))
+                        )
         for name in ('seconds_to_first_step', 'seconds_total'):
             figures[f'{kind}_{name}'] = _spread([summary[name] for summary in summaries])
     return figures

@@ -1,0 +1,91 @@
+"""The numbers that make a GPT-2: sizes, rates, activation, precision. No arrays, and no JAX."""
+
+import dataclasses
+from typing import NamedTuple
+
+
+class Precision(NamedTuple):
+    """How a value of `dtype` computes: the dtype of activations, and the rounding of matrix products."""
+
+    compute_dtype: str
+    matmul_precision: str
+    meaning: str
+
+
+# 'highest' keeps every bit of fp32 on a GPU too, where JAX's default is TF32 (10 mantissa bits).
+PRECISIONS = {
+    'float32': Precision('float32', 'highest', 'full fp32 matrix products'),
+    'tf32': Precision('float32', 'high', 'TF32 matrix products, where the device has them'),
+    'bfloat16': Precision('bfloat16', 'default', 'bf16 matrix products, accumulated in fp32'),
+}
+
+# activation_function -> the function of flax.linen, and its arguments. GPT-2 was trained with the tanh
+# approximation, 'gelu_new'; 'gelu' is exact, as in nanoGPT.
+ACTIVATIONS = {
+    'gelu_new': ('gelu', {'approximate': True}),
+    'gelu': ('gelu', {'approximate': False}),
+}
+
+# The four published sizes (Radford et al. 2019, table 2): config.model.update(PRESETS['gpt2-xl']).
+PRESETS = {
+    'gpt2': {'n_layer': 12, 'n_head': 12, 'n_embd': 768},
+    'gpt2-medium': {'n_layer': 24, 'n_head': 16, 'n_embd': 1024},
+    'gpt2-large': {'n_layer': 36, 'n_head': 20, 'n_embd': 1280},
+    'gpt2-xl': {'n_layer': 48, 'n_head': 25, 'n_embd': 1600},
+}
+
+# Fast matrix products need sizes that are multiples of 8, and 50,257 is odd: where the vocabulary is
+# padded, it grows to a multiple of this.
+VOCAB_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The architecture in the names of the published config.json; the defaults are GPT-2's (124M).
+
+    `attention` and `kernels` choose what computes it; the modules of model/gpt2.py read neither.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = 'gelu_new'
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    bias: bool = True
+    # fp32 is right on every device, and the faster one on CPUs. GPU configurations ask for bfloat16.
+    dtype: str = 'float32'
+    remat: bool = False
+    attention: str = 'xla'
+    kernels: str = 'xla'
+
+    @property
+    def head_dim(self) -> int:
+        """K, the width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def d_ff(self) -> int:
+        """F, the width of the feed-forward layer."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of activations and of the operands of matrix products."""
+        return PRECISIONS[self.dtype].compute_dtype
+
+    @property
+    def precision(self) -> str:
+        """The `precision` argument of JAX's matrix products."""
+        return PRECISIONS[self.dtype].matmul_precision
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """The next multiple of VOCAB_MULTIPLE."""
+    return vocab_size + -vocab_size % VOCAB_MULTIPLE

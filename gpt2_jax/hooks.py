@@ -1,0 +1,133 @@
+"""What a run does now and then: evaluate, sample, save. Each is a loop.Hook."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gpt2_jax.errors import DivergedError
+from gpt2_jax.inference.decoding import generate
+from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.inference.streaming import default_prompt, stream_text
+from gpt2_jax.training.loop import Interrupt
+from gpt2_jax.training.meter import Meter
+from gpt2_jax.training.setup import Setup
+from gpt2_jax.training.step import TrainState
+from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checksums import is_better
+from gpt2_jax.workdir.log import Logger
+
+# Small models read better a little below the temperature they were trained at.
+EVAL_SAMPLING = Sampling(temperature=0.8)
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Every `every` steps, and after the last of `steps`."""
+    return step % every == 0 or step == steps
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluates the validation split and keeps the score of the best checkpoint in `meter.progress`.
+
+    `evaluate(params)` gives an Evaluation. Raises DivergedError for a loss that is not finite.
+    """
+
+    every: int
+    evaluate: Callable
+    meter: Meter
+    log: Logger
+
+    def due(self, step: int) -> bool:
+        return is_due(step, self.every, self.meter.steps)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        began, progress = time.monotonic(), self.meter.progress
+        result = self.evaluate(state.params)
+        if not math.isfinite(result.loss):
+            raise self.meter.diverged(step, f'validation loss = {result.loss}')
+        better = is_better(result.loss, progress.best_val_loss)
+        if better:
+            progress.best_step, progress.best_val_loss = step, result.loss
+        progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
+        self.log.record(step, 'val', {**result._asdict(), 'seconds': self.meter.seconds()})
+        self.log.say(
+            f'step {step}: validation loss {result.loss:.4f} nats, perplexity '
+            f'{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte over '
+            f'{result.tokens:,} tokens, in {time.monotonic() - began:.1f} s'
+            + (' (best so far)' if better else '')
+        )
+
+
+@dataclasses.dataclass
+class Sample:
+    """Writes a sample of `eval.sample_tokens` tokens from the model of now; 0 writes none."""
+
+    every: int
+    setup: Setup
+    log: Logger
+
+    def due(self, step: int) -> bool:
+        config = self.setup.config
+        return config.eval.sample_tokens > 0 and is_due(step, self.every, config.train.steps)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        setup, tokenizer = self.setup, self.setup.dataset.tokenizer
+        # One text at a time is too little work for a mesh.
+        params = jax.device_put(state.params, setup.device)
+        chunks = generate(
+            setup.model,
+            params,
+            default_prompt(tokenizer),
+            max_new_tokens=setup.config.eval.sample_tokens,
+            seed=setup.config.train.seed,
+            sampling=EVAL_SAMPLING,
+            notify=lambda text: None,
+        )
+        self.log.sample(step, ''.join(stream_text(chunks, tokenizer)))
+
+
+@dataclasses.dataclass
+class Save:
+    """Saves the state with all that resuming needs: also when it is the best so far, or at a signal.
+
+    `meta()` gives what to keep beside the state; see resume.checkpoint_meta. Raises UserError if this
+    save, or the one before it, failed.
+    """
+
+    every: int
+    checkpoints: Checkpoints
+    meter: Meter
+    log: Logger
+    meta: Callable[[], dict[str, Any]]
+    evaluate: Evaluate
+    interrupt: Interrupt
+
+    def due(self, step: int) -> bool:
+        self.checkpoints.check()
+        is_best = self.meter.progress.best_step == step
+        return is_best or bool(self.interrupt.seen) or is_due(step, self.every, self.meter.steps)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        progress = self.meter.progress
+        self.log.flush()
+        progress.seconds = self.meter.seconds()
+        val_loss = progress.final_val_loss if self.evaluate.due(step) else None
+        self.checkpoints.save(step, state, self.meta(), val_loss)
+
+
+def diverged(checkpoints: Checkpoints, step: int, what: str) -> DivergedError:
+    """The error for a value that is not finite: names it, and the checkpoint to go back to."""
+    checkpoints.wait()
+    steps = checkpoints.committed()
+    last = (
+        f'the last good checkpoint is step {steps[-1]}' if steps else 'there is no checkpoint yet'
+    )
+    return DivergedError(
+        f'training diverged at step {step}: {what}; nothing was saved from it, {last} in '
+        f'{checkpoints.folder}. Start again (--fresh, or another --workdir) with a lower '
+        'optim.learning_rate, more optim.warmup_steps, or optim.clip_norm = 1'
+    )

@@ -1,0 +1,39 @@
+"""From addressed rows to global arrays: the batches of a run, on the devices of its mesh."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.data import batches
+from gpt2_jax.data.dataset import Tokens
+from gpt2_jax.parallel.mesh import put_batch
+
+Batch = dict[str, jax.Array]
+
+
+def train_batch(
+    mesh: Mesh, tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int
+) -> Batch:
+    """The global batch of update number `step`: see batches.train_batch. Raises UserError as that does."""
+    rows = batches.train_batch(tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
+    return put_batch(mesh, rows)
+
+
+@contextlib.contextmanager
+def train_batches(
+    mesh: Mesh, tokens: Tokens, *, start: int, stop: int, seed: int, batch_size: int, seq_len: int
+) -> Iterator[Iterator[Batch]]:
+    """The batches of updates start .. stop - 1 as an iterator, made ahead of time in one thread.
+
+    Use as a context manager: the thread ends with it.
+    """
+
+    def make(step):
+        return train_batch(
+            mesh, tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len
+        )
+
+    with contextlib.closing(batches.prefetch(make, start, stop)) as stream:
+        yield stream

@@ -1,0 +1,86 @@
+"""The training loop: an update, the meter, the hooks.
+
+A hook does something now and then: evaluating, sampling and saving are the first three (hooks.py).
+Checkpoint S means exactly S updates: the batch and the dropout masks of an update are functions of its
+number, so a resumed run computes what the run would have computed.
+"""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from gpt2_jax.parallel.feed import Batch
+from gpt2_jax.training.meter import Meter
+from gpt2_jax.training.step import TrainState
+
+
+class Hook(Protocol):
+    """Something done after some of the updates."""
+
+    def due(self, step: int) -> bool:
+        """Whether to call the hook now that `step` updates are done."""
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Sees the state after `step` updates. The next update overwrites it: copy what you keep."""
+
+
+class Interrupt:
+    """The first SIGTERM or Ctrl-C, so that the loop can save and leave."""
+
+    def __init__(self):
+        self.arrived: signal.Signals | None = None
+        self.seen: signal.Signals | None = None
+
+    def poll(self) -> signal.Signals | None:
+        """Looks for a signal; until the next poll `seen` stays what it is now."""
+        self.seen = self.arrived
+        return self.seen
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Interrupt]:
+    """Notes the first SIGTERM or Ctrl-C; a second one ends the process as usual."""
+    interrupt = Interrupt()
+
+    def note(number, frame):
+        interrupt.arrived = signal.Signals(number)
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield interrupt
+    finally:
+        restore()
+
+
+def run(
+    train_step: Callable,
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    start: int,
+    meter: Meter,
+    hooks: Sequence[Hook],
+    interrupt: Interrupt,
+) -> int:
+    """Updates the state with each batch, from step `start` on; returns how many updates are done.
+
+    An interrupt ends the loop after the hooks of the step at which it is seen.
+    """
+    step = start
+    for step, batch in enumerate(batches, start + 1):
+        state, metrics = train_step(state, batch)
+        meter.add(step, metrics)
+        interrupt.poll()  # once, so that all of this iteration agrees
+        for hook in hooks:
+            if hook.due(step):
+                with meter.paused(step):
+                    hook(step, state)
+        if interrupt.seen:
+            break
+    return step

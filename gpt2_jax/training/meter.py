@@ -1,0 +1,158 @@
+"""What a run counts: losses one step late, speed, progress, and the summary at the end."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from gpt2_jax.errors import DivergedError
+from gpt2_jax.model.params import count_params
+from gpt2_jax.parallel.devices import describe_device, model_flops_utilisation
+from gpt2_jax.training.setup import Setup
+from gpt2_jax.workdir.log import Logger, duration
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run knows beside its state; every checkpoint keeps it. Times in seconds, losses in nats.
+
+    Times are totals over all processes of the run. `train_seconds` and `train_steps` exclude
+    compilation, evaluation and waiting for saves.
+    """
+
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    final_val_loss: float | None = None  # of the latest evaluation
+    val_tokens: int = 0
+    seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    train_seconds: float = 0.0
+    train_steps: int = 0
+
+
+class Meter:
+    """Fetches the metrics of updates, checks that they are finite, times and records them.
+
+    Metrics wait on the device until the next update was dispatched, so that the device always has work.
+    `started` is when the process began, by time.monotonic(); `diverged(step, what)` makes the error for
+    a value that is not finite.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        log: Logger,
+        progress: Progress,
+        *,
+        start: int,
+        started: float,
+        diverged: Callable[[int, str], DivergedError],
+    ):
+        self.setup, self.log, self.progress, self.diverged = setup, log, progress, diverged
+        self.steps, self.every = setup.config.train.steps, setup.config.log.every
+        self._first, self._started, self._seconds_before = start + 1, started, progress.seconds
+        self._pending = []  # (step, its metrics, still on the device)
+        self._mark = None  # where the stretch under measurement began: (time, step)
+        self._announced = False
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of an update that was dispatched. Raises DivergedError for earlier ones."""
+        self._pending.append((step, metrics))
+        if step == self._first:
+            self.drain()  # waits for the compilation, which is not measured
+            if step == 1:
+                self.progress.seconds_to_first_step = time.monotonic() - self._started
+            self._mark = time.monotonic(), step
+        elif len(self._pending) > self.every:
+            self._fetch(self.every)
+
+    def drain(self) -> None:
+        """Fetches and records all that is pending. Raises DivergedError."""
+        if self._pending:
+            self._fetch(len(self._pending))
+
+    @contextlib.contextmanager
+    def paused(self, step: int) -> Iterator[None]:
+        """Drains, and leaves what happens inside out of the measurement."""
+        self.drain()
+        yield
+        self._mark = time.monotonic(), step
+
+    def seconds(self) -> float:
+        """Since the run began, over all its processes."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """Model FLOPs utilisation of the mesh, 0 to 1: see devices.model_flops_utilisation."""
+        return model_flops_utilisation(
+            tokens_per_second, self.setup.flops_per_token, self.setup.mesh
+        )
+
+    def summary(self, corpus: dict[str, Any]) -> dict[str, Any]:
+        """What came of the run, for summary.json. Times in seconds, losses in nats per token."""
+        progress, setup = self.progress, self.setup
+        rate = None
+        if progress.train_seconds:
+            rate = progress.train_steps * setup.tokens_per_step / progress.train_seconds
+        return {
+            'steps': self.steps,
+            'tokens': self.steps * setup.tokens_per_step,
+            'best_step': progress.best_step,
+            'best_val_loss': progress.best_val_loss,
+            'final_val_loss': progress.final_val_loss,
+            'val_tokens': progress.val_tokens,
+            'seconds_total': self.seconds(),
+            'seconds_to_first_step': progress.seconds_to_first_step,
+            'tokens_per_second': rate,
+            'mfu': self.mfu(rate),
+            'device': describe_device(setup.device),
+            'jax_version': jax.__version__,
+            'parameters': count_params(setup.shapes.params),
+            'corpus': corpus,
+        }
+
+    def _fetch(self, count: int) -> None:
+        """Fetches, checks and records the oldest `count` pending metrics."""
+        fetched, self._pending = self._pending[:count], self._pending[count:]
+        on_host = jax.device_get([metrics for _, metrics in fetched])
+        rate = self._measure(fetched[-1][0])
+        for (step, _), metrics in zip(fetched, on_host, strict=True):
+            loss_first = {'loss': None, **metrics}
+            values = {name: float(value) for name, value in loss_first.items()}
+            wrong = [f'{name} = {v}' for name, v in values.items() if not math.isfinite(v)]
+            if wrong:
+                raise self.diverged(step, ', '.join(wrong))
+            if step == 1 or step % self.every == 0 or step == self.steps:
+                speed = {'tokens_per_second': rate, 'mfu': self.mfu(rate)}
+                self.log.record(step, 'train', values | speed)
+        left = (self.steps - step) * self.setup.tokens_per_step / rate if rate else None
+        self.log.progress(step, self.steps, values['loss'], rate, left)
+
+    def _measure(self, step: int) -> float | None:
+        """Tokens per second over the stretch that ends now, with `step`; None if none was measured."""
+        if not self._mark or step <= self._mark[1]:
+            return None
+        now, (began, first) = time.monotonic(), self._mark
+        seconds_per_step = (now - began) / (step - first)
+        self._announce(step, seconds_per_step)
+        self.progress.train_seconds += now - began
+        self.progress.train_steps += step - first
+        self._mark = now, step
+        return self.setup.tokens_per_step / seconds_per_step
+
+    def _announce(self, step: int, seconds_per_step: float) -> None:
+        """Says once how long the run will take."""
+        if self._announced:
+            return
+        self._announced = True
+        every = self.setup.config.eval.every
+        left = duration((self.steps - step) * seconds_per_step)
+        n = math.ceil(self.steps / every) - (step - 1) // every
+        self.log.say(
+            f'{seconds_per_step * 1e3:.1f} ms a step: about {left} to go, and the time of {n} '
+            f'evaluation{"s" * (n > 1)}'
+        )

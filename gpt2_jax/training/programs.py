@@ -1,0 +1,113 @@
+"""What a run compiles: the initial state, the update, and helpers to compile in the background."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.params import init_params
+from gpt2_jax.parallel.mesh import batch_sharding, one_at_a_time
+from gpt2_jax.parallel.partition import make_unshard
+from gpt2_jax.training.setup import Setup, check_kernels
+from gpt2_jax.training.step import TrainState, init_state, make_train_step, plain_value_and_grad
+
+
+def new_state(setup: Setup) -> TrainState:
+    """The state before the first update, drawn from train.seed and laid out on the mesh."""
+    cfg, seed = setup.model.cfg, setup.config.train.seed
+    draw = jax.jit(
+        lambda: init_state(init_params(cfg, seed), setup.optimizer), out_shardings=setup.layout
+    )
+    return draw()
+
+
+def abstract_state(setup: Setup) -> TrainState:
+    """Shape, dtype and sharding of each leaf of the state, as restoring needs them."""
+
+    def abstract(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, setup.shapes, setup.layout)
+
+
+def abstract_batch(setup: Setup, rows: int, **dtypes):
+    """The same of a batch of `rows` windows: abstract_batch(setup, 8, inputs=np.int32, ..)."""
+    shape, sharding = (rows, setup.config.train.seq_len), batch_sharding(setup.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }
+
+
+def compiler_options(setup: Setup) -> dict[str, bool]:
+    """Options of XLA for the programs of training and evaluation.
+
+    With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as fast
+    in training and 6 % slower in evaluation, and trying takes 7 s of a start (shakespeare_fast.py, H100).
+    """
+    return {'xla_gpu_enable_triton_gemm': False} if setup.model.cfg.kernels == 'fused' else {}
+
+
+def make_value_and_grad(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
+    """The loss and its gradient by model.kernels: see step.plain_value_and_grad and fused_step."""
+    if model.cfg.kernels == 'fused':
+        from gpt2_jax.training import fused_step  # loads Pallas: half a second
+
+        return fused_step.make_value_and_grad(model.cfg)
+    return plain_value_and_grad(model, unshard)
+
+
+def train_step(setup: Setup, pool: Executor | None = None) -> Callable:
+    """The update, train_step(state, batch) -> (state, metrics); it takes over the memory of the state.
+
+    It is compiled at its first call or, given a pool, on a thread of that from now on. Raises UsageError
+    as check_kernels does.
+    """
+    check_kernels(setup)
+    train = setup.config.train
+    update = make_train_step(
+        make_value_and_grad(setup.model, make_unshard(setup.mesh)),
+        setup.optimizer,
+        setup.schedule,
+        seed=train.seed,
+        grad_accum_steps=train.grad_accum_steps,
+    )
+    jitted = jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(setup.layout, None),
+        compiler_options=compiler_options(setup),
+    )
+
+    def arguments():
+        batch = abstract_batch(setup, train.batch_size, inputs=np.int32, targets=np.int32)
+        return abstract_state(setup), batch
+
+    return one_at_a_time(setup.mesh, compile_in_background(pool, jitted, arguments))
+
+
+def compile_in_background(
+    pool: Executor | None, jitted, arguments: Callable[[], tuple]
+) -> Callable:
+    """`jitted`, whose compilation for the shapes of arguments() starts now on a thread of `pool`.
+
+    A call waits for it. Without a pool, `jitted` itself. XLA takes seconds to minutes for a program, on
+    one core for the most part, so several are compiled side by side.
+    """
+    if pool is None:
+        return jitted
+    compiled = pool.submit(lambda: jitted.lower(*arguments()).compile())
+    return lambda *args: compiled.result()(*args)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[ThreadPoolExecutor]:
+    """Threads to compile on. An error that ends the run is reported without waiting for them."""
+    pool = ThreadPoolExecutor(2, 'compile')
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,90 @@
+"""Where a run starts: at step 0, or at the latest checkpoint of the same run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from gpt2_jax import config as config_lib
+from gpt2_jax.data import tokenizers
+from gpt2_jax.errors import UsageError
+from gpt2_jax.training.meter import Progress
+from gpt2_jax.training.setup import Setup, build_schedule
+from gpt2_jax.workdir import folder
+from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checksums import FOLDER, best_step, committed_steps
+
+
+class Start(NamedTuple):
+    """The step that a run starts from, its progress, and the sizes of its logs at that step."""
+
+    step: int
+    progress: Progress
+    log_sizes: dict[str, int]
+
+
+def corpus_identity(setup: Setup) -> dict[str, Any]:
+    """The identity of the text a run trains on: how it was asked for, its name, its SHA-256."""
+    asked, dataset = setup.config.data.corpus, setup.dataset
+    return {
+        'asked_for': asked,
+        'name': dataset.name,
+        'sha256': dataset.sha256,
+        'fallback': dataset.name == setup.config.data.fallback != asked,
+    }
+
+
+def checkpoint_meta(setup: Setup, workdir: Path, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state, for resuming and for sampling."""
+    return {
+        'config': config_lib.to_json(setup.config),
+        'corpus': corpus_identity(setup),
+        'tokenizer': tokenizers.to_json(setup.dataset.tokenizer),
+        'progress': dataclasses.asdict(progress),
+        'log_sizes': folder.log_sizes(workdir),
+    }
+
+
+def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend: bool) -> Start:
+    """The latest checkpoint of the run in `workdir`; step 0 if there is none.
+
+    Raises UsageError naming every setting that keeps the run from resuming with this configuration.
+    """
+    saved = committed_steps(workdir / FOLDER)
+    if not saved:
+        return Start(0, Progress(), {})
+    start, config = saved[-1], setup.config
+    meta = checkpoints.read_meta(start)
+    old = config_lib.from_json(meta['config'])
+    longer = config.train.steps > old.train.steps
+    differ = config_lib.differences(old, config)
+    if extend and longer:
+        differ.pop('train.steps')
+    theirs, ours = meta['corpus'], corpus_identity(setup)
+    if theirs['sha256'] != ours['sha256']:
+        differ['data.corpus (its text)'] = tuple(
+            f'{corpus["name"]} {corpus["sha256"][:12]}' for corpus in (theirs, ours)
+        )
+    if differ:
+        fields = '; '.join(f'{key}: {a!r} there, {b!r} now' for key, (a, b) in differ.items())
+        can_extend = 'train.steps' in differ and longer
+        hint = ' (--extend allows a larger train.steps)' if can_extend else ''
+        raise UsageError(
+            f'the run in {workdir} has another configuration: {fields}{hint}; give the same settings '
+            'to resume, another --workdir for a new run, or --fresh to move the old one aside'
+        )
+    if extend and longer:
+        print(_describe_extension(old, config, start))
+    progress = Progress(**meta['progress'])
+    if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
+        progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
+    return Start(start, progress, meta['log_sizes'])
+
+
+def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:
+    before, after = (float(build_schedule(config)(start)) for config in (old, new))
+    return (
+        f'extended from {old.train.steps:,} to {new.train.steps:,} steps: the schedule now spans all '
+        f'of them, and the learning rate at step {start:,} changes from {before:.3g} to {after:.3g}'
+    )
