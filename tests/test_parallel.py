@@ -28,6 +28,7 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
 
     from gpt2_jax.config import default_config, resolve
     from gpt2_jax.parallel import mesh
+    from gpt2_jax.training import programs
     from gpt2_jax.training.setup import build
 
     config = default_config()

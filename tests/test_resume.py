@@ -13,7 +13,6 @@ import runs
 from runs import make_config
 
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.training import meter
 from gpt2_jax.workdir.checksums import all_steps
 
 STEPS = runs.SMALL['train.steps']
@@ -66,18 +65,19 @@ def signal_at(patch, step, number):
     runs.before_updates(patch, change)
 
 
-def signal_after_fetch(patch, step, number):
-    """Has the signal come in the middle of a pass of the loop: after it was looked for, before the pass saves."""
-    drain, raised = meter.Meter.drain, []
+class SignalAt:
+    """A hook through which a signal arrives in the middle of an iteration: after the loop looked for one."""
 
-    def with_signal(self):
-        at = self._pending[-1][0] if self._pending else 0
-        drain(self)
-        if at == step and not raised:
-            raised.append(number)
-            signal.raise_signal(number)
+    def __init__(self, step, number):
+        self.step, self.number = step, number
 
-    patch.setattr(meter.Meter, 'drain', with_signal)
+    def due(self, step):
+        if step == self.step:
+            signal.raise_signal(self.number)
+        return False
+
+    def __call__(self, step, state):
+        raise AssertionError
 
 
 def snapshot(folder):
@@ -115,13 +115,12 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
 @pytest.mark.parametrize(
     ('number', 'at'), [(signal.SIGTERM, 7), (signal.SIGINT, 9)]
 )  # 7 is evaluated, 10 is saved
-def test_signal_saves_and_leaves(number, at, text, reference, tmp_path, monkeypatch):
+def test_signal_saves_and_leaves(number, at, text, reference, tmp_path):
     before = signal.signal(
         number, signal.default_int_handler
     )  # in a shell's background Ctrl-C is ignored
-    with monkeypatch.context() as patch:
-        signal_after_fetch(patch, at, number)
-        code, printed = runs.quiet_train(make_config(text, log__every=1), tmp_path)
+    config = make_config(text, log__every=1)
+    code, printed = runs.quiet_train(config, tmp_path, hooks=[SignalAt(at, number)])
     assert code == 128 + number
     assert f'stopped by {number.name} at step {at + 1}, which is saved' in printed
     assert signal.signal(number, before) is signal.default_int_handler
@@ -219,7 +218,7 @@ def test_changed_text_is_refused(text, stopped, tmp_path):
 def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / 'run')
     with pytest.raises(
-        UsageError, match=r'train\.steps: 18 there, 30 now \(a larger .* with --extend'
+        UsageError, match=r'train\.steps: 18 there, 30 now \(--extend allows a larger'
     ):
         runs.quiet_train(make_config(text, train__steps=30), run)
     with pytest.raises(UsageError, match=r'train\.steps: 18 there, 12 now; '):
@@ -227,7 +226,7 @@ def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
     code, printed = runs.quiet_train(make_config(text, train__steps=30), run, extend=True)
     assert code == 0
     told = re.search(
-        r'extended from 18 to 30 steps: the schedule is laid out anew .* learning rate at step 18 goes '
+        r'extended from 18 to 30 steps: the schedule now spans all .* learning rate at step 18 changes '
         r'from (\S+) to (\S+)',
         printed,
     )

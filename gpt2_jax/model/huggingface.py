@@ -127,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework='np') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (
         OSError,
         SafetensorError,
