@@ -64,7 +64,7 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path, error):
 
 def test_the_file_that_cannot_be_written_is_named(tmp_path):
     with (
-        pytest.raises(UserError, match='cannot write .*/new/a/b: No such file'),
+        pytest.raises(UserError, match=r'cannot write .*/new/a/b: No such file'),
         files.new_folder(tmp_path / 'new') as folder,
     ):
         (folder / 'a/b').write_text('b')
