@@ -372,7 +372,7 @@ def test_every_file_in_configs_builds_its_model(path):
 def test_every_setting_is_read():
     """A field of GPT2Config, an argument of the function for its section, or read by its name."""
     read = {f'model.{field.name}' for field in dataclasses.fields(GPT2Config)}
-    read |= {f'data.{name}' for name in inspect.signature(load.load).parameters}
+    read |= {f'data.{name}' for name in inspect.signature(load.load_dataset).parameters}
     read |= {f'mesh.{name}' for name in inspect.signature(mesh.make_mesh).parameters}
     for path in (ROOT / 'gpt2_jax').rglob('*.py'):
         if path.name == 'config.py':
@@ -388,7 +388,7 @@ def test_a_section_is_a_signature():
     """Settings and arguments have the same names: else `**config.model` would fail."""
     fields = {field.name for field in dataclasses.fields(GPT2Config)} - {'vocab_size'}
     assert fields == set(default_config().model)
-    assert set(inspect.signature(load.load).parameters) - {'notify'} == set(default_config().data)
+    assert set(inspect.signature(load.load_dataset).parameters) - {'notify'} == set(default_config().data)
     assert set(inspect.signature(mesh.make_mesh).parameters) == set(default_config().mesh)
     with pytest.raises(TypeError):
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)

@@ -298,6 +298,6 @@ def test_sampling_needs_only_the_folder(text, reference, tmp_path, monkeypatch):
     assert len(out) == 43
     moved = shutil.copytree(reference, tmp_path / 'else where')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('gpt2_jax.data.load.load', None)  # the text is not read
+    monkeypatch.setattr('gpt2_jax.data.load.load_dataset', None)  # the text is not read
     assert runs.script('sample', f'--ckpt_dir={moved}', *options)[1] == out
     assert runs.script('sample', f'--ckpt_dir={moved}', *options[:-1], '--seed=8')[1] != out

@@ -8,7 +8,7 @@ import platform
 import jax
 
 from gpt2_jax.errors import UsageError
-from gpt2_jax.files import folders
+from gpt2_jax.files import local_folders
 
 # Dense bf16 rates of matrix products in FLOP/s, from the vendors' data sheets, by JAX's name of the
 # device. A name is matched whole: an L40 differs from an L4, and an H200 NVL from an H200.
@@ -39,7 +39,7 @@ def select_platform(name: str) -> None:
     Raises UsageError if JAX sees no such device.
     """
     if not jax.config.jax_compilation_cache_dir:
-        cache = folders('xla')[-1] / platform.node()
+        cache = local_folders('xla')[-1] / platform.node()
         jax.config.update('jax_compilation_cache_dir', str(cache))
     if name == 'cpu':
         jax.config.update('jax_platforms', 'cpu')

@@ -3,11 +3,11 @@
 A checkpoint counts as saved once its folder holds SHA256SUMS, which `sha256sum -c` reads too.
 """
 
-import hashlib
 import json
-import os
 import re
 from pathlib import Path
+
+from gpt2_jax import files
 
 FOLDER = 'checkpoints'  # inside a run's folder
 CHECKSUMS = 'SHA256SUMS'
@@ -50,9 +50,7 @@ def best_step(folder: Path) -> tuple[int, float] | tuple[None, None]:
 
 def write_checksums(path: Path) -> None:
     """Commits the checkpoint at `path`: writes SHA256SUMS over all of its files, in one piece."""
-    part = path / (CHECKSUMS + '.part')
-    part.write_text('\n'.join([*_checksum_lines(path).values(), '']), encoding='utf-8')
-    os.replace(part, path / CHECKSUMS)
+    files.write_text(path / CHECKSUMS, '\n'.join([*_checksum_lines(path).values(), '']))
 
 
 def verify(path: Path, item: str = '') -> str | None:
@@ -105,6 +103,5 @@ def _checksum_lines(path: Path, item: str = '') -> dict[str, str]:
     for file in sorted((path / item).rglob('*')):
         if file.is_file() and file != path / CHECKSUMS:
             name = str(file.relative_to(path))
-            with open(file, 'rb') as opened:
-                lines[name] = f'{hashlib.file_digest(opened, "sha256").hexdigest()}  {name}'
+            lines[name] = f'{files.sha256(file)}  {name}'
     return lines

@@ -70,13 +70,6 @@ def move_aside(folder: Path) -> Path | None:
     return aside
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece: after a failure the old file is unchanged."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
-
-
 def log_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each log file, to be saved with a checkpoint: see `cut_back`."""
     return {
