@@ -353,8 +353,16 @@ def from_json(text: str) -> ConfigDict:
     value that is not allowed.
     """
     config, renamed = default_config(), []
-    for section, values in json.loads(text).items():
-        for name, value in values.items():
+    try:
+        sections = json.loads(text)
+        settings = [(name, values.items()) for name, values in sections.items()]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            'the configuration cannot be read: expected JSON of the form {"train": {"steps": 10}} '
+            f'({error!s:.100})'
+        ) from None
+    for section, values in settings:
+        for name, value in values:
             old_key = f'{section}.{name}'
             key = RENAMED_KEYS.get(old_key, old_key)
             check_key(key)

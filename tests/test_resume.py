@@ -200,7 +200,6 @@ def test_other_settings_may_not_change(text, stopped):
 
 
 def test_a_changed_text_is_refused(text, stopped, tmp_path):
-    other = tmp_path / 'text.txt'  # another text under the same path
     shutil.copy(text, tmp_path / 'kept')
     words = text.read_text()
     try:
@@ -209,9 +208,15 @@ def test_a_changed_text_is_refused(text, stopped, tmp_path):
             runs.quiet_train(make_config(text), stopped)
     finally:
         shutil.copy(tmp_path / 'kept', text)
-    shutil.copy(text, other)  # the same text under another path
-    with pytest.raises(UsageError, match=r'data\.corpus: '):
-        runs.quiet_train(make_config(other), stopped)
+
+
+def test_the_same_text_may_move(text, reference, stopped, tmp_path):
+    moved = shutil.copy(text, tmp_path / 'moved.txt')
+    code, printed = runs.quiet_train(make_config(moved), stopped)
+    assert code == 0
+    assert f'data.corpus is now {moved}: the text is the same as in {text}' in printed
+    assert runs.different_states(stopped, reference) == []
+    assert runs.metrics(stopped) == runs.metrics(reference)
 
 
 def test_train_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):

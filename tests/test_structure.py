@@ -43,6 +43,7 @@ LAYERS = (
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.log workdir.checksums',
+    'workdir.storage',
     'workdir.checkpoints',
     'workdir.restore',
     # training: one update, and the loop around it
