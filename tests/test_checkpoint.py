@@ -19,7 +19,8 @@ from gpt2_jax import train as train_lib
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.training.step import TrainState
-from gpt2_jax.workdir import checkpoints, checksums, storage
+from gpt2_jax.workdir import checkpoints as checkpoints_lib
+from gpt2_jax.workdir import checksums, storage
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import (
     CHECKSUMS,
@@ -162,17 +163,17 @@ def test_checkpoints_of_an_older_version(text, run):
 @pytest.mark.parametrize(
     ('change', 'problem'),
     [
-        (lambda meta: [], 'meta is not a dict'),
-        (lambda meta: {}, 'meta.config is missing'),
-        (lambda meta: meta | {'config': 5}, 'meta.config is not a str'),
-        (lambda meta: meta | {'corpus': {'name': 'x'}}, 'meta.corpus.sha256 is missing'),
-        (lambda meta: meta | {'log_sizes': {'x': -1}}, 'not a number of bytes'),
-        (lambda meta: meta | {'log_sizes': {'x': '1'}}, 'not a number of bytes'),
-        (lambda meta: meta | {'config': '['}, 'configuration'),
-        (lambda meta: meta | {'config': '[' * 5000}, 'configuration'),
-        (lambda meta: meta | {'config': '[]'}, 'configuration'),
-        (lambda meta: meta | {'config': '{"train": 5}'}, 'configuration'),
-        (lambda meta: meta | {'config': '{"train": {"steps": {}}}'}, 'train.steps'),
+        (lambda meta: [], 'expected an object'),
+        (lambda meta: {}, "it has no 'config'"),
+        (lambda meta: meta | {'config': 5}, 'config is 5, expected a text'),
+        (lambda meta: meta | {'corpus': {'name': 'x'}}, "'corpus' has no 'sha256'"),
+        (lambda meta: meta | {'log_sizes': {'x': -1}}, 'log_sizes.x is -1, expected an integer'),
+        (lambda meta: meta | {'config': '['}, 'the configuration cannot be read as JSON'),
+        (lambda meta: meta | {'config': '[' * 5000}, 'the configuration cannot be read as JSON'),
+        (lambda meta: meta | {'config': '[]'}, 'the configuration is damaged'),
+        (lambda meta: meta | {'config': '{"train": 5}'}, 'the configuration is damaged'),
+        (lambda meta: meta | {'config': '{"train": {"steps": {}}}'}, 'train.steps = an object'),
+        (lambda meta: meta | {'config': '{"optim": {"eps": 1%s}}' % ('0' * 401)}, 'optim.eps = 1'),
         (lambda meta: meta | {'progress': {'x': 1}}, 'progress'),
     ],
 )
@@ -188,11 +189,13 @@ def test_a_checkpoint_with_metadata_of_another_form(change, problem, text, run):
             load(run, 'latest')
 
 
-@pytest.mark.parametrize('metrics', ['', '[', '[' * 5000, '{}', '[]', '{"val_loss": "x"}', '5'])
+@pytest.mark.parametrize(
+    'metrics', ['', '[', '[' * 5000, '{}', '[]', '{"val_loss": "x"}', '{"val_loss": NaN}']
+)
 def test_a_checkpoint_with_metrics_of_another_form(metrics, run):
     (newest(run) / 'metrics/metrics').write_text(metrics)
     checksums.write_checksums(newest(run))
-    with pytest.raises(UserError, match=r'metrics/metrics cannot be read: expected'):
+    with pytest.raises(UserError, match=r'metrics/metrics (cannot be read as JSON|is damaged): '):
         load(run, 'best')
 
 
@@ -223,16 +226,16 @@ def test_a_checkpoint_that_cannot_be_read_back_is_not_committed(item, tmp_path, 
         read_back(path, step, items)
 
     with Checkpoints(tmp_path / 'c') as checkpoints:
-        checkpoints.save(1, small_state(1), {}, None)
+        checkpoints.save(1, small_state(1), META, None)
         checkpoints.wait()
         monkeypatch.setattr(storage, 'read_back', incomplete)
-        checkpoints.save(2, small_state(2), {}, None)
-        with pytest.raises(UserError, match=r'2 could not be saved .* cannot be read back'):
+        checkpoints.save(2, small_state(2), META, None)
+        with pytest.raises(UserError, match=r'2 could not be saved .* cannot be read'):
             checkpoints.wait()
         assert all_steps(tmp_path / 'c') == [1]
         monkeypatch.setattr(storage, 'read_back', read_back)
         with pytest.raises(UserError, match=r'3 could not be saved .* it holds step 4'):
-            checkpoints.save(3, small_state(4), {}, None)
+            checkpoints.save(3, small_state(4), META, None)
             checkpoints.wait()
 
 
@@ -240,7 +243,9 @@ def test_every_leaf_is_read_back(tmp_path, monkeypatch):
     """A state is read in groups: of one leaf, of some, of all."""
     tree = {'step': jnp.int32(1), 'opt_state': [jnp.zeros(n) for n in range(1, 9)]}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, TrainState(tree['step'], {'w': jnp.ones(3)}, tree['opt_state']), {}, 1)
+        checkpoints.save(
+            1, TrainState(tree['step'], {'w': jnp.ones(3)}, tree['opt_state']), META, 1
+        )
         checkpoints.wait()
     for n_bytes in (1, 40, 10000):
         read, original = [], storage._read
@@ -379,7 +384,8 @@ def test_latest_two_and_best_are_kept(losses, kept, reopened, tmp_path):
         restored = checkpoints.restore(step, jax.eval_shape(lambda: small_state(0)))
         assert restored.step == step
         assert np.array_equal(restored.params['w'], np.full(3, step))
-        assert checkpoints.read_meta(step) == META | {'config': str(step)}
+        meta = checkpoints_lib.read_meta(tmp_path / str(step))
+        assert meta == META | {'config': str(step)}
     checkpoints.__exit__(None, None, None)
 
 
@@ -481,7 +487,7 @@ def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, 
         time.sleep(0.1 if state.step >= 7 else 0)
         return state
 
-    monkeypatch.setattr(checkpoints, 'write_checksums', fails)
+    monkeypatch.setattr(checkpoints_lib, 'write_checksums', fails)
     runs.before_updates(monkeypatch, slowly)
     with pytest.raises(
         UserError, match=r'checkpoint 7 could not be saved .* No space left'
@@ -497,10 +503,10 @@ def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, 
 
 def test_saving_an_existing_or_earlier_step_is_an_error(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, small_state(5), {}, None)
+        checkpoints.save(5, small_state(5), META, None)
         for step in (5, 4):
             with pytest.raises(
                 UserError, match=rf'checkpoint {step} could not be saved .* step exists: \[5\]'
             ):
-                checkpoints.save(step, small_state(step), {}, None)
+                checkpoints.save(step, small_state(step), META, None)
         assert committed_steps(tmp_path) == [5]

@@ -164,6 +164,11 @@ def test_settings_of_an_older_version_are_read_and_named(capsys):
         ('optim.learning_rate', '1e-3'),
         ('optim.clip_norm', -1.0),
         ('optim.clip_norm', math.nan),
+        ('optim.clip_norm', math.inf),
+        ('optim.eps', math.inf),
+        ('optim.learning_rate', math.inf),
+        ('model.layer_norm_epsilon', math.inf),
+        ('model.n_layer', 10**9),
         ('model.bias', 1),
         ('model.bias', 'False'),
         ('model.dtype', 'float16'),
@@ -388,7 +393,9 @@ def test_a_section_is_a_signature():
     """Settings and arguments have the same names: else `**config.model` would fail."""
     fields = {field.name for field in dataclasses.fields(GPT2Config)} - {'vocab_size'}
     assert fields == set(default_config().model)
-    assert set(inspect.signature(load.load_dataset).parameters) - {'notify'} == set(default_config().data)
+    assert set(inspect.signature(load.load_dataset).parameters) - {'notify'} == set(
+        default_config().data
+    )
     assert set(inspect.signature(mesh.make_mesh).parameters) == set(default_config().mesh)
     with pytest.raises(TypeError):
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)

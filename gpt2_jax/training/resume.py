@@ -12,7 +12,7 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.workdir import folder
-from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checkpoints import Checkpoints, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, best_step, committed_steps
 
 
@@ -55,7 +55,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     if not saved:
         return Start(0, Progress(), {})
     start, config = saved[-1], setup.config
-    meta = checkpoints.read_meta(start)
+    meta = read_meta(checkpoints.folder / str(start))
     old = config_lib.from_json(meta['config'])
     longer = config.train.steps > old.train.steps
     differ = config_lib.differences(old, config)

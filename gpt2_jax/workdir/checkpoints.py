@@ -19,9 +19,19 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import CHECKSUMS, all_steps, committed_steps, write_checksums
+
+# The keys of `meta` that every run and every conversion writes: a schema of foreign.py.
+META = {
+    'config': str,
+    'tokenizer': str,
+    'corpus': {'name': str, 'sha256': str, 'fallback': bool},
+    'progress': {},
+    'log_sizes': {str: foreign.integer(0)},
+}
 
 
 class Checkpoints:
@@ -112,11 +122,6 @@ class Checkpoints:
         check_step(self.folder / str(step), int(items.train['step']))
         return abstract.replace(params=items.params, **items.train)
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved beside the state."""
-        items = storage.restore_items(self._orbax, step, meta=ocp.args.JsonRestore())
-        return checked_meta(self.folder / str(step), items.meta)
-
     def _check_free_space(self, state) -> None:
         free = shutil.disk_usage(self.folder).free
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -129,6 +134,7 @@ class Checkpoints:
         """Runs in the background: waits for Orbax, reads back, commits."""
         self._orbax.wait_until_finished()
         storage.read_back(self.folder / str(step), step, shapes)
+        read_meta(self.folder / str(step))
         self._check_claim()
         write_checksums(self.folder / str(step))
 
@@ -158,31 +164,9 @@ def check_step(path: Path, step: int) -> None:
         )
 
 
-def checked_meta(path: Path, meta: Any) -> dict[str, Any]:
-    """The JSON of a checkpoint. Raises UserError if it has not the form of checkpoint_meta."""
-    forms = {
-        'config': str,
-        'tokenizer': str,
-        'corpus': {'name': str, 'sha256': str, 'fallback': bool},
-        'progress': {},
-        'log_sizes': {},
-    }
-    wrong = _misfit(meta, forms, 'meta')
-    if not wrong and not all(type(n) is int and n >= 0 for n in meta['log_sizes'].values()):
-        wrong = 'meta.log_sizes has a value that is not a number of bytes'
-    if wrong:
-        raise UserError(f'checkpoint {path} is undamaged, but was not written by a run: {wrong}')
-    return meta
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON saved beside the state of the checkpoint at `path`; see resume.checkpoint_meta.
 
-
-def _misfit(value: Any, form: Any, name: str) -> str | None:
-    """What keeps `value` from having the form, in words."""
-    kind = dict if isinstance(form, dict) else form
-    if not isinstance(value, kind):
-        return f'{name} is not a {kind.__name__}'
-    for key, inner in form.items() if kind is dict else ():
-        if key not in value:
-            return f'{name}.{key} is missing'
-        if wrong := _misfit(value[key], inner, f'{name}.{key}'):
-            return wrong
-    return None
+    Raises UserError if it has another form.
+    """
+    return foreign.read_json(path / 'meta' / 'metadata', META, 'it was not written by a run')

@@ -6,21 +6,20 @@ path of a file. Other files in the folder (.DS_Store, ..) do no harm.
 """
 
 import hashlib
-import json
 import os
 import re
 import stat
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
 
 FOLDER = 'checkpoints'  # inside a run's folder
 CHECKSUMS = 'SHA256SUMS'
 METRICS = 'metrics'  # Orbax's item, and the file in it, of a checkpoint saved with metrics
 
-MAX_BYTES = 1 << 26  # of SHA256SUMS and of a metrics file; a real one has kilobytes
+MAX_BYTES = 1 << 26  # of SHA256SUMS; a real one has kilobytes
 STEP_NAME = r'0|[1-9][0-9]{0,15}'  # the name of a checkpoint's folder
 CUT_SHORT = 'its save was cut short'
 
@@ -200,12 +199,5 @@ def _val_loss(path: Path) -> float | None:
     sums = read_checksums(path)
     if sums is None or name not in sums.files:
         return None
-    try:
-        if (path / name).stat().st_size > MAX_BYTES:
-            raise ValueError('it is too large')
-        return float(json.loads((path / name).read_bytes())['val_loss'])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f'{path / name} cannot be read: expected {{"val_loss": NUMBER}} ({error!r:.100}); '
-            'choose a checkpoint by --step=NUMBER, or move this one away'
-        ) from None
+    remedy = 'choose a checkpoint by --step=NUMBER, or move this one away'
+    return foreign.read_json(path / name, {'val_loss': foreign.NUMBER}, remedy)['val_loss']

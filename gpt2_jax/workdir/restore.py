@@ -17,7 +17,7 @@ from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.workdir import storage
-from gpt2_jax.workdir.checkpoints import check_step, checked_meta
+from gpt2_jax.workdir.checkpoints import check_step, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, METRICS, best_step, committed_steps, verify
 
 
@@ -42,9 +42,9 @@ def load(run: Path, step: str) -> Restored:
     """
     folder = run / FOLDER
     number = choose_step(run, step)
+    path = folder / str(number)
+    meta = read_meta(path)
     with storage.open_manager(folder, read_only=True) as manager:
-        items = storage.restore_items(manager, number, meta=ocp.args.JsonRestore())
-        meta = checked_meta(folder / str(number), items.meta)
         config = config_lib.from_json(meta['config'])
         tokenizer = tokenizers.from_json(meta['tokenizer'])
         asked = GPT2Config(**config.model, vocab_size=tokenizer.vocab_size)
@@ -53,7 +53,7 @@ def load(run: Path, step: str) -> Restored:
         shapes = jax.eval_shape(lambda: init_params(cfg, 0))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         items = storage.restore_items(manager, number, params=ocp.args.StandardRestore(zeros))
-    check_step(folder / str(number), storage.read_step(folder / str(number)))
+    check_step(path, storage.read_step(path))
     model = GPT2(cfg, training_ops(cfg.attention))
     return Restored(number, model, items.params, tokenizer, config, meta)
 

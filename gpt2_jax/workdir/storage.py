@@ -78,7 +78,6 @@ def read_back(path: Path, step: int, items: dict[str, Any]) -> None:
                 restored = _read(path / name, group)
                 if name == 'train' and restored['step'] not in (..., step):
                     raise ValueError(f'it holds step {restored["step"]}')
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(LiteralPath(path / 'meta'))
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         raise OSError(f'it was written, but cannot be read back: {reason}') from None
