@@ -16,7 +16,7 @@ import numpy as np
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UserError
-from gpt2_jax.inference.decoding import CHUNK, generate, set_up
+from gpt2_jax.inference.decoding import CHUNK, generate, with_kernels
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
@@ -109,7 +109,7 @@ def bench_decode(
     setup: Setup, windows: int, num_samples: int, new_tokens: int, sampling: Sampling
 ) -> dict[str, Any]:
     """Generation from a one-token prompt, prefill included. Rates count the tokens of all samples."""
-    model = set_up(setup.model, setup.model.cfg.kernels, '')
+    model = with_kernels(setup.model, setup.model.cfg.kernels, '')
     params = programs.new_state(setup).params
 
     def run():

@@ -28,7 +28,7 @@ MIN_PREFILL = (
 )
 
 
-def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
+def with_kernels(model: GPT2, kernels: str, dtype: str) -> GPT2:
     """The model to generate with. `kernels` is 'xla', 'fused' (see decode.py), or 'auto': fused on an NVIDIA
     GPU in bfloat16, which they are made for, else open. `dtype` is as the setting model.dtype; '': the model's own.
 
