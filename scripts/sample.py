@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
     import jax  # only now: --help and errors in flags answer at once
 
-    from gpt2_jax.inference.decoding import set_up
+    from gpt2_jax.inference.decoding import with_kernels
     from gpt2_jax.inference.sampling import Sampling
     from gpt2_jax.inference.streaming import print_samples
     from gpt2_jax.parallel import devices, faults
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
-    model = set_up(restored.model, _KERNELS.value, _DTYPE.value)
+    model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
     print(
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
         f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',

@@ -412,7 +412,7 @@ ROWS = {
     'passages in no known form': (
         evaluate('--lambada={made}/text.txt'),
         2,
-        ['text.txt is no file of passages'],
+        ['text.txt is not a file of passages'],
     ),
     'flag of another measurement': (
         ('benchmark', '--config={made}/fine.py', '--what=startup', '--top_k=3'),
