@@ -657,9 +657,7 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     ):
         convert_fixture('gpt3', **options)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)  # not installed
-    with pytest.raises(
-        UserError, match=rf"install huggingface_hub: .*'\.\[hub\]'.*{how}"
-    ):
+    with pytest.raises(UserError, match=rf"install huggingface_hub: .*'\.\[hub\]'.*{how}"):
         convert_fixture('gpt3', **options)
     with pytest.raises(
         UserError, match=r'there is no folder gpt3: expected'
