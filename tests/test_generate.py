@@ -43,8 +43,9 @@ def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
     """Each token by a full forward pass over a window, which restarts from its half when full."""
     window, out = list(prompt), []
     for i in range(n):
-        if len(window) >= CONTEXT:
-            window = window[-HALF:]
+        window = (
+            window[-CONTEXT:] if i == 0 else window[-HALF:] if len(window) > CONTEXT else window
+        )
         padded = np.array([window + [0] * (CONTEXT - len(window))])
         window.append(int(pick(forward({'params': PARAMS}, padded)[0, len(window) - 1], i)))
         out.append(window[-1])
@@ -81,7 +82,7 @@ def test_few_compilations_for_all_lengths():
     decoding.decode.clear_cache()
     for length in (1, 2, 11, 19, 20, 21, 50):
         text([1] * length, max_new_tokens=length, sampling=GREEDY)
-    # 4, 16 and the context: a prompt of 20 tokens is cut to 10.
+    # 4, 16 and the context.
     assert decoding.prefill._cache_size() == 3
     assert decoding.decode._cache_size() == 1
 
@@ -111,24 +112,32 @@ def test_chunks():
         sampling=LIVELY,
         notify=lambda note: None,
     )
-    # The prompt of 3 tokens and 17 new ones fill the context.
-    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 17 - CHUNK), (3, 21 - 17)]
+    # The prompt of 3 tokens and 17 new ones fill the context; one more is drawn from it.
+    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 18 - CHUNK), (3, 21 - 18)]
 
 
 def test_a_full_context_is_reported_once():
     notes = []
-    text(max_new_tokens=CONTEXT - 3, sampling=GREEDY, strict_context=True, notify=notes.append)
+    text(max_new_tokens=CONTEXT - 2, sampling=GREEDY, strict_context=True, notify=notes.append)
     assert notes == []
-    text(max_new_tokens=CONTEXT - 2, sampling=GREEDY, notify=notes.append)
+    text(max_new_tokens=CONTEXT - 1, sampling=GREEDY, notify=notes.append)
     text(max_new_tokens=45, sampling=GREEDY, notify=notes.append)
     assert notes == ['the context of 20 tokens is full: continuing from its last 10'] * 2
-    for prompt, n in ((PROMPT, CONTEXT - 2), ([1] * 21, 1)):
+    for prompt, n in ((PROMPT, CONTEXT - 1), ([1] * 21, 1)):
         with pytest.raises(
             UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'
         ):
             text(prompt, max_new_tokens=n, strict_context=True)
     with pytest.raises(UsageError, match='the prompt is empty'):
         text([], max_new_tokens=1)
+
+
+def test_a_prompt_longer_than_the_context_is_reported():
+    notes = []
+    text([1] * 20, max_new_tokens=1, notify=notes.append)
+    assert notes == []
+    text([1] * 21, max_new_tokens=1, notify=notes.append)
+    assert notes == ['the prompt has 21 tokens: the model sees its last 20 only']
 
 
 def test_a_context_of_one_token():
@@ -204,9 +213,44 @@ def test_sampling_without_chance_takes_the_likeliest():
     assert not np.array_equal(sample_token(logits_BV, keys_B, Sampling()), best_B)
 
 
+@pytest.mark.parametrize(
+    'sampling', [Sampling(1e-38), Sampling(1e-300), Sampling(1e-3), Sampling(top_p=1e-38)]
+)
+def test_small_temperature_and_top_p_take_the_likeliest(sampling):
+    assert draw(sampling).tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+def test_a_temperature_divides_differences_of_logits(scale):
+    """Logits of any size and a temperature of the same size give the same distribution."""
+    expected = draw(Sampling(0.7))
+    assert np.array_equal(draw(Sampling(0.7 * scale), LOGITS * np.float32(scale)), expected)
+
+
+@pytest.mark.parametrize(
+    ('sampling', 'kept'),
+    [
+        (Sampling(top_k=1), [0]),
+        (Sampling(top_k=3), [0, 1, 2]),
+        (Sampling(top_p=0.1), [0]),
+        (Sampling(top_p=0.3), [0, 1, 2]),
+        (Sampling(top_k=4, top_p=0.5), [0, 1]),
+        (Sampling(1e-38, top_k=3), [0, 1, 2]),
+    ],
+)
+def test_the_first_of_equal_logits_are_kept(sampling, kept):
+    assert np.flatnonzero(draw(sampling, np.ones(8, np.float32))).tolist() == kept
+
+
+def test_a_tie_for_the_last_kept_token():
+    tie = np.float32([0, 5, 9, 5, 5, 0])
+    assert np.flatnonzero(draw(Sampling(3.0, top_k=3), tie)).tolist() == [1, 2, 3]
+
+
 def test_wrong_sampling_is_refused():
     for wrong in (
         dict(temperature=-1.0),
+        dict(temperature=math.inf),
         dict(top_k=-1),
         dict(top_p=0.0),
         dict(top_p=1.1),
