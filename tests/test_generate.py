@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bpe import SMALL
 from tiny import rough_params, tiny
 
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
@@ -13,7 +14,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import decoding
 from gpt2_jax.inference.decoding import CHUNK, generate
 from gpt2_jax.inference.sampling import Sampling, sample_token
-from gpt2_jax.inference.streaming import default_prompt, print_samples, stream_text
+from gpt2_jax.inference.streaming import encode_prompt, print_samples, stream_text
 
 CONTEXT, HALF = 20, 10
 MODEL = tiny(n_positions=CONTEXT, n_layer=2)
@@ -41,11 +42,10 @@ def text(prompt=PROMPT, **options):
 
 def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
     """Each token by a full forward pass over a window, which restarts from its half when full."""
-    window, out = list(prompt), []
+    window, out = list(prompt[-CONTEXT:]), []
     for i in range(n):
-        window = (
-            window[-CONTEXT:] if i == 0 else window[-HALF:] if len(window) > CONTEXT else window
-        )
+        if len(window) > CONTEXT:
+            window = window[-HALF:]
         padded = np.array([window + [0] * (CONTEXT - len(window))])
         window.append(int(pick(forward({'params': PARAMS}, padded)[0, len(window) - 1], i)))
         out.append(window[-1])
@@ -303,12 +303,28 @@ def test_bytes_that_are_not_utf8():
 def test_stop_strings_never_leak(whole, stop):
     tokenizer = ByteTokenizer()
     for chunks in all_chunkings(tokenizer.encode(whole), 2):
-        assert ''.join(stream_text(chunks, tokenizer, stop=stop)) == whole.split(stop)[0]
+        assert ''.join(stream_text(chunks, tokenizer, stop=[stop])) == whole.split(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ('whole', 'stops', 'expected'),
+    [
+        ('one. two! three', ['!', '.'], 'one'),
+        ('one. two! three', ['three', '!'], 'one. two'),
+        ('abc and more', ['abc', 'b'], 'a'),  # b is complete first
+        ('xabc', ['bc', 'abc'], 'x'),  # both are complete at c
+        ('no end', ['END', ''], 'no end'),
+        ('nearly: sto', ['stop', 'st'], 'nearly: '),
+    ],
+)
+def test_the_stop_string_that_is_complete_first_counts(whole, stops, expected):
+    for chunks in all_chunkings(ByteTokenizer().encode(whole), 2):
+        assert ''.join(stream_text(chunks, ByteTokenizer(), stop=stops)) == expected
 
 
 def test_stopping_stops_decoding():
     chunks = iter(np.split(ByteTokenizer().encode('one. two. three')[None], 15, axis=1))
-    assert ''.join(stream_text(chunks, ByteTokenizer(), stop='. t')) == 'one'
+    assert ''.join(stream_text(chunks, ByteTokenizer(), stop=['. t'])) == 'one'
     assert len(list(chunks)) == 15 - len('one. t')
 
 
@@ -321,20 +337,36 @@ def test_rows_are_streamed_separately():
     ]
 
 
-def test_default_prompt():
-    assert default_prompt(make_tokenizer('char', 'ab\n')).tolist() == [0]
-    assert default_prompt(ByteTokenizer()).tolist() == [10]
-    assert default_prompt(make_tokenizer('char', 'ab')).tolist() == [0]
+def test_without_a_prompt_text_starts_as_a_document_does():
+    assert encode_prompt(make_tokenizer('char', 'ab\n'), '').tolist() == [0]
+    assert encode_prompt(ByteTokenizer(), '').tolist() == [10]
+    assert encode_prompt(make_tokenizer('char', 'ab'), '').tolist() == [0]
+    assert encode_prompt(SMALL, '').tolist() == [SMALL.separator]
+
+
+def test_special_tokens_in_a_prompt():
+    text, end = 'the<|endoftext|>x', SMALL.separator
+    as_text = encode_prompt(SMALL, text).tolist()
+    assert as_text == SMALL.encode(text).tolist()
+    assert end not in as_text
+    the, x = SMALL.encode('the').tolist(), SMALL.encode('x').tolist()
+    assert encode_prompt(SMALL, text, special_tokens=True).tolist() == [*the, end, *x]
+    alone = encode_prompt(SMALL, '<|endoftext|>', special_tokens=True)
+    assert alone.tolist() == [end]
+    assert np.issubdtype(alone.dtype, np.integer)
+    assert encode_prompt(SMALL, 'the', special_tokens=True).tolist() == the
+    with pytest.raises(UsageError, match='the byte tokenizer has no special tokens'):
+        encode_prompt(ByteTokenizer(), 'the', special_tokens=True)
 
 
 def test_printed_samples(capsys):
     tokenizer = make_tokenizer('char', 'abcdefghijk')
     options = dict(max_new_tokens=21, seed=7, sampling=LIVELY, notify=lambda note: None)
     rows = [tokenizer.decode(row) for row in text(num_samples=3, **options)]
-    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, stop='', **options)
+    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, stop=[], **options)
     assert capsys.readouterr().out == f'dbe{rows[0]}\n'
     stop = rows[2][5:7]
-    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=stop, **options)
+    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=[stop], **options)
     assert capsys.readouterr().out == ''.join(
         f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1)
     )
