@@ -17,7 +17,9 @@ _CKPT_DIR = flags.DEFINE_string(
 )
 _STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _PROMPT = flags.DEFINE_string(
-    'prompt', None, 'The text to continue; a newline by default. See --prompt_file.'
+    'prompt',
+    None,
+    'The text to continue. By default <|endoftext|> or a newline. See --prompt_file.',
 )
 _PROMPT_FILE = flags.DEFINE_string(
     'prompt_file',
@@ -35,7 +37,12 @@ _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0
 _TOP_P = flags.DEFINE_float(
     'top_p', 1.0, 'Draw from the fewest tokens with this total probability; 1: from all tokens.'
 )
-_STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], 'End before the first occurrence of this text; may be given several times.'
+)
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    'special_tokens', False, 'Read <|endoftext|> in the prompt as the token, not as text.'
+)
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1
 )
@@ -93,6 +100,7 @@ def main(arguments: list[str]) -> None:
             max_new_tokens=_MAX_NEW_TOKENS.value,
             sampling=sampling,
             stop=_STOP.value,
+            special_tokens=_SPECIAL_TOKENS.value,
             seed=_SEED.value,
             strict_context=_STRICT.value,
             notify=lambda text: print(f'[{text}]', file=sys.stderr),
