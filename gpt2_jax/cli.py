@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
-from gpt2_jax import files
+from gpt2_jax import foreign
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
 
@@ -97,7 +97,7 @@ def read_prompt(path: str | None) -> str:
             return ''
     data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
     try:
-        return ''.join(files.decode_utf8([data], path or 'standard input'))
+        return ''.join(foreign.decode_utf8([data], path or 'standard input'))
     except UserError as error:
         raise UsageError(str(error)) from None
 

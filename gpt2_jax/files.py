@@ -1,25 +1,24 @@
-"""Files that appear whole or not at all, their SHA-256, their text, and where published files are.
+"""Files that appear whole or not at all, their SHA-256, and where published files are.
 
 The files of a published NAME are looked for in three folders, in this order: `data/NAME` below the
 current folder, `$GPT2_JAX_DATA_DIR/NAME`, and `gpt2_jax/NAME` in the user's cache
 (`$XDG_CACHE_HOME`, by default ~/.cache). A download goes to that cache. No file found is changed.
 """
 
-import codecs
 import contextlib
 import dataclasses
 import hashlib
 import http.client
-import itertools
 import os
 import secrets
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
 
 BLOCK_BYTES = 1 << 16  # of a download, at once
@@ -74,28 +73,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hex. Raises OSError."""
-    with open(path, 'rb') as file:
+    """SHA-256 of a regular file's bytes, in hex. Raises UserError."""
+    with foreign.open_file(path) as file, foreign.parsing(path, 'a file'):
         return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def decode_utf8(blocks: Iterable[bytes], source: str | os.PathLike) -> Iterator[str]:
-    """The text of UTF-8 bytes, one piece for each block; no newline is translated.
-
-    A block may end inside a character. Raises UserError with the first wrong byte and its offset.
-    """
-    decoder, n_bytes = codecs.getincrementaldecoder('utf-8')(), 0
-    for block in itertools.chain(blocks, [b'']):
-        n_held = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f'{source} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset '
-                f'{n_bytes - n_held + error.start}; convert it first, for instance with iconv'
-            ) from None
-        yield text
-        n_bytes += len(block)
 
 
 @dataclasses.dataclass(frozen=True)

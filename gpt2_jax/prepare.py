@@ -55,7 +55,7 @@ def _count(
     """The first pass: each path with its entry of the manifest, and the alphabet, if asked for."""
     sources, alphabet = [], set()
     for path in inputs:
-        sha256, n_documents, n_characters = _input_sha256(path), 0, 0
+        sha256, n_documents, n_characters = files.sha256(path), 0, 0
         for document in documents.read(path, text_field):
             n_documents += 1
             for block in document:
@@ -97,7 +97,7 @@ def _write(
                     train.add(block[:left])
                     val.add(block[left:])
                     left = max(0, left - len(block))
-            if _input_sha256(path) != about['sha256']:
+            if files.sha256(path) != about['sha256']:
                 raise UserError(
                     f'the text {path} changed while it was read: run again when nothing '
                     'writes to it'
@@ -210,10 +210,3 @@ class _SplitWriter:
             'bytes': self.n_bytes,
             'shards': self.shards,
         }
-
-
-def _input_sha256(path: str) -> str:
-    try:
-        return files.sha256(path)
-    except OSError as error:
-        raise UserError(f'cannot read the text {path}: {error.strerror}') from None

@@ -73,24 +73,3 @@ def test_the_file_that_cannot_be_written_is_named(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / 'a').write_bytes(b'abc' * 99999)
     assert files.sha256(tmp_path / 'a') == hashlib.sha256(b'abc' * 99999).hexdigest()
-
-
-def blocks(data, size):
-    return [data[start : start + size] for start in range(0, len(data), size)]
-
-
-@pytest.mark.parametrize('size', [1, 2, 3, 5, 100])
-def test_utf8_in_blocks(size):
-    text = 'né\r\n漢🎭\ufeff'
-    assert ''.join(files.decode_utf8(blocks(text.encode(), size), 'x')) == text
-    assert ''.join(files.decode_utf8([], 'x')) == ''
-    for data, byte, offset in (
-        (b'abc\xe9', 0xE9, 3),
-        (b'abcd\xc3\xa9\xe2\x82x', 0xE2, 6),
-        (b'a\xff\xff', 0xFF, 1),
-        ('é🎭'.encode()[:-1], 0xF0, 2),
-    ):
-        with pytest.raises(
-            UserError, match=f'x is not UTF-8 text: byte {byte:#x} at offset {offset};'
-        ):
-            ''.join(files.decode_utf8(blocks(data, size), 'x'))

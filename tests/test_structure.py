@@ -20,6 +20,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors architecture',
+    'foreign',
     'files',
     'config',
     # data: from raw text to the batch of a step
@@ -78,6 +79,7 @@ NO_JAX = (
     'architecture',
     'config',
     'files',
+    'foreign',
     'cli',
     'prepare',
     'inference.detokenizers',

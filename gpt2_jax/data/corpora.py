@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import Source
 
@@ -84,7 +84,7 @@ def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
             f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; move '
             'it away to get the published text, or give its path as data.corpus to use it as it is'
         )
-    text = ''.join(files.decode_utf8([data], path))
+    text = ''.join(foreign.decode_utf8([data], path))
     if not text:
         raise UserError(f'the text {path} is empty: expected at least one character')
     return Corpus(name, path, text, digest)

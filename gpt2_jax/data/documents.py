@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 
-from gpt2_jax import files
+from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
 
 BLOCK_BYTES = 1 << 20  # of a text file, in memory at once
@@ -39,7 +39,7 @@ def _text(path: str) -> Iterator[str]:
     """A file's text, one block at a time."""
     try:
         with open(path, 'rb') as file:
-            yield from files.decode_utf8(iter(lambda: file.read(BLOCK_BYTES), b''), path)
+            yield from foreign.decode_utf8(iter(lambda: file.read(BLOCK_BYTES), b''), path)
     except OSError as error:
         raise UserError(f'cannot read the text {path}: {error.strerror}') from None
 

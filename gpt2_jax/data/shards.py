@@ -89,6 +89,10 @@ def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
 
 def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str) -> np.ndarray:
     """A shard's ids, memory-mapped: (n_tokens,) of `dtype`."""
+    if not path.exists():
+        raise UserError(
+            f'{path} is missing, and the manifest names it: restore it, or prepare the folder again'
+        )
     try:
         digest = files.sha256(path)
         if digest != sha256:
@@ -97,10 +101,6 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str) -> np.n
                 'it from a copy, or prepare the folder again'
             )
         ids = np.load(path, mmap_mode='r', allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(
-            f'{path} is missing, and the manifest names it: restore it, or prepare the folder again'
-        ) from None
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}') from None
     if ids.shape != (n_tokens,) or ids.dtype != dtype:
