@@ -1,7 +1,7 @@
 """Writes text with a trained model. The run's folder is all it needs.
 
-    python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
-    echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --top_k=20
+python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
+echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --top_k=20
 """
 
 import sys
@@ -17,7 +17,9 @@ _CKPT_DIR = flags.DEFINE_string(
 )
 _STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _PROMPT = flags.DEFINE_string(
-    'prompt', None, 'The text to continue; a newline by default. See --prompt_file.'
+    'prompt',
+    None,
+    'The text to continue. By default <|endoftext|> or a newline. See --prompt_file.',
 )
 _PROMPT_FILE = flags.DEFINE_string(
     'prompt_file',
@@ -35,7 +37,12 @@ _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0
 _TOP_P = flags.DEFINE_float(
     'top_p', 1.0, 'Draw from the fewest tokens with this total probability; 1: from all tokens.'
 )
-_STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], 'End before the first occurrence of this text; may be given several times.'
+)
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    'special_tokens', False, 'Read <|endoftext|> in the prompt as the token, not as text.'
+)
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1
 )
@@ -67,7 +74,7 @@ def main(arguments: list[str]) -> None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
     import jax  # late, so that --help and errors in flags answer at once
 
-    from gpt2_jax.inference.decoding import set_up
+    from gpt2_jax.inference.decoding import with_kernels
     from gpt2_jax.inference.sampling import Sampling
     from gpt2_jax.inference.streaming import print_samples
     from gpt2_jax.parallel import devices, faults
@@ -77,7 +84,7 @@ def main(arguments: list[str]) -> None:
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
-    model = set_up(restored.model, _KERNELS.value, _DTYPE.value)
+    model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
     print(
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
         f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',
@@ -93,6 +100,7 @@ def main(arguments: list[str]) -> None:
             max_new_tokens=_MAX_NEW_TOKENS.value,
             sampling=sampling,
             stop=_STOP.value,
+            special_tokens=_SPECIAL_TOKENS.value,
             seed=_SEED.value,
             strict_context=_STRICT.value,
             notify=lambda text: print(f'[{text}]', file=sys.stderr),

@@ -417,7 +417,7 @@ ROWS = {
     'passages of an unknown format': (
         evaluate('--lambada={made}/text.txt'),
         2,
-        ['text.txt is no file of passages'],
+        ['text.txt is not a file of passages'],
     ),
     'flag of another measurement': (
         ('benchmark', '--config={made}/fine.py', '--what=startup', '--top_k=3'),
