@@ -10,8 +10,6 @@ fine-tuning. Weights of nanoGPT, saved as safetensors, are read too. --to_hf wri
 transformers loads. Nothing is overwritten.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from gpt2_jax import cli
@@ -41,12 +39,13 @@ def main(arguments: list[str]) -> None:
         )
     from gpt2_jax import convert
     from gpt2_jax.parallel import devices
+    from gpt2_jax.workdir.folder import local_path
 
     devices.select_platform('cpu')  # arrays are only copied
     if _FROM_HF.value is not None:
-        convert.from_hf(_FROM_HF.value, Path(_CKPT_DIR.value), _TOKENIZER.value)
+        convert.from_hf(_FROM_HF.value, local_path(_CKPT_DIR.value), _TOKENIZER.value)
     else:
-        convert.to_hf(Path(_CKPT_DIR.value), _STEP.value, Path(_TO_HF.value))
+        convert.to_hf(local_path(_CKPT_DIR.value), _STEP.value, local_path(_TO_HF.value))
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -78,18 +77,20 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.inference.sampling import Sampling
     from gpt2_jax.inference.streaming import print_samples
     from gpt2_jax.parallel import devices, faults
+    from gpt2_jax.terminal import printable
     from gpt2_jax.workdir import restore
+    from gpt2_jax.workdir.folder import local_path
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
-    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
+    restored = restore.load(local_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
-    print(
+    about = (
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
-        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',
-        file=sys.stderr,
+        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]'
     )
+    print(printable(about, sys.stderr), file=sys.stderr)
     with faults.memory_errors('sample'):
         print_samples(
             model,

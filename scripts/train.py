@@ -12,8 +12,6 @@ import time
 
 STARTED = time.monotonic()  # before all other imports, which are part of the start
 
-from pathlib import Path  # noqa: E402
-
 from absl import flags  # noqa: E402
 
 from gpt2_jax import cli  # noqa: E402
@@ -34,11 +32,12 @@ def main(arguments: list[str]) -> int:
     cli.no_more(arguments)
     from gpt2_jax.parallel import devices
     from gpt2_jax.train import train
+    from gpt2_jax.workdir.folder import local_path
 
     devices.select_platform(_PLATFORM.value)
     return train(
         _CONFIG.value,
-        Path(_WORKDIR.value or f'runs/{cli.config_name()}'),
+        local_path(_WORKDIR.value or f'runs/{cli.config_name()}'),
         extend=_EXTEND.value,
         fresh=_FRESH.value,
         started=STARTED,

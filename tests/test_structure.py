@@ -21,7 +21,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 LAYERS = (
     'errors architecture',
     'foreign',
-    'files',
+    'files terminal',
     'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
