@@ -140,9 +140,8 @@ def draw_quickstart(run: Path) -> None:
         loss = count_loss(train, val, n, vocab_size) if n else math.log(vocab_size)
         label = f'{name}: {loss:.2f}'.replace('1 characters', 'single characters')
         left.axhline(loss, color=GREY, linewidth=0.7, linestyle=':')
-        at = (
-            (last, loss + 0.03) if n < 4 else (1040, loss - 0.12)
-        )  # the curve comes down to the last
+        # The curve reaches the line of 4 characters: its label stands clear, on the left.
+        at = (last, loss + 0.03) if n < 4 else (1040, loss - 0.12)
         left.annotate(label, at, **end)
         print(label)
     left.set(xlabel='step', ylabel='loss, nats a character', xlim=(0, None), ylim=(1.4, 4.4))
