@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README, ARCHITECTURE = ROOT / 'README.md', ROOT / 'docs' / 'architecture.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md'))]
 NOT_RUN = '# not run'
-INSTALL = ('pip install -e .', 'pip install -e ".[test]"')  # .ci/run runs the second, and pytest
+INSTALL = ('pip install -e .', 'pip install -e ".[test]"', 'pytest tests/')  # run by .ci/run
 # Pages that are written beside this one. The lead empties this set once they are here.
 EXPECTED = {'library.md', 'backward.md', 'reliability.md', 'tour.ipynb'}
 
@@ -80,13 +80,12 @@ def split(command: str, variables: dict[str, str]) -> list[str]:
 
 def run(words: list[str]) -> None:
     """Runs `python scripts/NAME.py FLAGS [> FILE]` at a shrunken size; it must succeed."""
-    words, _, target = [*words, ''], '', ''
+    target = None
     if '>' in words:
-        at = words.index('>')
-        words, target = words[:at], words[at + 1]
-    name, arguments = Path(words[1]).stem, [word for word in words[2:] if word]
+        *words, _, target = words
+    name, arguments = Path(words[1]).stem, words[2:]
     if name in ('train', 'benchmark') and not any('data.corpus' in word for word in arguments):
-        arguments.append('--config.data.corpus=book1.txt')
+        arguments = [*arguments, '--config.data.corpus=book1.txt']
     code, out, err = runs.script(name, *arguments, *SHRUNKEN[name])
     assert code == 0, f'{shlex.join(words)} ends with {code}: {err}'
     if target:
@@ -143,31 +142,25 @@ def test_every_command_runs_or_says_that_it_does_not(page, folder, tmp_path, mon
                 continue
             for command in line.split(' && '):
                 words = split(command, variables)
-                if re.match(r'python scripts/\w+\.py', ' '.join(words[:2])):
+                if words[0] == 'python':
                     assert (ROOT / words[1]).is_file(), line
-                    if is_run:
-                        run(words)
-                    else:
-                        check_flags(words, monkeypatch)
-                elif words[0] in ('pip', 'pytest'):
-                    assert not is_run or (
-                        page == README and (command in INSTALL or command == 'pytest tests/')
-                    ), line
+                if words[0] == 'python' and words[1].startswith('scripts/'):
+                    run(words) if is_run else check_flags(words, monkeypatch)
+                elif page == README and command in INSTALL:
                     check_installation(words)
                 else:
                     assert not is_run, f'{page.name}: mark this line with "{NOT_RUN}": {line}'
-                    if words[0] == 'python':
-                        assert (ROOT / words[1]).is_file(), line
+                    check_installation(words)
 
 
 def check_installation(words: list[str]) -> None:
-    """The extras of a pip line are in setup.py, and the paths of a pytest line exist."""
+    """The extras of pip are in setup.py, and the paths of pytest exist."""
     setup = (ROOT / 'setup.py').read_text('utf-8')
     for word in words[1:]:
         if extra := re.fullmatch(r'\.\[(\w+)\]', word):
             assert f"'{extra[1]}': " in setup, f'setup.py has no extra {extra[1]}'
-        elif word.startswith('tests'):
-            assert (ROOT / word).exists()
+        elif word.startswith('tests/'):
+            assert (ROOT / word).exists(), word
 
 
 def test_commands_are_found():
