@@ -42,6 +42,11 @@ SIZES = {
     'train.batch_size': 4,
     'train.grad_accum_steps': 1,
     'optim.implementation': 'optax',
+    'optim.learning_rate': 1e-3,
+    'optim.end_learning_rate': 1e-4,
+    'optim.warmup_steps': 0,
+    'optim.beta2': 0.99,
+    'optim.weight_decay': 0.1,
     'eval.every': 2,
     'eval.sample_tokens': 0,
 }
