@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 import gpt2_jax
 from gpt2_jax import foreign
 from gpt2_jax.config import SETTINGS, check_key, describe
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import DivergedError, UsageError, UserError
 
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
@@ -132,6 +132,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         message, code = f'{error.filename or "input or output"}: {error.strerror or error}', 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except FloatingPointError as error:  # under JAX_DEBUG_NANS or JAX_DEBUG_INFS
+        message, code = f'{error}, {_last_line(error)}', DivergedError.exit_code
     if message:
         line = foreign.escape(' '.join(message.splitlines()))
         print('error:', line[:MAX_MESSAGE] + '..' * (len(line) > MAX_MESSAGE), file=sys.stderr)
@@ -151,6 +153,14 @@ def end_process(code: int) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of this package that an error came through."""
+    folder = str(Path(gpt2_jax.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if frame.filename.startswith(folder)][-1]
+    return f'in {frame.filename}, line {frame.lineno} ({frame.line})'
 
 
 def _report_unraisable(unraisable) -> None:

@@ -16,7 +16,7 @@ from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics.describe import describe
 from gpt2_jax.hooks import Evaluate, Sample, Save, diverged
 from gpt2_jax.inference.evaluate import make_evaluate
-from gpt2_jax.parallel.faults import memory_errors
+from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.feed import train_batch, train_batches
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
@@ -40,16 +40,17 @@ def train(
 ) -> int:
     """Trains, or resumes training, in the run's folder; returns 0, or 128 + the number of a signal.
 
-    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the process
-    began, by time.monotonic(). `hooks` are called between sampling and saving. Raises UserError, and
-    leaves every finished checkpoint as it is.
+    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the
+    process began, by time.monotonic(). `hooks` are called between sampling and saving. Raises
+    UserError, and leaves every finished checkpoint as it is.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
     with memory_errors('train'):
         setup = build(config)
         check_before_start(setup, fresh)
-    print('\n'.join(describe(setup)), flush=True)
+    memory = estimate_memory(setup.shapes, setup.layout, setup.device, setup.mesh.size)
+    print('\n'.join([*describe(setup), *memory]), flush=True)
     if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
 
