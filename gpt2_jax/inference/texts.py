@@ -5,13 +5,13 @@ import dataclasses
 
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.data import bin_files, corpora, documents, shards
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Gpt2Tokenizer, Tokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.detokenizers import make_detokenizer
 
-DOCUMENTS = ('.jsonl', '.jsonl.gz', '.parquet')  # files that hold many texts
 BLOCK = 1 << 20  # tokens decoded at once
 
 
@@ -35,7 +35,8 @@ def open_text(
     (see data.load) it is the `split`, 'val' where that is None. Raises UserError, also where tokens are another
     tokenizer's.
     """
-    dataset = _prepared(source, tokenizer, split or 'val')
+    path = str(files.user_path(source))
+    dataset = _prepared(path, tokenizer, split or 'val')
     if dataset:
         if detokenizer != 'none':
             raise UsageError(
@@ -49,8 +50,8 @@ def open_text(
         )
     texts = (
         [corpora.find_text(source).text]
-        if not source.endswith(DOCUMENTS)
-        else [''.join(document) for document in documents.read(source, text_field)]
+        if documents.file_kind(path) == documents.TEXT
+        else [''.join(document) for document in documents.read(path, text_field)]
     )
     detokenize = make_detokenizer(detokenizer)
     pieces = [tokenizer.encode(detokenize(text)) for text in texts if text]
