@@ -244,12 +244,12 @@ class _SplitWriter:
         pool: ThreadPoolExecutor,
     ):
         self.folder, self.split, self.tokenizer, self.pool = folder, split, tokenizer, pool
-        self.encode, self.shard_tokens = encode, shard_tokens
+        self.encode = encode
         self.dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         self.separator = np.array([tokenizer.separator or 0], self.dtype)
-        self.n_bytes = 0
+        self.buffer = np.empty(shard_tokens, self.dtype)
+        self.filled = self.n_bytes = 0
         self.shards = []
-        self.ids, self.n_ids = [], 0  # encoded, not written yet
         self.split_is_empty = self.document_is_empty = True
         self.held = []  # blocks of the current document that are not in `texts` yet
         self.n_held = 0  # characters in `held` and in `texts`
@@ -293,26 +293,28 @@ class _SplitWriter:
 
     def _encode(self, texts: list[str | None]) -> tuple[np.ndarray, int]:
         """Ids of texts in a row, None being the separator; and the number of their UTF-8 bytes."""
-        ids = np.concatenate(
-            [self.separator if text is None else self.encode(text) for text in texts]
-        )
-        return ids, int(self.tokenizer.byte_lengths[ids].sum())
+        pieces = [self.separator if text is None else self.encode(text) for text in texts]
+        ids, n_bytes = np.concatenate(pieces), sum(len(text.encode()) for text in texts if text)
+        if self.tokenizer.separator is not None:  # a special token in a text is no text
+            n_special = int(np.count_nonzero(ids == self.separator)) - texts.count(None)
+            n_bytes -= n_special * len(tokenizers.END_OF_TEXT)
+        return ids, n_bytes
 
     def _store(self, ids: np.ndarray, n_bytes: int):
         self.n_bytes += n_bytes
         while len(ids):
-            taken = ids[: self.shard_tokens - self.n_ids]
-            self.ids.append(taken)
-            self.n_ids += len(taken)
+            taken = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(taken)] = taken
+            self.filled += len(taken)
             ids = ids[len(taken) :]
-            if self.n_ids == self.shard_tokens:
+            if self.filled == len(self.buffer):
                 self._flush()
 
     def _flush(self):
-        """Writes the tokens that are encoded, if there are any, as the next shard."""
-        if self.n_ids:
+        """Writes the tokens in the buffer, if there are any, as the next shard."""
+        if self.filled:
             path = self.folder / f'{self.split}_{len(self.shards):05d}.npy'
-            ids = np.concatenate(self.ids)
+            ids = self.buffer[: self.filled]
             with files.new_file(path) as file:
                 header = np.lib.format.header_data_from_array_1_0(ids)
                 np.lib.format.write_array_header_1_0(file, header)
@@ -320,7 +322,7 @@ class _SplitWriter:
             self.shards.append(
                 {'file': path.name, 'tokens': len(ids), 'sha256': files.sha256(path)}
             )
-            self.ids, self.n_ids = [], 0
+            self.filled = 0
 
     def finish(self) -> dict[str, Any]:
         """Encodes and writes the rest; returns this split's entry of the manifest."""
