@@ -136,8 +136,10 @@ def matching(pattern: str) -> list[Path]:
         fixed = Path(*path.parts[:i])
         if i == len(path.parts) and os.path.lexists(fixed):
             return [path]
-        if fixed.is_dir():
-            names = glob.glob(os.path.join(*path.parts[i:]), root_dir=fixed, recursive=True)
+        if os.path.isdir(fixed):
+            rest = os.path.join(*path.parts[i:])
+            with foreign.parsing(pattern, 'a pattern'):
+                names = glob.glob(rest, root_dir=fixed, recursive=True)
             return [fixed / name for name in sorted(names)]
     return []
 
