@@ -46,9 +46,11 @@ Mutate = Callable[[random.Random, bytes], bytes]
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """`make(folder)` writes good files, `damage` damages one of `files`, `read(folder)` reads them.
+    """A reader, good files for it, and how they are damaged.
 
+    `make(folder)` writes the files, `damage` damages one of `files`, `read(folder)` reads them all.
     `after(folder)` runs on the damaged files, to mend a checksum that would hide the damage.
+    Nothing may be opened outside the folder `inside`.
     """
 
     make: Callable[[Path], None]
@@ -56,6 +58,7 @@ class Reader:
     files: tuple[str, ...]
     damage: Mutate = mutate.mutate_bytes
     after: Callable[[Path], None] = lambda folder: None
+    inside: str = ''
 
 
 def make_prepared(folder: Path) -> None:
@@ -166,7 +169,7 @@ def prepare_all(folder: Path) -> None:
     assert len(dataset.train) + len(dataset.val) == manifest['inputs']['characters']
 
 
-PREPARED = {'make': make_prepared, 'read': read_prepared}
+PREPARED = {'make': make_prepared, 'read': read_prepared, 'inside': 'out'}
 JSON = mutate.mutate_json
 READERS = {
     'manifest': Reader(files=('out/manifest.json',), damage=JSON, **PREPARED),
@@ -269,7 +272,7 @@ def run(name: str, seed: int, inputs: int) -> bool:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if message is not None and (len(message) > 300 or not message.isprintable()):
                 problem = f'the message is not one short line: {message!r}'
-            if found := outside(folder):
+            if found := outside(folder / reader.inside):
                 problem = f'it opened {found}'
             opened, slowest = None, max(slowest, time.monotonic() - began)
             grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

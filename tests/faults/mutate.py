@@ -67,6 +67,7 @@ VALUES += [
     [1, 'a'],
     {'a': 1},
 ]
+PATHS = ['../a.txt', '/etc/hostname', '/dev/zero', '../out/manifest.json', './train_00000.npy', '']
 RAW_VALUES = [
     'NaN',
     '-Infinity',
@@ -112,7 +113,8 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
         if not places:
             break
         parent, key = rng.choice(places)
-        kind = rng.randrange(6)
+        kind = rng.randrange(7)
+        texts = [(p, k) for p, k in places if isinstance(p[k], str)]
         if kind == 0:
             del parent[key]
         elif kind == 1:
@@ -121,6 +123,9 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
             parent[rng.choice([v for v in VALUES if isinstance(v, str)])] = parent.pop(key)
         elif kind == 3:
             parent[key] = raw.strip('"')
+        elif kind == 4 and texts:
+            parent, key = rng.choice(texts)
+            parent[key] = rng.choice(PATHS)
         else:
             parent[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(content).replace(raw, rng.choice(RAW_VALUES)).encode()
