@@ -108,7 +108,7 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
         step = functools.partial(decode.next_logits, model.cfg, weights)
         if sampling.top_p == 1 and logits_BV.shape[1] <= sample.MAX_VOCAB:
             pick = sample.make_sampler(
-                keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k
+                keys_CB, logits_BV.shape[1], sampling.divisor, sampling.top_k
             )
 
     def one(i, carry):

@@ -9,8 +9,8 @@ import numpy as np
 
 from gpt2_jax.errors import UsageError
 
-# A GPU and a CPU round smaller numbers to 0. At this temperature all draws are the likeliest token.
-MIN_TEMPERATURE = float(np.finfo(np.float32).tiny)
+# GPUs and CPUs may round smaller numbers to 0.
+MIN_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Sampling:
                     f'{name} = {getattr(self, name)} is not allowed; expected {expected}'
                 )
 
+    @property
+    def divisor(self) -> float:
+        """The temperature as logits can be divided by it in fp32; 0 if it is 0."""
+        return max(self.temperature, MIN_NORMAL) if self.temperature else 0.0
+
 
 # Draws from the distribution that the model predicts.
 AS_PREDICTED = Sampling()
@@ -53,7 +58,7 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
     # Only differences of logits matter. From the largest they are at most 0, so that a division
     # by a small temperature overflows to -inf, a token that is never drawn, and not to inf.
     logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)
-    logits_BV = logits_BV / max(sampling.temperature, MIN_TEMPERATURE)
+    logits_BV = logits_BV / sampling.divisor
     if sampling.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
