@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from gpt2_jax import foreign
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.progress import Progress
 
 BLOCK_BYTES = 1 << 16  # of a download, at once
 TIMEOUT_SECONDS = 10  # of silence; a slow download that keeps moving is not cut off
@@ -189,15 +190,16 @@ def _download(name: str, source: Source, file: BinaryIO) -> str:
         flush=True,
     )
     digest, n_bytes = hashlib.sha256(), 0
-    with urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response:
+    with (
+        urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response,
+        Progress('downloaded', source.n_bytes) as progress,
+    ):
         while block := response.read(min(BLOCK_BYTES, source.n_bytes + 1 - n_bytes)):
             file.write(block)
             digest.update(block)
             n_bytes += len(block)
             if n_bytes > source.n_bytes:
                 raise OSError(f'the server sent more than the expected {source.n_bytes:,} bytes')
-            if sys.stderr.isatty():
-                progress = f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} '
-                print(progress, end='', file=sys.stderr, flush=True)
-    print(f'\rdownloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
+            progress.add(len(block))
+    print(f'downloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
     return digest.hexdigest()

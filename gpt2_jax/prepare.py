@@ -49,6 +49,36 @@ class Source:
     sha256: str
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends the work arrived; the argument is the signal."""
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
+
+    def stop(number, frame):
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # let what was begun be removed
+        raise _Stopped(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
+        error = UserError(f'stopped by {number.name}: nothing was written')
+        error.exit_code = 128 + number
+        raise error from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_stopped_by_signals()
 def prepare(
     inputs: list[str],
     out_dir: str,
@@ -80,7 +110,7 @@ def prepare(
         )
     paths, left_out = documents.find_files(inputs)
     folder = files.user_path(out_dir).resolve()
-    with _stopped_by_signals(folder), files.new_folder(folder) as partial:
+    with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)
         totals = _totals(sources)
         if split_by == 'document' and 0 < val_fraction * totals['documents'] < 1:
@@ -129,35 +159,6 @@ def _totals(sources: list[Source]) -> dict[str, int]:
         'characters': sum(source.characters for source in sources),
         'bytes': sum(source.bytes for source in sources),
     }
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal that ends the work arrived; the argument is the signal."""
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(folder: Path) -> Iterator[None]:
-    """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
-
-    def stop(number, frame):
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # let what was begun be removed
-        raise _Stopped(signal.Signals(number))
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    except KeyboardInterrupt as stopped:
-        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
-        error = UserError(f'stopped by {number.name}: nothing was written to {folder}')
-        error.exit_code = 128 + number
-        raise error from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _count(

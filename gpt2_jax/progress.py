@@ -10,7 +10,7 @@ LOG_SECONDS = 5  # between lines in a log; later, a tenth of the time that has p
 class Progress:
     """Reports `WHAT 12.3 of 45.6 MB, 7.8 MB/s, 4 s left` while bytes are added. A context manager.
 
-    A terminal shows one line, which is cleared at the end. Elsewhere a line is printed now and then.
+    A terminal shows one line, cleared at the end. Elsewhere a line is printed now and then.
     """
 
     def __init__(self, what: str, n_bytes: int):
@@ -32,7 +32,12 @@ class Progress:
                 f'{speed / 1e6:.1f} MB/s, {_duration(left)} left'
             )
             end = '' if self.on_terminal else '\n'
-            print(f'\r\x1b[K{line}' if self.on_terminal else line, end=end, file=sys.stderr, flush=True)
+            print(
+                f'\r\x1b[K{line}' if self.on_terminal else line,
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __enter__(self) -> 'Progress':
         return self

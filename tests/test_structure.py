@@ -20,8 +20,8 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors architecture',
-    'foreign',
-    'files progress',
+    'foreign progress',
+    'files',
     'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
