@@ -269,11 +269,12 @@ class Gpt2Tokenizer:
             if run.end() < len(text):
                 pieces += [text[start : run.start()], text[run.start() : run.end() - 1]]
                 start = run.end() - 1
-        ids = [
-            self._encoding.encode_to_numpy(piece, disallowed_special=())
-            for piece in [*pieces, text[start:]]
-        ]
-        return np.concatenate(ids)
+        with foreign.parsing('the text', 'GPT-2 tokens'):
+            ids = [
+                self._encoding.encode_to_numpy(piece, disallowed_special=())
+                for piece in [*pieces, text[start:]]
+            ]
+            return np.concatenate(ids)
 
     def cut(self, text: str) -> int:
         """Before the last whitespace that follows a visible character.
