@@ -1,5 +1,6 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import logging
@@ -8,9 +9,11 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -24,6 +27,7 @@ WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
 MAX_PROMPT_BYTES = 1 << 30
+MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
 
@@ -133,7 +137,23 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     if message:
-        print('error:', foreign.escape(' '.join(message.splitlines())), file=sys.stderr)
+        line = foreign.escape(' '.join(message.splitlines()))
+        print('error:', line[:MAX_MESSAGE] + '..' * (len(line) > MAX_MESSAGE), file=sys.stderr)
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with an exit code; after an error, without waiting for threads.
+
+    Orbax's threads wait 300 s for each other if the folder of a save could not be made, and a
+    compilation that nobody needs any more may take minutes.
+    """
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    if code and len(threads) > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -21,7 +21,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 LAYERS = (
     'errors architecture',
     'foreign progress',
-    'files',
+    'files terminal',
     'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
@@ -44,6 +44,7 @@ LAYERS = (
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.log workdir.checksums',
+    'workdir.storage',
     'workdir.checkpoints',
     'workdir.restore',
     # training: one update, and the loop around it
