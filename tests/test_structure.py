@@ -21,7 +21,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 LAYERS = (
     'errors architecture',
     'foreign',
-    'files',
+    'files progress',
     'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
@@ -80,6 +80,7 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'progress',
     'cli',
     'prepare',
     'inference.detokenizers',
