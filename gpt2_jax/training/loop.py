@@ -6,7 +6,9 @@ number, so a resumed run computes what the run would have computed.
 """
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -37,15 +39,29 @@ class Interrupt:
         self.seen = self.arrived
         return self.seen
 
+    def check(self) -> None:
+        """Raises Interrupted if a signal has arrived: for long work that a resumed run can repeat."""
+        if self.arrived:
+            raise Interrupted
+
+
+class Interrupted(Exception):
+    """A signal stopped work that has changed nothing yet."""
+
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Notes the first SIGTERM or Ctrl-C; a second one ends the process as usual."""
+    """Notes the first SIGTERM or Ctrl-C, and says so; a second one ends the process as usual."""
     interrupt = Interrupt()
 
     def note(number, frame):
         interrupt.arrived = signal.Signals(number)
         restore()
+        line = f'\n{interrupt.arrived.name}: saving a checkpoint; a second one ends without it\n'
+        if sys.stderr is not None:
+            # Not print: the signal may have come inside a write to the same stream.
+            with contextlib.suppress(OSError, ValueError):
+                os.write(sys.stderr.fileno(), line.encode())
 
     def restore():
         for number, handler in before.items():

@@ -9,6 +9,7 @@ without SHA256SUMS, or one that does not match it, is never restored.
 
 import concurrent.futures
 import contextlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -18,8 +19,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gpt2_jax import files
 from gpt2_jax.errors import UserError
-from gpt2_jax.workdir.checksums import CHECKSUMS, all_steps, committed_steps, write_checksums
+from gpt2_jax.workdir.checksums import (
+    CHECKSUMS,
+    METRICS,
+    all_steps,
+    committed_steps,
+    write_checksums,
+)
 
 
 def _val_loss(metrics) -> float:
@@ -91,6 +99,14 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(step, error) from None
         self._pending = step, self._pool.submit(self._finish, step)
+
+    def add_val_loss(self, step: int, val_loss: float) -> None:
+        """Adds the validation loss to a checkpoint that was saved before its evaluation."""
+        path = self.folder / str(step)
+        (path / METRICS).mkdir(exist_ok=True)
+        files.write_text(path / METRICS / METRICS, json.dumps({'val_loss': val_loss}))
+        write_checksums(path)
+        self._orbax.reload()  # it compares the losses when it decides which checkpoints to keep
 
     def committed(self) -> list[int]:
         """The steps whose save was finished, in order."""
