@@ -57,7 +57,7 @@ LAYERS = (
     'inference.sampling inference.detokenizers',
     'inference.decoding inference.texts inference.evaluate',
     'inference.streaming inference.score',
-    'inference.lambada',
+    'inference.lambada inference.harness',
     # diagnostics: what a run is, and how fast
     'diagnostics.describe diagnostics.benchmark',
     # the roof: one file a script, and what a run does now and then
