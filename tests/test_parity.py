@@ -21,7 +21,9 @@ from tiny import rough_params, tiny, tokens
 from gpt2_jax import convert
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config
+from gpt2_jax.data import tokenizers
 from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
+from gpt2_jax.errors import UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.model.gpt2 import GPT2, activate
@@ -37,6 +39,7 @@ from gpt2_jax.model.huggingface import (
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import init_state, make_train_step, token_losses
+from gpt2_jax.workdir import restore
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: these tests download nothing
 torch = pytest.importorskip('torch')
@@ -237,15 +240,13 @@ def test_the_tokenizer_is_exported_to_transformers_and_read_back(tmp_path, monke
     (tmp_path / 'merges.txt').unlink()
     theirs.save_pretrained(tmp_path)  # as tokenizer.json
     assert not (tmp_path / 'merges.txt').exists()
-    with pytest.raises(
-        convert.UserError, match="does not hold GPT-2's merges: it is another tokenizer"
-    ):
+    with pytest.raises(UserError, match="does not hold GPT-2's merges: it is another tokenizer"):
         convert.from_hf(str(tmp_path), tmp_path / 'run')
     monkeypatch.setattr(
         convert.vocabulary, 'MERGES_SHA256', hashlib.sha256(merges.encode()).hexdigest()
     )
     convert.from_hf(str(tmp_path), tmp_path / 'run', notify=lambda text: None)
-    assert convert.checkpoint.load(tmp_path / 'run', 'best').tokenizer == tokenizer
+    assert restore.load(tmp_path / 'run', 'best').tokenizer == tokenizer
 
 
 @pytest.mark.parametrize('kind', ['nanoGPT', 'transformers'])
@@ -273,7 +274,7 @@ def test_the_command_that_converts_a_pickle(kind, tmp_path):
     else:
         torch.save(state, tmp_path / 'pytorch_model.bin')
         (tmp_path / 'config.json').write_text(json.dumps(theirs.config.to_dict()))
-    with pytest.raises(convert.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         read_folder(tmp_path)
     command = re.search('with python -c "(.*)", and give the folder', str(caught.value))[1]
     subprocess.run([sys.executable, '-c', command], cwd=tmp_path, check=True, timeout=120)
@@ -291,7 +292,7 @@ def test_the_command_that_converts_a_pickle(kind, tmp_path):
 def test_import_and_export_keep_the_logits_of_transformers(tmp_path):
     theirs = rough_gpt2(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=256)
     theirs.save_pretrained(tmp_path / 'in')
-    (tmp_path / 'bytes.json').write_text(convert.tokenizers.to_json(ByteTokenizer()))
+    (tmp_path / 'bytes.json').write_text(tokenizers.to_json(ByteTokenizer()))
     convert.from_hf(
         str(tmp_path / 'in'), tmp_path / 'run', tmp_path / 'bytes.json', notify=lambda text: None
     )
