@@ -24,7 +24,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.kernels.launch import call, column_blocks, only
-from gpt2_jax.model.gpt2 import Cache, activate, embed
+from gpt2_jax.model.gpt2 import Cache, embed
+from gpt2_jax.model.ops import activate
 
 # Sizes of blocks, warps and stages: the best of those tried on an H100 with GPT-2 124M. A matrix is
 # shared by at least PROGRAMS programs, each with OUTS (min, max) outputs, and read in blocks of

@@ -58,6 +58,33 @@ def _kth_largest(x, k):
     return narrow(x, low, high)
 
 
+def _k_largest(x, columns, k):
+    """Masks of the k largest elements of the blocks `x`; of equal ones, the first columns count."""
+    bound = _kth_largest(x, k)
+    tied = [part == bound for part in x]
+    n = k - sum((part > bound).astype(jnp.float32) for part in x).sum()
+
+    def count(column):
+        reached = [part & (at <= column) for part, at in zip(tied, columns, strict=True)]
+        return sum(part.astype(jnp.float32) for part in reached).sum()
+
+    def narrow(state):
+        low, high = state
+        middle = (low + high) // 2
+        enough = count(middle) >= n
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    # Bisects: fewer than n ties are in columns <= low, n or more in columns <= high. Without a tie
+    # too many there is nothing to do.
+    end = x[0].shape[0] * len(x)
+    low = end - 1 - end * (count(end) > n).astype(jnp.int32)  # -1 or end - 1
+    _, last = lax.while_loop(lambda state: state[1] - state[0] > 1, narrow, (low, 0 * low + end))
+    return [
+        (part > bound) | (tie & (at <= last))
+        for part, tie, at in zip(x, tied, columns, strict=True)
+    ]
+
+
 def _sample_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperature, top_k):
     size, blocks = column_blocks(V, COLUMNS)
     columns = [j * size + jnp.arange(size) for j in range(blocks)]
@@ -68,11 +95,11 @@ def _sample_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperatur
 
     x = [load(logits_ref, j) for j in range(blocks)]
     if temperature:
-        x = [part / temperature for part in x]
-        bound = _kth_largest(x, top_k) if 0 < top_k < V else -jnp.inf
-        # The noise is loaded for values above the bound only, so that it cannot be loaded, and take
-        # registers, before the bound is known.
-        kept = [part >= bound for part in x]
+        kept = _k_largest(x, columns, top_k) if 0 < top_k < V else [part > -jnp.inf for part in x]
+        largest = functools.reduce(jnp.maximum, x).max()
+        x = [(part - largest) / temperature for part in x]
+        # The noise is loaded for the values kept only, so that it cannot be loaded, and take
+        # registers, before they are known.
         noisy = [part + load(noise_ref, j, i_ref[0], of=kept[j]) for j, part in enumerate(x)]
         x = [jnp.where(*parts, -jnp.inf) for parts in zip(kept, noisy, strict=True)]
     best, token = x[0], columns[0]

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gpt2_jax.architecture import ACTIVATIONS, GPT2Config
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.ops import PLAIN, Ops
 
@@ -172,8 +172,7 @@ class MLP(nn.Module):
         cfg, ops = self.cfg, self.ops
         D, F = (cfg.n_embd,), (cfg.d_ff,)
         h_BTF = Linear(cfg, ops, D, F, cfg.initializer_range, name='c_fc')(x_BTD)
-        h_BTF = tap(self, 'mlp_pre', h_BTF).astype(jnp.float32)
-        h_BTF = activate(cfg.activation_function, h_BTF).astype(cfg.compute_dtype)
+        h_BTF = ops.activate(cfg.activation_function, tap(self, 'mlp_pre', h_BTF))
         h_BTF = tap(self, 'mlp_post', h_BTF)
         out_BTD = Linear(cfg, ops, F, D, residual_std(cfg), name='c_proj')(h_BTF)
         return dropout(out_BTD, seed, cfg.resid_pdrop)
@@ -259,12 +258,6 @@ def embed(wte_VD, wpe_PD, tokens_BT, pos):
     """Embeddings of tokens at positions pos, pos + 1, ..: wte[token] BTD and wpe[position] TD."""
     wte_VD = jnp.asarray(wte_VD)  # traced tokens cannot index numpy parameters
     return wte_VD[tokens_BT], lax.dynamic_slice_in_dim(wpe_PD, pos, tokens_BT.shape[1])
-
-
-def activate(name: str, x):
-    """The activation function of that name in architecture.ACTIVATIONS, element by element."""
-    function, options = ACTIVATIONS[name]
-    return getattr(nn, function)(x, **options)
 
 
 def residual_std(cfg: GPT2Config) -> float:

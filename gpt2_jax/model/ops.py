@@ -14,14 +14,16 @@ N is all leading axes merged into one. `precision` is JAX's setting for matrix p
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gpt2_jax.architecture import padded_vocab
+from gpt2_jax.architecture import ACTIVATIONS, padded_vocab
 
 
 class Ops(NamedTuple):
@@ -37,6 +39,7 @@ class Ops(NamedTuple):
     scores: Callable
     mix: Callable
     logits: Callable
+    activate: Callable
     attention: Callable | None = None
     tap: Callable | None = None
 
@@ -71,7 +74,13 @@ def logits(x_D, wte_VD, precision):
     )
 
 
-PLAIN = Ops(matmul, normalize, scores, mix, logits)
+def activate(name: str, x):
+    """The function of that name in architecture.ACTIVATIONS, in fp32, rounded once to x's dtype."""
+    function, options = ACTIVATIONS[name]
+    return getattr(nn, function)(x.astype(jnp.float32), **options).astype(x.dtype)
+
+
+PLAIN = Ops(matmul, normalize, scores, mix, logits, activate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -217,6 +226,35 @@ def fast_logits(x_D, wte_VD, precision):
     return _logits(x_D, wte_VD, precision)[..., :V]
 
 
+@jax.custom_vjp
+def _gelu_new(x):
+    return activate('gelu_new', x)
+
+
+def _gelu_new_forward(x):
+    return activate('gelu_new', x), x
+
+
+def _gelu_new_backward(x, dh):
+    dtype, x, dh = x.dtype, x.astype(jnp.float32), dh.astype(jnp.float32)
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    s = jax.nn.sigmoid(2 * a * (x + b * x**3))
+    return ((dh * (s + x * s * (1 - s) * 2 * a * (1 + 3 * b * x**2))).astype(dtype),)
+
+
+_gelu_new.defvjp(_gelu_new_forward, _gelu_new_backward)
+
+
+def fast_activate(name: str, x):
+    """`activate`. The gradient of 'gelu_new' keeps x alone, in its dtype.
+
+    tanh GELU is x s(u) with s the sigmoid, u = 2 sqrt(2 / pi) (x + 0.044715 x^3), and its slope is
+    s + x s (1 - s) du/dx. JAX would keep several fp32 intermediates, and a step would take 2.6 %
+    longer (GPU), 1.1 % (GPU, 124M without cuDNN).
+    """
+    return _gelu_new(x) if name == 'gelu_new' else activate(name, x)
+
+
 def cudnn_attention(q_BTHK, k_BTHK, v_BTHK):
     """Causal attention by cuDNN, which never stores the pattern. fp16 or bf16, on NVIDIA GPUs."""
     return jax.nn.dot_product_attention(
@@ -224,7 +262,7 @@ def cudnn_attention(q_BTHK, k_BTHK, v_BTHK):
     )
 
 
-FAST = Ops(fast_matmul, fast_normalize, fast_scores, fast_mix, fast_logits)
+FAST = Ops(fast_matmul, fast_normalize, fast_scores, fast_mix, fast_logits, fast_activate)
 
 
 def training_ops(attention: str) -> Ops:
