@@ -11,19 +11,19 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
-from gpt2_jax import foreign
+from gpt2_jax import files, foreign
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
 
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
+MAX_PROMPT_BYTES = 1 << 30
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
 
@@ -72,7 +72,7 @@ def no_more(arguments: list[str]) -> None:
 
 
 def refuse(unused: Iterable[flags.FlagHolder], context: str) -> None:
-    """Raises UsageError if a flag is given that means nothing here: `context` is 'with --lambada'."""
+    """Raises UsageError if a flag is given that means nothing here (context: 'with --lambada')."""
     for flag in unused:
         if flag.present:
             raise UsageError(f'--{flag.name} means nothing {context}: leave it out')
@@ -95,7 +95,11 @@ def read_prompt(path: str | None) -> str:
                 file=sys.stderr,
             )
             return ''
-    data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
+    data = (
+        sys.stdin.buffer.read()
+        if path in (None, '-')
+        else foreign.read_bytes(files.user_path(path), MAX_PROMPT_BYTES)
+    )
     try:
         return ''.join(foreign.decode_utf8([data], path or 'standard input'))
     except UserError as error:
@@ -129,7 +133,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     if message:
-        print('error:', ' '.join(message.splitlines()), file=sys.stderr)
+        print('error:', foreign.escape(' '.join(message.splitlines())), file=sys.stderr)
     sys.exit(code)
 
 

@@ -124,7 +124,7 @@ SETTINGS = {
         'tinyshakespeare',
         NAME,
         'a corpus name, a text file, a folder made by scripts/prepare.py, or GPT-2 tokens of llm.c '
-        "or nanoGPT as a pattern that ends in .bin (files with 'val' in the name: validation)",
+        "or nanoGPT as a pattern that ends in .bin ('val' as a word of a name: validation)",
     ),
     'data.tokenizer': (
         'char',

@@ -15,11 +15,9 @@ a pattern. --stride=32 gives each target more context.
 --lambada predicts the last word of each passage.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import detokenizers
 
@@ -78,7 +76,7 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.workdir import restore
 
     devices.select_platform(_PLATFORM.value)
-    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
+    restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
     if _LAMBADA.value is not None:
         result = lambada.score_lambada(

@@ -5,11 +5,10 @@ echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string(
@@ -83,7 +82,7 @@ def main(arguments: list[str]) -> None:
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
-    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
+    restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
     print(
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '

@@ -20,7 +20,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors architecture',
-    'foreign',
+    'foreign progress',
     'files',
     'config',
     # data: from raw text to the batch of a step
@@ -80,6 +80,7 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'progress',
     'cli',
     'prepare',
     'inference.detokenizers',
