@@ -53,7 +53,7 @@ def from_hf(
     is_name = not folder.exists() and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source)
     folder = download(source) if is_name else folder
     published, tensors = huggingface.read_folder(folder)
-    settings = huggingface.config_from_hf(published)
+    settings = huggingface.import_config(published)
     vocab_size, tokenizer = settings.pop('vocab_size'), _read_tokenizer(folder, tokenizer_file)
     config = config_lib.default_config()
     config.model.update(settings)
