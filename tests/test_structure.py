@@ -62,7 +62,7 @@ LAYERS = (
     # diagnostics: what a run is, and how fast
     'diagnostics.describe diagnostics.benchmark',
     # the roof: one file a script, and what a run does now and then
-    'hooks convert',
+    'hooks convert library',
     'train',
     'cli',
 )

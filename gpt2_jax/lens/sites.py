@@ -79,7 +79,7 @@ class Site(NamedTuple):
 
 
 def unit_axis(axes: str) -> str:
-    """The letter of the axis whose elements an address can name: H if there is one, else the last."""
+    """The letter of the axis whose elements an address can name: H if there, else the last."""
     return 'H' if 'H' in axes else axes[-1]
 
 
