@@ -47,7 +47,7 @@ LAYERS = (
     # lens: what happens inside one forward and backward pass
     'lens.sites lens.subject',
     'lens.activations',
-    'lens.interventions lens.readings lens.hessian',
+    'lens.interventions lens.readings lens.hessian lens.flow',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
