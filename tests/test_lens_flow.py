@@ -19,7 +19,8 @@ CONFIGS = {
     'plain': {},
     'no bias': dict(bias=False, n_inner=500),
     'remat': dict(remat=True, n_layer=3),
-    'bfloat16': dict(dtype='bfloat16', activation_function='gelu'),
+    'bfloat16': dict(dtype='bfloat16'),
+    'exact GELU': dict(activation_function='gelu'),
     'large vocabulary': dict(vocab_size=5000, n_layer=1),
     'one head': dict(n_head=1),
 }
