@@ -598,8 +598,9 @@ def heading(flow: Flow) -> str:
     )
     once = sum(operation.flops / operation.times for operation in flow.operations)
     if flow.xla_flops:
-        text += f' XLA counts {short(flow.xla_flops, "FLOPs")}: {once / flow.xla_flops - 1:+.2%}'
-        text += ' of it here, a loop counted once.' if once < flow.flops else ' of it here.'
+        text += f" XLA's own count is {short(flow.xla_flops, 'FLOPs')}"
+        text += ', a loop counted once' if once < flow.flops else ''
+        text += f'; this one differs from it by {once / flow.xla_flops - 1:+.2%}.'
     return text
 
 
@@ -647,7 +648,8 @@ def to_html(flow: Flow) -> str:
         rows = [_row(operation, flow) for operation in section.operations]
         flops = section.total('flops')
         parts.append(
-            f'<details><summary>{section.phase}: {section.title} <small>{len(rows)} operations, '
+            f'<details><summary>{section.phase}: {section.title} <small>{len(rows)} '
+            f'operation{"s" * (len(rows) > 1)}, '
             f'{short(flops, "FLOPs")}, {_share(flops, flow.flops) or "0%"}</small></summary>'
             f'{table(COLUMNS, rows)}</details>'
         )
