@@ -14,7 +14,7 @@ import numpy as np
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
-from gpt2_jax.inference.streaming import default_prompt, stream_text
+from gpt2_jax.inference.streaming import encode_prompt, stream_text
 from gpt2_jax.lens import activations, subject
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import count_params
@@ -54,7 +54,7 @@ class Loaded:
         temperature 0 always takes the likeliest token. Past the context, the text continues from
         its last half. Raises UserError for a character that the tokenizer does not know.
         """
-        ids = self.tokenizer.encode(prompt) if prompt else default_prompt(self.tokenizer)
+        ids = encode_prompt(self.tokenizer, prompt)
         chunks = generate(
             self.model,
             self.params,

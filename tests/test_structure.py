@@ -20,7 +20,9 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors architecture',
-    'config files',
+    'foreign',
+    'files',
+    'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -48,6 +50,7 @@ LAYERS = (
     'lens.sites lens.subject',
     'lens.activations',
     'lens.interventions lens.readings lens.hessian lens.flow',
+    'lens.report lens.terminal',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
@@ -62,7 +65,8 @@ LAYERS = (
     # diagnostics: what a run is, and how fast
     'diagnostics.describe diagnostics.benchmark',
     # the roof: one file a script, and what a run does now and then
-    'hooks convert library',
+    'hooks convert prepare library',
+    'look',
     'train',
     'cli',
 )
@@ -82,7 +86,9 @@ NO_JAX = (
     'architecture',
     'config',
     'files',
+    'foreign',
     'cli',
+    'prepare',
     'inference.detokenizers',
     'inference.texts',
     'workdir.folder',

@@ -654,3 +654,16 @@ def to_html(flow: Flow) -> str:
             f'{table(COLUMNS, rows)}</details>'
         )
     return '\n'.join(parts)
+
+
+def to_page(flow: Flow) -> str:
+    """`to_html` as a file of its own."""
+    style = (
+        'body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}'
+        'table{border-collapse:collapse;font-size:.9em}td,th{padding:3px 9px;text-align:left;'
+        'border-bottom:1px solid #8884}.wide{overflow-x:auto}:root{color-scheme:light dark}'
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Shape flow</title>'
+        f'<style>{style}</style><h1>Shape flow</h1>{to_html(flow)}</html>'
+    )

@@ -1,10 +1,11 @@
-"""One page that shows a model at work on a text: `collect` computes what is on it, `render` writes it.
+"""One page that shows a model at work on a text: `collect` computes it, `render` writes it.
 
-The page is one HTML file with its data, style and scripts inside (the folder page/), and asks for
-nothing from a network. Arrays travel as one gzip-compressed block in base64; the browser unpacks it.
+The page is one HTML file with its data, style and scripts inside (the folder page/). It asks
+nothing from a network. Arrays travel as one gzip-compressed block in base64, which the browser
+unpacks.
 
-A position p is the place after which the model predicts; its target is the next token of the text, or at
-the last position the token that the model finds likeliest.
+At each position the model guesses the next token. That token is the position's target; at the last
+position, which no token follows, the target is the likeliest one.
 """
 
 import base64
@@ -34,7 +35,14 @@ from gpt2_jax.lens.readings import (
     transport,
     unembed,
 )
-from gpt2_jax.lens.subject import Subject, as_subject, as_tokens, leaf_shapes, run
+from gpt2_jax.lens.subject import (
+    Subject,
+    as_subject,
+    as_tokens,
+    leaf_shapes,
+    run,
+    token_text,
+)
 from gpt2_jax.model.params import count_params
 
 PAGE = Path(__file__).parent / 'page'
@@ -71,9 +79,9 @@ def collect(
 ) -> Report:
     """Everything that the page shows of a model on one text of at least two tokens.
 
-    The first `prompt_tokens` tokens are given, the others the model's own; by default all are given.
-    `skip` names SECTIONS to leave out. `make_step` and `step_size`, (batch_size, seq_len,
-    grad_accum_steps), are of the step in the shape flow. `notify` hears what is computed, with its
+    The first `prompt_tokens` tokens are given, the others the model's own; by default all are
+    given. `skip` names SECTIONS to leave out. The shape flow is of `make_step` at `step_size`,
+    which is (batch_size, seq_len, grad_accum_steps). `notify` gets a line for each part, with its
     time. Raises UsageError for an unknown section, else as `capture`.
     """
     if unknown := set(skip) - set(SECTIONS):
@@ -174,14 +182,6 @@ class _Parts:
             self.notify(f'{self.name}: {time.monotonic() - self.began:.1f} s')
 
 
-def token_text(subject: Subject, token: int) -> str:
-    """A token for people: its text, bytes that are no character as \\xe2, an id if nothing is known."""
-    if subject.tokenizer is None:
-        return f'<{token}>'
-    data = subject.tokenizer.decode_bytes([token])
-    return data.decode('utf-8', 'backslashreplace') or f'<{token}>'
-
-
 def _losses(logits_BTV, targets_T) -> np.ndarray:
     log_probs_TV = jax.nn.log_softmax(logits_BTV[0], axis=-1)
     return -np.asarray(log_probs_TV)[np.arange(len(targets_T)), targets_T]
@@ -217,7 +217,7 @@ def _packed_patterns(cfg, taken, levels: int = 255) -> np.ndarray:
 
 
 def _read_out(subject: Subject, stream, targets_T) -> dict[str, np.ndarray]:
-    """What each layer predicts: likeliest tokens `top` and `prob` (L + 1, T, TOP), and of the target
+    """What each layer predicts: likeliest tokens `top`, `prob` (L + 1, T, TOP), and of the target
     its `rank`, counted from 1, and its probability `right` (L + 1, T)."""
     n_top = min(TOP, subject.cfg.vocab_size)
     rows: dict[str, list] = {'top': [], 'prob': [], 'rank': [], 'right': []}
@@ -249,7 +249,7 @@ def _attributions(subject: Subject, taken, targets_T) -> dict[str, dict[str, np.
 
 
 def _summed_terms(cfg, terms) -> dict[str, np.ndarray]:
-    """Terms by part: embed, pos_embed, bias (T,), heads (L, H, T), mlp (L, T), and the largest neurons."""
+    """Terms by part: embed, pos_embed, bias (T,), heads (L, H, T), mlp (L, T), some neurons."""
     layers = range(cfg.n_layer)
     T = terms['embed'].shape[1]
     biases = [term[0] for name, term in terms.items() if name.endswith('bias')]
@@ -275,7 +275,7 @@ def _target_losses(last: int, logits_BTV, tokens_BT):
 
 
 def _ablations(subject: Subject, tokens_BT, targets_T, losses_T) -> np.ndarray:
-    """How each position's loss changes without a head or an MLP (zero in its place): (L, H + 1, T)."""
+    """The change of each position's loss without a head or an MLP: (L, H + 1, T)."""
     cfg = subject.cfg
     sites = [
         f'h_{i}.{part}'
@@ -346,7 +346,7 @@ def _scores(subject: Subject) -> dict[str, np.ndarray]:
 
 
 def as_bytes(array: np.ndarray, name: str) -> tuple[str, bytes]:
-    """A little-endian copy and its type: 'u1', 'u4', 'f4', or 'f2', the upper half of fp32's bits."""
+    """A little-endian copy and its type: 'u1', 'u4', 'f4', or 'f2', the upper half of 'f4'."""
     if array.dtype == np.uint8:
         return 'u1', array.tobytes()
     if array.dtype.kind in 'ui':

@@ -94,6 +94,14 @@ def all_heads(cfg: GPT2Config) -> list[str]:
     return [f'h_{i}.attn.{head}' for i in range(cfg.n_layer) for head in range(cfg.n_head)]
 
 
+def parse_head(address: str) -> tuple[int, int]:
+    """'h_3.attn.2' -> (3, 2). Raises UsageError for anything else."""
+    match = re.fullmatch(r'h_(\d+)\.attn\.(\d+)', address)
+    if not match:
+        raise UsageError(f'{address!r} is not a head: expected an address such as h_0.attn.2')
+    return int(match[1]), int(match[2])
+
+
 def axis_size(cfg: GPT2Config, axis: str, n_positions: int) -> int:
     """The length of the axis with that letter, for a text of `n_positions` tokens."""
     sizes = {'D': cfg.n_embd, 'H': cfg.n_head, 'K': cfg.head_dim, 'F': cfg.d_ff}

@@ -143,3 +143,11 @@ def as_numpy(x) -> np.ndarray:
     """A numpy array of its own; bfloat16 is widened to float32, exactly."""
     x = np.asarray(x)
     return np.array(x, np.float32) if x.dtype.name in ('bfloat16', 'float16') else np.array(x)
+
+
+def token_text(subject: Subject, token: int) -> str:
+    """A token for people: its text, stray bytes as \\xe2, or <17> without a tokenizer."""
+    if subject.tokenizer is None:
+        return f'<{token}>'
+    data = subject.tokenizer.decode_bytes([token])
+    return data.decode('utf-8', 'backslashreplace') or f'<{token}>'
