@@ -181,7 +181,7 @@ def import_config(published: dict[str, Any]) -> dict[str, Any]:
 
     def refuse(field, value, expected):
         problem = f'{field} = {foreign.show(value)} is not the GPT-2 of this package'
-        return UserError(f'{CONFIG}: {problem}; expected {expected}')
+        return foreign.error(f'{CONFIG}:', f'{problem}; expected {expected}')
 
     for field, expected in GPT2_ONLY.items():
         value = published.get(field, None if field == 'model_type' and not nanogpt else expected)
@@ -286,7 +286,7 @@ def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, 
     """
     if cfg.n_layer > len(tensors):  # before a table of 10^9 layers is made
         problem = f'it has {cfg.n_layer} layers, but there are {len(tensors)} tensors'
-        raise UserError(f'the weights do not fit {CONFIG}: {problem}')
+        raise foreign.error('the weights', f'do not fit {CONFIG}: {problem}')
     table, plain = _published(cfg), _plain_names(tensors)
     head = plain.pop('lm_head.weight', None)
     if head is not None and not np.array_equal(head, plain.get('wte.weight')):
