@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -222,7 +223,7 @@ def test_shards(published, tmp_path):
     for change, words in [
         (
             {'wte.weight': '../model.safetensors'},
-            r"names the file '\.\./model\.safetensors', which",
+            r"is '\.\./model\.safetensors', expected the plain name of a file",
         ),
         ({'wte.weight': 'gone.safetensors'}, "names the file 'gone.safetensors', which is not in"),
         ({'more.weight': 'model-00001-of-00002.safetensors'}, "for instance 'more.weight'"),
@@ -232,7 +233,7 @@ def test_shards(published, tmp_path):
         with pytest.raises(UserError, match=words):
             read_folder(tmp_path)
     (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": 3}')
-    with pytest.raises(UserError, match='is damaged'):
+    with pytest.raises(UserError, match='weight_map is 3, expected an object'):
         read_folder(tmp_path)
 
 
@@ -292,7 +293,7 @@ def test_nanogpt(changes, tmp_path):
         ),
         ({'add_cross_attention': True}, 'add_cross_attention = True .* expected False'),
         ({'tie_word_embeddings': False}, 'tie_word_embeddings = False .* expected True'),
-        ({'pruned_heads': {'0': [1]}}, r"pruned_heads = {'0': \[1\]} .* expected {}"),
+        ({'pruned_heads': {'0': [1]}}, r'pruned_heads = an object of 1 .* expected {}'),
         ({'quantization_config': {'bits': 4}}, 'quantization_config = .* expected None'),
         (
             {'activation_function': 'relu'},
@@ -303,6 +304,12 @@ def test_nanogpt(changes, tmp_path):
         ({'n_layer': True}, 'n_layer = True .* expected int, at least 1'),
         ({'n_embd': 25}, 'n_embd = 25 .* expected a multiple of n_head = 3'),
         ({'attn_pdrop': 1}, 'attn_pdrop = 1.0 .* expected float, at least 0 and below 1'),
+        ({'activation_function': ['gelu_new']}, r'activation_function = a list of 1 .* one of'),
+        ({'activation_function': 'a\x1b[2J'}, r"activation_function = 'a\\x1b\[2J' .* one of"),
+        ({'layer_norm_epsilon': 10**400}, r'layer_norm_epsilon = 10+\.\. .* expected float'),
+        ({'layer_norm_epsilon': float('inf')}, 'layer_norm_epsilon = inf .* expected float'),
+        ({'model_type': 'x' * 10**6}, r"model_type = 'x+'?\.\. .* expected 'gpt2'"),
+        ({'n_head': 0}, 'n_head = 0 .* expected int, at least 1'),
         ({'bias': 'no'}, "bias = 'no' .* expected bool"),
     ],
 )
@@ -355,7 +362,7 @@ def test_fields_without_effect_are_ignored(published):
         ),
         (
             lambda t: t.clear(),
-            r'missing: h.0.attn.c_attn.bias, h.0.attn.c_attn.weight, .* and 25 more$',
+            'fit config.json: it has 2 layers, but there are 0 tensors$',
         ),
         (
             lambda t: t.update({'lm_head.weight': t['wte.weight'] + 1e-6}),
@@ -367,6 +374,14 @@ def test_fields_without_effect_are_ignored(published):
             'ln_f.bias is of int8: expected float32',
         ),
         (lambda t: t.update({'transformer.ln_f.bias': t['ln_f.bias']}), 'the same tensor twice'),
+        (
+            lambda t: t.update({'ln_f.bias': t['ln_f.bias'] + np.float32('inf')}),
+            'ln_f.bias holds values that are not finite',
+        ),
+        (
+            lambda t: t.update({'\x1b]0;x\x07' + 'y' * 500: t['ln_f.bias']}),
+            r'not of this model: \\x1b\]0;x\\x07y+\.\.$',
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(published, change, words):
@@ -374,7 +389,54 @@ def test_tensors_that_do_not_fit_are_named(published, change, words):
     change(tensors)
     with pytest.raises(UserError, match=words) as caught:
         import_params(tensors, model_of(settings).cfg)
-    assert '\n' not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 300
+
+
+def test_a_billion_layers_are_refused_at_once(published):
+    settings, tensors = published
+    with pytest.raises(UserError, match='it has 1000000000 layers, but there are 30 tensors'):
+        import_params(tensors, model_of(settings | {'n_layer': 10**9}).cfg)
+
+
+@pytest.mark.parametrize(
+    ('file', 'content'),
+    [
+        ('config.json', '[' * 5000),
+        ('config.json', '{"vocab_size": NaN}'),
+        ('config.json', '{"a": "\\ud800"}'),
+        ('config.json', '{"layer_norm_epsilon": ' + '9' * 5000 + '}'),
+        ('config.json', None),
+        ('model.safetensors.index.json', '[' * 5000),
+        ('model.safetensors.index.json', '{}'),
+        ('model.safetensors.index.json', '{"weight_map": {"wte.weight": "a\\u0000b"}}'),
+        ('model.safetensors.index.json', '{"weight_map": {"wte.weight": ["a"]}}'),
+        ('model.safetensors', None),
+    ],
+)
+def test_files_that_cannot_be_parsed(file, content, tmp_path):
+    """Whatever a file holds, or if it is a pipe (None), the result is one short line."""
+    for name in ('config.json', 'model.safetensors'):
+        if file != f'{name}.index.json':
+            shutil.copy(FIXTURE / name, tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+        os.mkfifo(tmp_path / file)
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_folder(tmp_path)
+    assert str(tmp_path / file)[-100:] in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 300
+
+
+def test_a_dtype_that_numpy_lacks_is_refused(tmp_path):
+    header = json.dumps({'x': {'dtype': 'F4', 'shape': [2], 'data_offsets': [0, 1]}}).encode()
+    data = len(header).to_bytes(8, 'little') + header + b'\0'
+    (tmp_path / 'model.safetensors').write_bytes(data)
+    with pytest.raises(UserError, match='cannot be read as safetensors'):
+        read_folder(tmp_path)
 
 
 def test_a_model_without_biases_drops_zeros_only(published):
@@ -407,13 +469,11 @@ def test_folders_that_cannot_be_read(tmp_path):
     shutil.copy(FIXTURE / 'model.safetensors', tmp_path)
     with pytest.raises(UserError, match=r'is a file: give the folder'):
         read_folder(tmp_path / 'model.safetensors')
-    with pytest.raises(
-        UserError, match=r'config.json is missing: .* model_args into it, .*"block_size"'
-    ):
+    with pytest.raises(UserError, match=r'config.json is missing: .* model_args .*"block_size"'):
         read_folder(tmp_path)
     for content, words in (
         ('{', 'cannot be read as JSON'),
-        ('[]', 'expected a JSON object, found list'),
+        ('[]', 'it is a list of 0, expected an object'),
     ):
         (tmp_path / 'config.json').write_text(content)
         with pytest.raises(UserError, match=words):
@@ -430,6 +490,12 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path, name):
         compile(line, 'line', 'exec')
         assert f"torch.load('{name}'" in line
         assert 'weights_only=True' in line
+
+
+def test_a_name_of_a_pickle_cannot_add_to_the_command(tmp_path):
+    (tmp_path / "x', f=print('$(id)').bin").touch()
+    with pytest.raises(UserError, match=r"torch\.load\('FILE\.bin'"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -560,6 +626,14 @@ def test_the_tokenizer_must_fit(tmp_path, monkeypatch):
     assert 'last 4 rows of wte belong to no token' in convert_fixture(FIXTURE, **options)
     kept = restore.load(tmp_path / 'run', 'best').params['wte']['embedding']
     assert np.array_equal(kept, read_folder(FIXTURE)[1]['wte.weight'][:60])
+    for file, content in (
+        ('added_tokens.json', {'<pad>': 60, '<x>': 61}),
+        ('tokenizer.json', {'added_tokens': [{'id': 60, 'content': '<pad>', 'special': True}]}),
+    ):
+        folder = shutil.copytree(FIXTURE, tmp_path / f'with {file}')
+        (folder / file).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"adds tokens to its tokenizer: '<pad>' \(60\)"):
+            convert_fixture(folder, **options | {'ckpt_dir': tmp_path / 'none'})
     monkeypatch.setattr(convert, 'MAX_PADDING', 3)
     with pytest.raises(UserError, match='for 64 tokens, but the char tokenizer has 60'):
         convert_fixture(FIXTURE, **options)
@@ -677,7 +751,7 @@ def test_neither_torch_nor_transformers_is_needed():
 
 @pytest.mark.parametrize(
     ('flags', 'words'),
-    [((), '--from_hf=DIR to read'), (('--from_hf=a', '--to_hf=b'), 'one of the two')],
+    [((), '--from_hf=DIR to read'), (('--from_hf=a', '--to_hf=b'), 'either --from_hf=DIR')],
 )
 def test_one_direction_at_a_time(flags, words):
     done = subprocess.run(

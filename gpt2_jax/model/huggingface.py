@@ -1,4 +1,4 @@
-"""Published weights in and out, as numpy arrays. Needs neither torch nor transformers.
+"""Published weights in and out, as numpy arrays. Needs no torch, no transformers, no JAX.
 
 A published GPT-2 is a folder with `config.json` and `model.safetensors`, or shards of it with an
 index. Its tensors are our parameters under other names. Its kernels are (in, out) as ours are, so
@@ -19,21 +19,23 @@ torch.compile's `_orig_mod.` before the names, the causal masks `h.0.attn.bias`,
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gpt2_jax import foreign
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import SETTINGS
 from gpt2_jax.errors import UserError
-from gpt2_jax.model.params import init_params
+from gpt2_jax.foreign import PLAIN_NAME, Maybe, integer
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
+ADDED_TOKENS, TOKENIZER = 'added_tokens.json', 'tokenizer.json'
 
 # Our setting -> its names in a published config.json, then in nanoGPT's model_args. The first name
 # that is present counts.
@@ -88,9 +90,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     folder = Path(folder)
     if folder.is_file():
         _refuse_pickle(folder)
-        raise UserError(f'{folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}')
+        raise foreign.error(folder, f'is a file: give the folder that holds {CONFIG} and {WEIGHTS}')
     if not folder.is_dir():
-        raise UserError(f'there is no folder {folder}: expected {CONFIG} and {WEIGHTS} in it')
+        raise UserError(
+            f'there is no folder {foreign.escape(str(folder))}: expected {CONFIG} and {WEIGHTS} '
+            'in it'
+        )
     if (folder / WEIGHTS).exists():
         tensors = _read_tensors(folder / WEIGHTS)
     elif (folder / INDEX).exists():
@@ -99,71 +104,71 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         for path in sorted(folder.iterdir()):
             _refuse_pickle(path)
         found = ', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'
-        raise UserError(
-            f'{folder} has no weights: expected {WEIGHTS} (or {INDEX} and its shards), '
-            f'found {found}'
+        raise foreign.error(
+            folder, f'has no weights: expected {WEIGHTS} (or {INDEX} and its shards), found {found}'
         )
-    return _read_json(folder / CONFIG), tensors
+    if not (folder / CONFIG).exists():
+        raise foreign.error(
+            folder / CONFIG,
+            'is missing: it holds the sizes. For nanoGPT, write its model_args into it: '
+            '{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": '
+            '50304, "bias": false}',
+        )
+    return foreign.read_json(folder / CONFIG, {}), tensors
 
 
 def _refuse_pickle(path: Path) -> None:
     if path.suffix in ('.pt', '.pth', '.bin', '.ckpt', '.pkl'):
+        # Only a plain name goes into the command: a quote in it would end the Python text there.
+        name = path.name if re.fullmatch(r'[\w.-]+', path.name, re.ASCII) else f'FILE{path.suffix}'
         raise UserError(
-            f'{path} is a pickle, and reading a pickle can run any code: if you trust it and have '
-            f'torch, convert it with {UNPICKLE.format(name=path.name)}, and give the folder that '
-            'this writes into'
+            f'{foreign.escape(str(path))} is a pickle, and reading a pickle can run any code: if '
+            f'you trust it and have torch, convert it with {UNPICKLE.format(name=name)}, and give '
+            'the folder that this writes into'
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text('utf-8'))
-    except FileNotFoundError:
-        raise UserError(
-            f'{path} is missing: it holds the sizes. For weights of nanoGPT, write their '
-            'model_args into it, e.g. {"n_layer": 12, "n_head": 12, "n_embd": 768, '
-            '"block_size": 1024, "vocab_size": 50304, "bias": false, "dropout": 0.0}'
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read as JSON: {error}') from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f'{path} is damaged: expected a JSON object, found {kind}')
-    return content
-
-
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework='np') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # TypeError and KeyError: a dtype that numpy does not have.
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise UserError(
-            f'{path} cannot be read as safetensors: {error}; if it was cut short, fetch it again'
-        ) from None
+    foreign.open_file(path).close()  # refuses pipes and devices
+    remedy = 'if it was cut short, fetch it again'
+    with foreign.parsing(path, 'safetensors', remedy), safe_open(path, framework='np') as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_shards(folder: Path) -> dict[str, np.ndarray]:
     index = folder / INDEX
-    weight_map = _read_json(index).get('weight_map')
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
-        raise UserError(f'{index} is damaged: expected a "weight_map" from tensors to files')
-    tensors = {}
+    weight_map = foreign.read_json(index, {'weight_map': {str: PLAIN_NAME}})['weight_map']
+    tensors, files = {}, {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not (folder / file).is_file():
-            raise UserError(
-                f'{index} names the file {file!r}, which is not in that folder: fetch it too'
-            )
-        tensors |= _read_tensors(folder / file)
-    if tensors.keys() != weight_map.keys():
-        example = min(tensors.keys() ^ weight_map.keys())
-        raise UserError(
-            f'the files that {index} names hold other tensors than it lists, for instance '
-            f'{example!r}: they belong to different models'
+        if not (folder / file).is_file():
+            problem = f'names the file {file!r}, which is not in that folder'
+            raise foreign.error(index, problem, 'fetch it too')
+        part = _read_tensors(folder / file)
+        tensors |= part
+        files |= dict.fromkeys(part, file)
+    if wrong := files.items() ^ weight_map.items():
+        raise foreign.error(
+            index,
+            'names files that hold other tensors than it lists, for instance '
+            f'{foreign.show(min(wrong)[0])}: they belong to different models',
         )
     return tensors
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that a published folder adds to its tokenizer's own: {text: id}.
+
+    They are in added_tokens.json, in the `added_tokens` of tokenizer.json, or in both. Raises
+    UserError for a file that cannot be read.
+    """
+    added = {}
+    if (folder / ADDED_TOKENS).exists():
+        added |= foreign.read_json(folder / ADDED_TOKENS, {str: integer(0)})
+    if (folder / TOKENIZER).exists():
+        schema = {'added_tokens': Maybe([{'id': integer(0), 'content': str}])}
+        listed = foreign.read_json(folder / TOKENIZER, schema).get('added_tokens') or []
+        added |= {token['content']: token['id'] for token in listed}
+    return added
 
 
 def import_config(published: dict[str, Any]) -> dict[str, Any]:
@@ -175,16 +180,15 @@ def import_config(published: dict[str, Any]) -> dict[str, Any]:
     nanogpt = 'model_type' not in published and 'block_size' in published
 
     def refuse(field, value, expected):
-        return UserError(
-            f'{CONFIG}: {field} = {value!r} is not the GPT-2 of this package; expected {expected}'
-        )
+        problem = f'{field} = {foreign.show(value)} is not the GPT-2 of this package'
+        return foreign.error(f'{CONFIG}:', f'{problem}; expected {expected}')
 
     for field, expected in GPT2_ONLY.items():
         value = published.get(field, None if field == 'model_type' and not nanogpt else expected)
         if value != expected:
             raise refuse(field, value, repr(expected))
     activation = published.get('activation_function', 'gelu' if nanogpt else 'gelu_new')
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise refuse('activation_function', activation, f'one of {", ".join(ACTIVATIONS)}')
     vocab_size = published.get('vocab_size')
     if type(vocab_size) is not int or vocab_size < 1:
@@ -197,8 +201,9 @@ def import_config(published: dict[str, Any]) -> dict[str, Any]:
         default, allowed, _ = SETTINGS[f'model.{setting}']
         kind = default if isinstance(default, type) else type(default)
         value = published[field]
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or not allowed.test(value):
+        if kind is float and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        if type(value) is not kind or not allowed.test(value) or value == math.inf:
             raise refuse(field, value, f'{kind.__name__}, {allowed.words}')
         settings[setting] = value
     heads, width = (
@@ -235,29 +240,42 @@ def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
     }
 
 
-class _Published(NamedTuple):
-    """Where a published tensor belongs in our tree of parameters, and its two shapes."""
+class _Place(NamedTuple):
+    """Where a published tensor belongs in our tree of parameters, and its shape here and there."""
 
     path: tuple[str, ...]
     our_shape: tuple[int, ...]
     shape: tuple[int, ...]
 
 
-def _published(cfg: GPT2Config) -> dict[str, _Published]:
+def _published(cfg: GPT2Config) -> dict[str, _Place]:
     """{published name: its place} of every parameter of a model."""
-    table = {}
-    shapes = jax.eval_shape(lambda: init_params(cfg, 0))
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        path = tuple(key.key for key in keys)
-        *modules, kind = path
-        shape = leaf.shape
-        if kind == 'kernel':
-            rows = leaf.shape[0] if modules[-1] == 'c_attn' else leaf.size // leaf.shape[-1]
-            shape = rows, leaf.size // rows
-        elif kind == 'bias':
-            shape = (leaf.size,)
-        name = '.'.join([*modules, 'bias' if kind == 'bias' else 'weight'])
-        table[re.sub(r'^h_', 'h.', name)] = _Published(path, leaf.shape, shape)
+    D, F, HK, table = (cfg.n_embd,), (cfg.d_ff,), (cfg.n_head, cfg.head_dim), {}
+
+    def add(module, kind, our_shape, shape):
+        path = (*module.replace('h.', 'h_', 1).split('.'), kind)
+        table[f'{module}.{"bias" if kind == "bias" else "weight"}'] = _Place(path, our_shape, shape)
+
+    def add_norm(module):
+        for kind in ('scale', 'bias')[: 1 + cfg.bias]:
+            add(module, kind, D, D)
+
+    def add_linear(module, inputs, outputs):
+        size_in, size_out = math.prod(inputs), math.prod(outputs)
+        add(module, 'kernel', (*inputs, *outputs), (size_in, size_out))
+        if cfg.bias:
+            add(module, 'bias', outputs, (size_out,))
+
+    add('wte', 'embedding', (cfg.vocab_size, *D), (cfg.vocab_size, *D))
+    add('wpe', 'embedding', (cfg.n_positions, *D), (cfg.n_positions, *D))
+    for i in range(cfg.n_layer):
+        add_norm(f'h.{i}.ln_1')
+        add_linear(f'h.{i}.attn.c_attn', D, (3, *HK))
+        add_linear(f'h.{i}.attn.c_proj', HK, D)
+        add_norm(f'h.{i}.ln_2')
+        add_linear(f'h.{i}.mlp.c_fc', D, F)
+        add_linear(f'h.{i}.mlp.c_proj', F, D)
+    add_norm('ln_f')
     return table
 
 
@@ -266,6 +284,9 @@ def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, 
 
     If cfg.bias is False, biases may be present if all are 0, as `export_params` writes them.
     """
+    if cfg.n_layer > len(tensors):  # before a table of 10^9 layers is made
+        problem = f'it has {cfg.n_layer} layers, but there are {len(tensors)} tensors'
+        raise foreign.error('the weights', f'do not fit {CONFIG}: {problem}')
     table, plain = _published(cfg), _plain_names(tensors)
     head = plain.pop('lm_head.weight', None)
     if head is not None and not np.array_equal(head, plain.get('wte.weight')):
@@ -275,8 +296,10 @@ def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, 
         )
     for name, tensor in plain.items():
         if tensor.dtype.name not in ('float32', 'float16', 'bfloat16'):
-            kind = tensor.dtype.name
-            raise UserError(f'{name} is of {kind}: expected float32, float16 or bfloat16')
+            problem = f'is of {tensor.dtype.name}: expected float32, float16 or bfloat16'
+            raise foreign.error(name, problem)
+        if not np.isfinite(tensor).all():
+            raise foreign.error(name, 'holds values that are not finite', 'fetch the file again')
     first = plain.get('h.0.attn.c_attn.weight')
     if first is not None and first.shape == (3 * cfg.n_embd, cfg.n_embd):  # (out, in)
         plain = {
@@ -327,7 +350,7 @@ def _check_names_and_shapes(plain, table) -> None:
         _list_first('of another shape', shapes),
     ]
     if any(wrong):
-        raise UserError(f'the weights do not fit {CONFIG}: {"; ".join(filter(None, wrong))}')
+        raise foreign.error('the weights', f'do not fit {CONFIG}: {"; ".join(filter(None, wrong))}')
 
 
 def _list_first(title: str, entries: list[str]) -> str:
