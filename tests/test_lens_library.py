@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from runs import compile_once, make_config, quiet_train, write_text
 
 import gpt2_jax
 from gpt2_jax import lens
 from gpt2_jax.errors import UserError
-from runs import compile_once, make_config, quiet_train, write_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config
 from gpt2_jax.lens import sites
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.huggingface import config_from_hf, import_params, read_folder
+from gpt2_jax.model.huggingface import import_config, import_params, read_folder
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: nothing here is fetched
 torch = pytest.importorskip('torch')
@@ -77,7 +77,7 @@ def test_activations_equal_those_of_transformers_name_by_name(tmp_path):
     theirs = rough_gpt2(**SHAPE, attn_implementation='eager')
     theirs.save_pretrained(tmp_path)
     settings, tensors = read_folder(tmp_path)
-    model = GPT2(GPT2Config(**default_config().model.to_dict() | config_from_hf(settings)))
+    model = GPT2(GPT2Config(**default_config().model.to_dict() | import_config(settings)))
     params = import_params(tensors, model.cfg)
     tokens_BT = np.random.default_rng(1).integers(0, SHAPE['vocab_size'], (2, 40), np.int32)
 

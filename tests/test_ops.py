@@ -15,8 +15,8 @@ from gpt2_jax.architecture import padded_vocab
 from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds, keep_mask
-from gpt2_jax.model.gpt2 import GPT2, activate, causal_attention
-from gpt2_jax.model.ops import FAST, PLAIN, fast_logits, logits
+from gpt2_jax.model.gpt2 import GPT2, causal_attention
+from gpt2_jax.model.ops import FAST, PLAIN, activate, fast_activate, fast_logits, logits
 from gpt2_jax.training.step import token_losses
 
 # A head width of 32, three heads, an odd vocabulary above 1,024, texts of 21 tokens.
@@ -255,14 +255,14 @@ def check_rounded_once(got, exact, fp32_error):
     assert np.all(np.abs(np.float64(got) - exact) <= half_ulp + fp32_error)
 
 
-@pytest.mark.parametrize('path', ['xla', 'fused'])
+@pytest.mark.parametrize('path', ['plain', 'fast', 'fused'])
 def test_gelu_in_bf16_is_rounded_once(path):
     """Computed in bf16, its constants and products would each add a rounding."""
     x_NF = every_bfloat16()
     if path == 'fused':
         got = gelu(x_NF, None)
     else:
-        got = activate('gelu_new', x_NF.astype(jnp.float32)).astype(jnp.bfloat16)
+        got = {'plain': activate, 'fast': fast_activate}[path]('gelu_new', x_NF)
     x = np.float64(x_NF)
     u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     check_rounded_once(got, x / 2 * (1 + np.tanh(u)), 4e-7 * np.abs(x))
