@@ -13,20 +13,20 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
-from gpt2_jax import foreign
+from gpt2_jax import files, foreign
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
+MAX_PROMPT_BYTES = 1 << 30
 MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
@@ -76,7 +76,7 @@ def no_more(arguments: list[str]) -> None:
 
 
 def refuse(unused: Iterable[flags.FlagHolder], context: str) -> None:
-    """Raises UsageError if a flag was given that has no meaning in the context 'with --x'."""
+    """Raises UsageError if a flag is given that means nothing here (context: 'with --lambada')."""
     for flag in unused:
         if flag.present:
             raise UsageError(f'--{flag.name} means nothing {context}: leave it out')
@@ -99,7 +99,11 @@ def read_prompt(path: str | None) -> str:
                 file=sys.stderr,
             )
             return ''
-    data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
+    data = (
+        sys.stdin.buffer.read()
+        if path in (None, '-')
+        else foreign.read_bytes(files.user_path(path), MAX_PROMPT_BYTES)
+    )
     try:
         return ''.join(foreign.decode_utf8([data], path or 'standard input'))
     except UserError as error:

@@ -126,7 +126,7 @@ SETTINGS = {
         'tinyshakespeare',
         NAME,
         'a corpus name, a text file, a folder made by scripts/prepare.py, or GPT-2 tokens of llm.c '
-        "or nanoGPT as a pattern that ends in .bin (files with 'val' in the name: validation)",
+        "or nanoGPT as a pattern that ends in .bin ('val' as a word of a name: validation)",
     ),
     'data.tokenizer': (
         'char',
@@ -202,7 +202,7 @@ SETTINGS = {
         'decoupled decay of the matrices, times the learning rate',
     ),
     'optim.clip_norm': (1.0, at_least(0), 'largest global gradient norm; 0: no clipping'),
-    # -- evaluation, on the whole validation split
+    # -- evaluation, on the validation split
     'eval.every': (
         250,
         at_least(1),
@@ -212,6 +212,12 @@ SETTINGS = {
         300,
         at_least(0),
         'length of the sample printed at each evaluation; 0: none',
+    ),
+    'eval.tokens': (
+        1 << 17,
+        at_least(0),
+        'tokens of an evaluation: windows evenly spread over the split, the same ones each time; '
+        '0, or more than the split has: the whole split',
     ),
     # -- checkpoints
     'checkpoint.every': (
@@ -241,6 +247,8 @@ RENAMED_VALUES = {
 
 # A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
+# Except this one: losses over other tokens would not tell which checkpoint is the best.
+NOT_RESUMABLE = ('eval.tokens',)
 
 
 def default_config() -> ConfigDict:
@@ -391,5 +399,6 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key] and key.split('.')[0] not in RESUMABLE_SECTIONS
+        if old[key] != new[key]
+        and (key.split('.')[0] not in RESUMABLE_SECTIONS or key in NOT_RESUMABLE)
     }

@@ -61,7 +61,7 @@ def error(source: str | os.PathLike, problem: str, remedy: str = '') -> UserErro
     if len(source) > MAX_SOURCE:
         source = '..' + source[2 - MAX_SOURCE :]
     problem = _cut(problem, MAX_MESSAGE - len(source) - len(remedy) - 1)
-    return UserError(f'{source} {problem}{remedy}')
+    return UserError(_cut(f'{source} {problem}{remedy}', MAX_MESSAGE))
 
 
 def show(value: Any) -> str:
@@ -223,8 +223,13 @@ def parse_json(text: str, source: str | os.PathLike, schema: Any, remedy: str = 
     with parsing(source, 'JSON', remedy):
         value = json.loads(text, parse_constant=refuse)
         _check_depth(value)
-    _check(value, schema, source, '', remedy)
+    check(value, schema, source, remedy)
     return value
+
+
+def check(value: Any, schema: Any, source: str | os.PathLike, remedy: str = '') -> None:
+    """Raises UserError, naming the place, if the content of `source` does not fit a schema."""
+    _check(value, schema, source, '', remedy)
 
 
 def _check_depth(value: Any) -> None:

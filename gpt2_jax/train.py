@@ -14,7 +14,7 @@ from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.hooks import Evaluate, Sample, Save, diverged
+from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.feed import train_batch, train_batches
@@ -113,19 +113,22 @@ def run_in_folder(
             started=started,
             diverged=functools.partial(diverged, checkpoints),
         )
-        evaluation = Evaluate(config.eval.every, evaluate, meter, log)
-        sampling = Sample(config.eval.every, setup, log)
+        evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
+        sampling = Sample(config.eval.every, setup, meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
-        done = loop.run(
-            update,
-            state,
-            batches,
-            start=start,
-            meter=meter,
-            hooks=[evaluation, sampling, *hooks, saving],
-            interrupt=interrupt,
-        )
+        finish(start, state, evaluation, sampling, checkpoints)
+        done = start
+        if not progress.unfinished:
+            done = loop.run(
+                update,
+                state,
+                batches,
+                start=start,
+                meter=meter,
+                hooks=[evaluation, sampling, *hooks, saving],
+                interrupt=interrupt,
+            )
     checkpoints.wait()
 
     if interrupt.seen:

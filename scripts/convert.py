@@ -12,7 +12,7 @@ transformers loads. Nothing is overwritten.
 
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _FROM_HF = flags.DEFINE_string(
@@ -39,13 +39,12 @@ def main(arguments: list[str]) -> None:
         )
     from gpt2_jax import convert
     from gpt2_jax.parallel import devices
-    from gpt2_jax.workdir.folder import local_path
 
     devices.select_platform('cpu')  # arrays are only copied
     if _FROM_HF.value is not None:
-        convert.from_hf(_FROM_HF.value, local_path(_CKPT_DIR.value), _TOKENIZER.value)
+        convert.from_hf(_FROM_HF.value, files.user_path(_CKPT_DIR.value), _TOKENIZER.value)
     else:
-        convert.to_hf(local_path(_CKPT_DIR.value), _STEP.value, local_path(_TO_HF.value))
+        convert.to_hf(files.user_path(_CKPT_DIR.value), _STEP.value, files.user_path(_TO_HF.value))
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string(
@@ -79,12 +79,11 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.parallel import devices, faults
     from gpt2_jax.terminal import printable
     from gpt2_jax.workdir import restore
-    from gpt2_jax.workdir.folder import local_path
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
-    restored = restore.load(local_path(_CKPT_DIR.value), _STEP.value)
+    restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
     about = (
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '

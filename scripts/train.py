@@ -12,9 +12,10 @@ import time
 
 STARTED = time.monotonic()  # before all other imports, which are part of the start
 
+
 from absl import flags  # noqa: E402
 
-from gpt2_jax import cli  # noqa: E402
+from gpt2_jax import cli, files  # noqa: E402
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -32,12 +33,11 @@ def main(arguments: list[str]) -> int:
     cli.no_more(arguments)
     from gpt2_jax.parallel import devices
     from gpt2_jax.train import train
-    from gpt2_jax.workdir.folder import local_path
 
     devices.select_platform(_PLATFORM.value)
     return train(
         _CONFIG.value,
-        local_path(_WORKDIR.value or f'runs/{cli.config_name()}'),
+        files.user_path(_WORKDIR.value or f'runs/{cli.config_name()}'),
         extend=_EXTEND.value,
         fresh=_FRESH.value,
         started=STARTED,

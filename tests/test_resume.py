@@ -1,6 +1,7 @@
 """A stopped run resumes as if it had never been stopped, or says why it cannot resume."""
 
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -14,9 +15,11 @@ import pytest
 import runs
 from runs import make_config
 
+from gpt2_jax import hooks
+from gpt2_jax import train as train_lib
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.workdir import folder
-from gpt2_jax.workdir.checksums import all_steps
+from gpt2_jax.workdir import folder, restore
+from gpt2_jax.workdir.checksums import all_steps, best_step
 
 STEPS = runs.SMALL['train.steps']
 
@@ -83,6 +86,23 @@ class SignalAt:
         raise AssertionError
 
 
+def signal_in_evaluation(patch, n):
+    """Makes Ctrl-C arrive during the n-th evaluation of a process, counted from 1."""
+    make = train_lib.make_evaluate
+
+    def make_interrupted(*args, **options):
+        evaluate, count = make(*args, **options), itertools.count(1)
+
+        def run(params, on_batch):
+            if next(count) == n:
+                signal.raise_signal(signal.SIGINT)
+            return evaluate(params, on_batch=on_batch)
+
+        return run
+
+    patch.setattr(train_lib, 'make_evaluate', make_interrupted)
+
+
 def snapshot(folder):
     return {
         path: (path.stat().st_mtime_ns, path.stat().st_size)
@@ -142,6 +162,62 @@ def test_under_nohup_the_loss_of_the_terminal_is_ignored(text, reference, tmp_pa
     finally:
         signal.signal(signal.SIGHUP, before)
     assert runs.differences(tmp_path, reference) == []
+
+
+@pytest.mark.parametrize(('n', 'step', 'then'), [(1, 7, 7), (2, 14, 18), (3, 18, 18)])
+def test_ctrl_c_in_an_evaluation_saves_at_once(n, step, then, text, reference, tmp_path):
+    """Evaluations are due at steps 7, 14 and 18. The resumed run is stopped in one more of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_evaluation(patch, n)
+        code, printed = runs.quiet_train(make_config(text), tmp_path)
+    assert code == 128 + signal.SIGINT
+    assert f'step {step}: the evaluation was stopped; the resumed run repeats it' in printed
+    assert f'stopped by SIGINT at step {step}, which is saved' in printed
+    assert not [r for r in runs.metrics(tmp_path) if (r['step'], r['split']) == (step, 'val')]
+    assert f'=== step {step} ===' not in (tmp_path / 'samples.txt').read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_evaluation(patch, 1 if then == step else 2)
+        code, printed = runs.quiet_train(make_config(text), tmp_path)
+    assert code == 128 + signal.SIGINT
+    assert f'stopped by SIGINT at step {then}, which is saved' in printed
+    assert runs.quiet_train(make_config(text), tmp_path)[0] == 0
+    assert runs.differences(tmp_path, reference) == []
+    assert best_step(tmp_path / 'checkpoints') == best_step(reference / 'checkpoints')
+
+
+def test_a_sample_is_stopped_by_ctrl_c(text, reference, tmp_path, monkeypatch):
+    sampled = hooks.stream_text
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return sampled(*args)
+
+    monkeypatch.setattr(hooks, 'stream_text', interrupted)
+    code, printed = runs.quiet_train(make_config(text), tmp_path)
+    assert code == 128 + signal.SIGINT
+    assert 'stopped by SIGINT at step 7, which is saved' in printed
+    assert (tmp_path / 'samples.txt').read_text() == ''
+    monkeypatch.undo()
+    assert runs.quiet_train(make_config(text), tmp_path)[0] == 0
+    assert runs.differences(tmp_path, reference) == []
+
+
+def test_a_checkpoint_evaluated_after_its_save_is_kept_as_the_best(text, tmp_path, monkeypatch):
+    """The evaluation of step 7 is stopped, repeated, and made better than all later ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_evaluation(patch, 1)
+        runs.quiet_train(make_config(text), tmp_path)
+    make = train_lib.make_evaluate
+
+    def make_worse(*args, **options):
+        evaluate, losses = make(*args, **options), itertools.count(1)
+        return lambda *args, **kw: evaluate(*args, **kw)._replace(loss=float(next(losses)))
+
+    monkeypatch.setattr(train_lib, 'make_evaluate', make_worse)
+    assert runs.quiet_train(make_config(text, checkpoint__every=3), tmp_path)[0] == 0
+    assert best_step(tmp_path / 'checkpoints') == (7, 1.0)
+    assert all_steps(tmp_path / 'checkpoints') == [7, 15, 18]
+    assert restore.load(tmp_path, 'best').step == 7
 
 
 def test_the_interval_of_evaluations_changes_no_parameter(text, reference, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.data.tokenizers import Tokenizer, encode_special
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.model.gpt2 import GPT2
@@ -52,18 +52,11 @@ def encode_prompt(tokenizer: Tokenizer, text: str, special_tokens: bool = False)
     <|endoftext|> in the text is that token, and not seven ordinary ones. Raises UserError for text
     without ids, UsageError if the tokenizer has no special tokens.
     """
-    separator = tokenizer.separator
-    if special_tokens and separator is None:
+    if special_tokens and tokenizer.separator is None:
         raise UsageError(f'the {tokenizer.name} tokenizer has no special tokens')
     if not text:
         return _first_token(tokenizer)
-    if not special_tokens:
-        return tokenizer.encode(text)
-    first, *others = text.split(tokenizer.decode([separator]))
-    ids = tokenizer.encode(first).tolist()
-    for other in others:
-        ids += [separator, *tokenizer.encode(other).tolist()]
-    return np.array(ids, np.int32)
+    return encode_special(tokenizer, text) if special_tokens else tokenizer.encode(text)
 
 
 def _first_token(tokenizer: Tokenizer) -> np.ndarray:

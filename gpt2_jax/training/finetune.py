@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from gpt2_jax import files
 from gpt2_jax.errors import UsageError
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import checksums, restore, storage
-from gpt2_jax.workdir.folder import local_path
 
 # Settings that shape the parameters or give them their meaning. Dropout and precision may change.
 KEPT = (
@@ -31,7 +31,9 @@ def check(setup: Setup) -> None:
     """Raises UserError if `initial_state` would, before an old run's folder is moved aside."""
     train = setup.config.train
     if train.init_from:
-        _load_matching(setup, local_path(train.init_from), train.init_step, train.init_optimizer)
+        _load_matching(
+            setup, files.user_path(train.init_from), train.init_step, train.init_optimizer
+        )
 
 
 def initial_state(setup: Setup) -> TrainState:
@@ -44,7 +46,7 @@ def initial_state(setup: Setup) -> TrainState:
         return programs.new_state(setup)
     return from_pretrained(
         setup,
-        local_path(train.init_from),
+        files.user_path(train.init_from),
         step=train.init_step,
         keep_optimizer=train.init_optimizer,
     )

@@ -8,6 +8,7 @@ its number, so a resumed run computes what the run would have computed.
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -38,13 +39,22 @@ class Interrupt:
         self.seen = self.arrived
         return self.seen
 
+    def check(self) -> None:
+        """Raises Interrupted if a signal has arrived: for long work that a resumed run can repeat."""
+        if self.arrived:
+            raise Interrupted
+
+
+class Interrupted(Exception):
+    """A signal stopped work that has changed nothing yet."""
+
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Notes the first signal that asks the process to end; a second one ends it as usual.
+    """Notes the first signal that asks the process to end, and says so; a second one ends it as usual.
 
-    These are SIGTERM and Ctrl-C, SIGUSR1, by which Slurm warns of its time limit, and SIGHUP, which
-    comes when the terminal is closed. Under nohup SIGHUP stays ignored.
+    The signals are SIGTERM, Ctrl-C, SIGUSR1, by which Slurm warns of its time limit, and SIGHUP, which
+    arrives when the terminal is closed. Under nohup SIGHUP stays ignored.
     """
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
@@ -55,6 +65,11 @@ def interrupts() -> Iterator[Interrupt]:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in terminals:
                 os.dup2(nowhere, fd)
+        line = f'\n{interrupt.arrived.name}: saving a checkpoint; a second one ends without it\n'
+        if sys.stderr is not None:
+            # Not print: the signal may have come inside a write to the same stream.
+            with contextlib.suppress(OSError, ValueError):
+                os.write(sys.stderr.fileno(), line.encode())
 
     def restore():
         for number, handler in before.items():

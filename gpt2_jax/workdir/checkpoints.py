@@ -10,6 +10,7 @@ it, is never restored.
 
 import concurrent.futures
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -19,10 +20,16 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gpt2_jax import foreign
+from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.workdir import storage
-from gpt2_jax.workdir.checksums import CHECKSUMS, all_steps, committed_steps, write_checksums
+from gpt2_jax.workdir.checksums import (
+    CHECKSUMS,
+    METRICS,
+    all_steps,
+    committed_steps,
+    write_checksums,
+)
 
 # The keys of `meta` that every run and every conversion writes: a schema of foreign.py.
 META = {
@@ -88,6 +95,14 @@ class Checkpoints:
             raise self._failed(step, error) from None
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items)
         self._pending = step, self._pool.submit(self._finish, step, shapes)
+
+    def add_val_loss(self, step: int, val_loss: float) -> None:
+        """Adds the validation loss to a checkpoint that was saved before its evaluation."""
+        path = self.folder / str(step)
+        (path / METRICS).mkdir(exist_ok=True)
+        files.write_text(path / METRICS / METRICS, json.dumps({'val_loss': val_loss}))
+        write_checksums(path)
+        self._orbax.reload()  # it compares the losses when it decides which checkpoints to keep
 
     def committed(self) -> list[int]:
         """The steps whose save was finished, in order."""

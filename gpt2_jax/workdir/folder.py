@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fcntl
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +15,6 @@ LOGS = ('metrics.jsonl', 'samples.txt', 'tensorboard/*')
 
 
 REMOTE = ('gs', 's3', 'az', 'hf')  # first parts of paths that etils takes for remote storage
-
-
-def local_path(text: str) -> Path:
-    """The path that a flag or a setting names, with `~` expanded. Raises UsageError for a URL."""
-    if match := re.match(r'[A-Za-z][\w+.-]*://', text):
-        raise UsageError(
-            f'{text}: {match[0]} is not supported: name a local folder, and copy it from or to '
-            'remote storage yourself'
-        )
-    return Path(text).expanduser()
 
 
 def check_path(folder: Path) -> None:
