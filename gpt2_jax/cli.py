@@ -161,7 +161,7 @@ def end_process(code: int) -> NoReturn:
 
 def _last_line(error: Exception) -> str:
     """The last line of this package that an error came through."""
-    folder = str(Path(gpt2_jax.__file__).parent)
+    folder = os.path.dirname(gpt2_jax.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     frame = [frame for frame in frames if frame.filename.startswith(folder)][-1]
     return f'in {frame.filename}, line {frame.lineno} ({frame.line})'

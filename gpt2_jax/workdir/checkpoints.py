@@ -26,6 +26,7 @@ from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import (
     CHECKSUMS,
     METRICS,
+    add_checksum,
     all_steps,
     committed_steps,
     write_checksums,
@@ -98,10 +99,11 @@ class Checkpoints:
 
     def add_val_loss(self, step: int, val_loss: float) -> None:
         """Adds the validation loss to a checkpoint that was saved before its evaluation."""
+        self._check_claim()
         path = self.folder / str(step)
         (path / METRICS).mkdir(exist_ok=True)
         files.write_text(path / METRICS / METRICS, json.dumps({'val_loss': val_loss}))
-        write_checksums(path)
+        add_checksum(path, f'{METRICS}/{METRICS}')
         self._orbax.reload()  # it compares the losses when it decides which checkpoints to keep
 
     def committed(self) -> list[int]:

@@ -64,12 +64,17 @@ def best_step(folder: Path) -> tuple[int, float] | tuple[None, None]:
 
 def write_checksums(path: Path) -> None:
     """Commits the checkpoint at `path`: writes SHA256SUMS over all of its files, in one piece."""
-    lines = []
-    for file in sorted(path.rglob('*')):
-        if file.is_file() and file != path / CHECKSUMS:
-            lines.append(f'{files.sha256(file)}  {file.relative_to(path).as_posix()}\n')
-    text = ''.join(lines)
-    files.write_text(path / CHECKSUMS, _header(int(path.name), text) + text)
+    names = [
+        file.relative_to(path).as_posix()
+        for file in sorted(path.rglob('*'))
+        if file.is_file() and file != path / CHECKSUMS
+    ]
+    _write(path, {name: files.sha256(path / name) for name in names})
+
+
+def add_checksum(path: Path, name: str) -> None:
+    """Adds a file to SHA256SUMS of the checkpoint at `path`, whose other sums stay as they are."""
+    _write(path, read_checksums(path).files | {name: files.sha256(path / name)})
 
 
 def read_checksums(path: Path) -> Sums | None:
@@ -148,6 +153,11 @@ def quarantine(folder: Path) -> list[str]:
         verb = 'gets its name back' if own_name else 'cannot be used'
         reports.append(f'checkpoint {_step(path)} {verb}: {problem}; renamed to {name}')
     return reports
+
+
+def _write(path: Path, digests: dict[str, str]) -> None:
+    text = ''.join(f'{digest}  {name}\n' for name, digest in digests.items())
+    files.write_text(path / CHECKSUMS, _header(int(path.name), text) + text)
 
 
 def _header(step: int, text: str) -> str:
