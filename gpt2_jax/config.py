@@ -7,12 +7,14 @@ it back.
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from gpt2_jax import foreign
 from gpt2_jax.architecture import ACTIVATIONS, PRECISIONS, GPT2Config
 from gpt2_jax.errors import UsageError
 
@@ -62,7 +64,7 @@ GPT2 = GPT2Config()  # the defaults of the model section
 # left open.
 SETTINGS = {
     # -- model: names and numbers of the published config.json
-    'model.n_layer': (GPT2.n_layer, at_least(1), 'number of blocks (L)'),
+    'model.n_layer': (GPT2.n_layer, below(1, 10_000), 'number of blocks (L)'),
     'model.n_head': (GPT2.n_head, at_least(1), 'attention heads in a block (H)'),
     'model.n_embd': (GPT2.n_embd, at_least(1), 'width of the residual stream (D)'),
     'model.n_inner': (
@@ -200,7 +202,7 @@ SETTINGS = {
         'decoupled decay of the matrices, times the learning rate',
     ),
     'optim.clip_norm': (1.0, at_least(0), 'largest global gradient norm; 0: no clipping'),
-    # -- evaluation, on the whole validation split
+    # -- evaluation, on the validation split
     'eval.every': (
         250,
         at_least(1),
@@ -210,6 +212,12 @@ SETTINGS = {
         300,
         at_least(0),
         'length of the sample printed at each evaluation; 0: none',
+    ),
+    'eval.tokens': (
+        1 << 17,
+        at_least(0),
+        'tokens of an evaluation: windows evenly spread over the split, the same ones each time; '
+        '0, or more than the split has: the whole split',
     ),
     # -- checkpoints
     'checkpoint.every': (
@@ -239,6 +247,8 @@ RENAMED_VALUES = {
 
 # A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
+# Except this one: losses over other tokens would not tell which checkpoint is the best.
+NOT_RESUMABLE = ('eval.tokens',)
 
 
 def default_config() -> ConfigDict:
@@ -262,7 +272,11 @@ def describe(key: str) -> str:
     """One setting in words: its type, allowed values, and meaning."""
     default, allowed, meaning = SETTINGS[key]
     kind = default if isinstance(default, type) else type(default)
-    return f'{key} ({kind.__name__}, {allowed.words}): {meaning}'
+    return f'{key} ({_kind_words(kind)}, {allowed.words}): {meaning}'
+
+
+def _kind_words(kind: type) -> str:
+    return 'finite float' if kind is float else kind.__name__
 
 
 def check_key(key: str) -> None:
@@ -292,10 +306,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
+        if kind is float and right_type and not math.isfinite(value):
+            right_type = False
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {kind.__name__}, {allowed.words} '
-                f'({meaning})'
+                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train
     with config.unlocked():
@@ -353,22 +369,24 @@ def from_json(text: str) -> ConfigDict:
     value that is not allowed.
     """
     config, renamed = default_config(), []
-    for section, values in json.loads(text).items():
+    sections = foreign.parse_json(text, 'the configuration', {str: {}})
+    for section, values in sections.items():
         for name, value in values.items():
             old_key = f'{section}.{name}'
             key = RENAMED_KEYS.get(old_key, old_key)
             check_key(key)
             if key != old_key:
                 renamed.append(f'{old_key} is now {key}')
-            new_value = RENAMED_VALUES.get((key, str(value)), value)
-            if new_value != value:
+            new_value = value
+            if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+                new_value = RENAMED_VALUES[key, value]
                 renamed.append(f'{key} = {value!r} is now {new_value!r}')
             new_section, new_name = key.split('.')
             try:
                 config[new_section][new_name] = new_value
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UsageError(
-                    f'{key} = {value!r} is not allowed; expected {describe(key)}'
+                    f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
                 ) from None
     if renamed:
         print(f'[settings of an older version: {"; ".join(renamed)}]', file=sys.stderr)
@@ -381,5 +399,6 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key] and key.split('.')[0] not in RESUMABLE_SECTIONS
+        if old[key] != new[key]
+        and (key.split('.')[0] not in RESUMABLE_SECTIONS or key in NOT_RESUMABLE)
     }

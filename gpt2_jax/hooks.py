@@ -12,7 +12,8 @@ from gpt2_jax.errors import DivergedError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
-from gpt2_jax.training.loop import Interrupt
+from gpt2_jax.progress import Progress
+from gpt2_jax.training.loop import Interrupt, Interrupted
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
@@ -33,20 +34,36 @@ def is_due(step: int, every: int, steps: int) -> bool:
 class Evaluate:
     """Evaluates the validation split; keeps the score of the best checkpoint in `meter.progress`.
 
-    `evaluate(params)` gives an Evaluation. Raises DivergedError for a loss that is not finite.
+    `evaluate(params, on_batch=..)` gives an Evaluation. An interrupt stops it between two batches;
+    then nothing is recorded, and the resumed run evaluates this step. Raises DivergedError for a loss
+    that is not finite.
     """
 
     every: int
     evaluate: Callable
     meter: Meter
     log: Logger
+    interrupt: Interrupt
 
     def due(self, step: int) -> bool:
         return is_due(step, self.every, self.meter.steps)
 
     def __call__(self, step: int, state: TrainState) -> None:
-        began, progress = time.monotonic(), self.meter.progress
-        result = self.evaluate(state.params)
+        progress = self.meter.progress
+        report = Progress('evaluated', self.meter.setup.eval_tokens, 'tokens', 1, self.log.say)
+
+        def on_batch(tokens):
+            self.interrupt.check()
+            report.add(tokens)
+
+        try:
+            self.interrupt.check()
+            result = self.evaluate(state.params, on_batch=on_batch)
+        except Interrupted:
+            progress.unfinished = ['evaluation', 'sample']
+            self.interrupt.poll()
+            self.log.say(f'step {step}: the evaluation was stopped; the resumed run repeats it')
+            return
         if not math.isfinite(result.loss):
             raise self.meter.diverged(step, f'validation loss = {result.loss}')
         better = is_better(result.loss, progress.best_val_loss)
@@ -54,25 +71,30 @@ class Evaluate:
             progress.best_step, progress.best_val_loss = step, result.loss
         progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
         self.log.record(step, 'val', {**result._asdict(), 'seconds': self.meter.seconds()})
+        seconds = time.monotonic() - report.began
         self.log.say(
-            f'step {step}: validation loss {result.loss:.4f} nats, perplexity '
-            f'{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte over '
-            f'{result.tokens:,} tokens, in {time.monotonic() - began:.1f} s'
+            f'step {step}: validation {result}, in {seconds:.1f} s'
             + (' (best so far)' if better else '')
         )
 
 
 @dataclasses.dataclass
 class Sample:
-    """Writes a sample of `eval.sample_tokens` tokens from the current model; 0 writes none."""
+    """Writes a sample of `eval.sample_tokens` tokens from the current model; 0 writes none.
+
+    An interrupt stops it, and the resumed run samples at this step.
+    """
 
     every: int
     setup: Setup
+    meter: Meter
     log: Logger
+    interrupt: Interrupt
 
     def due(self, step: int) -> bool:
         config = self.setup.config
-        return config.eval.sample_tokens > 0 and is_due(step, self.every, config.train.steps)
+        is_wanted = config.eval.sample_tokens > 0 and 'sample' not in self.meter.progress.unfinished
+        return is_wanted and is_due(step, self.every, config.train.steps)
 
     def __call__(self, step: int, state: TrainState) -> None:
         setup, tokenizer = self.setup, self.setup.dataset.tokenizer
@@ -87,7 +109,16 @@ class Sample:
             sampling=EVAL_SAMPLING,
             notify=lambda text: None,
         )
-        self.log.sample(step, ''.join(stream_text(chunks, tokenizer)))
+        pieces = []
+        try:
+            for piece in stream_text(chunks, tokenizer):
+                self.interrupt.check()
+                pieces.append(piece)
+        except Interrupted:
+            self.meter.progress.unfinished = ['sample']
+            self.interrupt.poll()
+            return
+        self.log.sample(step, ''.join(pieces))
 
 
 @dataclasses.dataclass
@@ -116,8 +147,30 @@ class Save:
         progress = self.meter.progress
         self.log.flush()
         progress.seconds = self.meter.seconds()
-        val_loss = progress.final_val_loss if self.evaluate.due(step) else None
+        is_evaluated = self.evaluate.due(step) and 'evaluation' not in progress.unfinished
+        val_loss = progress.final_val_loss if is_evaluated else None
         self.checkpoints.save(step, state, self.meta(), val_loss)
+
+
+def finish(
+    step: int,
+    state: TrainState,
+    evaluate: Evaluate,
+    sample: Sample,
+    checkpoints: Checkpoints,
+) -> None:
+    """Does what an interrupt stopped at the step that a run resumes from.
+
+    The checkpoint of that step gets the validation loss that it was saved without.
+    """
+    progress = evaluate.meter.progress
+    unfinished, progress.unfinished = progress.unfinished, []
+    if 'evaluation' in unfinished:
+        evaluate(step, state)
+        if not progress.unfinished:
+            checkpoints.add_val_loss(step, progress.final_val_loss)
+    if 'sample' in unfinished and sample.due(step):
+        sample(step, state)
 
 
 def diverged(checkpoints: Checkpoints, step: int, what: str) -> DivergedError:

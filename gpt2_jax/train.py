@@ -14,9 +14,9 @@ from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.hooks import Evaluate, Sample, Save, diverged
+from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish
 from gpt2_jax.inference.evaluate import make_evaluate
-from gpt2_jax.parallel.faults import memory_errors
+from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.feed import train_batch, train_batches
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
@@ -40,23 +40,27 @@ def train(
 ) -> int:
     """Trains, or resumes training, in the run's folder; returns 0, or 128 + the number of a signal.
 
-    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the process
-    began, by time.monotonic(). `hooks` are called between sampling and saving. Raises UserError, and
-    leaves every finished checkpoint as it is.
+    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the
+    process began, by time.monotonic(). `hooks` are called between sampling and saving. Raises
+    UserError, and leaves every finished checkpoint as it is.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
     with memory_errors('train'):
         setup = build(config)
         check_before_start(setup, fresh)
-    print('\n'.join(describe(setup)), flush=True)
+    memory = estimate_memory(setup.shapes, setup.layout, setup.device, setup.mesh.size)
+    print('\n'.join([*describe(setup), *memory]), flush=True)
     if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
 
-    with folder.claim(workdir), memory_errors('train'):
+    with folder.claim(workdir) as check_claim, memory_errors('train'):
         for report in quarantine(workdir / FOLDER):
             print(report, flush=True)
-        with Checkpoints(workdir / FOLDER) as checkpoints, compiling() as pool:
+        with (
+            Checkpoints(workdir / FOLDER, check_claim) as checkpoints,
+            compiling() as pool,
+        ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
 
 
@@ -109,19 +113,22 @@ def run_in_folder(
             started=started,
             diverged=functools.partial(diverged, checkpoints),
         )
-        evaluation = Evaluate(config.eval.every, evaluate, meter, log)
-        sampling = Sample(config.eval.every, setup, log)
+        evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
+        sampling = Sample(config.eval.every, setup, meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
-        done = loop.run(
-            update,
-            state,
-            batches,
-            start=start,
-            meter=meter,
-            hooks=[evaluation, sampling, *hooks, saving],
-            interrupt=interrupt,
-        )
+        finish(start, state, evaluation, sampling, checkpoints)
+        done = start
+        if not progress.unfinished:
+            done = loop.run(
+                update,
+                state,
+                batches,
+                start=start,
+                meter=meter,
+                hooks=[evaluation, sampling, *hooks, saving],
+                interrupt=interrupt,
+            )
     checkpoints.wait()
 
     if interrupt.seen:
@@ -150,7 +157,8 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
 
 def prepare_folder(setup: Setup, workdir: Path, log_sizes: dict[str, int]) -> None:
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
-    folder.cut_back(workdir, log_sizes)
+    for report in folder.cut_back(workdir, log_sizes):
+        print(report, flush=True)
     (workdir / 'summary.json').unlink(missing_ok=True)
     files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
     files.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))

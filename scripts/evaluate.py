@@ -15,6 +15,8 @@ a pattern. --stride=32 gives each target more context.
 --lambada predicts the last word of each passage.
 """
 
+import json
+
 from absl import flags
 
 from gpt2_jax import cli, files
@@ -27,6 +29,9 @@ _CKPT_DIR = flags.DEFINE_string(
 _STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _SPLIT = flags.DEFINE_enum(
     'split', None, ['val', 'train'], 'The split of a corpus or prepared folder; val by default.'
+)
+_CORPUS = flags.DEFINE_string(
+    'corpus', None, "Where the checkpoint's own corpus is now, if it was moved since training."
 )
 _TEXT = flags.DEFINE_string(
     'text', None, "A text or tokens to score instead of the checkpoint's own corpus."
@@ -56,6 +61,20 @@ _TEXT_FIELD = flags.DEFINE_string(
 _ROWS = flags.DEFINE_integer(
     'batch_size', None, 'Windows at a time; by default as trained, 8 for texts.', lower_bound=1
 )
+_MAX_TOKENS = flags.DEFINE_integer(
+    'max_tokens',
+    None,
+    'Evaluate windows with at most this many tokens, evenly spread over the text; 0: all. By '
+    'default all of a text, and as in training of its own corpus.',
+    lower_bound=0,
+)
+_PROTOCOL = flags.DEFINE_enum(
+    'protocol',
+    'plain',
+    ['plain', 'lm_eval'],
+    'plain: the text as one sequence; lm_eval: each document by itself, as lm-evaluation-harness.',
+)
+_JSON = flags.DEFINE_bool('json', False, 'Print the figures as one line of JSON, with all digits.')
 _PLATFORM = cli.platform_flag()
 
 
@@ -63,40 +82,47 @@ def main(arguments: list[str]) -> None:
     """Calls the library once and prints the figures."""
     cli.no_more(arguments)
     context, unused = '', []
-    for flag in (_TEXT, _LAMBADA):
+    for flag in (_TEXT, _LAMBADA, _CORPUS):
         if flag.value == '':
             raise UsageError(f'--{flag.name} is empty: expected a file')
     if _LAMBADA.value is not None:
-        context, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
+        context = 'with --lambada'
+        unused = [_CORPUS, _TEXT, _SPLIT, _STRIDE, _DETOKENIZER, _MAX_TOKENS, _PROTOCOL]
     elif _TEXT.value is None:
-        context, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
+        context, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD, _PROTOCOL]
+    elif _PROTOCOL.value == 'lm_eval':
+        context = 'with --protocol=lm_eval'
+        unused = [_CORPUS, _SPLIT, _STRIDE, _MAX_TOKENS]
+    else:
+        context, unused = 'with --text', [_CORPUS]
     cli.refuse(unused, context)
-    from gpt2_jax.inference import lambada, score
+    from gpt2_jax.inference import harness, lambada, score
     from gpt2_jax.parallel import devices
     from gpt2_jax.workdir import restore
 
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
+    if _CORPUS.value is not None:
+        restored.config.data.corpus = _CORPUS.value
     options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
     if _LAMBADA.value is not None:
         result = lambada.score_lambada(
             restored, _LAMBADA.value, text_field=_TEXT_FIELD.value, **options
         )
     elif _TEXT.value is not None:
-        result = score.score_text(
-            restored,
-            _TEXT.value,
-            split=_SPLIT.value,
-            detokenizer=_DETOKENIZER.value,
-            text_field=_TEXT_FIELD.value,
-            stride=_STRIDE.value,
-            **options,
-        )
+        options |= {'detokenizer': _DETOKENIZER.value, 'text_field': _TEXT_FIELD.value}
+        if _PROTOCOL.value == 'lm_eval':
+            result = harness.score_documents(restored, _TEXT.value, **options)
+        else:
+            options |= {'stride': _STRIDE.value, 'max_targets': _MAX_TOKENS.value or 0}
+            result = score.score_text(restored, _TEXT.value, split=_SPLIT.value, **options)
     else:
-        result = score.score_corpus(
-            restored, split=_SPLIT.value or 'val', stride=_STRIDE.value, **options
-        )
-    print(f'step {restored.step}, {result}')
+        options |= {'stride': _STRIDE.value, 'max_targets': _MAX_TOKENS.value}
+        result = score.score_corpus(restored, split=_SPLIT.value or 'val', **options)
+    if _JSON.value:
+        print(json.dumps({'step': restored.step, **result.figures()}))
+    else:
+        print(f'step {restored.step}, {result}')
 
 
 if __name__ == '__main__':

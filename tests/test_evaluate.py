@@ -5,11 +5,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from bpe import SMALL
 from tiny import rough_params, tiny
 
 from gpt2_jax.data.dataset import Tokens
-from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
-from gpt2_jax.inference.evaluate import count_bytes, evaluate
+from gpt2_jax.data.tokenizers import make_tokenizer
+from gpt2_jax.inference.evaluate import evaluate
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.step import make_eval_step
 
@@ -25,7 +26,7 @@ def text_of(n):
     return ''.join(np.random.default_rng(n).choice(list(ALPHABET), n))
 
 
-def evaluated(text, batch_size, cuts=(), stride=None):
+def evaluated(text, batch_size, cuts=(), stride=None, **options):
     tokenizer = make_tokenizer('char', ALPHABET)
     tokens = Tokens(tuple(np.split(tokenizer.encode(text), cuts)))
     return evaluate(
@@ -36,6 +37,7 @@ def evaluated(text, batch_size, cuts=(), stride=None):
         batch_size=batch_size,
         seq_len=T,
         stride=stride,
+        **options,
         mesh=make_mesh(data=1, fsdp=1, tensor=1),
     )
 
@@ -56,7 +58,7 @@ def test_a_split_equals_a_plain_loop(n):
 
     got = evaluated(text_of(n), batch_size=3)
     assert (got.tokens, got.bytes) == (targets, n_bytes)
-    assert targets == n - 1
+    assert targets == got.split_tokens == n - 1
     assert got.loss == pytest.approx(nats / targets, rel=1e-6)
     assert got.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
     assert got.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
@@ -89,10 +91,58 @@ def test_batch_size_and_shards_change_nothing():
         assert (other.tokens, other.bytes) == (one.tokens, one.bytes)
 
 
-@pytest.mark.parametrize('block', [1, 7, 100, 1 << 22])
-def test_bytes_of_the_targets(block):
-    text = text_of(101)
-    for tokenizer in (make_tokenizer('char', ALPHABET), ByteTokenizer()):
-        tokens = Tokens((tokenizer.encode(text),))
-        first = tokenizer.decode_bytes(tokens.read(0, 1))
-        assert count_bytes(tokens, tokenizer, block) == len(text.encode()) - len(first)
+@pytest.mark.parametrize('max_targets', [1, 8, 9, 16, 40, 103, 104, 106])
+def test_a_part_is_made_of_evenly_spread_windows(max_targets):
+    """13 windows of 8 targets, and one of 3 that is never taken for a part."""
+    text = text_of(108)
+    ids = make_tokenizer('char', ALPHABET).encode(text)
+    n_windows = max(1, max_targets // T)
+    starts = [T * ((2 * i + 1) * 13 // (2 * n_windows)) for i in range(n_windows)]
+    gaps = np.diff(starts) // T
+    assert not len(gaps) or max(gaps) - min(gaps) <= 1
+    nats = 0.0
+    for start in starts:
+        window = ids[start : start + T + 1].astype(np.int32)
+        logits_TV = np.float64(forward({'params': PARAMS}, window[None, :-1])[0])
+        chosen_T = logits_TV[np.arange(T), window[1:]]
+        nats += (np.log(np.exp(logits_TV).sum(-1)) - chosen_T).sum()
+    got = evaluated(text, 3, max_targets=max_targets)
+    assert (got.tokens, got.split_tokens) == (T * n_windows, 107)
+    assert got.bytes == sum(len(text[start + 1 : start + T + 1].encode()) for start in starts)
+    assert got.loss == pytest.approx(nats / got.tokens, rel=1e-6)
+    assert f'over {got.tokens} tokens of 107, evenly spread' in str(got)
+    assert got == evaluated(text, 3, max_targets=max_targets)
+
+
+@pytest.mark.parametrize('max_targets', [0, 107, 1000])
+def test_all_targets_are_no_part(max_targets):
+    assert evaluated(text_of(108), 3, max_targets=max_targets) == evaluated(text_of(108), 3)
+
+
+def test_every_batch_is_reported_and_may_be_the_last():
+    counts = []
+    got = evaluated(text_of(101), 3, on_batch=counts.append)
+    assert sum(counts) == got.tokens == 100
+    assert len(counts) == math.ceil(13 / 3)
+
+    def stop(tokens):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        evaluated(text_of(101), 3, on_batch=stop)
+
+
+def test_targets_without_bytes():
+    """A single <|endoftext|> has no bytes, so that bits per byte are unknown."""
+    model = tiny(vocab_size=SMALL.vocab_size, n_layer=1)
+    got = evaluate(
+        jax.jit(make_eval_step(model)),
+        rough_params(model),
+        Tokens((np.array([65, SMALL.separator]),)),
+        SMALL,
+        batch_size=1,
+        seq_len=T,
+        mesh=make_mesh(data=1, fsdp=1, tensor=1),
+    )
+    assert (got.tokens, got.bytes, got.bits_per_byte) == (1, 0, None)
+    assert 'bits per byte' not in str(got)

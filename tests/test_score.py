@@ -1,9 +1,14 @@
 """Scores of a text = the figures of training = arithmetic by hand; and the script evaluate.py."""
 
+import ast
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,9 +22,9 @@ from tiny import rough_params, tiny
 
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer, encode_special
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.inference import lambada, score
+from gpt2_jax.inference import harness, lambada, score
 from gpt2_jax.workdir import restore
 
 
@@ -77,10 +82,10 @@ def test_the_validation_text_gives_the_loss_of_training(run):
             model, str(run / 'val.txt'), stride=stride, rows=runs.SMALL['train.batch_size']
         )
         assert got.evaluation.loss == summary['final_val_loss']
-        assert got.windows == (context, context, runs.SMALL['train.batch_size'])
+        assert got.protocol.startswith(f'context {context}, stride {context} (each window')
     own = score.score_corpus(model)
     assert own.evaluation == got.evaluation
-    assert own.windows == got.windows
+    assert own.protocol == got.protocol
     more = score.score_text(model, str(run / 'val.txt'), stride=1)
     assert more.evaluation.tokens == got.evaluation.tokens
     assert more.evaluation.loss != got.evaluation.loss
@@ -97,7 +102,7 @@ def test_the_figures_are_sums_divided_by_counts(tmp_path):
     nats = by_hand(model)(ids)[0].sum()
     n_bytes = len("the end, they'll two-part é.\n".encode()) - len(SMALL.decode_bytes(ids[:1]))
     assert (got.evaluation.tokens, got.evaluation.bytes) == (len(ids) - 1, n_bytes)
-    assert (got.text.words, got.text.lines) == (10, 1)
+    assert (got.words, got.line_ends) == (10, 1)
     figures = {
         'nats': nats / (len(ids) - 1),
         'bits': nats / math.log(2) / n_bytes,
@@ -106,7 +111,7 @@ def test_the_figures_are_sums_divided_by_counts(tmp_path):
         'lines too': math.exp(nats / 11),
     }
     assert got.evaluation.loss == pytest.approx(figures['nats'], rel=1e-5)
-    assert got.perplexity_per(got.text.words) == pytest.approx(figures['word'], rel=1e-4)
+    assert got.perplexity_per(got.words) == pytest.approx(figures['word'], rel=1e-4)
     printed = [
         float(number) for number in re.findall(r'(?:loss|perplexity|bytes?,|;) ([\d.]+)', str(got))
     ]
@@ -135,6 +140,46 @@ def test_context_and_stride_are_obeyed(tmp_path, context, stride):
     nats = sum(losses(ids[start : target + 1])[0][-1] for target, start in enumerate(starts, 1))
     got = score.score_text(model, str(tmp_path / 'a.txt'), context=context, stride=stride)
     assert got.evaluation.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+
+
+def test_a_part_of_a_text(tmp_path):
+    """Words of the whole text say nothing about a part of it."""
+    (tmp_path / 'a.txt').write_text('to be or not to be, that is the question')
+    model = restored(ByteTokenizer())
+    whole = score.score_text(model, str(tmp_path / 'a.txt'))
+    part = score.score_text(model, str(tmp_path / 'a.txt'), max_targets=24)
+    assert (part.evaluation.tokens, part.evaluation.split_tokens) == (24, 39)
+    assert 'over 24 tokens (39 in all: an evenly spread part)' in str(part)
+    assert (whole.words, part.words) == (10, None)
+    assert 'per word' not in str(part)
+    assert (
+        score.score_text(model, str(tmp_path / 'a.txt'), max_targets=39).evaluation
+        == whole.evaluation
+    )
+
+
+def test_the_part_that_training_evaluated_is_scored_by_default(run, tmp_path):
+    config = runs.make_config(run / 'text.txt', eval__tokens=100)
+    assert runs.quiet_train(config, tmp_path)[0] == 0
+    record = runs.metrics(tmp_path)[-1]
+    assert (record['tokens'], record['split_tokens']) == (96, record['split_tokens'])
+    assert record['split_tokens'] > 300
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert summary['val_split_tokens'] == record['split_tokens']
+    model = restore.load(tmp_path, 'latest')
+    got = score.score_corpus(model).evaluation
+    assert got.loss == summary['final_val_loss'] == record['loss']
+    assert score.score_corpus(model, max_targets=0).evaluation.tokens == record['split_tokens']
+
+
+def test_figures_as_json(run):
+    code, out, err = runs.script('evaluate', f'--ckpt_dir={run}/run', '--json', '--step=latest')
+    assert code == 0, err
+    figures = json.loads(out)
+    summary = json.loads((run / 'run/summary.json').read_text())
+    assert (figures['step'], figures['loss']) == (summary['steps'], summary['final_val_loss'])
+    assert figures['bits_per_byte'] == figures['loss'] / math.log(2)  # one byte a character
+    assert figures['protocol'].startswith('context 16')
 
 
 def write_passages(path, *passages):
@@ -269,6 +314,64 @@ def test_rows_are_divided_among_all_devices(monkeypatch):
     )
     score.build(model, score.make_windows(model, context=None, stride=None, rows=5))
     assert built[0].train.batch_size == 8
+
+
+def test_lambada_on_a_mesh_of_two_devices(tmp_path):
+    """Any number of rows: they are rounded up to a multiple of the devices."""
+    words = ['the', 'end,', 'they', 'the', 'end', 'the', 'two', 'end', 'of', 'it', 'the']
+    path = write_passages(tmp_path / 'a.jsonl', *(' '.join(words[:n]) for n in range(2, 9)))
+    program = (
+        'import sys; sys.path.insert(0, "tests"); import test_score as t;'
+        'model = t.restored(); model.config.mesh.update(data=2);'
+        f'print([t.lambada.score_lambada(model, {path!r}, rows=n)[1:] for n in (1, 3, 4)])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {'JAX_NUM_CPU_DEVICES': '2', 'JAX_PLATFORMS': 'cpu'},
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    one = lambada.score_lambada(restored(), path)
+    for figures in ast.literal_eval(done.stdout):
+        assert figures == pytest.approx(one[1:], rel=1e-5)
+
+
+def harness_nats(losses, ids, T):
+    """Each id as a target of lm-evaluation-harness: from <|endoftext|>, from full last windows."""
+    start, nats = [SMALL.separator], 0.0
+    for target in range(len(ids)):
+        first = target - target % T  # the first target of its window
+        end = min(first + T, len(ids))
+        window = np.concatenate([start, ids])[max(0, end - T) : target + 2]
+        nats += losses(window)[0][-1]
+    return nats
+
+
+def test_documents_by_themselves(tmp_path):
+    """In documents of less than one window, one, and several with a last one moved back."""
+    documents = ['the', '', ' the end, they  two\nparts ', 'x' * 12, 'x y ' * 9 + '<|endoftext|>é']
+    path = tmp_path / 'a.jsonl'
+    path.write_text(''.join(json.dumps({'page': document}) + '\n' for document in documents))
+    model = restored()
+    T, losses = model.model.cfg.n_positions, by_hand(model)
+    encoded = [encode_special(SMALL, document) for document in documents]
+    assert [len(ids) for ids in encoded if len(ids) > T]
+    nats = sum(harness_nats(losses, ids, T) for ids in encoded)
+    for rows in (1, 8):
+        got = harness.score_documents(model, str(path), text_field='page', rows=rows)
+        n_tokens, n_bytes = sum(map(len, encoded)), len(''.join(documents).encode())
+        assert (got.evaluation.tokens, got.evaluation.bytes) == (n_tokens, n_bytes)
+        assert got.evaluation.loss == pytest.approx(nats / n_tokens, rel=1e-6)
+        assert got.words == sum(len(re.split(r'\s+', document)) for document in documents) == 29
+        assert got.perplexity_per(got.words) == pytest.approx(math.exp(nats / 29), rel=1e-5)
+    assert '5 documents, each starts from <|endoftext|>; context 12' in str(got)
+    with pytest.raises(UsageError, match=r'byte tokenizer has no <\|endoftext\|>'):
+        harness.score_documents(restored(ByteTokenizer()), str(path), text_field='page')
+    (tmp_path / 'none.jsonl').touch()
+    with pytest.raises(UserError, match=r'none\.jsonl holds no text'):
+        harness.score_documents(model, str(tmp_path / 'none.jsonl'))
 
 
 def test_the_script_on_a_converted_folder(tmp_path):

@@ -13,7 +13,7 @@ steps: one batch may span epochs.
 
 import collections
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -68,15 +68,38 @@ def train_batch(
     return {'inputs': inputs, 'targets': targets}
 
 
+def eval_starts(
+    n_targets: int, *, seq_len: int, stride: int | None = None, max_targets: int = 0
+) -> Sequence[int]:
+    """The positions at which the windows of an evaluation begin.
+
+    With `max_targets`, as many windows as hold no more targets, at least one, evenly spread over
+    the text: a function of the arguments alone, so that all evaluations of a run see the same
+    targets.
+    """
+    T, S = seq_len, stride or seq_len
+    starts = range(0, max(n_targets - T + S, 1), S)
+    n_windows = max(1, 1 + (max_targets - T) // S)
+    if not max_targets or max_targets >= n_targets or n_windows >= len(starts):
+        return starts
+    full = starts[: (n_targets - T) // S + 1]  # without a last window that is cut short
+    return [full[(2 * i + 1) * len(full) // (2 * n_windows)] for i in range(n_windows)]
+
+
 def eval_batches(
-    tokens: Tokens, *, batch_size: int, seq_len: int, stride: int | None = None
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    seq_len: int,
+    stride: int | None = None,
+    max_targets: int = 0,
 ) -> Iterator[HostBatch]:
     """All N - 1 targets exactly once, in order, in windows of T.
 
     By default each window begins with an empty context. With a stride S <= T windows begin S
     tokens apart, and only the last S targets of a window count, except in the first window, where
     all count. Then every target after the first window has a context of more than T - S tokens, at
-    T / S times the work.
+    T / S times the work. `max_targets` limits the windows as in `eval_starts`; 0: no limit.
 
     Yields inputs and targets int32 (B, T), and mask float32 (B, T): 1 at a target that counts,
     else 0. The last window and the last batch are padded, so that every batch has one shape.
@@ -88,7 +111,7 @@ def eval_batches(
             f'evaluation needs at least 2 tokens, and there are {len(tokens)}: use more text, or '
             'leave more of it to validate on (data.val_fraction, data.holdout)'
         )
-    starts = range(0, max(n_targets - T + S, 1), S)
+    starts = eval_starts(n_targets, seq_len=T, stride=S, max_targets=max_targets)
     for first in range(0, len(starts), B):
         inputs, targets = np.zeros((2, B, T), np.int32)
         mask = np.zeros((B, T), np.float32)

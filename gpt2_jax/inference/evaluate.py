@@ -1,7 +1,8 @@
-"""Evaluation of a split: every target once; sums of nats, tokens and bytes, divided at the end."""
+"""Evaluation of a text: every target once; sums of nats, tokens and bytes, divided at the end."""
 
+import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax.data import batches
+from gpt2_jax.data.batches import HostBatch
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.parallel.mesh import one_at_a_time, put_batch
@@ -23,15 +25,99 @@ from gpt2_jax.training.programs import (
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import make_eval_step
 
+# Dispatched before the oldest is fetched: a device always has work, and progress is seen.
+BATCHES_AHEAD = 2
+
 
 class Evaluation(NamedTuple):
-    """Figures of a text. `loss` is in nats per token; `tokens` and `bytes` count the targets."""
+    """Figures of a text. `loss` is in nats per token; `tokens` and `bytes` count the targets.
+
+    `split_tokens` counts the targets of the whole text, of which an evenly spread part may have
+    been evaluated. `bits_per_byte` is None if the targets have no bytes, as <|endoftext|> has
+    none.
+    """
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     bytes: int
+    split_tokens: int
+
+    def __str__(self):
+        per_byte = '' if self.bits_per_byte is None else f'{self.bits_per_byte:.4f} bits per byte '
+        part = (
+            '' if self.tokens == self.split_tokens else f' of {self.split_tokens:,}, evenly spread'
+        )
+        return (
+            f'loss {self.loss:.4f} nats, perplexity {self.perplexity:.3f}, {per_byte}over '
+            f'{self.tokens:,} tokens{part}'
+        )
+
+
+class Sums(NamedTuple):
+    """Sums over targets: their loss in nats, their number, their UTF-8 bytes."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+
+def sum_losses(
+    eval_step: Callable,
+    params,
+    batches: Iterable[HostBatch],
+    byte_lengths: np.ndarray,
+    mesh: Mesh,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> Sums:
+    """Sums the losses of all targets that count; batches are as batches.eval_batches makes them.
+
+    Deterministic: the device sums each row in fp32, the host sums the rows in fp64. After each
+    batch on_batch(tokens) is called with the number of its targets; what it raises ends the
+    evaluation.
+    """
+    pending, nats, n_tokens, n_bytes = collections.deque(), [], 0, 0
+
+    def fetch():
+        nats_B, tokens = pending.popleft()
+        nats.append(np.asarray(nats_B, np.float64))
+        on_batch(tokens)
+
+    for batch in batches:
+        targets = batch['targets'][batch['mask'] > 0]
+        n_tokens += len(targets)
+        n_bytes += int(byte_lengths[targets].sum())
+        pending.append((eval_step(params, put_batch(mesh, batch)), len(targets)))
+        if len(pending) > BATCHES_AHEAD:
+            fetch()
+    while pending:
+        fetch()
+    return Sums(math.fsum(np.concatenate(nats)), n_tokens, n_bytes)
+
+
+class Window(NamedTuple):
+    """Token ids (n,), n >= 2, the last `n_targets` of which count as targets."""
+
+    ids: np.ndarray
+    n_targets: int
+
+
+def pad_windows(windows: Sequence[Window], B: int, T: int) -> Iterator[HostBatch]:
+    """Batches of windows of up to T + 1 ids, as batches.eval_batches makes them.
+
+    A longer window is truncated on the left. Windows and the last batch are padded with zeros: the
+    model is causal, so that padding changes no target before it.
+    """
+    for first in range(0, len(windows), B):
+        inputs, targets = np.zeros((2, B, T), np.int32)
+        mask = np.zeros((B, T), np.float32)
+        for row, (ids, n_targets) in enumerate(windows[first : first + B]):
+            ids = ids[-(T + 1) :]
+            end = len(ids) - 1
+            inputs[row, :end], targets[row, :end] = ids[:-1], ids[1:]
+            mask[row, end - n_targets : end] = 1
+        yield {'inputs': inputs, 'targets': targets, 'mask': mask}
 
 
 def evaluate(
@@ -44,62 +130,68 @@ def evaluate(
     seq_len: int,
     mesh: Mesh,
     stride: int | None = None,
+    max_targets: int = 0,
+    on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
-    """Evaluates all N - 1 targets of `tokens` once, in windows of `seq_len` tokens.
+    """Evaluates the N - 1 targets of `tokens`, or a part of them, in windows of `seq_len` tokens.
 
-    `stride` is as in batches.eval_batches. Deterministic: the device sums each row in fp32, the
-    host sums the rows in fp64. The first token is no target, so its bytes do not count either.
+    `stride` and `max_targets` are as in batches.eval_batches, `on_batch` as in `sum_losses`. The
+    first token is no target, so its bytes do not count either.
     """
-    rows = [
-        eval_step(params, put_batch(mesh, batch))
-        for batch in batches.eval_batches(
-            tokens, batch_size=batch_size, seq_len=seq_len, stride=stride
-        )
-    ]
-    nats = math.fsum(np.concatenate([np.asarray(nats_B, np.float64) for nats_B in rows]))
-    n_tokens, n_bytes = len(tokens) - 1, count_bytes(tokens, tokenizer)
+    windows = batches.eval_batches(
+        tokens, batch_size=batch_size, seq_len=seq_len, stride=stride, max_targets=max_targets
+    )
+    sums = sum_losses(eval_step, params, windows, tokenizer.byte_lengths, mesh, on_batch)
+    return make_evaluation(sums, len(tokens) - 1)
+
+
+def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
+    """The figures that follow from sums over targets."""
+    nats, n_tokens, n_bytes = sums
     loss = nats / n_tokens
-    bits_per_byte = nats / math.log(2) / n_bytes
-    return Evaluation(loss, math.exp(min(loss, 700)), bits_per_byte, n_tokens, n_bytes)
-
-
-def count_bytes(tokens: Tokens, tokenizer: Tokenizer, block: int = 1 << 22) -> int:
-    """UTF-8 bytes of the targets, which are all tokens but the first."""
-    return sum(
-        int(tokenizer.byte_lengths[tokens.read(start, min(start + block, len(tokens)))].sum())
-        for start in range(1, len(tokens), block)
+    bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
+    return Evaluation(
+        loss, math.exp(min(loss, 700)), bits_per_byte, n_tokens, n_bytes, split_tokens
     )
 
 
-def make_evaluate(
-    setup: Setup, stride: int | None = None, pool: Executor | None = None
-) -> Callable:
-    """The function run(params, split='val') -> Evaluation of a whole split of the run's data.
-
-    `stride` is as in batches.eval_batches, `pool` as in programs.train_step.
-    """
-    rows = setup.rows_per_micro_batch
+def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callable:
+    """eval_step(params, batch) -> nats_B on the mesh of the setup; for `pool` see train_step."""
     jitted = jax.jit(
         make_eval_step(setup.model, make_unshard(setup.mesh)),
         compiler_options=compiler_options(setup),
     )
 
     def arguments():
-        batch = abstract_batch(setup, rows, inputs=np.int32, targets=np.int32, mask=np.float32)
+        dtypes = {'inputs': np.int32, 'targets': np.int32, 'mask': np.float32}
+        batch = abstract_batch(setup, setup.rows_per_micro_batch, **dtypes)
         return abstract_state(setup).params, batch
 
-    eval_step = one_at_a_time(setup.mesh, compile_in_background(pool, jitted, arguments))
+    return one_at_a_time(setup.mesh, compile_in_background(pool, jitted, arguments))
 
-    def run(params, split: str = 'val') -> Evaluation:
+
+def make_evaluate(
+    setup: Setup, stride: int | None = None, pool: Executor | None = None
+) -> Callable:
+    """The function run(params, split='val', on_batch=..) -> Evaluation of a split of the data.
+
+    It evaluates eval.tokens targets, evenly spread over the split, or all. `stride` is as in
+    batches.eval_batches, `pool` as in programs.train_step, `on_batch` as in `sum_losses`.
+    """
+    eval_step, config = make_jitted_eval_step(setup, pool), setup.config
+
+    def run(params, split: str = 'val', on_batch=lambda tokens: None) -> Evaluation:
         return evaluate(
             eval_step,
             params,
             getattr(setup.dataset, split),
             setup.dataset.tokenizer,
             mesh=setup.mesh,
-            batch_size=rows,
-            seq_len=setup.config.train.seq_len,
+            batch_size=setup.rows_per_micro_batch,
+            seq_len=config.train.seq_len,
             stride=stride,
+            max_targets=config.eval.tokens,
+            on_batch=on_batch,
         )
 
     return run

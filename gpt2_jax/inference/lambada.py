@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,12 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import score
+from gpt2_jax.inference.evaluate import Window, pad_windows
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.parallel import faults, mesh, partition
+from gpt2_jax.progress import Progress
 from gpt2_jax.training.step import Batch, token_losses
 from gpt2_jax.workdir.restore import Restored
-
-
-class Passage(NamedTuple):
-    """Tokens (N,) of a passage; the last `n_answer` are its last word and the space before it."""
-
-    ids: np.ndarray
-    n_answer: int
 
 
 class LambadaScore(NamedTuple):
@@ -47,21 +42,33 @@ class LambadaScore(NamedTuple):
     cropped: int
     context: int
 
+    def figures(self) -> dict[str, Any]:
+        """All figures with all digits, for JSON."""
+        return {'text': self.name, **self._asdict(), 'protocol': self.protocol}
+
+    @property
+    def protocol(self) -> str:
+        """How the figures are defined, in one line."""
+        return (
+            f'context {self.context}, {self.cropped:,} passages cropped from the left; the last '
+            'word follows the last space, and is right if each of its tokens is the likeliest; '
+            'perplexity is exp(mean of -log p over passages); no stop-word filter'
+        )
+
     def __str__(self):
         return (
             f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity '
             f'{self.perplexity:.4f}; last token alone: accuracy {self.token_accuracy:.2%}, '
             f'perplexity {self.token_perplexity:.4f}; over {self.passages:,} passages\n'
-            f'protocol: context {self.context}, {self.cropped:,} passages cropped from the left; '
-            'the last word follows the last space, and is right if each of its tokens is the '
-            'likeliest; perplexity is exp(mean of -log p over passages); no stop-word filter'
+            f'protocol: {self.protocol}'
         )
 
 
-def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Passage]:
+def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Window]:
     """The passages of a JSON Lines or Parquet file, each split at its last space.
 
-    Raises UserError naming the passage that cannot be split or encoded.
+    The targets of a window are the last word and the space before it. Raises UserError naming the
+    passage that cannot be split or encoded.
     """
     path = str(files.user_path(path))
     if documents.file_kind(path) == documents.TEXT:
@@ -81,7 +88,7 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Pass
             prompt, answer = tokenizer.encode(before), tokenizer.encode(f' {word}')
         except UserError as error:
             raise UserError(f'{path}, passage {number}: {error}') from None
-        passages.append(Passage(np.concatenate([prompt, answer]), len(answer)))
+        passages.append(Window(np.concatenate([prompt, answer]), len(answer)))
     if not passages:
         raise UserError(f'{path} holds no passages')
     return passages
@@ -101,18 +108,6 @@ def make_answer_step(model: GPT2, unshard: Callable = lambda params: params):
     return answer_step
 
 
-def _pad(passages: list[Passage], B: int, T: int) -> dict[str, np.ndarray]:
-    """Inputs and targets, int32 (B, T): the last T + 1 tokens of each passage, then zeros.
-
-    The model is causal, so the padding changes no token before it.
-    """
-    inputs, targets = np.zeros((2, B, T), np.int32)
-    for row, (ids, _) in enumerate(passages):
-        window = ids[-(T + 1) :]
-        inputs[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
-    return {'inputs': inputs, 'targets': targets}
-
-
 def score_lambada(
     restored: Restored,
     path: str,
@@ -128,33 +123,36 @@ def score_lambada(
     """
     windows = score.make_windows(restored, context=context, stride=None, rows=rows)
     passages = read_passages(path, restored.tokenizer, text_field)
-    longest = max(passages, key=lambda passage: passage.n_answer)
-    if longest.n_answer > windows.context:
+    longest = max(passage.n_targets for passage in passages)
+    if longest > windows.context:
         raise UserError(
-            f'{path} has a last word of {longest.n_answer} tokens, and the context is '
-            f'{windows.context}'
+            f'{path} has a last word of {longest} tokens, and the context is {windows.context}'
         )
     # One shape for all batches, so that one program serves them, and no longer than the passages
     # need.
     T = min(windows.context, max(len(ids) - 1 for ids, _ in passages))
     dataset = Dataset(path, restored.tokenizer, Tokens(()), Tokens(()), '')
     figures = []
-    with faults.memory_errors('score'):
+    with (
+        faults.memory_errors('score'),
+        Progress('scored', len(passages), 'passages', 1) as progress,
+    ):
         setup, params = score.build(restored, windows, dataset)
         answer_step = mesh.one_at_a_time(
             setup.mesh, jax.jit(make_answer_step(setup.model, partition.make_unshard(setup.mesh)))
         )
-        for first in range(0, len(passages), rows):
-            some = passages[first : first + rows]
-            results = answer_step(params, mesh.put_batch(setup.mesh, _pad(some, rows, T)))
-            for (ids, n_answer), nats_T, right_T in zip(
-                some, *map(np.asarray, results), strict=False
+        for batch in pad_windows(passages, setup.rows_per_micro_batch, T):
+            results = answer_step(params, mesh.put_batch(setup.mesh, batch))
+            for nats_T, right_T, mask_T in zip(
+                *map(np.asarray, results), batch['mask'], strict=True
             ):
-                end = min(len(ids) - 1, T)
-                answer = slice(end - n_answer, end)
-                figures.append(
-                    (right_T[answer].all(), nats_T[answer].sum(), right_T[end - 1], nats_T[end - 1])
-                )
+                (answer,) = np.nonzero(mask_T)
+                if len(answer):  # a passage, and not padding
+                    last = answer[-1]
+                    figures.append(
+                        (right_T[answer].all(), nats_T[answer].sum(), right_T[last], nats_T[last])
+                    )
+            progress.add(setup.rows_per_micro_batch)
     accuracy, nats, token_accuracy, token_nats = np.mean(figures, axis=0, dtype=np.float64).tolist()
     return LambadaScore(
         path,

@@ -1,7 +1,7 @@
 """The figures of a checkpoint on its own corpus or on any other text, and their protocol."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,6 +12,7 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import texts
 from gpt2_jax.inference.evaluate import Evaluation, make_evaluate
 from gpt2_jax.parallel import faults
+from gpt2_jax.progress import Progress
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.setup import build as build_setup
 from gpt2_jax.workdir.restore import Restored
@@ -22,12 +23,14 @@ ROWS = 8  # windows at once: with GPT-2's vocabulary the logits of 1,024 tokens 
 class Windows(NamedTuple):
     """How a text is cut: windows of `context` tokens that begin `stride` apart, `rows` at once.
 
-    See batches.eval_batches.
+    `max_targets` limits them to an evenly spread part of the text; 0: no limit. See
+    batches.eval_batches.
     """
 
     context: int
     stride: int
     rows: int
+    max_targets: int = 0
 
     def __str__(self):
         kind = (
@@ -39,45 +42,54 @@ class Windows(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The figures of a text and their protocol; as a string, three lines.
+    """The figures of a text and their protocol; as a string, two or three lines.
 
-    `text` is None if no words are counted.
+    `words` and `line_ends` count the original text; they are None if it is not known, or if only a
+    part of it was evaluated.
     """
 
     name: str
     evaluation: Evaluation
-    windows: Windows
-    tokenizer: Tokenizer
-    detokenizer: str = 'none'
-    text: texts.Text | None = None
+    protocol: str
+    words: int | None = None
+    line_ends: int | None = None
 
     def perplexity_per(self, count: int) -> float:
         """exp(nats of all targets / count): per word, if `count` is the number of words."""
         nats = self.evaluation.loss * self.evaluation.tokens
         return math.exp(min(nats / count, 700)) if count else math.inf
 
+    def figures(self) -> dict[str, Any]:
+        """All figures with all digits, for JSON."""
+        figures = {'text': self.name, **self.evaluation._asdict(), 'protocol': self.protocol}
+        if self.words:
+            figures |= {'words': self.words, 'word_perplexity': self.perplexity_per(self.words)}
+        return figures
+
     def __str__(self):
-        loss, perplexity, bits_per_byte, n_tokens, n_bytes = self.evaluation
+        loss, perplexity, bits_per_byte, n_tokens, n_bytes, n_split = self.evaluation
+        per_byte = '' if bits_per_byte is None else f'{bits_per_byte:.4f} bits per byte, '
+        part = '' if n_tokens == n_split else f' ({n_split:,} in all: an evenly spread part)'
         lines = [
-            f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, '
-            f'{bits_per_byte:.4f} bits per byte, over {n_tokens:,} tokens of {n_bytes:,} bytes'
+            f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, {per_byte}'
+            f'over {n_tokens:,} tokens{part} of {n_bytes:,} bytes'
         ]
-        if self.text:
-            words, ends = self.text.words, self.text.lines
-            lines.append(
-                f'per word: perplexity {self.perplexity_per(words):.4f} over {words:,} words of '
-                f'the original text; {self.perplexity_per(words + ends):.4f} if its {ends:,} line '
-                'ends count as words too'
-            )
-        lines.append(
-            f'protocol: {self.windows}; all tokens but the first are targets; detokenizer '
-            f'{self.detokenizer}; tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,})'
-        )
-        return '\n'.join(lines)
+        if self.words is not None:
+            line = f'perplexity {self.perplexity_per(self.words):.4f} over {self.words:,} words'
+            lines.append(f'per word: {line} of the original text')
+        if self.line_ends is not None:
+            both = self.perplexity_per(self.words + self.line_ends)
+            lines[-1] += f'; {both:.4f} if its {self.line_ends:,} line ends count as words too'
+        return '\n'.join([*lines, f'protocol: {self.protocol}'])
 
 
 def make_windows(
-    restored: Restored, *, context: int | None, stride: int | None, rows: int
+    restored: Restored,
+    *,
+    context: int | None,
+    stride: int | None,
+    rows: int,
+    max_targets: int = 0,
 ) -> Windows:
     """The windows to score in. By default: the context of training, and no overlap.
 
@@ -86,7 +98,7 @@ def make_windows(
     """
     positions = restored.model.cfg.n_positions
     context = context or restored.config.train.seq_len
-    windows = Windows(context, stride or context, rows)
+    windows = Windows(context, stride or context, rows, max_targets)
     if context > positions:
         raise UsageError(
             f'context = {context} is longer than the {positions} positions of the checkpoint: '
@@ -119,6 +131,7 @@ def build(
         batch_size=math.ceil(windows.rows / share) * share,
         grad_accum_steps=1,
     )
+    config.eval.tokens = windows.max_targets
     setup = build_setup(config_lib.resolve(config), dataset)
     return setup, jax.device_put(restored.params, setup.layout.params)
 
@@ -130,6 +143,7 @@ def score_corpus(
     context: int | None = None,
     stride: int | None = None,
     rows: int | None = None,
+    max_targets: int | None = None,
 ) -> Score:
     """Scores the `split` of the corpus that the checkpoint was trained on.
 
@@ -149,6 +163,7 @@ def score_corpus(
         context=context,
         stride=stride,
         rows=rows or config.train.batch_size // config.train.grad_accum_steps,
+        max_targets=config.eval.tokens if max_targets is None else max_targets,
     )
     with faults.memory_errors('score'):
         setup, params = build(restored, windows)
@@ -159,8 +174,8 @@ def score_corpus(
                 f'data.corpus is now {now.name} {now.sha256[:12]}: restore the old text to compare '
                 'figures'
             )
-        evaluation = make_evaluate(setup, windows.stride)(params, split)
-        return Score(split, evaluation, windows, now.tokenizer)
+        evaluation = _evaluate(setup, params, windows, split)
+    return Score(split, evaluation, _protocol(windows, now.tokenizer))
 
 
 def score_text(
@@ -173,17 +188,37 @@ def score_text(
     context: int | None = None,
     stride: int | None = None,
     rows: int = ROWS,
+    max_targets: int = 0,
 ) -> Score:
     """Scores any text in the tokens of the checkpoint; all tokens but the first are targets.
 
     `source`, `split`, `detokenizer` and `text_field` are as in texts.open_text. Raises UserError.
     """
-    windows = make_windows(restored, context=context, stride=stride, rows=rows)
+    windows = make_windows(
+        restored, context=context, stride=stride, rows=rows, max_targets=max_targets
+    )
     text = texts.open_text(
         source, restored.tokenizer, split=split, detokenizer=detokenizer, text_field=text_field
     )
     dataset = Dataset(text.name, restored.tokenizer, Tokens(()), text.tokens, '')
     with faults.memory_errors('score'):
         setup, params = build(restored, windows, dataset)
-        evaluation = make_evaluate(setup, windows.stride)(params)
-        return Score(text.name, evaluation, windows, restored.tokenizer, detokenizer, text)
+        evaluation = _evaluate(setup, params, windows, 'val')
+    protocol = _protocol(windows, restored.tokenizer, detokenizer)
+    if evaluation.tokens < evaluation.split_tokens:
+        return Score(text.name, evaluation, protocol)
+    return Score(text.name, evaluation, protocol, text.words, text.lines)
+
+
+def _evaluate(setup: Setup, params, windows: Windows, split: str) -> Evaluation:
+    n_targets = len(getattr(setup.dataset, split)) - 1
+    total = min(n_targets, windows.max_targets or n_targets)
+    with Progress('evaluated', total, 'tokens', 1) as progress:
+        return make_evaluate(setup, windows.stride)(params, split, progress.add)
+
+
+def _protocol(windows: Windows, tokenizer: Tokenizer, detokenizer: str = 'none') -> str:
+    return (
+        f'{windows}; all tokens but the first are targets; detokenizer {detokenizer}; '
+        f'tokenizer {tokenizer.name} ({tokenizer.vocab_size:,})'
+    )

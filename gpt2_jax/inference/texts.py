@@ -53,11 +53,7 @@ def open_text(
             f'{source} is a text and is scored whole: --split is for prepared folders and token '
             'files'
         )
-    texts = (
-        [corpora.find_text(source).text]
-        if documents.file_kind(path) == documents.TEXT
-        else [''.join(document) for document in documents.read(path, text_field)]
-    )
+    texts = read_documents(source, text_field)
     detokenize = make_detokenizer(detokenizer)
     pieces = [tokenizer.encode(detokenize(text)) for text in texts if text]
     if tokenizer.separator is not None:
@@ -70,6 +66,14 @@ def open_text(
         sum(len(text.split()) for text in texts),
         sum(text.count('\n') for text in texts),
     )
+
+
+def read_documents(source: str, text_field: str) -> list[str]:
+    """The documents of a text file (one), a corpus by name (one), or a file of documents."""
+    path = str(files.user_path(source))
+    if documents.file_kind(path) == documents.TEXT:
+        return [corpora.find_text(source).text]
+    return [''.join(document) for document in documents.read(path, text_field)]
 
 
 def _prepared(source: str, tokenizer: Tokenizer, split: str) -> Dataset | None:

@@ -32,6 +32,9 @@ class Progress:
     seconds_to_first_step: float | None = None
     train_seconds: float = 0.0
     train_steps: int = 0
+    # Of 'evaluation' and 'sample', those due at this step that an interrupt stopped: the resumed run
+    # does them first.
+    unfinished: list[str] = dataclasses.field(default_factory=list)
 
 
 class Meter:
@@ -105,6 +108,7 @@ class Meter:
             'best_val_loss': progress.best_val_loss,
             'final_val_loss': progress.final_val_loss,
             'val_tokens': progress.val_tokens,
+            'val_split_tokens': len(setup.dataset.val) - 1,
             'seconds_total': self.seconds(),
             'seconds_to_first_step': progress.seconds_to_first_step,
             'tokens_per_second': rate,
@@ -145,14 +149,20 @@ class Meter:
         return self.setup.tokens_per_step / seconds_per_step
 
     def _announce(self, step: int, seconds_per_step: float) -> None:
-        """Says once how long the run will take."""
+        """Reports once how long the run will take.
+
+        An evaluation has not been timed yet: it is counted as the forward passes of training, a third
+        of the time of an update.
+        """
         if self._announced:
             return
         self._announced = True
         every = self.setup.config.eval.every
-        left = duration((self.steps - step) * seconds_per_step)
+        left = (self.steps - step) * seconds_per_step
         n = math.ceil(self.steps / every) - (step - 1) // every
+        seconds_per_token = seconds_per_step / self.setup.tokens_per_step
+        evaluating = n * self.setup.eval_tokens * seconds_per_token / 3
         self.log.say(
-            f'{seconds_per_step * 1e3:.1f} ms a step: about {left} to go, and the time of {n} '
-            f'evaluation{"s" * (n > 1)}'
+            f'{seconds_per_step * 1e3:.1f} ms a step: about {duration(left)} of training to go, and '
+            f'{duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
         )

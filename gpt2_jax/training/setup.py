@@ -54,6 +54,12 @@ class Setup:
         return flops_per_token(self.model.cfg, self.config.train.seq_len)
 
     @property
+    def eval_tokens(self) -> int:
+        """The targets of an evaluation: eval.tokens, or the whole validation split."""
+        n_targets = len(self.dataset.val) - 1
+        return min(n_targets, self.config.eval.tokens or n_targets)
+
+    @property
     def batch_options(self) -> dict[str, int]:
         """What addresses the batches of this run: the options of feed.train_batch."""
         train = self.config.train

@@ -109,7 +109,7 @@ def split_rows(x, n: int):
 
 
 def make_eval_step(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
-    """The function eval_step(params, batch) -> nats_B: each row's loss, summed where mask is 1."""
+    """The function eval_step(params, batch) -> nats_B: a sum over the targets with mask 1."""
 
     def eval_step(params, batch: Batch):
         logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])

@@ -1,4 +1,4 @@
-"""Feeds damaged files to a reader of the data package: the result is a value or a UserError.
+"""Feeds damaged files to a reader of foreign files: the result is a value or a UserError.
 
     python tests/faults/fuzz.py --inputs=20000              # all readers
     python tests/faults/fuzz.py --reader=manifest --seed=7
@@ -30,11 +30,15 @@ from pathlib import Path
 
 import mutate
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from gpt2_jax import foreign, prepare
+from gpt2_jax import config, foreign, prepare
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import bin_files, corpora, documents, shards, tokenizers, vocabulary
 from gpt2_jax.errors import UserError
+from gpt2_jax.model import huggingface
 
+ROOT = Path(__file__).parents[2]
 SECONDS, GROWTH = 10, 1 << 30
 MERGES = ''.join(f'{line}\n' for line in ('t h', 'th e', 'Ġ the', 'l l', 'Ġ Ġ', "' ll", 'Ã ©'))
 SMALL = tokenizers.Gpt2Tokenizer(MERGES)
@@ -183,8 +187,57 @@ def prepare_all(folder: Path) -> None:
     assert len(dataset.train) + len(dataset.val) == manifest['inputs']['characters']
 
 
+def make_published(folder: Path) -> None:
+    """The published fixture, whole and in shards, with a file of added tokens."""
+    shutil.copytree(ROOT / 'tests/fixtures/tiny_gpt2', folder / 'whole')
+    (folder / 'whole/golden.safetensors').unlink()
+    (folder / 'whole/added_tokens.json').write_text(json.dumps({'<a>': 3, '<b>': 4}))
+    (folder / 'whole/tokenizer.json').write_text(
+        json.dumps({'added_tokens': [{'id': 5, 'content': '<c>', 'special': True}]})
+    )
+    tensors = load_file(folder / 'whole/model.safetensors')
+    shutil.copytree(folder / 'whole', folder / 'shards')
+    (folder / 'shards/model.safetensors').unlink()
+    weight_map = {name: f'{i % 2}.safetensors' for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name in weight_map if weight_map[name] == file}
+        save_file(part, folder / 'shards' / file)
+    index = {'metadata': {'total_size': 1}, 'weight_map': weight_map}
+    (folder / 'shards/model.safetensors.index.json').write_text(json.dumps(index))
+
+
+def read_published(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        published, tensors = huggingface.read_folder(folder / name)
+        huggingface.read_added_tokens(folder / name)
+        settings = huggingface.import_config(published)
+        cfg = GPT2Config(**config.default_config().model.to_dict() | settings)
+        params = huggingface.import_params(tensors, cfg)
+        assert params['wte']['embedding'].shape == (cfg.vocab_size, cfg.n_embd)
+
+    return read
+
+
+def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """Damages the header of tensors, with its length mended, or any bytes."""
+    if rng.random() < 0.4:
+        return mutate.mutate_bytes(rng, data)
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = mutate.mutate_json(rng, data[8:end])
+    if rng.random() < 0.3:
+        kinds = ['F4', 'F8_E4M3', 'BF16', 'F16', 'F64', 'I64', 'BOOL', 'C64', 'X']
+        header = header.replace(b'"F32"', f'"{rng.choice(kinds)}"'.encode(), rng.choice([1, -1]))
+    return len(header).to_bytes(8, 'little') + header + data[end:]
+
+
 PREPARED = {'make': make_prepared, 'read': read_prepared, 'inside': 'out'}
 JSON = mutate.mutate_json
+
+
+def published(name: str, file: str, damage: Mutate) -> Reader:
+    return Reader(make_published, read_published(name), (f'{name}/{file}',), damage, inside=name)
+
+
 READERS = {
     'manifest': Reader(files=('out/manifest.json',), damage=JSON, **PREPARED),
     'tokenizer of a folder': Reader(files=('out/tokenizer.json',), damage=JSON, **PREPARED),
@@ -218,6 +271,12 @@ READERS = {
     'parquet': Reader(make_documents, read_documents('a.parquet'), ('a.parquet',)),
     'list': Reader(make_documents, read_list, ('list',), damage_list),
     'corpus': Reader(make_documents, read_corpus, ('a.txt',)),
+    'published config': published('whole', 'config.json', JSON),
+    'added tokens': published('whole', 'added_tokens.json', JSON),
+    'added tokens of tokenizer.json': published('whole', 'tokenizer.json', JSON),
+    'index': published('shards', 'model.safetensors.index.json', JSON),
+    'safetensors': published('whole', 'model.safetensors', damage_safetensors),
+    'shard of safetensors': published('shards', '1.safetensors', damage_safetensors),
     'prepare': Reader(
         make_documents, prepare_all, ('a.txt', 'a.jsonl', 'a.txt.gz', 'a.parquet'), damage_lines
     ),
