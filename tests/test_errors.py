@@ -324,7 +324,7 @@ ROWS = {
     'strict context': (
         sample('--strict_context', '--prompt=ba', '--max_new_tokens=16'),
         2,
-        ['2 prompt tokens and 15 new ones', 'context of 16'],
+        ['2 prompt tokens and 16 new ones', 'context of 16'],
     ),
     'negative temperature': (
         sample('--temperature=-1'),

@@ -174,7 +174,7 @@ def test_the_state_is_donated_and_one_batch_is_memorised(tmp_path):
     setup = build(resolve(config))
     state, train_step, batch = (
         programs.new_state(setup),
-        programs.train_step(setup),
+        programs.compile_train_step(setup),
         feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options),
     )
     losses = []

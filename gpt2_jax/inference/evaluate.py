@@ -176,7 +176,7 @@ def make_evaluate(
     """The function run(params, split='val', on_batch=..) -> Evaluation of a split of the data.
 
     It evaluates eval.tokens targets, evenly spread over the split, or all. `stride` is as in
-    batches.eval_batches, `pool` as in programs.train_step, `on_batch` as in `sum_losses`.
+    batches.eval_batches, `pool` as in programs.compile_train_step, `on_batch` as in `sum_losses`.
     """
     eval_step, config = make_jitted_eval_step(setup, pool), setup.config
 

@@ -62,7 +62,7 @@ def make_value_and_grad(model: GPT2, unshard: Callable = lambda params: params) 
     return plain_value_and_grad(model, unshard)
 
 
-def train_step(setup: Setup, pool: Executor | None = None) -> Callable:
+def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:
     """The update, train_step(state, batch) -> (state, metrics), which reuses the state's memory.
 
     It is compiled at its first call or, given a pool, on a thread of that from now on. Raises

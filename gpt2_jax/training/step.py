@@ -33,8 +33,8 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
 
 def token_losses(logits_BTV, targets_BT):
     """-log softmax(logits)[target], the cross-entropy in nats: (B, T, V), (B, T) -> (B, T)."""
-    # A comparison in place of a gather fuses with the sum over V, and its gradient needs no
-    # scatter.
+    # Compare and sum instead of indexing: XLA fuses the comparison into the sum over V, and the
+    # gradient needs no scatter.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
@@ -70,8 +70,9 @@ def make_train_step(
     are a function of (seed, step, micro-batch) alone, so a restarted run draws the same masks.
     `value_and_grad` has the signature of `plain_value_and_grad`'s.
 
-    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm
-    (before clipping), update_norm and param_norm (after the update).
+    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm of
+    the gradient before clipping, update_norm of what is added to the parameters, and param_norm of
+    the new parameters. `schedule` is for the metric only; the optimizer has its own.
     """
 
     def train_step(state: TrainState, batch: Batch):
