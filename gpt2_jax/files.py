@@ -25,6 +25,7 @@ from gpt2_jax import foreign
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
 
+MAX_PATH = 4096  # characters; Linux allows as many bytes
 BLOCK_BYTES = 1 << 16  # of a download, at once
 TIMEOUT_SECONDS = 10  # of silence; a slow download that keeps moving is not cut off
 
@@ -116,8 +117,14 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """The path that a user wrote, with ~ for the home folder. Raises UsageError for an address."""
+    """The path, or pattern, that a user wrote, with ~ for the home folder.
+
+    Raises UsageError for an address such as gs://bucket, and for text too long to be a path.
+    """
     text = os.fspath(path)
+    if len(text) > MAX_PATH:
+        problem = f'has {len(text):,} characters: expected a path of at most {MAX_PATH:,}'
+        raise UsageError(str(foreign.error(text[-50:], problem)))
     if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', text):
         raise UsageError(
             f'{foreign.escape(text)} is an address: expected a path on this machine; copy what is '

@@ -35,6 +35,7 @@ from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
 INPUTS = 'inputs.jsonl'  # the files that were read, one a line
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_HELD = 1 << 24  # characters without a place to cut
 
 
@@ -58,14 +59,10 @@ def _stopped_by_signals() -> Iterator[None]:
     """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
 
     def stop(number, frame):
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # let what was begun be removed
+        _handle_signals(signal.SIG_IGN)  # let what was begun be removed
         raise _Stopped(signal.Signals(number))
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, stop)
+    before = _handle_signals(stop)
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -76,6 +73,13 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _handle_signals(handler) -> dict[signal.Signals, Any]:
+    """Sets the handler of SIGNALS, in the main thread only; returns the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS}
 
 
 @_stopped_by_signals()
@@ -149,6 +153,7 @@ def prepare(
         files.write_text(partial / INPUTS, ''.join(lines))
         files.write_text(partial / TOKENIZER, tokenizers.to_json(tokenizer))
         files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        _handle_signals(signal.SIG_IGN)  # too late to say that nothing was written
     return manifest
 
 
@@ -296,7 +301,7 @@ class _SplitWriter:
         """Ids of texts in a row, None being the separator; and the number of their UTF-8 bytes."""
         pieces = [self.separator if text is None else self.encode(text) for text in texts]
         ids, n_bytes = np.concatenate(pieces), sum(len(text.encode()) for text in texts if text)
-        if self.tokenizer.separator is not None:  # a special token in a text is no text
+        if self.tokenizer.separator is not None:  # special tokens have no bytes
             n_special = int(np.count_nonzero(ids == self.separator)) - texts.count(None)
             n_bytes -= n_special * len(tokenizers.END_OF_TEXT)
         return ids, n_bytes

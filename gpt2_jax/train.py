@@ -73,7 +73,7 @@ def run_in_folder(
     started: float,
     hooks: Sequence[loop.Hook],
 ) -> int:
-    """The run, once its folder is claimed and its damaged checkpoints are set aside; see `train`."""
+    """The run in a claimed folder, after damaged checkpoints were set aside: see `train`."""
     config = setup.config
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     if start == config.train.steps and (workdir / 'summary.json').exists():
@@ -147,7 +147,10 @@ def run_in_folder(
 
 
 def check_before_start(setup: Setup, fresh: bool) -> None:
-    """Raises UserError for kernels, data or weights that cannot be trained with, before any folder is touched."""
+    """Raises UserError for kernels, data or weights that training cannot use.
+
+    It is called before any folder is touched.
+    """
     check_kernels(setup)
     if fresh:
         finetune.check(setup)

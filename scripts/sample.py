@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 from gpt2_jax import cli, files
+from gpt2_jax.architecture import PRECISIONS
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string(
@@ -60,7 +61,7 @@ _KERNELS = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_enum(
     'dtype',
     '',
-    ['', 'float32', 'tf32', 'bfloat16'],
+    ['', *PRECISIONS],
     'Precision of the matrix products; by default as trained. bfloat16 is fastest on a GPU.',
 )
 _PLATFORM = cli.platform_flag()

@@ -466,7 +466,9 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monke
     monkeypatch.setattr(
         train_lib,
         'make_evaluate',
-        lambda setup, **_: lambda params: make_evaluate(setup)(params)._replace(loss=float('inf')),
+        lambda setup, **_: (
+            lambda params, **more: make_evaluate(setup)(params, **more)._replace(loss=float('inf'))
+        ),
     )
     with pytest.raises(
         DivergedError, match=r'diverged at step 7: validation loss = inf; .* checkpoint is step 5'

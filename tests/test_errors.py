@@ -322,7 +322,7 @@ ROWS = {
         ['latin1.txt is not UTF-8', 'offset 5'],
     ),
     'strict context': (
-        sample('--strict_context', '--prompt=ba', '--max_new_tokens=15'),
+        sample('--strict_context', '--prompt=ba', '--max_new_tokens=16'),
         2,
         ['2 prompt tokens and 15 new ones', 'context of 16'],
     ),

@@ -22,9 +22,9 @@ from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import init_state, make_train_step, token_losses
 
-# Three heads and a width between powers of two; two blocks of queries; an odd vocabulary in several
-# blocks. OTHER differs in every size: another head width, texts of 64 tokens in a context of 96, and
-# a vocabulary that is too large for a product with one-hot rows.
+# Three heads and a width between powers of two; two blocks of queries; an odd vocabulary in
+# several blocks. OTHER differs in every size: another head width, texts of 64 tokens in a context
+# of 96, and a vocabulary that is too large for a product with one-hot rows.
 SIZE = dict(n_head=3, n_embd=48, n_positions=128, vocab_size=301)
 OTHER = dict(n_layer=1, n_head=2, n_embd=64, n_positions=96, vocab_size=1030)
 DROPOUT = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)

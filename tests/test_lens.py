@@ -33,7 +33,9 @@ def numpy_gpt2(params, cfg, tokens_BT, tap=lambda name, x: x):
         return y + at['bias'] if cfg.bias else y
 
     def norm(x, at):
-        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+            x.var(-1, keepdims=True) + cfg.layer_norm_epsilon
+        )
         return n * at['scale'] + (at['bias'] if cfg.bias else 0)
 
     T = tokens_BT.shape[1]
@@ -419,7 +421,9 @@ def test_the_attribution_of_a_head_is_what_it_adds(model, params, text):
     scale = params['ln_f']['scale']
 
     def logit(x):  # of token 4
-        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(stream.var(-1, keepdims=True) + 1e-5)
+        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+            stream.var(-1, keepdims=True) + model.cfg.layer_norm_epsilon
+        )
         return (n * scale + params['ln_f']['bias']) @ params['wte']['embedding'][4]
 
     terms = lens.attribution(source, text, np.full(9, 4))

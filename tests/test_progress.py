@@ -39,7 +39,7 @@ def test_lines_get_rarer(clock, monkeypatch):
             clock[0] += 1
             work.add(1000)
     lines = sys.stderr.getvalue().splitlines()
-    assert lines[0] == 'read 0.0 of 1000000.0 MB, 0.0 MB/s, 277777.8 h left'
+    assert lines[0] == 'read 0.0 of 1,000,000.0 MB, 0.0 MB/s, 277777.8 h left'
     assert 40 < len(lines) < 60
 
 

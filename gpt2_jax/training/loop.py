@@ -40,7 +40,7 @@ class Interrupt:
         return self.seen
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has arrived: for long work that a resumed run can repeat."""
+        """Raises Interrupted if a signal has arrived. For long work that a resumed run repeats."""
         if self.arrived:
             raise Interrupted
 
@@ -51,10 +51,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Notes the first signal that asks the process to end, and says so; a second one ends it as usual.
+    """Notes the first signal that asks the process to end, and says so; a second one ends it.
 
-    The signals are SIGTERM, Ctrl-C, SIGUSR1, by which Slurm warns of its time limit, and SIGHUP, which
-    arrives when the terminal is closed. Under nohup SIGHUP stays ignored.
+    The signals are SIGTERM, Ctrl-C, SIGUSR1, by which Slurm warns of its time limit, and SIGHUP,
+    which arrives when the terminal is closed. Under nohup SIGHUP stays ignored.
     """
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 

@@ -74,8 +74,9 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         can_extend = 'train.steps' in differ and longer
         hint = ' (--extend allows a larger train.steps)' if can_extend else ''
         raise UsageError(
-            f'the run in {workdir} has another configuration: {fields}{hint}; give the same settings '
-            'to resume, another --workdir for a new run, or --fresh to move the old one aside'
+            f'the run in {workdir} has another configuration: {fields}{hint}; give the same '
+            'settings to resume, another --workdir for a new run, or --fresh to move the old one '
+            'aside'
         )
     if extend and longer:
         print(_describe_extension(old, config, start))
@@ -97,6 +98,7 @@ def _read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
 def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:
     before, after = (float(build_schedule(config)(start)) for config in (old, new))
     return (
-        f'extended from {old.train.steps:,} to {new.train.steps:,} steps: the schedule now spans all '
-        f'of them, and the learning rate at step {start:,} changes from {before:.3g} to {after:.3g}'
+        f'extended from {old.train.steps:,} to {new.train.steps:,} steps: the schedule now spans '
+        f'all of them, and the learning rate at step {start:,} changes from {before:.3g} to '
+        f'{after:.3g}'
     )

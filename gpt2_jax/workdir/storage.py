@@ -98,7 +98,7 @@ def _read(path: Path, like, **options):
     as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=as_numpy, **options)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(LiteralPath(path), args=args)
+        return checkpointer.restore(LiteralPath(path.absolute()), args=args)
 
 
 def _groups(tree, n_bytes: int) -> Iterator[Any]:

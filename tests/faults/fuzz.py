@@ -162,6 +162,11 @@ def damage_lines(rng: random.Random, data: bytes) -> bytes:
     return mutate.mutate_bytes(rng, data)
 
 
+def damage_list(rng: random.Random, data: bytes) -> bytes:
+    """Damages a list, without / and ~: a list may name any folder, and reading it may take long."""
+    return mutate.mutate_bytes(rng, data).translate(None, b'/~')
+
+
 def read_list(folder: Path) -> None:
     os.chdir(folder)  # names in a list are relative
     names, _ = documents.find_files(['@list'])
@@ -264,7 +269,7 @@ READERS = {
         make_documents, read_documents('a.jsonl.gz'), ('a.jsonl.gz',), damage_inside
     ),
     'parquet': Reader(make_documents, read_documents('a.parquet'), ('a.parquet',)),
-    'list': Reader(make_documents, read_list, ('list',)),
+    'list': Reader(make_documents, read_list, ('list',), damage_list),
     'corpus': Reader(make_documents, read_corpus, ('a.txt',)),
     'published config': published('whole', 'config.json', JSON),
     'added tokens': published('whole', 'added_tokens.json', JSON),
