@@ -9,6 +9,8 @@ TensorBoard events.
 
 import argparse
 import contextlib
+import fcntl
+import functools
 import os
 import random
 import re
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -25,8 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300  # for one start of a run
 
 
-def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> subprocess.Popen:
-    """Starts the run as a user would. The compilation cache only saves time."""
+def start(
+    workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS, terminal: int | None = None
+) -> subprocess.Popen:
+    """Starts the run as a user would, in a terminal if one is given by its file descriptor.
+
+    The compilation cache only saves time.
+    """
     config = text.with_name('defaults.py')
     config.write_text('from gpt2_jax.config import default_config as get_config\n')
     command = [
@@ -42,6 +50,12 @@ def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> sub
         'JAX_COMPILATION_CACHE_DIR': str(cache),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
+    if terminal is not None:
+        take = functools.partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0)
+        streams = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal}
+        return subprocess.Popen(
+            command, env=env, **streams, start_new_session=True, preexec_fn=take
+        )
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

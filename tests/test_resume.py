@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import kill_runs
 import pytest
@@ -308,6 +309,26 @@ def test_the_same_text_may_move(text, reference, stopped, tmp_path):
     assert f'data.corpus is now {moved}: the text is the same as in {text}' in printed
     assert runs.different_states(stopped, reference) == []
     assert runs.metrics(stopped) == runs.metrics(reference)
+
+
+def test_evaluate_finds_a_text_that_was_moved(reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / 'run')
+    text = Path(json.loads((run / 'summary.json').read_text())['corpus']['asked_for'])
+    moved = text.rename(text.with_name('moved.txt'))
+    try:
+        code, _, err = runs.script('evaluate', f'--ckpt_dir={run}')
+        assert code == 1
+        assert err.endswith(f'; --corpus=PATH says where {text} is now\n')
+        code, _, err = runs.script('evaluate', f'--ckpt_dir={run}', f'--corpus={moved}')
+        assert code == 0, err
+        moved.with_name('other.txt').write_text(moved.read_text() + 'ba')
+        code, _, err = runs.script(
+            'evaluate', f'--ckpt_dir={run}', f'--corpus={moved.with_name("other.txt")}'
+        )
+        assert code == 1
+        assert 'the run was trained on' in err
+    finally:
+        moved.rename(text)
 
 
 def test_train_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):

@@ -20,8 +20,9 @@ SHORT = {
     'model__n_embd': 8,
     'model__n_positions': 8,
     'train__steps': 2,
+    'train__batch_size': 2,
     'log__every': 1,
-    'eval__sample_tokens': 3,
+    'eval__sample_tokens': 2,
 }
 
 
@@ -78,15 +79,13 @@ def test_a_run_works_under_a_switch(switch, value, optimizer, text, plain, tmp_p
     assert {leaf.dtype for leaf in state.values()} == {np.dtype('float32'), np.dtype('int32')}
 
 
-@pytest.mark.parametrize('switch', ['jax_debug_infs', 'jax_debug_nans'])
-def test_the_line_of_a_value_that_is_not_finite_is_named(switch, capsys, monkeypatch):
+def test_the_line_of_a_nan_is_named(capsys, monkeypatch):
     cfg = GPT2Config(vocab_size=5, n_layer=1, n_head=1, n_embd=8, n_positions=4)
 
     def main(arguments):
         params = init_params(cfg, 0)
-        bad = jnp.nan if switch == 'jax_debug_nans' else jnp.inf
-        params['ln_f']['bias'] = params['ln_f']['bias'].at[0].set(bad)
-        with switched(switch, True):
+        params['ln_f']['bias'] += jnp.nan
+        with switched('jax_debug_nans', True):
             jax.jit(GPT2(cfg).apply)({'params': params}, jnp.zeros((1, 2), jnp.int32))
 
     monkeypatch.setattr('sys.argv', ['x'])

@@ -1,0 +1,72 @@
+"""The end of a process: at once after an error, with one line, whatever its threads do."""
+
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import kill_runs
+import pytest
+import runs
+
+from gpt2_jax.workdir.checksums import committed_steps
+
+PROGRAM = """
+import sys, threading, time
+from gpt2_jax import cli
+from gpt2_jax.errors import UserError
+
+def main(arguments):
+    threading.Thread(target=time.sleep, args=(100,)).start()
+    print('printed')
+    raise UserError('what was wrong')
+
+cli.run(main)
+"""
+
+
+def test_an_error_does_not_wait_for_threads():
+    """Orbax's wait 300 s for each other after a save that could not begin."""
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM], timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, 'printed\n')
+    assert done.stderr == 'error: what was wrong\n'
+
+
+@pytest.mark.parametrize('text', ['a\x1b]0;title\x07b', 'a\nb', 'a\x9bb', 'x' * 10**6])
+def test_an_error_is_one_short_line_without_control_characters(text, capsys, monkeypatch):
+    from gpt2_jax import cli
+    from gpt2_jax.errors import UserError
+
+    def main(arguments):
+        raise UserError(text)
+
+    monkeypatch.setattr('sys.argv', ['x'])
+    monkeypatch.setattr(cli, 'end_process', lambda code: None)
+    cli.run(main)
+    line = capsys.readouterr().err
+    assert line.count('\n') == 1
+    assert line.strip().isprintable()
+    assert len(line) < 2100
+
+
+def test_a_terminal_that_is_closed(tmp_path):
+    """As when ssh is lost: the run is saved."""
+    text = runs.write_text(tmp_path / 'text.txt')
+    settings = runs.SMALL | {'train.steps': 100_000, 'checkpoint.every': 100_000}
+    settings |= {'eval.every': 100_000}
+    ours, theirs = pty.openpty()
+    process = kill_runs.start(
+        tmp_path / 'run', text, runs.compile_cache().name, settings, terminal=theirs
+    )
+    os.close(theirs)
+    printed = b''
+    while b'tokens/s' not in printed:
+        printed += os.read(ours, 1000)
+    time.sleep(0.2)
+    os.close(ours)
+    assert process.wait(timeout=60) == 129
+    (step,) = committed_steps(tmp_path / 'run/checkpoints')
+    assert step > 1
