@@ -318,7 +318,7 @@ def test_rows_are_divided_among_all_devices(monkeypatch):
 
 def test_lambada_on_a_mesh_of_two_devices(tmp_path):
     """Any number of rows: they are rounded up to a multiple of the devices."""
-    words = 'the end, they the end the two end of it the'.split()
+    words = ['the', 'end,', 'they', 'the', 'end', 'the', 'two', 'end', 'of', 'it', 'the']
     path = write_passages(tmp_path / 'a.jsonl', *(' '.join(words[:n]) for n in range(2, 9)))
     program = (
         'import sys; sys.path.insert(0, "tests"); import test_score as t;'
