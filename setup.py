@@ -1,4 +1,4 @@
-"""Packaging of gpt2_jax. The suite has run on the lowest and on the highest version of each range."""
+"""Packaging of gpt2_jax. The suite has run on the lowest and the highest version of each range."""
 
 import pathlib
 import re
@@ -8,19 +8,20 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'gpt2_jax/__init__.py').read_text()).group(1)
 
-# 0.10.2 is the last version for Python 3.11. The fused kernels use Pallas' Triton backend, which JAX
-# has deprecated since 0.11; 0.12 still has it.
+# 0.10.2 is the last version for Python 3.11. The fused kernels use Pallas' Triton backend, which is
+# deprecated since JAX 0.11 and still there in 0.12.
 JAX_VERSIONS = '>=0.10.2,<0.13'
 PARQUET = ['pyarrow>=21,<27']
 
 setup(
     name='gpt2_jax',
     version=VERSION,
-    description='GPT-2 from scratch in JAX and Flax: minimal to read, faithful to the original, fast',
+    description='GPT-2 from scratch in JAX and Flax: to read, to train and to look into',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='MIT',
     packages=find_packages(include=['gpt2_jax', 'gpt2_jax.*']),
+    package_data={'gpt2_jax.lens': ['page/*']},
     python_requires='>=3.11',
     install_requires=[
         f'jax{JAX_VERSIONS}',

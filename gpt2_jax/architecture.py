@@ -15,7 +15,7 @@ class Precision(NamedTuple):
 # 'highest' keeps every bit of fp32 on GPUs too: JAX's default there is TF32 (10 mantissa bits).
 PRECISIONS = {
     'float32': Precision('float32', 'highest', 'full fp32 matrix products'),
-    'tf32': Precision('float32', 'high', 'TF32 matrix products, where the device has them'),
+    'tf32': Precision('float32', 'high', 'TF32 matrix products, if the device has them'),
     'bfloat16': Precision('bfloat16', 'default', 'bf16 matrix products, accumulated in fp32'),
 }
 

@@ -1,5 +1,6 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import logging
@@ -8,9 +9,11 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -18,12 +21,13 @@ from ml_collections import ConfigDict, config_flags
 import gpt2_jax
 from gpt2_jax import files, foreign
 from gpt2_jax.config import SETTINGS, check_key, describe
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import DivergedError, UsageError, UserError
 
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
 MAX_PROMPT_BYTES = 1 << 30
+MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
 
@@ -132,9 +136,35 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         message, code = f'{error.filename or "input or output"}: {error.strerror or error}', 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except FloatingPointError as error:  # under JAX_DEBUG_NANS or JAX_DEBUG_INFS
+        message, code = f'{error}, {_last_line(error)}', DivergedError.exit_code
     if message:
-        print('error:', foreign.escape(' '.join(message.splitlines())), file=sys.stderr)
+        line = foreign.escape(' '.join(message.splitlines()))
+        print('error:', line[:MAX_MESSAGE] + '..' * (len(line) > MAX_MESSAGE), file=sys.stderr)
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with an exit code; after an error, without waiting for threads.
+
+    Orbax's threads wait 300 s for each other if the folder of a save could not be made, and a
+    compilation that nobody needs any more may take minutes.
+    """
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    if code and len(threads) > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of this package that an error came through."""
+    folder = os.path.dirname(gpt2_jax.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if frame.filename.startswith(folder)][-1]
+    return f'in {frame.filename}, line {frame.lineno} ({frame.line})'
 
 
 def _report_unraisable(unraisable) -> None:

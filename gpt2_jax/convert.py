@@ -53,13 +53,14 @@ def from_hf(
     is_name = not folder.exists() and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source)
     folder = download(source) if is_name else folder
     published, tensors = huggingface.read_folder(folder)
-    settings = huggingface.config_from_hf(published)
+    settings = huggingface.import_config(published)
     vocab_size, tokenizer = settings.pop('vocab_size'), _read_tokenizer(folder, tokenizer_file)
     config = config_lib.default_config()
     config.model.update(settings)
     config.data.tokenizer = tokenizer.name
     config = config_lib.resolve(config)
     params = huggingface.import_params(tensors, GPT2Config(**config.model, vocab_size=vocab_size))
+    _refuse_added_tokens(folder, tokenizer)
     padding = vocab_size - tokenizer.vocab_size
     if not 0 <= padding <= MAX_PADDING:
         raise UserError(
@@ -170,6 +171,23 @@ def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
     return Gpt2Tokenizer(merges)
 
 
+def _refuse_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the folder adds tokens after the last token of our tokenizer.
+
+    Their rows of wte look like padding, but a model without them has lost part of its training.
+    """
+    added = huggingface.read_added_tokens(folder)
+    lost = {text: number for text, number in added.items() if number >= tokenizer.vocab_size}
+    if lost:
+        names = ', '.join(f'{text!r} ({number})' for text, number in list(lost.items())[:3])
+        more = f' and {len(lost) - 3} more' if len(lost) > 3 else ''
+        raise foreign.error(
+            folder,
+            f'adds tokens to its tokenizer: {names}{more}',
+            f'the {tokenizer.name} tokenizer cannot add tokens, so this model cannot be imported',
+        )
+
+
 def download(name: str) -> Path:
     """Downloads a model of the hub into the hub's own cache; returns its folder.
 
@@ -189,7 +207,8 @@ def download(name: str) -> Path:
         ) from None
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=HUB_SECONDS)
-        listed = {file.rfilename: file for file in info.siblings if file.rfilename in HUB_FILES}
+        wanted = (*HUB_FILES, huggingface.ADDED_TOKENS)
+        listed = {file.rfilename: file for file in info.siblings if file.rfilename in wanted}
         paths = {
             file: Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha))
             for file in listed

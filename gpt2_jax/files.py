@@ -23,7 +23,9 @@ from typing import BinaryIO
 
 from gpt2_jax import foreign
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.progress import Progress
 
+MAX_PATH = 4096  # characters; Linux allows as many bytes
 BLOCK_BYTES = 1 << 16  # of a download, at once
 TIMEOUT_SECONDS = 10  # of silence; a slow download that keeps moving is not cut off
 
@@ -115,8 +117,14 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """The path that a user wrote, with ~ for the home folder. Raises UsageError for an address."""
+    """The path, or pattern, that a user wrote, with ~ for the home folder.
+
+    Raises UsageError for an address such as gs://bucket, and for text too long to be a path.
+    """
     text = os.fspath(path)
+    if len(text) > MAX_PATH:
+        problem = f'has {len(text):,} characters: expected a path of at most {MAX_PATH:,}'
+        raise UsageError(str(foreign.error(text[-50:], problem)))
     if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', text):
         raise UsageError(
             f'{foreign.escape(text)} is an address: expected a path on this machine; copy what is '
@@ -136,8 +144,10 @@ def matching(pattern: str) -> list[Path]:
         fixed = Path(*path.parts[:i])
         if i == len(path.parts) and os.path.lexists(fixed):
             return [path]
-        if fixed.is_dir():
-            names = glob.glob(os.path.join(*path.parts[i:]), root_dir=fixed, recursive=True)
+        if os.path.isdir(fixed):
+            rest = os.path.join(*path.parts[i:])
+            with foreign.parsing(pattern, 'a pattern'):
+                names = glob.glob(rest, root_dir=fixed, recursive=True)
             return [fixed / name for name in sorted(names)]
     return []
 
@@ -187,15 +197,16 @@ def _download(name: str, source: Source, file: BinaryIO) -> str:
         flush=True,
     )
     digest, n_bytes = hashlib.sha256(), 0
-    with urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response:
+    with (
+        urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response,
+        Progress('downloaded', source.n_bytes) as progress,
+    ):
         while block := response.read(min(BLOCK_BYTES, source.n_bytes + 1 - n_bytes)):
             file.write(block)
             digest.update(block)
             n_bytes += len(block)
             if n_bytes > source.n_bytes:
                 raise OSError(f'the server sent more than the expected {source.n_bytes:,} bytes')
-            if sys.stderr.isatty():
-                progress = f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} '
-                print(progress, end='', file=sys.stderr, flush=True)
-    print(f'\rdownloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
+            progress.add(len(block))
+    print(f'downloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
     return digest.hexdigest()

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -33,18 +34,22 @@ MAX_MESSAGE = 300  # characters of an error
 MAX_SOURCE = 120  # of them for the path
 MAX_JSON_BYTES = 32 << 20  # parsed JSON takes up to 20 times the memory of its text
 MAX_JSON_DEPTH = 64
+JOINERS = '\u200c\u200d'
 
 
 def escape(text: str, keep: str = '') -> str:
     """The text with control characters as escapes (\\x1b, \\n, \\u202e), except those in `keep`.
 
     A terminal obeys control characters: a file must not set its title or write to the clipboard.
+    Spaces of all kinds and the two joiners, which scripts and emoji need, are shown as they are.
     """
     if text.isprintable():
         return text
-    return ''.join(
-        c if c.isprintable() or c in keep else c.encode('unicode_escape').decode() for c in text
-    )
+
+    def is_shown(c: str) -> bool:
+        return c.isprintable() or c in keep or c in JOINERS or unicodedata.category(c) == 'Zs'
+
+    return ''.join(c if is_shown(c) else c.encode('unicode_escape').decode() for c in text)
 
 
 def error(source: str | os.PathLike, problem: str, remedy: str = '') -> UserError:

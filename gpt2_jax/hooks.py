@@ -34,8 +34,8 @@ def is_due(step: int, every: int, steps: int) -> bool:
 class Evaluate:
     """Evaluates the validation split; keeps the score of the best checkpoint in `meter.progress`.
 
-    `evaluate(params, on_batch=..)` gives an Evaluation. An interrupt stops it between two batches;
-    then nothing is recorded, and the resumed run evaluates this step. Raises DivergedError for a loss
+    `evaluate(params, on_batch=..)` gives an Evaluation. An interrupt stops it between two batches:
+    nothing is recorded, and the resumed run evaluates this step. Raises DivergedError for a loss
     that is not finite.
     """
 

@@ -35,6 +35,7 @@ from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
 INPUTS = 'inputs.jsonl'  # the files that were read, one a line
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_HELD = 1 << 24  # characters without a place to cut
 
 
@@ -49,6 +50,39 @@ class Source:
     sha256: str
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends the work arrived; the argument is the signal."""
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
+
+    def stop(number, frame):
+        _handle_signals(signal.SIG_IGN)  # let what was begun be removed
+        raise _Stopped(signal.Signals(number))
+
+    before = _handle_signals(stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
+        error = UserError(f'stopped by {number.name}: nothing was written')
+        error.exit_code = 128 + number
+        raise error from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handle_signals(handler) -> dict[signal.Signals, Any]:
+    """Sets the handler of SIGNALS, in the main thread only; returns the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+@_stopped_by_signals()
 def prepare(
     inputs: list[str],
     out_dir: str,
@@ -80,7 +114,7 @@ def prepare(
         )
     paths, left_out = documents.find_files(inputs)
     folder = files.user_path(out_dir).resolve()
-    with _stopped_by_signals(folder), files.new_folder(folder) as partial:
+    with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)
         totals = _totals(sources)
         if split_by == 'document' and 0 < val_fraction * totals['documents'] < 1:
@@ -119,6 +153,7 @@ def prepare(
         files.write_text(partial / INPUTS, ''.join(lines))
         files.write_text(partial / TOKENIZER, tokenizers.to_json(tokenizer))
         files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        _handle_signals(signal.SIG_IGN)  # too late to say that nothing was written
     return manifest
 
 
@@ -129,35 +164,6 @@ def _totals(sources: list[Source]) -> dict[str, int]:
         'characters': sum(source.characters for source in sources),
         'bytes': sum(source.bytes for source in sources),
     }
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal that ends the work arrived; the argument is the signal."""
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(folder: Path) -> Iterator[None]:
-    """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
-
-    def stop(number, frame):
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)  # let what was begun be removed
-        raise _Stopped(signal.Signals(number))
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    except KeyboardInterrupt as stopped:
-        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
-        error = UserError(f'stopped by {number.name}: nothing was written to {folder}')
-        error.exit_code = 128 + number
-        raise error from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _count(
@@ -244,12 +250,12 @@ class _SplitWriter:
         pool: ThreadPoolExecutor,
     ):
         self.folder, self.split, self.tokenizer, self.pool = folder, split, tokenizer, pool
-        self.encode, self.shard_tokens = encode, shard_tokens
+        self.encode = encode
         self.dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         self.separator = np.array([tokenizer.separator or 0], self.dtype)
-        self.n_bytes = 0
+        self.buffer = np.empty(shard_tokens, self.dtype)
+        self.filled = self.n_bytes = 0
         self.shards = []
-        self.ids, self.n_ids = [], 0  # encoded, not written yet
         self.split_is_empty = self.document_is_empty = True
         self.held = []  # blocks of the current document that are not in `texts` yet
         self.n_held = 0  # characters in `held` and in `texts`
@@ -293,26 +299,28 @@ class _SplitWriter:
 
     def _encode(self, texts: list[str | None]) -> tuple[np.ndarray, int]:
         """Ids of texts in a row, None being the separator; and the number of their UTF-8 bytes."""
-        ids = np.concatenate(
-            [self.separator if text is None else self.encode(text) for text in texts]
-        )
-        return ids, int(self.tokenizer.byte_lengths[ids].sum())
+        pieces = [self.separator if text is None else self.encode(text) for text in texts]
+        ids, n_bytes = np.concatenate(pieces), sum(len(text.encode()) for text in texts if text)
+        if self.tokenizer.separator is not None:  # special tokens have no bytes
+            n_special = int(np.count_nonzero(ids == self.separator)) - texts.count(None)
+            n_bytes -= n_special * len(tokenizers.END_OF_TEXT)
+        return ids, n_bytes
 
     def _store(self, ids: np.ndarray, n_bytes: int):
         self.n_bytes += n_bytes
         while len(ids):
-            taken = ids[: self.shard_tokens - self.n_ids]
-            self.ids.append(taken)
-            self.n_ids += len(taken)
+            taken = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(taken)] = taken
+            self.filled += len(taken)
             ids = ids[len(taken) :]
-            if self.n_ids == self.shard_tokens:
+            if self.filled == len(self.buffer):
                 self._flush()
 
     def _flush(self):
-        """Writes the tokens that are encoded, if there are any, as the next shard."""
-        if self.n_ids:
+        """Writes the tokens in the buffer, if there are any, as the next shard."""
+        if self.filled:
             path = self.folder / f'{self.split}_{len(self.shards):05d}.npy'
-            ids = np.concatenate(self.ids)
+            ids = self.buffer[: self.filled]
             with files.new_file(path) as file:
                 header = np.lib.format.header_data_from_array_1_0(ids)
                 np.lib.format.write_array_header_1_0(file, header)
@@ -320,7 +328,7 @@ class _SplitWriter:
             self.shards.append(
                 {'file': path.name, 'tokens': len(ids), 'sha256': files.sha256(path)}
             )
-            self.ids, self.n_ids = [], 0
+            self.filled = 0
 
     def finish(self) -> dict[str, Any]:
         """Encodes and writes the rest; returns this split's entry of the manifest."""

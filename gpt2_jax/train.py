@@ -16,7 +16,7 @@ from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics.describe import describe
 from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish
 from gpt2_jax.inference.evaluate import make_evaluate
-from gpt2_jax.parallel.faults import memory_errors
+from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.feed import train_batch, train_batches
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
@@ -40,23 +40,27 @@ def train(
 ) -> int:
     """Trains, or resumes training, in the run's folder; returns 0, or 128 + the number of a signal.
 
-    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the process
-    began, by time.monotonic(). `hooks` are called between sampling and saving. Raises UserError, and
-    leaves every finished checkpoint as it is.
+    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the
+    process began, by time.monotonic(). `hooks` are called between sampling and saving. Raises
+    UserError, and leaves every finished checkpoint as it is.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
     with memory_errors('train'):
         setup = build(config)
         check_before_start(setup, fresh)
-    print('\n'.join(describe(setup)), flush=True)
+    memory = estimate_memory(setup.shapes, setup.layout, setup.device, setup.mesh.size)
+    print('\n'.join([*describe(setup), *memory]), flush=True)
     if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
 
-    with folder.claim(workdir), memory_errors('train'):
+    with folder.claim(workdir) as check_claim, memory_errors('train'):
         for report in quarantine(workdir / FOLDER):
             print(report, flush=True)
-        with Checkpoints(workdir / FOLDER) as checkpoints, compiling() as pool:
+        with (
+            Checkpoints(workdir / FOLDER, check_claim) as checkpoints,
+            compiling() as pool,
+        ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
 
 
@@ -69,7 +73,7 @@ def run_in_folder(
     started: float,
     hooks: Sequence[loop.Hook],
 ) -> int:
-    """The run, once its folder is claimed and its damaged checkpoints are set aside; see `train`."""
+    """The run in a claimed folder, after damaged checkpoints were set aside: see `train`."""
     config = setup.config
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     if start == config.train.steps and (workdir / 'summary.json').exists():
@@ -143,7 +147,10 @@ def run_in_folder(
 
 
 def check_before_start(setup: Setup, fresh: bool) -> None:
-    """Raises UserError for kernels, data or weights that cannot be trained with, before any folder is touched."""
+    """Raises UserError for kernels, data or weights that training cannot use.
+
+    It is called before any folder is touched.
+    """
     check_kernels(setup)
     if fresh:
         finetune.check(setup)
@@ -153,7 +160,8 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
 
 def prepare_folder(setup: Setup, workdir: Path, log_sizes: dict[str, int]) -> None:
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
-    folder.cut_back(workdir, log_sizes)
+    for report in folder.cut_back(workdir, log_sizes):
+        print(report, flush=True)
     (workdir / 'summary.json').unlink(missing_ok=True)
     files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
     files.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))

@@ -30,6 +30,9 @@ _STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or
 _SPLIT = flags.DEFINE_enum(
     'split', None, ['val', 'train'], 'The split of a corpus or prepared folder; val by default.'
 )
+_CORPUS = flags.DEFINE_string(
+    'corpus', None, "Where the checkpoint's own corpus is now, if it was moved since training."
+)
 _TEXT = flags.DEFINE_string(
     'text', None, "A text or tokens to score instead of the checkpoint's own corpus."
 )
@@ -79,16 +82,19 @@ def main(arguments: list[str]) -> None:
     """Calls the library once and prints the figures."""
     cli.no_more(arguments)
     context, unused = '', []
-    for flag in (_TEXT, _LAMBADA):
+    for flag in (_TEXT, _LAMBADA, _CORPUS):
         if flag.value == '':
             raise UsageError(f'--{flag.name} is empty: expected a file')
     if _LAMBADA.value is not None:
         context = 'with --lambada'
-        unused = [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER, _MAX_TOKENS, _PROTOCOL]
+        unused = [_CORPUS, _TEXT, _SPLIT, _STRIDE, _DETOKENIZER, _MAX_TOKENS, _PROTOCOL]
     elif _TEXT.value is None:
         context, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD, _PROTOCOL]
     elif _PROTOCOL.value == 'lm_eval':
-        context, unused = 'with --protocol=lm_eval', [_SPLIT, _STRIDE, _MAX_TOKENS]
+        context = 'with --protocol=lm_eval'
+        unused = [_CORPUS, _SPLIT, _STRIDE, _MAX_TOKENS]
+    else:
+        context, unused = 'with --text', [_CORPUS]
     cli.refuse(unused, context)
     from gpt2_jax.inference import harness, lambada, score
     from gpt2_jax.parallel import devices
@@ -96,6 +102,8 @@ def main(arguments: list[str]) -> None:
 
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
+    if _CORPUS.value is not None:
+        restored.config.data.corpus = _CORPUS.value
     options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
     if _LAMBADA.value is not None:
         result = lambada.score_lambada(

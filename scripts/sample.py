@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 from gpt2_jax import cli, files
+from gpt2_jax.architecture import PRECISIONS
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string(
@@ -60,7 +61,7 @@ _KERNELS = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_enum(
     'dtype',
     '',
-    ['', 'float32', 'tf32', 'bfloat16'],
+    ['', *PRECISIONS],
     'Precision of the matrix products; by default as trained. bfloat16 is fastest on a GPU.',
 )
 _PLATFORM = cli.platform_flag()
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.inference.sampling import Sampling
     from gpt2_jax.inference.streaming import print_samples
     from gpt2_jax.parallel import devices, faults
+    from gpt2_jax.terminal import printable
     from gpt2_jax.workdir import restore
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
@@ -84,11 +86,11 @@ def main(arguments: list[str]) -> None:
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
-    print(
+    about = (
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
-        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',
-        file=sys.stderr,
+        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]'
     )
+    print(printable(about, sys.stderr), file=sys.stderr)
     with faults.memory_errors('sample'):
         print_samples(
             model,

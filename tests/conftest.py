@@ -1,4 +1,4 @@
-"""Before JAX starts: programs that run for milliseconds need no optimization, and compile a third sooner without."""
+"""Settings made before JAX starts: test programs compile a third sooner without optimization."""
 
 import os
 

@@ -1,10 +1,10 @@
-"""Makes tests/fixtures/tiny_gpt2: random weights as they are published, and what transformers computes from them.
+"""Makes tests/fixtures/tiny_gpt2: random weights as published, and transformers' results from them.
 
     pip install -e '.[parity]' && python tests/make_fixture.py
 
-The folder is laid out as the published GPT-2's: names without `transformer.`, causal masks as buffers, no lm_head.
-`golden.safetensors` holds tokens (B, T), logits (B, T, V), the mean loss of each next token, and its gradient by the
-name of every parameter.
+The folder has the layout of the published GPT-2: names without `transformer.`, causal masks as
+buffers, no lm_head. `golden.safetensors` holds tokens (B, T), logits (B, T, V), the mean loss of
+the next tokens, and its gradient by the name of each parameter.
 """
 
 import json
@@ -21,9 +21,10 @@ SIZES = dict(n_layer=2, n_head=3, n_embd=24, n_positions=32, vocab_size=64)
 
 
 def rough_gpt2(seed: int = 0, std: float = 0.1, **config) -> GPT2LMHeadModel:
-    """A GPT-2 in which every weight matters: no bias is 0, no scale 1. Drawn by numpy: no version changes it.
+    """A GPT-2 in which every weight matters: no bias is 0, no scale is 1.
 
-    The positions are drawn wider, so that what is generated does not settle on one token.
+    numpy draws the weights, so that they do not depend on a version of torch. The position
+    embeddings are larger, so that generated text does not settle on one token.
     """
     model = GPT2LMHeadModel(
         GPT2Config(**{'bos_token_id': None, 'eos_token_id': None} | config)
@@ -39,7 +40,7 @@ def rough_gpt2(seed: int = 0, std: float = 0.1, **config) -> GPT2LMHeadModel:
 
 
 def logits_and_gradients(model: GPT2LMHeadModel, tokens_BT: np.ndarray):
-    """Logits (B, T, V), the mean loss of tokens 1 .. T - 1, and {name: its gradient}, as numpy arrays."""
+    """Logits (B, T, V), the mean loss of tokens 1 to T - 1, and {name: its gradient}, in numpy."""
     tokens_BT = torch.from_numpy(np.int64(tokens_BT))
     model.zero_grad()
     logits_BTV = model(tokens_BT).logits

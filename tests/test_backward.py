@@ -1,8 +1,9 @@
-"""Backward passes by hand: a worked example of what jax.grad does to the parts of GPT-2, and equal to it.
+"""Backward passes by hand: a worked example of what jax.grad does to each part of GPT-2.
 
-For y = f(x) and a loss that is some function of y, write dy for the loss's gradient in y. A backward pass takes dy to
-dx = J^T dy, where J_ij = dy_i / dx_j, without ever building J. Letters in names as in `model.py`. Each pass here is
-numpy in fp32, computes anew what it needs of the forward pass, and is compared with the gradient of the code in use.
+For y = f(x) and a loss that is some function of y, write dy for the gradient of the loss in y. A
+backward pass takes dy to dx = J^T dy, with J_ij = dy_i / dx_j, without ever building J. Letters in
+names are those of `model/gpt2.py`. Each pass here is numpy in fp32, repeats the part of the forward
+pass that it needs, and is compared with the gradient of the code in use.
 """
 
 import functools
@@ -21,7 +22,7 @@ B, T, H, K, D, V = 3, 24, 4, 16, 64, 97
 
 
 def softmax(x):
-    """exp(x) / sum exp(x) over the last axis; the maximum is taken off first, so that nothing overflows."""
+    """exp(x) / sum exp(x) over the last axis. Subtracting the maximum first prevents overflow."""
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -29,7 +30,8 @@ def softmax(x):
 def cross_entropy_backward(logits_BTV, targets_BT, dloss_BT):
     """loss = log sum_v exp(l_v) - l_target.
 
-    d/dl_v of the first term is exp(l_v) / sum exp(l) = softmax(l)_v, and of the second 1 where v is the target:
+    d/dl_v of the first term is exp(l_v) / sum exp(l) = softmax(l)_v. Of the second it is 1 if v is
+    the target, else 0:
 
         dl_v = (softmax(l)_v - [v = target]) dloss
     """
@@ -40,21 +42,21 @@ def cross_entropy_backward(logits_BTV, targets_BT, dloss_BT):
 def layer_norm_backward(x, scale, dy, eps):
     """n = (x - mean) r with r = (var + eps)^(-1/2);  y = n scale + bias.
 
-    The parameters stand beside n, and serve every position, so their gradients sum over positions:
+    The same scale and bias serve every position, so their gradients sum over positions:
 
         dscale = sum dy n        dbias = sum dy        dn = dy scale
 
     x_j reaches n_i directly, through the mean (dmean / dx_j = 1 / D), and through r:
 
-        dr / dx_j = -r^3 / 2  dvar / dx_j = -r^3 / 2  2 (x_j - mean) / D = -r^2 n_j / D
-        dn_i / dx_j = r ([i = j] - 1 / D) + (x_i - mean) dr / dx_j = r ([i = j] - 1 / D - n_i n_j / D)
+        dr / dx_j = -r^3 / 2  dvar / dx_j = -r^3 / 2  2 (x_j - mean) / D = -r^2 n_j / D dn_i / dx_j
+        = r ([i = j] - 1 / D) + (x_i - mean) dr / dx_j = r ([i = j] - 1 / D - n_i n_j / D)
 
-    (the mean inside var adds nothing: the x_i - mean sum to 0). Summed over i against dn_i:
+    The mean inside var adds nothing, because the x_i - mean sum to 0. Summed over i against dn_i:
 
         dx = r (dn - mean(dn) - n mean(dn n))
 
-    that is dn with its parts along the constant vector and along n taken out: these two directions of x are what
-    normalisation makes no difference of.
+    This is dn without its parts along the constant vector and along n: a step of x in either of
+    these two directions does not change n.
     """
     centred = x - x.mean(-1, keepdims=True)
     r = 1 / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(eps))
@@ -78,7 +80,7 @@ def gelu_backward(x, dy):
 
 
 def attention_backward(q_BTHK, k_BSHK, v_BSHK, dz_BTHK):
-    """scores = q k^T / sqrt(K);  p = softmax(scores where s <= t);  z = p v, for each head by itself.
+    """scores = q k^T / sqrt(K), and -inf if s > t;  p = softmax(scores);  z = p v, for each head.
 
     A matrix product Z = P V has dP = dZ V^T and dV = P^T dZ. With the rows p_t of P:
 
@@ -88,8 +90,8 @@ def attention_backward(q_BTHK, k_BSHK, v_BSHK, dz_BTHK):
 
         dscore_j = sum_s dp_s p_s ([s = j] - p_j) = p_j (dp_j - sum_s dp_s p_s)
 
-    where s > t, p is 0 and so is the gradient: a masked score is a constant. The row sum is also sum_k dz_tk z_tk,
-    which is what FlashAttention keeps of it. Last, the product scores = q k^T / sqrt(K):
+    If s > t, p is 0 and so is the gradient: a masked score is a constant. The row sum is also
+    sum_k dz_tk z_tk, which FlashAttention stores in its place. Last, the scores q k^T / sqrt(K):
 
         dq_tk = sum_s dscore_ts k_sk / sqrt(K)        dk_sk = sum_t dscore_ts q_tk / sqrt(K)
     """
@@ -107,7 +109,7 @@ def attention_backward(q_BTHK, k_BSHK, v_BSHK, dz_BTHK):
 
 
 def check(function, inputs, dy, by_hand):
-    """`by_hand` are the gradients of sum(function(*inputs) dy): J^T dy for each input."""
+    """Compares `by_hand` with the gradients of sum(function(*inputs) dy): J^T dy for each input."""
     with jax.default_matmul_precision('highest'):
         gradients = jax.grad(
             lambda *inputs: (function(*inputs) * dy).sum(), argnums=range(len(inputs))

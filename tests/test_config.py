@@ -164,6 +164,11 @@ def test_settings_of_an_older_version_are_read_and_named(capsys):
         ('optim.learning_rate', '1e-3'),
         ('optim.clip_norm', -1.0),
         ('optim.clip_norm', math.nan),
+        ('optim.clip_norm', math.inf),
+        ('optim.eps', math.inf),
+        ('optim.learning_rate', math.inf),
+        ('model.layer_norm_epsilon', math.inf),
+        ('model.n_layer', 10**9),
         ('model.bias', 1),
         ('model.bias', 'False'),
         ('model.dtype', 'float16'),
@@ -258,7 +263,9 @@ def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
 
 
 def test_all_settings_are_listed_for_an_unknown_key():
-    with pytest.raises(UsageError, match=r'there are: eval\.every, eval\.sample_tokens, eval\.tokens$'):
+    with pytest.raises(
+        UsageError, match=r'there are: eval\.every, eval\.sample_tokens, eval\.tokens$'
+    ):
         check_key('eval.xyzzy')
     with pytest.raises(
         UsageError, match=r'there are: checkpoint, data, eval, log, mesh, model, optim, train$'

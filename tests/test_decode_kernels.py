@@ -1,4 +1,4 @@
-"""Decoding by fused kernels against the open formulas, in Pallas' interpreter; and that they lower for a GPU."""
+"""The decoding kernels, in Pallas' interpreter, against the plain formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from gpt2_jax.inference.sampling import Sampling, sample_token
 from gpt2_jax.kernels import decode, sample
 from gpt2_jax.model.gpt2 import init_cache
 
-# Of tiny models, many blocks of everything.
+# Block sizes with which tiny models have several blocks of everything.
 SMALL = dict(
     ONE_INPUTS=16, ROWS_INPUTS=16, ONE_ATTEND=(4, 1), ROWS_ATTEND=(4, 1), COLUMNS=8, MAX_ROWS=16
 )
 MODULE = {name: decode if hasattr(decode, name) else sample for name in SMALL}
-FOR_A_GPU = {name: getattr(module, name) for name, module in MODULE.items()}
+GPU_SIZES = {name: getattr(module, name) for name, module in MODULE.items()}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -32,7 +32,7 @@ def small_blocks():
 
 
 def decoded(model, params, ids_BT):
-    """Logits at every position, one token at a time, from a cache full of what must not be seen."""
+    """Logits at every position, one token at a time, from a cache of NaN that must not be seen."""
     step = jax.jit(decode.next_logits, static_argnums=0)
     weights = decode.cast_params(model.cfg, jax.tree.map(jnp.asarray, params))
     cache = jax.tree.map(
@@ -66,7 +66,7 @@ def test_logits_at_every_position(batch, changes):
 
 
 @pytest.mark.parametrize('batch', [1, 3])
-def test_bfloat16_is_as_near_to_fp32_as_the_open_model(batch):
+def test_bfloat16_is_as_near_to_fp32_as_the_plain_model(batch):
     exact, model = tiny(n_embd=24), tiny(n_embd=24, dtype='bfloat16')
     params, ids_BT = rough_params(model), tokens(model, batch)
     expected = exact.apply({'params': params}, ids_BT)
@@ -77,8 +77,8 @@ def test_bfloat16_is_as_near_to_fp32_as_the_open_model(batch):
 
 
 @pytest.mark.parametrize('kernels', ['xla', 'fused'])
-def test_what_is_rounded(kernels):
-    """The matrices alone, so that text comes from the model that is evaluated."""
+def test_only_matrices_are_rounded(kernels):
+    """So that the model that writes text is the model that is evaluated."""
     model = tiny(dtype='bfloat16', kernels=kernels)
     for part in decoding.cast_params(model, rough_params(model)):
         for name, leaf in flat(part).items():
@@ -86,7 +86,7 @@ def test_what_is_rounded(kernels):
             assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
 
 
-def test_past_the_context_nothing_else_is_touched():
+def test_tokens_past_the_context_write_at_the_last_position_only():
     model = tiny()
     weights = decode.cast_params(model.cfg, jax.tree.map(jnp.asarray, rough_params(model)))
     cache = jax.tree.map(lambda leaf: jnp.ones_like(leaf), init_cache(model.cfg, 2))
@@ -99,9 +99,9 @@ def test_past_the_context_nothing_else_is_touched():
 
 
 def kept(x, k):
-    """The elements that reach the threshold, cut into blocks as the kernel has them."""
+    """The elements that reach the threshold, from the blocks that the kernel sees."""
     padded = np.concatenate([x, np.full(-len(x) % 8, -np.inf, np.float32)]).reshape(-1, 8)
-    bound = jax.jit(lambda *blocks: sample._kth_largest(blocks, k))(*padded)
+    bound = jax.jit(lambda *blocks: sample._kth_largest(blocks, k))(*padded)[0]
     return x >= bound
 
 
@@ -146,7 +146,7 @@ def test_the_kth_largest(name):
         Sampling(3.0, 1),
     ],
 )
-def test_choices_equal_the_open_ones(sampling):
+def test_drawn_tokens_equal_the_plain_sampler(sampling):
     logits_BV = jnp.stack([np.resize(x, 60) for x in rows().values()] * 4)
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
     keys_CB = jnp.stack([keys_B[::-1], keys_B])
@@ -166,8 +166,8 @@ def test_choices_equal_the_open_ones(sampling):
         (2, Sampling(2.0, 7, 0.9)),
     ],
 )
-def test_the_same_text(samples, sampling):
-    """Also across chunks, and past the context."""
+def test_generated_text_equals_the_plain_model(samples, sampling):
+    """Also across chunks and past the context."""
 
     def text(kernels):
         model = tiny(n_positions=2 * CHUNK + 3, kernels=kernels)
@@ -191,9 +191,9 @@ def test_the_same_text(samples, sampling):
 
 @pytest.mark.parametrize('batch', [1, 5, 32])
 def test_lowers_for_a_gpu(batch):
-    """At the size of GPT-2, with the block sizes that a GPU is given; no GPU is needed."""
+    """At the size of GPT-2, with the block sizes of a GPU; none is needed."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in FOR_A_GPU.items():
+        for name, value in GPU_SIZES.items():
             patch.setattr(MODULE[name], name, value)
         patch.setattr(jax, 'default_backend', lambda: 'gpu')
         jax.clear_caches()
@@ -223,6 +223,5 @@ def test_lowers_for_a_gpu(batch):
         jax.clear_caches()
     assert text.count('_attend_kernel')
     assert text.count('_sample_kernel')
-    assert (
-        text.count('custom_call @__gpu$xla.gpu.triton') == 7
-    )  # five a layer, the head, and the choice
+    # Five for the layer, the head, and the draw.
+    assert text.count('custom_call @__gpu$xla.gpu.triton') == 7

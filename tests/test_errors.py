@@ -235,7 +235,11 @@ ROWS = {
     ),
     'damaged shard': (train(corpus='shard_damaged'), 1, ['train_00001.npy is damaged', 'SHA-256']),
     'missing shard': (train(corpus='shard_missing'), 1, ['val_00000.npy is missing']),
-    'damaged manifest': (train(corpus='manifest_damaged'), 1, ['manifest.json cannot be read as JSON']),
+    'damaged manifest': (
+        train(corpus='manifest_damaged'),
+        1,
+        ['manifest.json cannot be read as JSON'],
+    ),
     'shards of another tokenizer': (
         train('--config.data.tokenizer=byte', corpus='shards'),
         2,
@@ -318,7 +322,7 @@ ROWS = {
         ['latin1.txt is not UTF-8', 'offset 5'],
     ),
     'strict context': (
-        sample('--strict_context', '--prompt=ba', '--max_new_tokens=15'),
+        sample('--strict_context', '--prompt=ba', '--max_new_tokens=16'),
         2,
         ['2 prompt tokens and 15 new ones', 'context of 16'],
     ),

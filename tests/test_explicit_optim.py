@@ -1,4 +1,4 @@
-"""The optimizer written out from its equations and optax's: the same updates, the same training, the same layout."""
+"""The explicit optimizer equals optax's: the same updates, training, layout and dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def make(implementation, steps=100, **changes):
 
 
 def test_equal_updates_over_100_steps():
-    """Of the same gradients, of which about half are clipped, through warmup and cosine."""
+    """From the same gradients, about half of them clipped, through warmup and cosine."""
     start = rough_params(tiny())
     optimizers = [make(implementation) for implementation in IMPLEMENTATIONS]
     both = [(start, optimizer.init(start)) for optimizer in optimizers]
@@ -61,7 +61,7 @@ def test_equal_updates_over_100_steps():
 
 
 def test_equal_loss_curves():
-    """The gradients are those of each one's own parameters, so differences would add up."""
+    """Each implementation follows the gradients of its own parameters, so differences add up."""
     model = tiny(n_layer=1)
     start, text = rough_params(model, std=0.1), np.random.default_rng(0).integers(0, 11, (4, 13))
 
@@ -85,8 +85,8 @@ def test_equal_loss_curves():
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_moments_lie_as_their_parameters(implementation):
-    """One table of shardings serves both: each moment ends in its parameter's path."""
+def test_moments_are_sharded_like_their_parameters(implementation):
+    """One table of shardings serves both, because a moment's path ends in its parameter's."""
     params = shapes(tiny())
     state = jax.eval_shape(make(implementation).init, params)
     mesh = make_mesh(data=1, fsdp=1, tensor=1)
@@ -99,7 +99,16 @@ def test_moments_lie_as_their_parameters(implementation):
         assert [(state[path].shape, state_layout[path]) for path in moments] == [
             (leaf.shape, layout[name])
         ] * 2
-    assert (
-        sum(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in state.values())
-        == {'optax': 2, 'explicit': 1}[implementation]
-    )
+    counters = sum(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in state.values())
+    assert counters == {'optax': 2, 'explicit': 1}[implementation]
+
+
+def test_the_explicit_optimizer_keeps_its_dtypes_in_64_bit_mode():
+    """JAX_ENABLE_X64=1 makes Python numbers fp64; parameters and moments must stay fp32."""
+    params = {'c_fc': {'kernel': np.ones((2, 3), np.float32), 'bias': np.ones(3, np.float32)}}
+    with jax.enable_x64():
+        optimizer = make('explicit')
+        updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    *_, (count, m, v) = state
+    assert {leaf.dtype for leaf in jax.tree.leaves((updates, m, v))} == {np.dtype('float32')}
+    assert count.dtype == np.int32

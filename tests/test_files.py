@@ -149,6 +149,12 @@ def test_addresses_are_refused(address):
         files.user_path(address)
 
 
+def test_text_too_long_for_a_path_is_refused():
+    for path in (files.user_path, files.matching):
+        with pytest.raises(UsageError, match=r'\[\[\[ has 99,999 characters: expected a path'):
+            path('[' * 99_999)
+
+
 def test_user_paths(monkeypatch):
     monkeypatch.setenv('HOME', '/home/me')
     assert files.user_path('~/a') == Path('/home/me/a')

@@ -1,4 +1,4 @@
-"""The model against plain numpy and against Flax's own parts: forward, gradients, cache, dropout, initialisation."""
+"""The model against plain numpy and Flax: forward, gradients, cache, dropout, initial values."""
 
 import math
 import re
@@ -37,30 +37,29 @@ def numpy_gpt2(params, cfg, tokens_T):
     """GPT-2 in fp64, one text, head and query at a time: (T,) -> logits (T, V)."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
-    def affine(x, at):
-        return x @ at['kernel'].reshape(x.shape[-1], -1) + (
-            at['bias'].reshape(-1) if cfg.bias else 0
-        )
+    def linear(x, at):
+        bias = at['bias'].reshape(-1) if cfg.bias else 0
+        return x @ at['kernel'].reshape(x.shape[-1], -1) + bias
 
     def norm(x, at):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * at[
-            'scale'
-        ] + (at['bias'] if cfg.bias else 0)
+        std = np.sqrt(x.var(-1, keepdims=True) + cfg.layer_norm_epsilon)
+        n = (x - x.mean(-1, keepdims=True)) / std
+        return n * at['scale'] + (at['bias'] if cfg.bias else 0)
 
     T, K = len(tokens_T), cfg.n_embd // cfg.n_head
     x = params['wte']['embedding'][tokens_T] + params['wpe']['embedding'][:T]
     for layer in range(cfg.n_layer):
         block = params[f'h_{layer}']
-        q, k, v = np.split(affine(norm(x, block['ln_1']), block['attn']['c_attn']), 3, axis=-1)
+        q, k, v = np.split(linear(norm(x, block['ln_1']), block['attn']['c_attn']), 3, axis=-1)
         z = np.zeros_like(x)
         for head in range(cfg.n_head):
             columns = slice(head * K, head * K + K)
             for t in range(T):
                 weights = np.exp(k[: t + 1, columns] @ q[t, columns] / math.sqrt(K))
                 z[t, columns] = weights @ v[: t + 1, columns] / weights.sum()
-        x = x + affine(z, block['attn']['c_proj'])
-        hidden = GELU[cfg.activation_function](affine(norm(x, block['ln_2']), block['mlp']['c_fc']))
-        x = x + affine(hidden, block['mlp']['c_proj'])
+        x = x + linear(z, block['attn']['c_proj'])
+        hidden = GELU[cfg.activation_function](linear(norm(x, block['ln_2']), block['mlp']['c_fc']))
+        x = x + linear(hidden, block['mlp']['c_proj'])
     return norm(x, params['ln_f']) @ params['wte']['embedding'].T
 
 
@@ -73,9 +72,8 @@ def numpy_gpt2(params, cfg, tokens_T):
     ],
 )
 def test_forward_equals_numpy(changes):
-    model = tiny(
-        **changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5
-    )  # off, unless asked for
+    # Without a key, dropout is off whatever its rates.
+    model = tiny(**changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
     params, tokens_BT = rough_params(model), tokens(model, length=9)
     logits_BTV = jax.jit(model.apply)({'params': params}, tokens_BT)
     assert logits_BTV.dtype == jnp.float32
@@ -85,7 +83,7 @@ def test_forward_equals_numpy(changes):
 
 
 @pytest.mark.parametrize(('inputs', 'outputs'), [((5,), (7,)), ((2, 3), (4,)), ((5,), (3, 2, 4))])
-def test_gradients_of_a_product(inputs, outputs):
+def test_gradients_of_matmul_rows(inputs, outputs):
     rng = np.random.default_rng(0)
     sizes = (6, *inputs), inputs + outputs, (6, *outputs)
     x_N, kernel, dy_N = (np.float32(rng.normal(size=size)) for size in sizes)
@@ -103,9 +101,8 @@ def test_causality_by_gradient():
     params, tokens_BT = rough_params(model), tokens(model, batch=1)
     mix_V = np.random.default_rng(0).normal(size=11)
 
-    def outputs_T(
-        wpe,
-    ):  # a row of wpe enters at its own position and nowhere else, as the input embedding there
+    # A row of wpe enters at its own position only, as the input embedding there.
+    def outputs_T(wpe):
         return model.apply({'params': params | {'wpe': {'embedding': wpe}}}, tokens_BT)[0] @ mix_V
 
     gradient_TSD = np.asarray(jax.jit(jax.jacrev(outputs_T))(params['wpe']['embedding']))
@@ -143,29 +140,27 @@ def test_attention_equals_fused_and_loop(T, S, pos):
 @pytest.mark.parametrize('bias', [True, False])
 def test_layer_norm_equals_flax_and_numpy(bias):
     rng = np.random.default_rng(0)
-    x = np.float32(
-        rng.normal(3, 1, (5, 16)) * 10.0 ** np.arange(-3, 2)[:, None]
-    )  # variances from 1e-6: eps counts
-    params = {'scale': rng.normal(1, 1, 16).astype(np.float32)} | (
-        {'bias': rng.normal(0, 1, 16).astype(np.float32)} if bias else {}
-    )
-    y = LayerNorm(tiny(bias=bias).cfg).apply({'params': params}, x)
-    flax = nn.LayerNorm(epsilon=1e-5, use_bias=bias, use_fast_variance=False).apply(
-        {'params': params}, x
-    )
-    np.testing.assert_allclose(y, flax, **CLOSE)
+    # Variances from 1e-6, so that epsilon counts.
+    x = np.float32(rng.normal(3, 1, (5, 16)) * 10.0 ** np.arange(-3, 2)[:, None])
+    params = {'scale': np.float32(rng.normal(1, 1, 16))}
+    if bias:
+        params['bias'] = np.float32(rng.normal(0, 1, 16))
+    cfg = tiny(bias=bias).cfg
+    y = LayerNorm(cfg).apply({'params': params}, x)
+    eps = cfg.layer_norm_epsilon
+    flax = nn.LayerNorm(epsilon=eps, use_bias=bias, use_fast_variance=False)
+    np.testing.assert_allclose(y, flax.apply({'params': params}, x), **CLOSE)
     x = x.astype(np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
     np.testing.assert_allclose(y, x * params['scale'] + params.get('bias', 0), **CLOSE)
 
 
-def test_gelu():
+def test_activations_equal_their_formulas():
     x = np.linspace(-6, 6, 101)
     for name, formula in GELU.items():
         np.testing.assert_allclose(activate(name, jnp.float32(x)), formula(x), rtol=1e-5, atol=2e-6)
-    assert (
-        np.abs(GELU['gelu'](x) - GELU['gelu_new'](x)).max() > 1e-4
-    )  # so the lines above tell them apart
+    # The lines above tell the two apart.
+    assert np.abs(GELU['gelu'](x) - GELU['gelu_new'](x)).max() > 1e-4
 
 
 def test_remat_changes_nothing():
@@ -185,12 +180,12 @@ def test_remat_changes_nothing():
         gradients_on,
         gradients_off,
     )
-    assert abs(run(params, 8, True)[0] - loss_on) > 1e-3  # dropout was on
+    assert abs(run(params, 8, True)[0] - loss_on) > 1e-3, 'dropout is off'
     recomputed = [
         str(jax.make_jaxpr(jax.grad(loss), static_argnums=2)(params, 7, remat)).count('remat')
         for remat in (False, True)
     ]
-    assert recomputed[0] == 0 < recomputed[1]  # and so was remat
+    assert recomputed[0] == 0 < recomputed[1]
 
 
 def test_cached_equals_full_at_every_position():
@@ -204,7 +199,7 @@ def test_cached_equals_full_at_every_position():
         return model.apply({'params': params}, x_BTD, method='head'), cache
 
     for sizes in ([1] * 12, [5] + [1] * 7, [11, 1], [5, 5, 1, 1]):
-        # What an earlier text left in the cache must not be seen.
+        # Whatever an earlier text left in the cache must not be seen.
         cache, pos = jax.tree.map(lambda leaf: leaf + 100, init_cache(model.cfg, batch=3)), 0
         for size in sizes:
             logits_BTV, cache = feed(cache, tokens_BT[:, pos : pos + size], pos)
@@ -257,9 +252,8 @@ def test_published_parameter_counts():
     for (L, H, D), count in published.items():
         settings = default_config().model.to_dict() | dict(n_layer=L, n_head=H, n_embd=D)
         F, V, P = 4 * D, 50257, 1024
-        assert count == V * D + P * D + 2 * D + L * (
-            4 * D + D * 3 * D + 3 * D + D * D + D + 2 * D * F + F + D
-        )
+        layer = 4 * D + D * 3 * D + 3 * D + D * D + D + 2 * D * F + F + D
+        assert count == V * D + P * D + 2 * D + L * layer
         if L == 12:  # the defaults are this model
             assert settings == default_config().model.to_dict()
             assert count_params(shapes(GPT2(GPT2Config(**settings, vocab_size=V)))) == count
@@ -282,18 +276,12 @@ def test_initial_values():
         std, n = 0.02 / math.sqrt(2 * L) if 'c_proj' in name else 0.02, len(values)
         assert abs(values.std() / std - 1) < 5 / math.sqrt(2 * n), name
         assert abs(values.mean()) < 5 * std / math.sqrt(n), name
-        assert abs(np.mean((values / std) ** 4) - 3) < 5 * math.sqrt(96 / n), (
-            name
-        )  # normal, and not cut off
+        kurtosis = np.mean((values / std) ** 4)  # of a normal distribution that is not truncated
+        assert abs(kurtosis - 3) < 5 * math.sqrt(96 / n), name
         assert not any(np.array_equal(leaves[0], other) for other in leaves[1:]), name
     for seed, same in ((3, True), (4, False)):
-        again = init(seed)
-        assert (
-            np.array_equal(
-                again['h_0']['mlp']['c_fc']['kernel'], params['h_0']['mlp']['c_fc']['kernel']
-            )
-            == same
-        )
+        pair = [tree['h_0']['mlp']['c_fc']['kernel'] for tree in (init(seed), params)]
+        assert np.array_equal(*pair) == same
 
     tokens_BT = tokens(model, batch=4)
     losses_BT = token_losses(
@@ -306,8 +294,8 @@ B, T = 64, 16
 x_BTD = np.tile(np.eye(T, dtype=np.float32), (B, 1, 1))
 
 
-def share_dropped(output, expected, rate):
-    """Checks that each element is 0 or expected / (1 - rate), drawn anew for each row and each place."""
+def check_dropout(output, expected, rate):
+    """Each element is 0 or expected / (1 - rate), drawn separately for each row and site."""
     output, expected = np.asarray(output), np.broadcast_to(expected, output.shape)
     dropped = output == 0
     assert np.all(expected != 0)
@@ -315,17 +303,15 @@ def share_dropped(output, expected, rate):
         output[~dropped], expected[~dropped] / (1 - rate), rtol=1e-4, atol=1e-6
     )
     assert abs(dropped.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / dropped.size)
-    for axis in range(
-        dropped.ndim
-    ):  # no axis shares one mask: then the shares along it would be 0 or 1
-        shares = dropped.mean(axis)
+    for axis in range(dropped.ndim):
+        shares = dropped.mean(axis)  # 0 or 1 if all indices of the axis shared one mask
         assert shares.std() < 1.5 * math.sqrt(rate * (1 - rate) / dropped.shape[axis])
 
 
-def on_and_off(module, params, *args, places):
-    """With seeds for so many places with dropout, and with none."""
+def on_and_off(module, params, *args, sites):
+    """The module's outputs with the seeds of that many dropout sites, and without."""
     seeds = dropout_seeds(tiny(n_layer=1).cfg, jax.random.key(5))
-    on, off = (seeds[0], None) if places == 1 else (seeds[1 : 1 + places], [None] * places)
+    on, off = (seeds[0], None) if sites == 1 else (seeds[1 : 1 + sites], [None] * sites)
     return jax.jit(
         lambda: tuple(module.apply({'params': params}, *args, which) for which in (on, off))
     )()
@@ -333,33 +319,31 @@ def on_and_off(module, params, *args, places):
 
 def test_dropout_of_the_pattern():
     model = tiny(n_head=1, n_embd=T, n_positions=T, attn_pdrop=0.3, bias=False)
+    # q = k = 0 and v = x = 1: the output is the pattern, 1 / (t + 1) for s <= t.
     kernel = np.zeros((T, 3, 1, T), np.float32)
-    kernel[:, 2, 0] = np.eye(
-        T
-    )  # q = k = 0 and v = x = 1: the output is the pattern, 1 / (t + 1) for s <= t
+    kernel[:, 2, 0] = np.eye(T)
     params = {'c_attn': {'kernel': kernel}, 'c_proj': {'kernel': np.eye(T, dtype=np.float32)[None]}}
     (pattern_BTS, _), _ = on_and_off(
-        CausalSelfAttention(model.cfg), params, x_BTD, None, 0, places=3
+        CausalSelfAttention(model.cfg), params, x_BTD, None, 0, sites=3
     )
     t, s = np.tril_indices(T)
-    share_dropped(np.asarray(pattern_BTS)[:, t, s], 1 / (t + 1), 0.3)
+    check_dropout(np.asarray(pattern_BTS)[:, t, s], 1 / (t + 1), 0.3)
 
 
-def test_dropout_of_what_enters_the_residual_stream():
+def test_dropout_of_branches():
     model = tiny(n_embd=T, resid_pdrop=0.2)
     block = rough_params(model)['h_0']
     (out_BTD, _), (whole_BTD, _) = on_and_off(
-        CausalSelfAttention(model.cfg), block['attn'], x_BTD, None, 0, places=3
+        CausalSelfAttention(model.cfg), block['attn'], x_BTD, None, 0, sites=3
     )
-    share_dropped(out_BTD, whole_BTD, 0.2)
-    share_dropped(*on_and_off(MLP(model.cfg), block['mlp'], x_BTD, places=1), 0.2)
+    check_dropout(out_BTD, whole_BTD, 0.2)
+    check_dropout(*on_and_off(MLP(model.cfg), block['mlp'], x_BTD, sites=1), 0.2)
 
 
 def test_dropout_of_the_embeddings():
     model = tiny(n_layer=1, n_embd=T, n_positions=T, embd_pdrop=0.4)
-    params = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, np.float32), shapes(model)
-    )  # blocks that add nothing
+    # Blocks that add nothing.
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(model))
     params['wte']['embedding'] += 1
     params['ln_f']['scale'] += 1
     x_BTD, _ = jax.jit(
@@ -368,20 +352,17 @@ def test_dropout_of_the_embeddings():
         )
     )()
     # LayerNorm maps the two values, 0 and 1 / 0.6, to a negative and a positive one.
-    share_dropped(np.asarray(x_BTD) > 0, 0.6, 0.4)
+    check_dropout(np.asarray(x_BTD) > 0, 0.6, 0.4)
 
 
 def test_masks_are_independent():
-    """Of each place, each key, and each element: kept together as often as by chance."""
+    """Elements of any two sites, keys or positions are kept together as often as by chance."""
     rate, n = 0.3, 1 << 16
     index = np.arange(n, dtype=np.uint32)
-    places = [
-        seeds
-        for seed in range(3)
-        for seeds in dropout_seeds(tiny(n_layer=2).cfg, jax.random.key(seed))
-    ]
-    assert len(places) == 3 * 7
-    masks = [np.asarray(keep_mask(index, seeds, rate)) for seeds in places]
+    cfg, keys = tiny(n_layer=2).cfg, map(jax.random.key, range(3))
+    seeds = [seed for key in keys for seed in dropout_seeds(cfg, key)]
+    assert len(seeds) == 3 * 7
+    masks = [np.asarray(keep_mask(index, seed, rate)) for seed in seeds]
     masks += [np.roll(masks[0], lag) for lag in (1, 2, 64, 256, 4096)]
     spread = rate * (1 - rate) / math.sqrt(n)
     for i, mask in enumerate(masks):
@@ -399,11 +380,11 @@ def test_bfloat16():
     )
     assert rounded.dtype == np.float32
     assert 1e-3 < np.abs(rounded - exact).max() < 0.1 * exact.std()
-    assert np.mean(rounded.view(np.uint32) & 0xFFFF != 0) > 0.9  # the head adds up in fp32
+    assert np.mean(rounded.view(np.uint32) & 0xFFFF != 0) > 0.9  # the head sums in fp32
 
 
 def matrix_products(model, tokens_BT) -> list[str]:
-    """Every matrix product of the forward and the backward pass, as XLA is given them."""
+    """Every matrix product of the forward and backward pass in XLA's input."""
     run = jax.jit(
         jax.value_and_grad(lambda params: model.apply({'params': params}, tokens_BT).sum())
     )
@@ -416,11 +397,11 @@ def matrix_products(model, tokens_BT) -> list[str]:
     ('dtype', 'element', 'precision'),
     [('float32', 'f32', 'HIGHEST'), ('tf32', 'f32', 'HIGH'), ('bfloat16', 'bf16', 'DEFAULT')],
 )
-def test_every_matrix_product_has_the_precision_asked_for(dtype, element, precision):
-    """A GPU would take TF32 for fp32 products that do not ask for more, and fp32 for a bf16 and an fp32 operand."""
+def test_every_matrix_product_has_the_precision_of_the_setting(dtype, element, precision):
+    """By default a GPU takes TF32 for fp32 products, and fp32 for a bf16 with an fp32 operand."""
     model = tiny(dtype=dtype)
     products = matrix_products(model, tokens(model))
-    assert len(products) == 3 * (2 * 6 + 1)  # forward, and two gradients of each
+    assert len(products) == 3 * (2 * 6 + 1)  # each with two gradients
     for line in products:
         assert re.search(
             rf'precision = \[{precision}, {precision}\] : '
@@ -442,7 +423,11 @@ def test_flops_per_token_counts_every_matrix_product():
     assert flops == flops_per_token(model.cfg, 12) * tokens_BT.size
 
 
-def test_too_long_a_sequence():
+def test_a_sequence_longer_than_the_context_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match='13 tokens is longer than n_positions = 12'):
         jax.eval_shape(model.apply, {'params': shapes(model)}, np.zeros((1, 13), np.int32))
+    with pytest.raises(ValueError, match='3 tokens, from position 10 on, is longer than n_pos'):
+        cache = init_cache(model.cfg, 1)
+        ids_BT = np.zeros((1, 3), np.int32)
+        model.apply({'params': rough_params(model)}, ids_BT, cache, 10, method='features')

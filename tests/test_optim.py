@@ -1,4 +1,4 @@
-"""The optimizer, optax's and the explicit one, against its equations written out in numpy (fp64)."""
+"""Both implementations of the optimizer against its equations, written out in numpy (fp64)."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import flat, shapes, tiny
 
-from gpt2_jax.training.optim import decay_mask, make_optimizer, make_schedule
+from gpt2_jax.training.optim import bias_correction, decay_mask, make_optimizer, make_schedule
 
 IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['optax', 'explicit'])
 
@@ -37,7 +37,7 @@ def test_schedule_equals_its_formula(implementation, steps, w):
         np.testing.assert_allclose((rates[w], rates[steps], rates[-1]), (peak, end, end), rtol=1e-5)
 
 
-def test_decay_is_masked_by_name():
+def test_only_matrices_decay():
     mask = flat(decay_mask(shapes(tiny())))
     matrices = {'wte/embedding', 'wpe/embedding'} | {
         f'h_{i}/{part}/kernel'
@@ -45,7 +45,7 @@ def test_decay_is_masked_by_name():
         for part in ('attn/c_attn', 'attn/c_proj', 'mlp/c_fc', 'mlp/c_proj')
     }
     assert {name for name, decays in mask.items() if decays} == matrices
-    assert len(mask) - len(matrices) == 2 * 8 + 2  # biases and scales, whatever their rank
+    assert len(mask) - len(matrices) == 2 * 8 + 2  # biases and scales of any rank
 
 
 @IMPLEMENTATIONS
@@ -53,7 +53,7 @@ def test_decay_is_masked_by_name():
     ('clip_norm', 'clips'), [(0.5, [True, True, False]), (1e3, [False] * 3), (0.0, [False] * 3)]
 )
 def test_updates_equal_their_equations(implementation, clip_norm, clips):
-    beta1, beta2, eps, decay = 0.8, 0.9, 1e-3, 0.3  # an eps and a decay that show
+    beta1, beta2, eps, decay = 0.8, 0.9, 1e-3, 0.3  # large enough to matter
     schedule = make_schedule(
         implementation=implementation,
         learning_rate=0.1,
@@ -107,3 +107,11 @@ def test_updates_equal_their_equations(implementation, clip_norm, clips):
             np.testing.assert_allclose(
                 leaf, expected[name], rtol=1e-5, atol=1e-6, err_msg=f'{name}, update {s}'
             )
+
+
+@pytest.mark.parametrize('beta', [0.0, 0.9, 0.95, 0.999, 1 - 1e-6])
+def test_bias_correction_keeps_its_digits(beta):
+    s = np.arange(1, 2000)
+    expected = -np.expm1(s * np.log1p(beta - 1)) if beta else np.ones_like(s)
+    got = jax.jit(jax.vmap(lambda s: bias_correction(beta, s)))(s)
+    np.testing.assert_allclose(got, expected, rtol=5e-7)

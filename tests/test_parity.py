@@ -1,6 +1,8 @@
-"""Against transformers' GPT-2 and torch's AdamW, on random weights: forward, backward, generation, export, one update.
+"""Against transformers' GPT-2 and torch's AdamW: forward, backward, generation, export, updates.
 
-Runs where the extra `parity` is installed:  pip install -e '.[test,parity]' && pytest tests/test_parity.py -s
+Runs on random weights if the extra `parity` is installed:
+
+    pip install -e '.[test,parity]' && pytest tests/test_parity.py -s
 """
 
 import hashlib
@@ -19,15 +21,17 @@ from tiny import rough_params, tiny, tokens
 from gpt2_jax import convert
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config
+from gpt2_jax.data import tokenizers
 from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
+from gpt2_jax.errors import UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.huggingface import (
     ACTIVATIONS,
-    config_from_hf,
     export_config,
     export_params,
+    import_config,
     import_params,
     read_folder,
     write_folder,
@@ -36,18 +40,20 @@ from gpt2_jax.model.ops import activate
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import init_state, make_train_step, token_losses
+from gpt2_jax.workdir import restore
 
-os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: nothing here is fetched
+os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: these tests download nothing
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-import make_fixture  # noqa: E402 (it imports both)
+import make_fixture  # noqa: E402 (it imports torch and transformers)
 from make_fixture import logits_and_gradients, rough_gpt2  # noqa: E402
 
-# What torch and transformers warn of is theirs to put right.
+# Warnings of torch and transformers are theirs to mend.
 pytestmark = pytest.mark.filterwarnings('default')
 
-# B and T are of the batch; the rest is GPT-2's. One has its depth, one its vocabulary.
+# B and T are the size of the batch, the rest are GPT-2's settings. One case has GPT-2's depth, one
+# its vocabulary.
 SHAPES = [
     dict(n_layer=1, n_head=1, n_embd=16, n_positions=80, vocab_size=97, B=1, T=80),
     dict(n_layer=2, n_head=2, n_embd=32, n_positions=96, vocab_size=256, B=3, T=17),
@@ -79,9 +85,9 @@ SHAPES = [
 
 
 def ours_of(theirs):
-    """Our model and parameters with the weights of a model of transformers, taken from memory."""
+    """Our model and parameters, with the weights of a transformers model in memory."""
     model = GPT2(
-        GPT2Config(**default_config().model.to_dict() | config_from_hf(theirs.config.to_dict()))
+        GPT2Config(**default_config().model.to_dict() | import_config(theirs.config.to_dict()))
     )
     return model, import_params(weights_of(theirs), model.cfg)
 
@@ -114,9 +120,9 @@ def test_logits_gradients_and_greedy_text(shape, tmp_path):
         0, config['vocab_size'], (shape['B'], shape['T']), np.int32
     )
     logits_BTV, loss, gradients = logits_and_gradients(theirs, tokens_BT)
-    theirs.save_pretrained(tmp_path)  # so that the file is transformers' own
+    theirs.save_pretrained(tmp_path)  # a file that transformers wrote
     settings, tensors = read_folder(tmp_path)
-    model = GPT2(GPT2Config(**default_config().model.to_dict() | config_from_hf(settings)))
+    model = GPT2(GPT2Config(**default_config().model.to_dict() | import_config(settings)))
     params = import_params(tensors, model.cfg)
 
     def mean_loss(params):
@@ -134,8 +140,8 @@ def test_logits_gradients_and_greedy_text(shape, tmp_path):
         for name, gradient in gradients.items()
     }
     print(
-        f'logits up to {np.abs(logits_BTV).max():.2f} differ by at most {logit_error:.1e}, gradients by '
-        f'{max(errors.values()):.1e} of the largest of their leaf'
+        f'logits up to {np.abs(logits_BTV).max():.2f} differ by at most {logit_error:.1e}, '
+        f'gradients by {max(errors.values()):.1e} of the largest in their leaf'
     )
     assert logits_BTV.std() > 0.3
     assert logit_error <= 2e-5
@@ -157,11 +163,11 @@ def test_logits_gradients_and_greedy_text(shape, tmp_path):
         ]
     )
     assert np.array_equal(text, greedy_by_transformers(theirs, prompt_T, 64))
-    assert len(set(text.tolist())) > 3  # it is no single token over and over
+    assert len(set(text.tolist())) > 3  # not one token over and over
 
 
 @pytest.mark.parametrize('changes', [{}, dict(bias=False, activation_function='gelu', n_inner=40)])
-def test_what_is_exported_loads_in_transformers(changes, tmp_path):
+def test_an_exported_model_loads_in_transformers(changes, tmp_path):
     model = tiny(n_positions=80, **changes)
     params = rough_params(model, std=0.1)
     write_folder(tmp_path, export_config(model.cfg, None), export_params(params, model.cfg))
@@ -185,15 +191,13 @@ def test_what_is_exported_loads_in_transformers(changes, tmp_path):
     assert np.array_equal(text, greedy_by_transformers(theirs, tokens_BT[0, :5], 64))
 
 
-def test_the_fixture_is_what_its_generator_makes(tmp_path):
+def test_the_fixture_is_the_output_of_its_generator(tmp_path):
     make_fixture.make(tmp_path)
     assert (tmp_path / 'config.json').read_text() == (
         make_fixture.FOLDER / 'config.json'
     ).read_text()
-    for name, atol in (
-        ('model.safetensors', 0),
-        ('golden.safetensors', 1e-6),
-    ):  # another processor rounds otherwise
+    # Another processor may round the golden values differently.
+    for name, atol in (('model.safetensors', 0), ('golden.safetensors', 1e-6)):
         made, kept = load_file(tmp_path / name), load_file(make_fixture.FOLDER / name)
         assert made.keys() == kept.keys()
         for key, leaf in made.items():
@@ -201,11 +205,12 @@ def test_the_fixture_is_what_its_generator_makes(tmp_path):
 
 
 def test_the_fixture_loads_in_transformers():
-    """So its layout, names without prefix and masks included, is one that transformers takes for GPT-2's."""
+    """transformers accepts its layout, without prefixes and with masks, as GPT-2's."""
     theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
         make_fixture.FOLDER, output_loading_info=True
     )
-    assert not report['missing_keys'] and not report['mismatched_keys'], report
+    assert not report['missing_keys'], report
+    assert not report['mismatched_keys'], report
     golden = load_file(make_fixture.FOLDER / 'golden.safetensors')
     with torch.no_grad():
         logits_BTV = theirs(torch.from_numpy(np.int64(golden['tokens']))).logits.numpy()
@@ -213,13 +218,13 @@ def test_the_fixture_loads_in_transformers():
 
 
 @pytest.mark.parametrize('name', ACTIVATIONS)
-def test_activations_mean_what_their_names_mean(name):
+def test_activations_equal_transformers(name):
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
     theirs = transformers.activations.get_activation(name)(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(activate(ACTIVATIONS[name], x), theirs, rtol=0, atol=1e-6)
 
 
-def test_the_tokenizer_goes_to_transformers_and_back(tmp_path, monkeypatch):
+def test_the_tokenizer_is_exported_to_transformers_and_read_back(tmp_path, monkeypatch):
     merges = 't h\nth e\nĠ the\ni n\nĠ a\n'
     tokenizer = Gpt2Tokenizer(merges)
     for name, text in tokenizer.hub_files().items():
@@ -236,20 +241,18 @@ def test_the_tokenizer_goes_to_transformers_and_back(tmp_path, monkeypatch):
     (tmp_path / 'merges.txt').unlink()
     theirs.save_pretrained(tmp_path)  # as tokenizer.json
     assert not (tmp_path / 'merges.txt').exists()
-    with pytest.raises(
-        convert.UserError, match="does not hold GPT-2's merges: it is another tokenizer"
-    ):
+    with pytest.raises(UserError, match="does not hold GPT-2's merges: it is another tokenizer"):
         convert.from_hf(str(tmp_path), tmp_path / 'run')
     monkeypatch.setattr(
         convert.vocabulary, 'MERGES_SHA256', hashlib.sha256(merges.encode()).hexdigest()
     )
     convert.from_hf(str(tmp_path), tmp_path / 'run', notify=lambda text: None)
-    assert convert.checkpoint.load(tmp_path / 'run', 'best').tokenizer == tokenizer
+    assert restore.load(tmp_path / 'run', 'best').tokenizer == tokenizer
 
 
 @pytest.mark.parametrize('kind', ['nanoGPT', 'transformers'])
-def test_the_line_that_converts_a_pickle(kind, tmp_path):
-    """As nanoGPT's train.py saves it, with the head tied; and as pytorch_model.bin."""
+def test_the_command_that_converts_a_pickle(kind, tmp_path):
+    """As nanoGPT's train.py saves it, with a tied head, and as pytorch_model.bin."""
     theirs = rough_gpt2(**make_fixture.SIZES, activation_function='gelu')
     state = theirs.state_dict()
     sizes = {name: value for name, value in make_fixture.SIZES.items() if name != 'n_positions'}
@@ -272,25 +275,25 @@ def test_the_line_that_converts_a_pickle(kind, tmp_path):
     else:
         torch.save(state, tmp_path / 'pytorch_model.bin')
         (tmp_path / 'config.json').write_text(json.dumps(theirs.config.to_dict()))
-    with pytest.raises(convert.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         read_folder(tmp_path)
-    line = re.search('by python -c "(.*)", and give the folder', str(caught.value))[1]
-    subprocess.run([sys.executable, '-c', line], cwd=tmp_path, check=True, timeout=120)
+    command = re.search('with python -c "(.*)", and give the folder', str(caught.value))[1]
+    subprocess.run([sys.executable, '-c', command], cwd=tmp_path, check=True, timeout=120)
     settings, tensors = read_folder(tmp_path)
     model, params = ours_of(theirs)
     dropout = 0.0 if kind == 'nanoGPT' else 0.1
     expected = dict(
         n_embd=24, n_positions=32, activation_function='gelu', vocab_size=64, resid_pdrop=dropout
     )
-    assert expected.items() <= config_from_hf(settings).items()
+    assert expected.items() <= import_config(settings).items()
     again = import_params(tensors, model.cfg)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
 
 
-def test_a_converted_run_gives_transformers_the_same_logits(tmp_path):
+def test_import_and_export_keep_the_logits_of_transformers(tmp_path):
     theirs = rough_gpt2(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=256)
     theirs.save_pretrained(tmp_path / 'in')
-    (tmp_path / 'bytes.json').write_text(convert.tokenizers.to_json(ByteTokenizer()))
+    (tmp_path / 'bytes.json').write_text(tokenizers.to_json(ByteTokenizer()))
     convert.from_hf(
         str(tmp_path / 'in'), tmp_path / 'run', tmp_path / 'bytes.json', notify=lambda text: None
     )
@@ -315,7 +318,7 @@ STEP_SIZES = dict(
 
 
 class Pair:
-    """The same model under torch's AdamW and under ours, with the numbers of GPT-2's training."""
+    """One model under torch's AdamW and under ours, with the settings of GPT-2's training."""
 
     def __init__(self, learning_rate=LEARNING_RATE, implementation='optax', eps=EPS):
         self.theirs = rough_gpt2(**STEP_SIZES)
@@ -349,7 +352,7 @@ class Pair:
         self.update = jax.jit(self.optimizer.update)
 
     def step_by_gradients(self, gradients: dict[str, np.ndarray]) -> None:
-        """One update of both by the same gradients."""
+        """Updates both by the same gradients."""
         for name, parameter in self.theirs.named_parameters():
             parameter.grad = torch.from_numpy(gradients[name].copy())
         torch.nn.utils.clip_grad_norm_(self.theirs.parameters(), CLIP)
@@ -362,7 +365,7 @@ class Pair:
         )
 
     def differences(self) -> dict[str, np.ndarray]:
-        """How far the parameters are apart, element by element."""
+        """The distance of the parameters, element by element."""
         ours = export_params(self.state.params, self.model.cfg)
         return {name: np.abs(ours[name] - leaf) for name, leaf in weights_of(self.theirs).items()}
 
@@ -370,7 +373,7 @@ class Pair:
 @pytest.mark.parametrize('implementation', ['optax', 'explicit'])
 @pytest.mark.parametrize('learning_rate', [LEARNING_RATE, 0.01])
 def test_updates_by_the_same_gradients(learning_rate, implementation):
-    """From the first on, over scales at which clipping is at work and at which it is not."""
+    """From the first update on, with and without clipping."""
     pair, rng = Pair(learning_rate, implementation), np.random.default_rng(3)
     before = weights_of(pair.theirs)
     largest = []
@@ -380,8 +383,8 @@ def test_updates_by_the_same_gradients(learning_rate, implementation):
         )
         largest.append(max(leaf.max() for leaf in pair.differences().values()))
     print(
-        f'learning rate {learning_rate}: parameters differ by at most {largest[0]:.1e} after 1 update, '
-        f'{largest[-1]:.1e} after {len(largest)}'
+        f'learning rate {learning_rate}: parameters differ by at most {largest[0]:.1e} after '
+        f'1 update, {largest[-1]:.1e} after {len(largest)}'
     )
     moved = {
         name: np.abs(leaf - before[name]).mean() for name, leaf in weights_of(pair.theirs).items()
@@ -392,12 +395,13 @@ def test_updates_by_the_same_gradients(learning_rate, implementation):
 
 @pytest.mark.parametrize(('earlier', 'eps'), [(0, EPS), (0, 1e-5), (5, EPS)])
 def test_an_update_by_the_same_batch(earlier, eps):
-    """The whole step of both, forward and backward pass, clipping, AdamW: within 0.01 of the learning rate.
+    """The whole step, forward, backward, clipping and AdamW, to 0.01 of the learning rate.
 
-    The first update of Adam is a sign, lr g / (|g| + eps), so with eps = 1e-8 it says nothing where g is rounding: the
-    bias of the keys has g = 0, since softmax does not see it, and each framework moves it by its own noise. There
-    what is below 1e-5 of the largest g of its leaf, as far as gradients are compared, is left out. Nothing is with a
-    larger eps, or after `earlier` updates (the same in both).
+    Adam's first update is lr g / (|g| + eps), nearly a sign. With eps = 1e-8, an element whose g is
+    rounding noise moves in a direction of its own in each framework: for instance the bias of the
+    keys, whose true gradient is 0, because softmax ignores it. In that case the test leaves out
+    elements below 1e-5 of the largest g in their leaf. With a larger eps, or after `earlier`
+    updates by the same gradients, it leaves out none.
     """
     pair, rng = Pair(eps=eps), np.random.default_rng(3)
     for _ in range(earlier):
@@ -408,7 +412,7 @@ def test_an_update_by_the_same_batch(earlier, eps):
             }
         )
     before = weights_of(pair.theirs)
-    params = import_params(before, pair.model.cfg)  # the same to the last bit
+    params = import_params(before, pair.model.cfg)  # equal to the last bit
     text_BT = np.random.default_rng(1).integers(0, STEP_SIZES['vocab_size'], (8, 33), np.int32)
 
     inputs, targets = (
@@ -437,7 +441,7 @@ def test_an_update_by_the_same_batch(earlier, eps):
     pair.state, metrics = train_step(
         pair.state.replace(params=params), {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]}
     )
-    assert norm > 1.3 * CLIP  # it was clipped
+    assert norm > 1.3 * CLIP  # so clipping is tested
     np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics['loss'], loss.item(), rtol=1e-6)
     compared = {
@@ -455,8 +459,9 @@ def test_an_update_by_the_same_batch(earlier, eps):
     left_out = {name: np.sum(~compared[name] & (gradients[name] != 0)) for name in compared}
     worst = max(errors, key=errors.get)
     print(
-        f'{earlier} updates, eps {eps}, one update more: apart by at most {errors[worst]:.1e} of the learning '
-        f'rate, in {worst}; left out {sum(left_out.values())} of {sum(leaf.size for leaf in before.values()):,}'
+        f'{earlier} updates, eps {eps}, one update more: apart by at most {errors[worst]:.1e} of '
+        f'the learning rate, in {worst}; left out {sum(left_out.values())} of '
+        f'{sum(leaf.size for leaf in before.values()):,}'
     )
     assert errors[worst] <= 0.01
     assert min(moved.values()) > 0.1 * LEARNING_RATE

@@ -237,7 +237,9 @@ def test_too_few_documents_to_split(texts, tmp_path):
     assert dataset.tokenizer.decode(all_of(dataset.val)) == SECOND
 
 
-def test_the_special_token_is_a_choice(tmp_path, small_vocabulary):
+@pytest.mark.parametrize('block_bytes', [1, 3, 1 << 20])
+def test_the_special_token_is_a_choice(tmp_path, monkeypatch, small_vocabulary, block_bytes):
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
     text = 'the<|endoftext|> the\n<|endoftext|><|endoftext|>the <|endof'
     (tmp_path / 'a.txt').write_text(text)
     for special, ids in (
@@ -267,6 +269,19 @@ def test_the_special_token_is_a_choice(tmp_path, small_vocabulary):
         assert manifest['splits']['train']['bytes'] == SMALL.byte_lengths[ids].sum()
     with pytest.raises(UsageError, match='the byte tokenizer has no special tokens'):
         write([str(tmp_path / 'a.txt')], tmp_path / 'b', tokenizer_name='byte', special_tokens=True)
+
+
+def test_a_document_that_cannot_be_cut(tmp_path, monkeypatch, small_vocabulary):
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', 3)
+    monkeypatch.setattr('gpt2_jax.prepare.MAX_HELD', 20)
+    for text, fits in (('the ' * 99, True), ('a' * 20 + ' ', True), ('a' * 99, False)):
+        (tmp_path / 'a.txt').write_text(text)
+        if fits:
+            write([str(tmp_path / 'a.txt')], tmp_path / text[:21], tokenizer_name='gpt2')
+        else:
+            with pytest.raises(UserError, match='no visible character before a space or newline'):
+                write([str(tmp_path / 'a.txt')], tmp_path / 'out', tokenizer_name='gpt2')
+            write([str(tmp_path / 'a.txt')], tmp_path / 'out', tokenizer_name='char')
 
 
 def test_empty_files_are_left_out_and_counted(texts, tmp_path):

@@ -1,4 +1,4 @@
-"""One update and one evaluation step: accumulation, metrics, dropout keys, masks, and that it learns."""
+"""One update and one evaluation step: accumulation, metrics, dropout keys, masks, learning."""
 
 import math
 
@@ -24,10 +24,8 @@ from gpt2_jax.training.step import (
 )
 
 SCHEDULE = make_schedule(learning_rate=1.0, end_learning_rate=0.1, warmup_steps=2, steps=10)
-OPTIMIZER = optax.chain(
-    optax.clip_by_global_norm(0.1), optax.sgd(SCHEDULE)
-)  # AdamW has its own tests
-SMALL = dict(n_layer=1, bias=False)  # compiles sooner
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(SCHEDULE))  # AdamW: test_optim
+SMALL = dict(n_layer=1, bias=False)  # compiles faster
 MODEL, DROPPING = tiny(**SMALL), tiny(**SMALL, embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
 
 
@@ -54,7 +52,7 @@ def compiled(model, grad_accum_steps, seed=0):
 
 @pytest.fixture(scope='module')
 def one_batch():
-    """State before, batch, state after, and metrics of an update in one piece."""
+    """An update by one whole batch: state before, batch, state after, metrics."""
     before, batch = fresh_state(step=5), text_batch()
     return before, batch, *compiled(MODEL, 1)(before, batch)
 
@@ -110,7 +108,7 @@ def test_metrics_equal_numpy(one_batch):
         'update_norm': norm(update),
         'param_norm': norm(after.params),
     }
-    assert expected['grad_norm'] > 0.2  # it was clipped afterwards
+    assert expected['grad_norm'] > 0.2  # more than clipping allows
     assert set(metrics) == set(expected)
     for name, value in metrics.items():
         assert value.dtype == jnp.float32
@@ -118,7 +116,7 @@ def test_metrics_equal_numpy(one_batch):
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, err_msg=name)
 
 
-@jax.default_prng_impl('rbg')  # compiles sooner
+@jax.default_prng_impl('rbg')  # compiles faster
 def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
     batch, seed, k = text_batch(), 3, 2
     update = compiled(DROPPING, k, seed)
@@ -129,7 +127,7 @@ def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
         logits_BTV = DROPPING.apply({'params': rough_params(MODEL)}, inputs_BT, key)
         return token_losses(logits_BTV, targets_BT).mean()
 
-    # Each row twice, so both micro-batches (rows m, m + k, ..) are equal: their losses differ by the keys alone.
+    # Each row twice, so that both micro-batches (rows m, m + k, ..) are equal: only keys differ.
     twice = {name: np.repeat(rows[:4], k, axis=0) for name, rows in batch.items()}
     losses = []
     for step in (0, 1, 7):
@@ -149,7 +147,7 @@ def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
 
 
 def test_eval_step_masks():
-    eval_step = jax.jit(make_eval_step(DROPPING))  # no dropout here
+    eval_step = jax.jit(make_eval_step(DROPPING))  # evaluation has no dropout
     batch, params = text_batch(), rough_params(MODEL)
     mask = np.float32(np.random.default_rng(0).random((8, 8)) < 0.5)
     mask[0], mask[1] = 0, 1
@@ -162,7 +160,7 @@ def test_eval_step_masks():
     assert np.array_equal(eval_step(params, batch | {'mask': mask, 'targets': other}), nats_B)
 
 
-def test_the_state_is_donated_and_one_batch_is_learned_by_heart(tmp_path):
+def test_the_state_is_donated_and_one_batch_is_memorised(tmp_path):
     (tmp_path / 'text.txt').write_text(
         ''.join(np.random.default_rng(0).choice(list('abcdefgh'), 400))
     )
@@ -186,4 +184,4 @@ def test_the_state_is_donated_and_one_batch_is_learned_by_heart(tmp_path):
         losses.append(float(metrics['loss']))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert abs(losses[0] - math.log(8)) < 0.1
-    assert losses[-1] < 0.1  # of letters drawn at random: only by heart
+    assert losses[-1] < 0.1  # the letters are random: only memory reaches this

@@ -1,4 +1,4 @@
-"""The house itself: imports point down, the data layer knows no JAX, scripts shadow nothing, the code stays small."""
+"""The structure of the package: imports point down, data/ loads no JAX, scripts are short."""
 
 import ast
 import io
@@ -20,8 +20,8 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors architecture',
-    'foreign',
-    'files progress',
+    'foreign progress',
+    'files terminal',
     'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
@@ -44,8 +44,14 @@ LAYERS = (
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.log workdir.checksums',
+    'workdir.storage',
     'workdir.checkpoints',
     'workdir.restore',
+    # lens: what happens inside one forward and backward pass
+    'lens.sites lens.subject',
+    'lens.activations',
+    'lens.interventions lens.readings lens.hessian lens.flow',
+    'lens.report lens.terminal',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
@@ -60,7 +66,8 @@ LAYERS = (
     # diagnostics: what a run is, and how fast
     'diagnostics.describe diagnostics.benchmark',
     # the roof: one file a script, and what a run does now and then
-    'hooks convert prepare',
+    'hooks convert prepare library',
+    'look',
     'train',
     'cli',
 )
@@ -71,6 +78,7 @@ PACKAGES = (
     'parallel',
     'kernels',
     'workdir',
+    'lens',
     'training',
     'inference',
     'diagnostics',
@@ -92,7 +100,7 @@ NO_JAX = (
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all that a file imports, also inside functions: 'jax.numpy', 'gpt2_jax.step'."""
+    """Full names of all imports of a file, also inside functions: 'jax.numpy', 'gpt2_jax.x'."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text('utf-8'))):
         if isinstance(node, ast.Import):
@@ -149,19 +157,21 @@ def test_packages_are_small():
     for package in PACKAGES:
         files = [name for name in PACKAGE if name.startswith(f'{package}.')]
         assert len(files) <= 9, f'{package} has {len(files)} files'
-        assert (ROOT / 'gpt2_jax' / package / '__init__.py').read_text() == ''
+        if package != 'lens':  # which is also a library: its __init__ is the list of its functions
+            assert (ROOT / 'gpt2_jax' / package / '__init__.py').read_text() == ''
 
 
 @pytest.mark.parametrize('name', NO_JAX)
-def test_what_knows_no_jax(name):
+def test_imports_no_jax(name):
     assert ours(PACKAGE[name]) <= {*NO_JAX, 'errors'}
     outside = {full.split('.')[0] for full in imports(PACKAGE[name])}
     assert not outside & {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 
 
-def test_what_knows_no_jax_loads_none():
-    """Neither do the libraries these files import: a flag is refused, and a text prepared, without waiting for JAX."""
-    program = f'import sys, {", ".join(f"gpt2_jax.{name}" for name in NO_JAX)}; sys.exit("jax" in sys.modules)'
+def test_loads_no_jax():
+    """A wrong flag is reported, and a text prepared, without waiting for JAX to load."""
+    modules = ', '.join(f'gpt2_jax.{name}' for name in NO_JAX)
+    program = f'import sys, {modules}; sys.exit("jax" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', program], cwd=ROOT, timeout=60).returncode == 0
 
 
@@ -218,7 +228,7 @@ def test_lines_are_counted_right(tmp_path):
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_short_and_shadow_nothing(path):
-    """scripts/ comes first on the path of every script: a file inspect.py there would be imported by JAX."""
+    """scripts/ comes first on the path of a script: JAX would import a file inspect.py there."""
     assert path.stem not in sys.stdlib_module_names
     assert path.stem not in {
         full.split('.')[0] for other in PACKAGE.values() for full in imports(other)

@@ -170,7 +170,7 @@ def test_tokens_of_another_vocabulary_of_nanogpt(folder):
     open_token_files(f'{folder}/*.bin', SMALL)
     (folder / 'meta.pkl').write_bytes(b'never read')
     with pytest.raises(
-        UserError, match=r'train.bin lies beside meta.pkl, .*; prepare the text itself'
+        UserError, match=r'train.bin is beside meta.pkl, .*; prepare the text itself'
     ):
         open_token_files(f'{folder}/*.bin', SMALL)
     (folder / 'train.bin').unlink()

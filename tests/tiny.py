@@ -1,4 +1,4 @@
-"""What the tests share: a model small enough to compile in a second, with parameters far from their initial values."""
+"""What tests share: a small model, and parameters far from their initial values."""
 
 import jax
 import numpy as np
@@ -10,7 +10,10 @@ from gpt2_jax.model.params import init_params
 
 
 def tiny(vocab_size=11, **changes) -> GPT2:
-    """Two layers, two heads, width 16, 12 positions, no dropout; the rest as GPT-2."""
+    """Two layers, two heads, width 16, 12 positions, no dropout; the rest as in GPT-2.
+
+    Epsilon is 1e-3, so that a test sees a fixed 1e-5 in its place.
+    """
     small = dict(
         n_layer=2,
         n_head=2,
@@ -19,18 +22,19 @@ def tiny(vocab_size=11, **changes) -> GPT2:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
+        layer_norm_epsilon=1e-3,
     )
     cfg = GPT2Config(**small | changes, vocab_size=vocab_size)
     return GPT2(cfg, training_ops(cfg.attention))
 
 
 def shapes(model: GPT2):
-    """The parameters' shapes; nothing is computed."""
+    """The shapes of the parameters, by abstract evaluation."""
     return jax.eval_shape(lambda: init_params(model.cfg, 0))
 
 
 def rough_params(model: GPT2, seed=0, std=0.3):
-    """Parameters in which every leaf matters: no bias is 0, no scale 1, and attention is far from uniform."""
+    """Parameters that all matter: no bias is 0, no scale is 1, attention is far from uniform."""
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.float32((path[-1].key == 'scale') + rng.normal(0, std, leaf.shape)),

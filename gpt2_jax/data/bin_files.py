@@ -102,7 +102,7 @@ def _open(path: Path) -> IdsInFile:
     if not offset and (path.parent / 'meta.pkl').exists():
         raise foreign.error(
             path,
-            'lies beside meta.pkl, so nanoGPT wrote it with another vocabulary than GPT-2',
+            'is beside meta.pkl, so nanoGPT wrote it with another vocabulary than GPT-2',
             'prepare the text itself by scripts/prepare.py, or move meta.pkl away',
         )
     return IdsInFile(kept, np.dtype('<u2'), offset, (n_bytes - offset) // 2)

@@ -296,19 +296,20 @@ class Gpt2Tokenizer:
         """The ids of a text with runs of whitespace that tiktoken's pattern cannot split.
 
         It gives up on a million blanks before a visible character. The pattern makes one piece of
-        such a run without its last character. Alone, without a visible character after it, that
-        piece is no difficulty, and the ids are the same.
+        such a run without its last character. tiktoken can encode that piece alone, because no
+        visible character follows it, and the ids are the same.
         """
         pieces, start = [], 0
         for run in LONG_BLANKS.finditer(text):
             if run.end() < len(text):
                 pieces += [text[start : run.start()], text[run.start() : run.end() - 1]]
                 start = run.end() - 1
-        ids = [
-            self._encoding.encode_to_numpy(piece, disallowed_special=())
-            for piece in [*pieces, text[start:]]
-        ]
-        return np.concatenate(ids)
+        with foreign.parsing('the text', 'GPT-2 tokens'):
+            ids = [
+                self._encoding.encode_to_numpy(piece, disallowed_special=())
+                for piece in [*pieces, text[start:]]
+            ]
+            return np.concatenate(ids)
 
     def cut(self, text: str) -> int:
         """Before the last whitespace that follows a visible character.

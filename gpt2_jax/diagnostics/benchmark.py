@@ -21,6 +21,8 @@ from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
 from gpt2_jax.training import programs
+from gpt2_jax.training.meter import Progress
+from gpt2_jax.training.resume import checkpoint_meta
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.checkpoints import Checkpoints
 
@@ -86,8 +88,9 @@ def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
     evaluate(state.params)
     evaluation_seconds = time.monotonic() - began
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
+        meta = checkpoint_meta(setup, Path(folder), Progress())
         began = time.monotonic()
-        checkpoints.save(1, state, {}, None)
+        checkpoints.save(int(state.step), state, meta, None)
         blocked_seconds = time.monotonic() - began
         checkpoints.wait()
         save_seconds = time.monotonic() - began

@@ -94,9 +94,12 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
     )
 
     def pick(logits_BV, tokens_CB, i):
-        return tokens_CB.at[i].set(sample_token(logits_BV, keys_CB[i], sampling))
+        token_B = sample_token(logits_BV, keys_CB[i], sampling)
+        return tokens_CB.at[i].set(token_B.astype(jnp.int32))  # int64 under JAX_ENABLE_X64
 
     def step(token_B, cache, pos):
+        # Under JAX_DISABLE_JIT the model checks the positions of the tokens to drop, too.
+        pos = jnp.minimum(pos, model.cfg.n_positions - 1)
         x_B1D, cache = model.apply(
             {'params': weights}, token_B[:, None], cache, pos, method='features'
         )
@@ -125,7 +128,9 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
     """Yields (tokens_BC, n): a chunk that the device may still compute, and its valid columns."""
     context, half = model.cfg.n_positions, max(model.cfg.n_positions // 2, 1)
     params, weights = cast_params(model, params)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
+    # Explicit transfers to the device, here and below, work under JAX_TRANSFER_GUARD=disallow.
+    key = jax.random.key(jax.device_put(np.uint32(seed)))
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
     if len(prompt) > context:
         notify(f'the prompt has {len(prompt)} tokens: the model sees its last {context} only')
     text_BT = np.tile(np.asarray(prompt[-context:], np.int32), (num_samples, 1))
@@ -144,11 +149,13 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
             pos = text_BT.shape[1]
             text = [(text_BT, pos)]
             padding = min(max(2 ** (pos - 1).bit_length(), MIN_PREFILL), context) - pos
-            logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, padding))), pos)
+            padded_BT = jax.device_put(np.pad(text_BT, ((0, 0), (0, padding))))
+            logits_BV, cache = prefill(model, params, padded_BT, jax.device_put(np.int32(pos)))
         # One more than there are positions: the last token is drawn from a full context.
         n = min(CHUNK, max_new_tokens - done, context - pos + 1)
+        at = jax.device_put((np.int32(pos), np.int32(done)))
         tokens_BC, logits_BV, cache = decode(
-            model, weights, logits_BV, cache, pos, keys_B, done, sampling
+            model, weights, logits_BV, cache, at[0], keys_B, at[1], sampling
         )
         pos, done = pos + n, done + n
         text.append((tokens_BC, n))

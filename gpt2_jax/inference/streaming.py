@@ -1,6 +1,7 @@
 """Text as it is decoded: whole characters, cut at a stop string, printed."""
 
 import codecs
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from gpt2_jax.data.tokenizers import Tokenizer, encode_special
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.terminal import printable
 
 
 def stream_text(
@@ -88,7 +90,7 @@ def print_samples(
     for row in range(num_samples):
         if num_samples > 1:
             print(f'--- sample {row + 1} of {num_samples} ---')
-        print(prompt, end='')
+        print(printable(prompt, sys.stdout), end='')
         for text in stream_text(chunks, tokenizer, row, stop):
-            print(text, end='', flush=True)
+            print(printable(text, sys.stdout), end='', flush=True)
         print()

@@ -16,12 +16,16 @@ MAX_VOCAB = 2**16  # because the registers of one program hold all logits of a r
 
 
 def _kth_largest(x, k):
-    """A threshold that only the k largest elements of the blocks `x` reach, and their equals."""
+    """The k-th largest element of the blocks `x`, how many reach it, and how many exceed it.
+
+    The last two are exact if more than k reach it: on a tie.
+    """
 
     def narrow(x, low, high):
         """Bisects: at least k values are >= low, fewer than k are >= high.
 
-        Ends when exactly k values are >= low, or when no number lies between low and high.
+        Ends when exactly k values are >= low, or when no number lies between low and high. Returns
+        low, its count, and the count of high.
         """
 
         def count(bound):
@@ -44,7 +48,10 @@ def _kth_largest(x, k):
             high, n_high = jnp.where(enough, high, middle), jnp.where(enough, n_high, n)
             return low, n_low, high, n_high, 1 - turn
 
-        return lax.while_loop(undecided, step, (low, count(low), high, 0 * high, 0))[0]
+        low, n_low, _, n_high, _ = lax.while_loop(
+            undecided, step, (low, count(low), high, 0 * high, 0)
+        )
+        return low, n_low, n_high
 
     finite = [jnp.where(part == -jnp.inf, jnp.inf, part) for part in x]
     low = functools.reduce(jnp.minimum, finite).min()
@@ -54,34 +61,37 @@ def _kth_largest(x, k):
     if len(x) > 1:
         # A bound that k lanes' maxima reach is a lower bound for the k-th largest, and near it: it
         # takes one block of work instead of all.
-        low = narrow([lane_max], low, high)
+        low = narrow([lane_max], low, high)[0]
     return narrow(x, low, high)
 
 
 def _k_largest(x, columns, k):
-    """Masks of the k largest elements of the blocks `x`; of equal ones, the first columns count."""
-    bound = _kth_largest(x, k)
-    tied = [part == bound for part in x]
-    n = k - sum((part > bound).astype(jnp.float32) for part in x).sum()
+    """Masks of the k largest elements of the blocks `x`; of equal ones, the first columns count.
+
+    Without a tie this adds no pass over the blocks: one costs 4 us of the 306 us that a token of
+    GPT-2 124M takes (H100).
+    """
+    bound, n_reaching, n_above = _kth_largest(x, k)
 
     def count(column):
-        reached = [part & (at <= column) for part, at in zip(tied, columns, strict=True)]
+        """The ties in columns up to this one."""
+        reached = [(part == bound) & (at <= column) for part, at in zip(x, columns, strict=True)]
         return sum(part.astype(jnp.float32) for part in reached).sum()
 
     def narrow(state):
         low, high = state
         middle = (low + high) // 2
-        enough = count(middle) >= n
+        enough = count(middle) >= k - n_above
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    # Bisects: fewer than n ties are in columns <= low, n or more in columns <= high. Without a tie
-    # too many there is nothing to do.
+    # Bisects: too few ties are in columns <= low, enough in columns <= high. Without a tie too many
+    # the two begin next to each other.
     end = x[0].shape[0] * len(x)
-    low = end - 1 - end * (count(end) > n).astype(jnp.int32)  # -1 or end - 1
+    low = end - 1 - end * (n_reaching > k).astype(jnp.int32)  # -1 on a tie
     _, last = lax.while_loop(lambda state: state[1] - state[0] > 1, narrow, (low, 0 * low + end))
     return [
-        (part > bound) | (tie & (at <= last))
-        for part, tie, at in zip(x, tied, columns, strict=True)
+        (part > bound) | ((part == bound) & (at <= last))
+        for part, at in zip(x, columns, strict=True)
     ]
 
 

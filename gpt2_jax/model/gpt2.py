@@ -66,10 +66,11 @@ class Linear(nn.Module):
     def __call__(self, x):
         cfg, dtype = self.cfg, self.cfg.compute_dtype
         init = nn.initializers.normal(self.std)
-        kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(dtype)
-        y = self.ops.matmul(x.astype(dtype), kernel, len(self.inputs), cfg.precision)
+        kernel = self.param('kernel', init, (*self.inputs, *self.outputs), jnp.float32)
+        y = self.ops.matmul(x.astype(dtype), kernel.astype(dtype), len(self.inputs), cfg.precision)
         if cfg.bias:
-            y = y + self.param('bias', nn.initializers.zeros, self.outputs).astype(dtype)
+            bias = self.param('bias', nn.initializers.zeros, self.outputs, jnp.float32)
+            y = y + bias.astype(dtype)
         return y
 
 
@@ -86,9 +87,9 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BTD):
         D = x_BTD.shape[-1:]
         y_BTD = self.ops.normalize(x_BTD.astype(jnp.float32), self.cfg.layer_norm_epsilon)
-        y_BTD = y_BTD * self.param('scale', nn.initializers.ones, D)
+        y_BTD = y_BTD * self.param('scale', nn.initializers.ones, D, jnp.float32)
         if self.cfg.bias:
-            y_BTD = y_BTD + self.param('bias', nn.initializers.zeros, D)
+            y_BTD = y_BTD + self.param('bias', nn.initializers.zeros, D, jnp.float32)
         return y_BTD.astype(self.cfg.compute_dtype)
 
 

@@ -1,35 +1,44 @@
-"""Published weights in and out, as numpy arrays: names and reshapes only. Needs neither torch nor transformers.
+"""Published weights in and out, as numpy arrays. Needs no torch, no transformers, no JAX.
 
-A published GPT-2 is a folder with `config.json` and `model.safetensors`, or shards of that and an index. Its tensors
-are our parameters under other names, and its kernels are (in, out) too, so nothing is transposed:
+A published GPT-2 is a folder with `config.json` and `model.safetensors`, or shards of it with an
+index. Its tensors are our parameters under other names. Its kernels are (in, out) as ours are, so
+nothing is transposed, and biases follow their kernels:
 
-    wte.weight, wpe.weight      wte/embedding, wpe/embedding        h.0.ln_1.weight      h_0/ln_1/scale
-    h.0.attn.c_attn.weight      h_0/attn/c_attn/kernel:  (D, 3 D) is (D, 3, H, K), columns ordered q, k, v, then by head
-    h.0.attn.c_proj.weight      h_0/attn/c_proj/kernel:  (D, D) is (H, K, D)          biases likewise
+    wte.weight                  wte/embedding (V, D)
+    wpe.weight                  wpe/embedding (n_positions, D)
+    h.0.ln_1.weight             h_0/ln_1/scale (D,)
+    h.0.attn.c_attn.weight      h_0/attn/c_attn/kernel: (D, 3 D) is (D, 3, H, K)
+    h.0.attn.c_proj.weight      h_0/attn/c_proj/kernel: (D, D) is (H, K, D)
 
-nanoGPT keeps its kernels (out, in), as torch's Linear does. Which of the two a file has is read off c_attn, whose
-sides are never equal. A `transformer.` before the names, torch.compile's `_orig_mod.`, the causal masks
-`h.0.attn.bias`, and an `lm_head.weight` that equals wte may each be there or not.
+The 3 D columns of c_attn are ordered by q, k, v, and then by head.
+
+nanoGPT stores kernels (out, in), as torch's Linear does. The shape of c_attn, which is never
+square, tells the two apart. These may be present or absent: a prefix `transformer.` or
+torch.compile's `_orig_mod.` before the names, the causal masks `h.0.attn.bias`, and an
+`lm_head.weight` equal to wte.
 """
 
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gpt2_jax import foreign
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import SETTINGS
 from gpt2_jax.errors import UserError
-from gpt2_jax.model.params import init_params
+from gpt2_jax.foreign import PLAIN_NAME, Maybe, integer
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
+ADDED_TOKENS, TOKENIZER = 'added_tokens.json', 'tokenizer.json'
 
-# Our setting -> its names in a published config.json, then in nanoGPT's model_args; the first that is there counts.
+# Our setting -> its names in a published config.json, then in nanoGPT's model_args. The first name
+# that is present counts.
 FIELDS = {
     'n_layer': ('n_layer', 'num_hidden_layers'),
     'n_head': ('n_head', 'num_attention_heads'),
@@ -43,7 +52,7 @@ FIELDS = {
     'resid_pdrop': ('resid_pdrop', 'dropout'),
     'bias': ('bias',),
 }
-# What the published names of activations compute.
+# Published name of an activation -> our name of the same function.
 ACTIVATIONS = {
     'gelu_new': 'gelu_new',
     'gelu_pytorch_tanh': 'gelu_new',
@@ -51,7 +60,7 @@ ACTIVATIONS = {
     'gelu': 'gelu',
     'gelu_python': 'gelu',
 }
-# Fields that would make it another architecture, and the values with which it is GPT-2.
+# Fields that can turn GPT-2 into another architecture, and their values for GPT-2.
 GPT2_ONLY = {
     'model_type': 'gpt2',
     'scale_attn_weights': True,
@@ -62,26 +71,30 @@ GPT2_ONLY = {
     'quantization_config': None,
 }
 
-# Writes what is in a pickle as the files that are read here; nanoGPT's settings with it.
+# The command that converts a pickle into the files that are read here, with nanoGPT's settings.
 UNPICKLE = (
-    "python -c \"import json, torch, safetensors.torch as st; c = torch.load('{name}', map_location='cpu', "
-    "weights_only=True); st.save_file({{k: v.clone().contiguous() for k, v in c.get('model', c).items()}}, "
-    "'model.safetensors'); 'model_args' in c and json.dump(c['model_args'], open('config.json', 'w'))\""
+    'python -c "import json, torch, safetensors.torch as st; '
+    "c = torch.load('{name}', map_location='cpu', weights_only=True); "
+    "st.save_file({{k: v.clone().contiguous() for k, v in c.get('model', c).items()}}, "
+    "'model.safetensors'); "
+    "'model_args' in c and json.dump(c['model_args'], open('config.json', 'w'))\""
 )
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The published config.json, and every tensor by its name in the file. Raises UserError.
 
-    Pickles (.pt, .bin) are refused, with the line that converts them: reading one runs whatever code it holds.
+    Pickles (.pt, .bin) are refused, with the command that converts them: reading a pickle runs
+    whatever code it holds.
     """
     folder = Path(folder)
     if folder.is_file():
         _refuse_pickle(folder)
-        raise UserError(f'{folder} is a file: give the folder that holds {CONFIG} and {WEIGHTS}')
+        raise foreign.error(folder, f'is a file: give the folder that holds {CONFIG} and {WEIGHTS}')
     if not folder.is_dir():
         raise UserError(
-            f'there is no folder {folder}: expected one that holds {CONFIG} and {WEIGHTS}'
+            f'there is no folder {foreign.escape(str(folder))}: expected {CONFIG} and {WEIGHTS} '
+            'in it'
         )
     if (folder / WEIGHTS).exists():
         tensors = _read_tensors(folder / WEIGHTS)
@@ -91,95 +104,91 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         for path in sorted(folder.iterdir()):
             _refuse_pickle(path)
         found = ', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'
-        raise UserError(
-            f'{folder} has no weights: expected {WEIGHTS} (or {INDEX} and its shards), found {found}'
+        raise foreign.error(
+            folder, f'has no weights: expected {WEIGHTS} (or {INDEX} and its shards), found {found}'
         )
-    return _read_json(folder / CONFIG), tensors
+    if not (folder / CONFIG).exists():
+        raise foreign.error(
+            folder / CONFIG,
+            'is missing: it holds the sizes. For nanoGPT, write its model_args into it: '
+            '{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": '
+            '50304, "bias": false}',
+        )
+    return foreign.read_json(folder / CONFIG, {}), tensors
 
 
 def _refuse_pickle(path: Path) -> None:
     if path.suffix in ('.pt', '.pth', '.bin', '.ckpt', '.pkl'):
+        # Only a plain name goes into the command: a quote in it would end the Python text there.
+        name = path.name if re.fullmatch(r'[\w.-]+', path.name, re.ASCII) else f'FILE{path.suffix}'
         raise UserError(
-            f'{path} is a pickle, which can run any code when it is read: where you trust it, and torch is '
-            f'installed, convert it by {UNPICKLE.format(name=path.name)}, and give the folder of what that '
-            'writes'
+            f'{foreign.escape(str(path))} is a pickle, and reading a pickle can run any code: if '
+            f'you trust it and have torch, convert it with {UNPICKLE.format(name=name)}, and give '
+            'the folder that this writes into'
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text('utf-8'))
-    except FileNotFoundError:
-        raise UserError(
-            f'{path} is missing: it gives the sizes. For weights of nanoGPT it is their model_args, '
-            'e.g. {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, '
-            '"bias": false, "dropout": 0.0}'
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read as JSON: {error}') from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f'{path} is damaged: expected a JSON object, found {type(content).__name__}'
-        )
-    return content
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework='np') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (
-        OSError,
-        SafetensorError,
-        TypeError,
-        KeyError,
-    ) as error:  # the last two: a dtype that numpy does not have
-        raise UserError(
-            f'{path} cannot be read as safetensors: {error}; if it was cut short, fetch it again'
-        ) from None
+    foreign.open_file(path).close()  # refuses pipes and devices
+    remedy = 'if it was cut short, fetch it again'
+    with foreign.parsing(path, 'safetensors', remedy), safe_open(path, framework='np') as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_shards(folder: Path) -> dict[str, np.ndarray]:
-    weight_map = _read_json(folder / INDEX).get('weight_map')
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
-        raise UserError(
-            f'{folder / INDEX} is damaged: expected a "weight_map" from tensors to files'
-        )
-    tensors = {}
+    index = folder / INDEX
+    weight_map = foreign.read_json(index, {'weight_map': {str: PLAIN_NAME}})['weight_map']
+    tensors, files = {}, {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not (folder / file).is_file():
-            raise UserError(
-                f'{folder / INDEX} names the file {file!r}, which is not in that folder: fetch it too'
-            )
-        tensors |= _read_tensors(folder / file)
-    if tensors.keys() != weight_map.keys():
-        raise UserError(
-            f'the files that {folder / INDEX} names hold other tensors than it lists, for instance '
-            f'{min(tensors.keys() ^ weight_map.keys())!r}: they belong to different models'
+        if not (folder / file).is_file():
+            problem = f'names the file {file!r}, which is not in that folder'
+            raise foreign.error(index, problem, 'fetch it too')
+        part = _read_tensors(folder / file)
+        tensors |= part
+        files |= dict.fromkeys(part, file)
+    if wrong := files.items() ^ weight_map.items():
+        raise foreign.error(
+            index,
+            'names files that hold other tensors than it lists, for instance '
+            f'{foreign.show(min(wrong)[0])}: they belong to different models',
         )
     return tensors
 
 
-def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
-    """Our `model` settings, and vocab_size, from a published config.json, or from nanoGPT's model_args.
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that a published folder adds to its tokenizer's own: {text: id}.
 
-    What is not said there has our default, which is GPT-2's. Raises UserError naming the field where it is no GPT-2.
+    They are in added_tokens.json, in the `added_tokens` of tokenizer.json, or in both. Raises
+    UserError for a file that cannot be read.
+    """
+    added = {}
+    if (folder / ADDED_TOKENS).exists():
+        added |= foreign.read_json(folder / ADDED_TOKENS, {str: integer(0)})
+    if (folder / TOKENIZER).exists():
+        schema = {'added_tokens': Maybe([{'id': integer(0), 'content': str}])}
+        listed = foreign.read_json(folder / TOKENIZER, schema).get('added_tokens') or []
+        added |= {token['content']: token['id'] for token in listed}
+    return added
+
+
+def import_config(published: dict[str, Any]) -> dict[str, Any]:
+    """Our `model` settings, and vocab_size, from a published config.json or nanoGPT's model_args.
+
+    A field that is missing has our default, which is GPT-2's. Raises UserError, with the name of
+    the field, if the model is not GPT-2.
     """
     nanogpt = 'model_type' not in published and 'block_size' in published
 
     def refuse(field, value, expected):
-        return UserError(
-            f'{CONFIG}: {field} = {value!r} is not GPT-2 as it is built here; expected {expected}'
-        )
+        problem = f'{field} = {foreign.show(value)} is not the GPT-2 of this package'
+        return foreign.error(f'{CONFIG}:', f'{problem}; expected {expected}')
 
     for field, expected in GPT2_ONLY.items():
         value = published.get(field, None if field == 'model_type' and not nanogpt else expected)
         if value != expected:
             raise refuse(field, value, repr(expected))
     activation = published.get('activation_function', 'gelu' if nanogpt else 'gelu_new')
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise refuse('activation_function', activation, f'one of {", ".join(ACTIVATIONS)}')
     vocab_size = published.get('vocab_size')
     if type(vocab_size) is not int or vocab_size < 1:
@@ -192,8 +201,9 @@ def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
         default, allowed, _ = SETTINGS[f'model.{setting}']
         kind = default if isinstance(default, type) else type(default)
         value = published[field]
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or not allowed.test(value):
+        if kind is float and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        if type(value) is not kind or not allowed.test(value) or value == math.inf:
             raise refuse(field, value, f'{kind.__name__}, {allowed.words}')
         settings[setting] = value
     heads, width = (
@@ -205,7 +215,7 @@ def config_from_hf(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
-    """The published config.json of a model; `end_of_text` is the token that ends a text, where there is one."""
+    """The published config.json of a model. `end_of_text` is the token that ends a text, if any."""
     return {
         'architectures': ['GPT2LMHeadModel'],
         'model_type': 'gpt2',
@@ -225,89 +235,84 @@ def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
         'resid_pdrop': cfg.resid_pdrop,
         'bos_token_id': end_of_text,
         'eos_token_id': end_of_text,
-        **(
-            {} if cfg.bias else {'bias': False}
-        ),  # no field of theirs: read back here, and as nanoGPT has it
+        # transformers has no such field; nanoGPT has, and `import_config` reads it.
+        **({} if cfg.bias else {'bias': False}),
     }
 
 
-def _published(
-    cfg: GPT2Config,
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]]:
-    """{published name: (path in our tree, our shape, published shape)} of every parameter, biases included or not."""
-    table = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(
-        jax.eval_shape(lambda: init_params(cfg, 0))
-    ):
-        path = tuple(key.key for key in keys)
-        *modules, kind = path
-        shape = leaf.shape
-        if kind == 'kernel':
-            rows = leaf.shape[0] if modules[-1] == 'c_attn' else leaf.size // leaf.shape[-1]
-            shape = rows, leaf.size // rows
-        elif kind == 'bias':
-            shape = (leaf.size,)
-        name = '.'.join([*modules, 'bias' if kind == 'bias' else 'weight'])
-        table[re.sub(r'^h_', 'h.', name)] = path, leaf.shape, shape
+class _Place(NamedTuple):
+    """Where a published tensor belongs in our tree of parameters, and its shape here and there."""
+
+    path: tuple[str, ...]
+    our_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _published(cfg: GPT2Config) -> dict[str, _Place]:
+    """{published name: its place} of every parameter of a model."""
+    D, F, HK, table = (cfg.n_embd,), (cfg.d_ff,), (cfg.n_head, cfg.head_dim), {}
+
+    def add(module, kind, our_shape, shape):
+        path = (*module.replace('h.', 'h_', 1).split('.'), kind)
+        table[f'{module}.{"bias" if kind == "bias" else "weight"}'] = _Place(path, our_shape, shape)
+
+    def add_norm(module):
+        for kind in ('scale', 'bias')[: 1 + cfg.bias]:
+            add(module, kind, D, D)
+
+    def add_linear(module, inputs, outputs):
+        size_in, size_out = math.prod(inputs), math.prod(outputs)
+        add(module, 'kernel', (*inputs, *outputs), (size_in, size_out))
+        if cfg.bias:
+            add(module, 'bias', outputs, (size_out,))
+
+    add('wte', 'embedding', (cfg.vocab_size, *D), (cfg.vocab_size, *D))
+    add('wpe', 'embedding', (cfg.n_positions, *D), (cfg.n_positions, *D))
+    for i in range(cfg.n_layer):
+        add_norm(f'h.{i}.ln_1')
+        add_linear(f'h.{i}.attn.c_attn', D, (3, *HK))
+        add_linear(f'h.{i}.attn.c_proj', HK, D)
+        add_norm(f'h.{i}.ln_2')
+        add_linear(f'h.{i}.mlp.c_fc', D, F)
+        add_linear(f'h.{i}.mlp.c_proj', F, D)
+    add_norm('ln_f')
     return table
 
 
 def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, Any]:
     """Our parameters, fp32, from published tensors; fp16 and bf16 are widened. Raises UserError.
 
-    Where cfg.bias is False, biases may be there if all are 0, as `export_params` writes them.
+    If cfg.bias is False, biases may be present if all are 0, as `export_params` writes them.
     """
-    plain = {
-        re.sub(r'^(_orig_mod\.|module\.)*(transformer\.)?(_orig_mod\.)?', '', name): tensor
-        for name, tensor in tensors.items()
-    }
-    if len(plain) < len(tensors):
-        raise UserError(
-            'the weights hold the same tensor twice, with and without "transformer." before its name'
-        )
-    plain = {
-        name: tensor
-        for name, tensor in plain.items()
-        if not re.fullmatch(r'h\.\d+\.attn\.(masked_)?bias', name)
-    }  # the causal mask, and what it fills in
+    if cfg.n_layer > len(tensors):  # before a table of 10^9 layers is made
+        problem = f'it has {cfg.n_layer} layers, but there are {len(tensors)} tensors'
+        raise foreign.error('the weights', f'do not fit {CONFIG}: {problem}')
+    table, plain = _published(cfg), _plain_names(tensors)
     head = plain.pop('lm_head.weight', None)
     if head is not None and not np.array_equal(head, plain.get('wte.weight')):
         raise UserError(
-            'lm_head.weight differs from wte.weight: the output head is untied, and that of GPT-2 is the '
-            'token embedding itself'
+            'lm_head.weight differs from wte.weight: the output head is untied, but the head of '
+            'GPT-2 is the token embedding itself'
         )
     for name, tensor in plain.items():
         if tensor.dtype.name not in ('float32', 'float16', 'bfloat16'):
-            raise UserError(
-                f'{name} is of {tensor.dtype.name}: expected float32, float16 or bfloat16'
-            )
+            problem = f'is of {tensor.dtype.name}: expected float32, float16 or bfloat16'
+            raise foreign.error(name, problem)
+        if not np.isfinite(tensor).all():
+            raise foreign.error(name, 'holds values that are not finite', 'fetch the file again')
     first = plain.get('h.0.attn.c_attn.weight')
     if first is not None and first.shape == (3 * cfg.n_embd, cfg.n_embd):  # (out, in)
         plain = {
             name: tensor.T if re.fullmatch(r'h\.\d+\.\w+\.c_\w+\.weight', name) else tensor
             for name, tensor in plain.items()
         }
-    table = _published(cfg)
     if not cfg.bias:
         plain = {
             name: tensor
             for name, tensor in plain.items()
             if name in table or not name.endswith('.bias') or tensor.any()
         }
-    wrong = [
-        _listed('missing', sorted(table.keys() - plain.keys())),
-        _listed('not of this model', sorted(plain.keys() - table.keys())),
-        _listed(
-            'of another shape',
-            [
-                f'{name} is {plain[name].shape}, expected {shape}'
-                for name, (_, _, shape) in table.items()
-                if name in plain and plain[name].shape != shape
-            ],
-        ),
-    ]
-    if any(wrong):
-        raise UserError(f'the weights do not fit {CONFIG}: {"; ".join(filter(None, wrong))}')
+    _check_names_and_shapes(plain, table)
     params = {}
     for name, (path, shape, _) in table.items():
         node = params
@@ -317,38 +322,67 @@ def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, 
     return params
 
 
-def _listed(what: str, entries: list[str]) -> str:
+def _plain_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without prefixes before their names, and without the causal masks."""
+    plain = {
+        re.sub(r'^(_orig_mod\.|module\.)*(transformer\.)?(_orig_mod\.)?', '', name): tensor
+        for name, tensor in tensors.items()
+    }
+    if len(plain) < len(tensors):
+        raise UserError(
+            'the weights hold the same tensor twice, with and without "transformer." before its '
+            'name'
+        )
+    masks = re.compile(r'h\.\d+\.attn\.(masked_)?bias')  # and the number that masked_ fills in
+    return {name: tensor for name, tensor in plain.items() if not masks.fullmatch(name)}
+
+
+def _check_names_and_shapes(plain, table) -> None:
+    """Raises UserError, naming tensors that are missing, unknown or of another shape."""
+    shapes = [
+        f'{name} is {plain[name].shape}, expected {shape}'
+        for name, (_, _, shape) in table.items()
+        if name in plain and plain[name].shape != shape
+    ]
+    wrong = [
+        _list_first('missing', sorted(table.keys() - plain.keys())),
+        _list_first('not of this model', sorted(plain.keys() - table.keys())),
+        _list_first('of another shape', shapes),
+    ]
+    if any(wrong):
+        raise foreign.error('the weights', f'do not fit {CONFIG}: {"; ".join(filter(None, wrong))}')
+
+
+def _list_first(title: str, entries: list[str]) -> str:
     more = f' and {len(entries) - 3} more' if entries[3:] else ''
-    return f'{what}: {", ".join(entries[:3])}{more}' if entries else ''
+    return f'{title}: {", ".join(entries[:3])}{more}' if entries else ''
 
 
 def export_params(params, cfg: GPT2Config) -> dict[str, np.ndarray]:
-    """Published tensors, fp32, under transformers' own names. Where cfg.bias is False all biases are there, as 0."""
+    """Published tensors, fp32, under transformers' own names.
+
+    If cfg.bias is False, all biases are present and 0, because GPT-2 has them.
+    """
     tensors = {}
     for name, (path, _, shape) in _published(cfg).items():
         leaf = params
         for key in path:
             leaf = leaf[key]
-        tensors[f'transformer.{name}'] = np.ascontiguousarray(leaf, np.float32).reshape(shape)
+        name = f'transformer.{name}'
+        tensors[name] = np.ascontiguousarray(leaf, np.float32).reshape(shape)
         if not cfg.bias and path[0] not in ('wte', 'wpe'):
-            tensors[f'transformer.{name.removesuffix("weight")}bias'] = np.zeros(
-                shape[-1], np.float32
-            )
+            tensors[f'{name.removesuffix("weight")}bias'] = np.zeros(shape[-1], np.float32)
     return tensors
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Writes config.json and model.safetensors into a folder that is there."""
+    """Writes config.json and model.safetensors into a folder that exists."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', 'utf-8')
+    # save_file writes memory as it lies, and would scramble any order but C.
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     try:
-        # save_file writes memory as it lies: anything but C order would be scrambled.
-        save_file(
-            {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
-            folder / WEIGHTS,
-            metadata={'format': 'pt'},
-        )
-        (folder / WEIGHTS).chmod(
-            (folder / CONFIG).stat().st_mode
-        )  # it leaves a file that only its owner can read
+        save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
+        # save_file's file is readable by its owner only.
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
     except SafetensorError as error:
         raise UserError(f'{folder / WEIGHTS} could not be written: {error}') from None

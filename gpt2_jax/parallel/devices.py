@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import jax
 
@@ -28,6 +29,12 @@ PEAK_BF16_FLOPS = {
     'TPU v6 lite': 918e12,
 }
 
+# Switches of JAX for debugging that raise an error in the code of Flax and Optax.
+UNSUPPORTED_SWITCHES = {
+    'jax_numpy_rank_promotion': 'raise',
+    'jax_numpy_dtype_promotion': 'strict',
+}
+
 
 def select_platform(name: str) -> None:
     """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process; call before JAX is used.
@@ -36,8 +43,15 @@ def select_platform(name: str) -> None:
     a resumed run, loads them instead of compiling for seconds to minutes, and so runs the very same
     program. JAX_COMPILATION_CACHE_DIR in the environment names another folder.
 
-    Raises UsageError if JAX sees no such device.
+    Raises UsageError if JAX sees no such device, and for a switch of JAX that the libraries below
+    this package do not support.
     """
+    for switch, value in UNSUPPORTED_SWITCHES.items():
+        if getattr(jax.config, switch) == value:
+            raise UsageError(
+                f'{switch.upper()}={value} is set, but Flax and Optax rely on such promotion '
+                'themselves: unset it'
+            )
     if not jax.config.jax_compilation_cache_dir:
         cache = local_folders('xla')[-1] / platform.node()
         jax.config.update('jax_compilation_cache_dir', str(cache))
@@ -48,13 +62,25 @@ def select_platform(name: str) -> None:
             jax.devices(name)
         except RuntimeError:
             raise UsageError(
-                f'--platform={name}: JAX sees no {name} here, only {jax.default_backend()}. For an '
-                'NVIDIA GPU check nvidia-smi and install the extra for its driver, pip install -e '
-                "'.[cuda12]' or '.[cuda13]'; or run with --platform=cpu"
+                f'--platform={name}: JAX sees no {name} here, only {_backend()}. For an NVIDIA GPU '
+                "check nvidia-smi and install the extra for its driver, pip install -e '.[cuda12]' "
+                "or '.[cuda13]'; or run with --platform=cpu"
             ) from None
     tuned = any(variable.startswith('MALLOC_') for variable in os.environ)
-    if jax.default_backend() == 'cpu' and not tuned:
+    if _backend() == 'cpu' and not tuned:
         _keep_freed_memory()
+
+
+def _backend() -> str:
+    """The platform that JAX uses. Raises UsageError if it cannot use the one in JAX_PLATFORMS."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition('. (set JAX_PLATFORMS')[0] or 'it sees no such device'
+        raise UsageError(
+            f'JAX cannot use JAX_PLATFORMS={jax.config.jax_platforms}: {reason}; unset it, or run '
+            'with --platform=cpu'
+        ) from None
 
 
 def _keep_freed_memory() -> None:
@@ -91,6 +117,22 @@ def model_flops_utilisation(
     if not peak or not tokens_per_second:
         return None
     return tokens_per_second * flops_per_token / (peak * mesh.size)
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that this process can still allocate on the device; None if it is not known."""
+    if device.platform != 'cpu':
+        stats = device.memory_stats() or {}
+        return stats['bytes_limit'] - stats['bytes_in_use'] if 'bytes_limit' in stats else None
+    free = []
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux
+        meminfo = Path('/proc/meminfo').read_text()
+        free.append(int(meminfo.partition('MemAvailable:')[2].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; ValueError: 'max'
+        group = Path('/sys/fs/cgroup')
+        limit, used = ((group / f'memory.{name}').read_text() for name in ('max', 'current'))
+        free.append(int(limit) - int(used))
+    return min(free, default=None)
 
 
 def describe_device(device: jax.Device) -> str:

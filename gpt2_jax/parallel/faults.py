@@ -1,12 +1,13 @@
-"""Running out of memory, as an error for people: it names the settings to change."""
+"""Memory: an estimate before training, and an error for people if there is too little."""
 
 import contextlib
+import math
 import re
 
 import jax
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.parallel.devices import describe_device
+from gpt2_jax.parallel.devices import describe_device, free_memory
 
 ADVICE = {
     'train': 'lower --config.train.batch_size, raise --config.train.grad_accum_steps (the same '
@@ -15,6 +16,50 @@ ADVICE = {
     'score': 'lower --batch_size',
     'sample': 'lower --num_samples',
 }
+
+
+def estimate_memory(shapes, layout, device: jax.Device, n_devices: int) -> list[str]:
+    """Lines on the memory that training needs at least, with a warning if there is less.
+
+    `shapes` and `layout` are TrainStates of shapes and of shardings. Training holds them, gradients
+    of the parameters and, on a CPU, the copy that is being saved. Activations come on top: see
+    `warn_about_program`.
+    """
+    state, params = _share(shapes, layout), _share(shapes.params, layout.params)
+    needed = state + params
+    if device.platform == 'cpu':  # its simulated devices share one memory
+        needed = (needed + state) * n_devices
+    free = free_memory(device)
+    line = f'memory     {_size(needed)} for parameters, moments, gradients and saving'
+    lines = [line + (f'; {_size(free)} are free' if free else '')]
+    if free and needed > free:
+        lines.append(f'warning: this may run out of memory: {ADVICE["train"]}')
+    return lines
+
+
+def warn_about_program(compiled, device: jax.Device) -> None:
+    """Prints a warning if a compiled training step needs more memory than is free."""
+    sizes, free = compiled.memory_analysis(), free_memory(device)
+    if sizes and free and sizes.temp_size_in_bytes > free:
+        print(
+            f'warning: a step needs {_size(sizes.temp_size_in_bytes)} for activations, and '
+            f'{_size(free)} are free: {ADVICE["train"]}',
+            flush=True,
+        )
+
+
+def _share(shapes, layout) -> int:
+    """Bytes of one device's share of a tree of arrays."""
+    parts = jax.tree.map(
+        lambda leaf, lies: math.prod(lies.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        shapes,
+        layout,
+    )
+    return sum(jax.tree.leaves(parts))
+
+
+def _size(n_bytes: int) -> str:
+    return f'{n_bytes / 2**30:.1f} GiB' if n_bytes >= 2**30 else f'{n_bytes / 2**20:.1f} MiB'
 
 
 @contextlib.contextmanager

@@ -13,8 +13,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
-from gpt2_jax.workdir import checkpoints as checkpoints_lib
-from gpt2_jax.workdir import checksums, restore
+from gpt2_jax.workdir import checksums, restore, storage
 
 # Settings that shape the parameters or give them their meaning. Dropout and precision may change.
 KEPT = (
@@ -139,5 +138,5 @@ def _saved_optimizer(run: Path, step: int, like):
     """The optimizer state of a checkpoint, as numpy arrays; `like` gives structure and shapes."""
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     train = ocp.args.StandardRestore({'step': np.zeros((), np.int32), 'opt_state': like})
-    with checkpoints_lib.open_manager(run / checksums.FOLDER, read_only=True) as manager:
-        return checkpoints_lib.restore_items(manager, step, train=train).train['opt_state']
+    with storage.open_manager(run / checksums.FOLDER, read_only=True) as manager:
+        return storage.restore_items(manager, step, train=train).train['opt_state']

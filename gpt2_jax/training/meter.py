@@ -18,10 +18,10 @@ from gpt2_jax.workdir.log import Logger, duration
 
 @dataclasses.dataclass
 class Progress:
-    """What a run knows beside its state; every checkpoint keeps it. Times in seconds, losses in nats.
+    """What a run knows beside its state; every checkpoint keeps it.
 
-    Times are totals over all processes of the run. `train_seconds` and `train_steps` exclude
-    compilation, evaluation and waiting for saves.
+    Losses are in nats per token. Times are in seconds, over all processes of the run.
+    `train_seconds` and `train_steps` exclude compilation, evaluation and waiting for saves.
     """
 
     best_step: int | None = None
@@ -32,17 +32,16 @@ class Progress:
     seconds_to_first_step: float | None = None
     train_seconds: float = 0.0
     train_steps: int = 0
-    # Of 'evaluation' and 'sample', those due at this step that an interrupt stopped: the resumed run
-    # does them first.
+    # What an interrupt stopped of 'evaluation' and 'sample': the resumed run does it first.
     unfinished: list[str] = dataclasses.field(default_factory=list)
 
 
 class Meter:
     """Fetches the metrics of updates, checks that they are finite, times and records them.
 
-    Metrics wait on the device until the next update was dispatched, so that the device always has work.
-    `started` is when the process began, by time.monotonic(); `diverged(step, what)` makes the error for
-    a value that is not finite.
+    Metrics wait on the device until the next update was dispatched, so that the device always has
+    work. `started` is when the process began, by time.monotonic(). `diverged(step, what)` makes the
+    error for a value that is not finite.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Meter:
         self._announced = False
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of an update that was dispatched. Raises DivergedError for earlier ones."""
+        """Takes the metrics of a dispatched update. Raises DivergedError for earlier updates."""
         self._pending.append((step, metrics))
         if step == self._first:
             self.drain()  # waits for the compilation, which is not measured
@@ -137,7 +136,7 @@ class Meter:
         self.log.progress(step, self.steps, values['loss'], rate, left)
 
     def _measure(self, step: int) -> float | None:
-        """Tokens per second over the stretch that ends now, with `step`; None if none was measured."""
+        """Tokens per second over the stretch that ends now, with `step`; None without a stretch."""
         if not self._mark or step <= self._mark[1]:
             return None
         now, (began, first) = time.monotonic(), self._mark
@@ -151,8 +150,7 @@ class Meter:
     def _announce(self, step: int, seconds_per_step: float) -> None:
         """Reports once how long the run will take.
 
-        An evaluation has not been timed yet: it is counted as the forward passes of training, a third
-        of the time of an update.
+        No evaluation was timed yet: its forward passes count as a third of an update's time.
         """
         if self._announced:
             return
@@ -163,6 +161,6 @@ class Meter:
         seconds_per_token = seconds_per_step / self.setup.tokens_per_step
         evaluating = n * self.setup.eval_tokens * seconds_per_token / 3
         self.log.say(
-            f'{seconds_per_step * 1e3:.1f} ms a step: about {duration(left)} of training to go, and '
-            f'{duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
+            f'{seconds_per_step * 1e3:.1f} ms a step: about {duration(left)} of training to go, '
+            f'and {duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
         )

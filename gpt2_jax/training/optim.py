@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 # Weight decay pulls these leaves, the matrices, towards 0, and leaves biases and LayerNorm scales
-# alone. Leaves are told apart by name and not by rank: the bias of the q, k, v projection is (3, H,
-# K).
+# alone. The name of a leaf decides, not its rank: the bias of the q, k, v projection is (3, H, K).
 DECAYED = ('kernel', 'embedding')
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import init_params
+from gpt2_jax.parallel.faults import warn_about_program
 from gpt2_jax.parallel.mesh import batch_sharding, one_at_a_time
 from gpt2_jax.parallel.partition import make_unshard
 from gpt2_jax.training.setup import Setup, check_kernels
@@ -53,8 +54,8 @@ def abstract_batch(setup: Setup, rows: int, **dtypes):
 def compiler_options(setup: Setup) -> dict[str, bool]:
     """Options of XLA for the programs of training and evaluation.
 
-    With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is
-    as fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
+    With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as
+    fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
     (shakespeare_fast.py, H100).
     """
     return {'xla_gpu_enable_triton_gemm': False} if setup.model.cfg.kernels == 'fused' else {}
@@ -86,7 +87,7 @@ def make_value_and_grad(
 
 
 def train_step(setup: Setup, pool: Executor | None = None) -> Callable:
-    """The update, train_step(state, batch) -> (state, metrics). It reuses the memory of the state.
+    """The update, train_step(state, batch) -> (state, metrics), which reuses the state's memory.
 
     It is compiled at its first call or, given a pool, on a thread of that from now on. Raises
     UsageError as check_kernels does.
@@ -104,7 +105,7 @@ def train_step(setup: Setup, pool: Executor | None = None) -> Callable:
     )
     jitted = jax.jit(
         update,
-        donate_argnums=0,
+        donate_argnums=() if debugging() else 0,  # JAX repeats an update to find its first nan
         out_shardings=(setup.layout, None),
         compiler_options=compiler_options(setup),
     )
@@ -113,20 +114,39 @@ def train_step(setup: Setup, pool: Executor | None = None) -> Callable:
         batch = abstract_batch(setup, train.batch_size, inputs=np.int32, targets=np.int32)
         return abstract_state(setup), batch
 
-    return one_at_a_time(setup.mesh, compile_in_background(pool, jitted, arguments))
+    compiled = compile_in_background(
+        pool, jitted, arguments, lambda program: warn_about_program(program, setup.device)
+    )
+    return one_at_a_time(setup.mesh, compiled)
+
+
+def debugging() -> bool:
+    """Whether JAX_DISABLE_JIT, JAX_DEBUG_NANS or JAX_DEBUG_INFS is set."""
+    config = jax.config
+    return config.jax_disable_jit or config.jax_debug_nans or config.jax_debug_infs
 
 
 def compile_in_background(
-    pool: Executor | None, jitted, arguments: Callable[[], tuple]
+    pool: Executor | None,
+    jitted,
+    arguments: Callable[[], tuple],
+    on_compiled: Callable = lambda compiled: None,
 ) -> Callable:
     """`jitted`, whose compilation for the shapes of arguments() starts now on a thread of `pool`.
 
-    A call waits for it. Without a pool, `jitted` itself. XLA takes seconds to minutes for a
-    program, on one core for the most part, so several are compiled side by side.
+    A call waits for it. Without a pool, or when `debugging`, `jitted` itself. XLA
+    takes seconds to minutes for a program, on one core for the most part, so several are compiled
+    side by side.
     """
-    if pool is None:
+    if pool is None or debugging():  # JAX's checks see no program that was compiled ahead
         return jitted
-    compiled = pool.submit(lambda: jitted.lower(*arguments()).compile())
+
+    def compile_now():
+        compiled = jitted.lower(*arguments()).compile()
+        on_compiled(compiled)
+        return compiled
+
+    compiled = pool.submit(compile_now)
     return lambda *args: compiled.result()(*args)
 
 

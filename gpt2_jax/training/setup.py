@@ -1,4 +1,4 @@
-"""What a configuration builds, before any parameter exists: mesh, data, model, optimizer, layout."""
+"""What a configuration builds before any parameter exists: mesh, data, model, optimizer."""
 
 import dataclasses
 
@@ -67,7 +67,7 @@ class Setup:
 
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
-    """The setup that a resolved configuration describes. The data are loaded, unless they are given.
+    """The setup that a resolved configuration describes. Loads the data, unless they are given.
 
     Raises UserError for data that cannot be read, UsageError for a mesh larger than the machine.
     """
@@ -112,7 +112,7 @@ def _build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> Optimizer:
 
 
 def check_kernels(setup: Setup) -> None:
-    """Raises UsageError if the configuration asks for fast paths that cannot run here; says why not."""
+    """Raises UsageError if the configuration asks for fast paths that cannot run here, and why."""
     config, cfg = setup.config, setup.model.cfg
     asked = {
         'training': ('model.kernels', cfg.kernels == 'fused', 'model.kernels=xla'),

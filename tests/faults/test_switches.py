@@ -1,0 +1,127 @@
+"""JAX's switches for debugging, as people use them: a run works, or is refused in one line."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from gpt2_jax import cli
+from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.errors import UsageError
+from gpt2_jax.inference import decoding
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.params import init_params
+from gpt2_jax.parallel import devices, faults
+
+SHORT = {
+    'model__n_embd': 8,
+    'model__n_positions': 8,
+    'train__steps': 2,
+    'log__every': 1,
+    'eval__sample_tokens': 3,
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt', words=150)
+
+
+@pytest.fixture(scope='module')
+def plain(text, tmp_path_factory):
+    """The run without any switch."""
+    folder = tmp_path_factory.mktemp('plain')
+    assert runs.quiet_train(runs.make_config(text, **SHORT), folder)[0] == 0
+    return folder
+
+
+@contextlib.contextmanager
+def switched(name, value):
+    """A switch as the environment sets it: for all threads."""
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize(
+    ('switch', 'value', 'optimizer'),
+    [
+        ('jax_disable_jit', True, 'optax'),
+        ('jax_enable_x64', True, 'optax'),
+        ('jax_enable_x64', True, 'explicit'),
+        ('jax_debug_nans', True, 'optax'),
+        ('jax_transfer_guard', 'disallow', 'optax'),
+    ],
+)
+def test_a_run_works_under_a_switch(switch, value, optimizer, text, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, 'CHUNK', 2)
+    config = runs.make_config(text, **SHORT, optim__implementation=optimizer)
+    with switched(switch, value):
+        assert runs.quiet_train(config, tmp_path)[0] == 0
+    ours, theirs = runs.metrics(tmp_path), runs.metrics(plain)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine['loss'] == pytest.approx(other['loss'], rel=1e-3)
+    state = runs.final_state(tmp_path)
+    assert {leaf.dtype for leaf in state.values()} == {np.dtype('float32'), np.dtype('int32')}
+
+
+@pytest.mark.parametrize('switch', ['jax_debug_infs', 'jax_debug_nans'])
+def test_the_line_of_a_value_that_is_not_finite_is_named(switch, capsys, monkeypatch):
+    cfg = GPT2Config(vocab_size=5, n_layer=1, n_head=1, n_embd=8, n_positions=4)
+
+    def main(arguments):
+        params = init_params(cfg, 0)
+        params['ln_f']['bias'] += jnp.nan if switch == 'jax_debug_nans' else jnp.inf
+        with switched(switch, True):
+            jax.jit(GPT2(cfg).apply)({'params': params}, jnp.zeros((1, 2), jnp.int32))
+
+    monkeypatch.setattr('sys.argv', ['x'])
+    monkeypatch.setattr(cli, 'end_process', lambda code: None)
+    cli.run(main)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith('error: invalid value (')
+    assert 'gpt2_jax/model/' in line
+    assert ', line ' in line
+
+
+@pytest.mark.parametrize('switch', devices.UNSUPPORTED_SWITCHES)
+def test_a_switch_that_the_libraries_do_not_support_is_refused(switch):
+    message = rf'{switch.upper()}=.* Flax and Optax'
+    value = devices.UNSUPPORTED_SWITCHES[switch]
+    with switched(switch, value), pytest.raises(UsageError, match=message):
+        devices.select_platform('auto')
+
+
+@pytest.mark.parametrize(
+    'error', [AssertionError(), RuntimeError("Unable to initialize backend 'x': y. (set JAX_PL")]
+)
+def test_a_platform_that_is_not_there(error, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, 'default_backend', fail)
+    with pytest.raises(UsageError, match=r'JAX cannot use JAX_PLATFORMS=.*: .*--platform=cpu'):
+        devices.select_platform('auto')
+
+
+@pytest.mark.parametrize(('free', 'warned'), [(10**12, False), (100, True), (None, False)])
+def test_memory_is_estimated_before_training(free, warned, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, 'free_memory', lambda device: free)
+    config = runs.make_config(text, train__steps=1, eval__sample_tokens=0)
+    _, printed = runs.quiet_train(config, tmp_path)
+    assert 'for parameters, moments, gradients and saving' in printed
+    assert ('warning: this may run out of memory: lower --config.train.batch' in printed) == warned
+    assert (' for activations, and ' in printed) == warned
