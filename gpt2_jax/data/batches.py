@@ -101,7 +101,8 @@ def eval_batches(
     By default each window begins with an empty context. With a stride S <= T (here S is the stride)
     windows begin S tokens apart, and only the last S targets of a window count, except in the
     first window, where all count. Then every target after the first window has a context of more
-    than T - S tokens, at T / S times the work. `max_targets` limits the windows as in `eval_starts`; 0: no limit.
+    than T - S tokens, at T / S times the work. `max_targets` limits the windows as in
+    `eval_starts`; 0: no limit.
 
     Yields inputs and targets int32 (B, T), and mask float32 (B, T): 1 at a target that counts,
     else 0. The last window and the last batch are padded, so that every batch has one shape.

@@ -21,8 +21,8 @@ from gpt2_jax.architecture import padded_vocab
 
 def token_losses(logits_BTV, targets_BT):
     """-log softmax(logits)[target], the cross-entropy in nats: (B, T, V), (B, T) -> (B, T)."""
-    # A comparison in place of a gather fuses with the sum over V, and its gradient needs no
-    # scatter.
+    # Compare and sum instead of indexing: XLA fuses the comparison into the sum over V, and the
+    # gradient needs no scatter.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT

@@ -32,22 +32,9 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
 
-<<<<<<< HEAD
-def token_losses(logits_BTV, targets_BT):
-    """-log softmax(logits)[target], the cross-entropy in nats: (B, T, V), (B, T) -> (B, T)."""
-    # Compare and sum instead of indexing: XLA fuses the comparison into the sum over V, and the
-    # gradient needs no scatter.
-    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
-
-
-def plain_value_and_grad(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
-=======
 def plain_value_and_grad(
     model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
 ) -> Callable:
->>>>>>> heads/inference
     """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads): JAX differentiates.
 
     The loss is the sum over the targets of `batch`, a micro-batch, divided by `n_targets`, the
