@@ -340,7 +340,11 @@ ROWS = {
         1,
         ['holds no checkpoint'],
     ),
-    'no text to score': (evaluate('--text={made}/nowhere.txt'), 1, ['no text file', 'nowhere.txt']),
+    'no text to score': (
+        evaluate('--text={made}/nowhere.txt'),
+        1,
+        ['no text file and no corpus called'],
+    ),
     'text to score that is not UTF-8': (
         evaluate('--text={made}/latin1.txt'),
         1,

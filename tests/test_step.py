@@ -187,7 +187,7 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
         batch['inputs'], feed.train_batch(setup.mesh, train, step=0, seed=7, **sizes)['inputs']
     )
 
-    _, metrics = programs.train_step(setup)(state, batch)
+    _, metrics = programs.compile_train_step(setup)(state, batch)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), 0)
     logits_BTV = jax.jit(setup.model.apply)({'params': expected}, batch['inputs'], key)
     loss = token_losses(logits_BTV, batch['targets']).mean()

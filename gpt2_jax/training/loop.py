@@ -62,6 +62,7 @@ def interrupts() -> Iterator[Interrupt]:
         interrupt.arrived = signal.Signals(number)
         restore()
         if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one may come for each process group
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in terminals:
                 os.dup2(nowhere, fd)
