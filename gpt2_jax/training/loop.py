@@ -62,7 +62,6 @@ def interrupts() -> Iterator[Interrupt]:
         interrupt.arrived = signal.Signals(number)
         restore()
         if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one may come for each process group
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in terminals:
                 os.dup2(nowhere, fd)
@@ -74,7 +73,9 @@ def interrupts() -> Iterator[Interrupt]:
 
     def restore():
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A closed terminal may send SIGHUP several times: only the first one means anything.
+            closed = number == interrupt.arrived == signal.SIGHUP
+            signal.signal(number, signal.SIG_IGN if closed else handler)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
