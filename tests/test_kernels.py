@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from tiny import flat, rough_params, shapes, tiny, tokens
+from tiny import flat, relative_errors, rough_params, shapes, tiny, tokens
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config, resolve
@@ -90,16 +90,6 @@ def check_equal(ours, theirs, tolerance=1e-5):
         assert np.max(np.abs(gradients[name] - leaf)) < tolerance * np.max(np.abs(leaf)), name
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=tolerance, err_msg=name)
-
-
-def relative_errors(gradients, exact) -> dict[str, float]:
-    """||g - exact|| / ||exact|| of each leaf, without the bias of k, whose gradient is 0."""
-    errors = {}
-    for name, leaf in exact.items():
-        parts = [0, 2] if 'c_attn/bias' in name else slice(None)
-        a, b = np.float64(gradients[name])[parts], np.float64(leaf)[parts]
-        errors[name] = np.linalg.norm(a - b) / np.linalg.norm(b)
-    return errors
 
 
 CASES = {

@@ -56,3 +56,13 @@ def flat(tree) -> dict[str, np.ndarray]:
         ): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def relative_errors(gradients, exact) -> dict[str, float]:
+    """||g - exact|| / ||exact|| of each leaf, without the bias of k, whose true gradient is 0."""
+    errors, gradients = {}, flat(gradients)
+    for name, leaf in flat(exact).items():
+        parts = [0, 2] if name.endswith('c_attn/bias') else slice(None)
+        a, b = np.float64(gradients[name])[parts], np.float64(leaf)[parts]
+        errors[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return errors
