@@ -42,6 +42,12 @@ setup(
         'parquet': PARQUET,
         'hub': ['huggingface_hub>=1,<3'],
         'parity': ['torch>=2.13,<2.14', 'transformers>=5.23,<6'],
-        'test': ['pytest>=8,<10', 'ruff>=0.14,<0.18', 'hypothesis>=6.140,<7', *PARQUET],
+        'test': [
+            'pytest>=8,<10',
+            'ruff>=0.14,<0.18',
+            'pytest-xdist>=3.6,<4',
+            'hypothesis>=6.140,<7',
+            *PARQUET,
+        ],
     },
 )
