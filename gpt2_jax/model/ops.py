@@ -238,8 +238,8 @@ def _gelu_new_forward(x):
 def _gelu_new_backward(x, dh):
     dtype, x, dh = x.dtype, x.astype(jnp.float32), dh.astype(jnp.float32)
     a, b = math.sqrt(2 / math.pi), 0.044715
-    tanh = jnp.tanh(a * (x + b * x**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * (a * (1 + 3 * b * x**2))
+    s = jax.nn.sigmoid(2 * a * (x + b * x**3))
+    slope = s + x * s * (1 - s) * 2 * a * (1 + 3 * b * x**2)
     return ((dh * slope).astype(dtype),)
 
 
@@ -247,13 +247,14 @@ _gelu_new.defvjp(_gelu_new_forward, _gelu_new_backward)
 
 
 def fast_activate(name: str, x):
-    """`activate`. The gradient of 'gelu_new' keeps x alone, in its dtype.
+    """`activate`. In bf16 the gradient of 'gelu_new' keeps x alone, and x in bf16.
 
-    h = x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and
-    dh/dx = (1 + tanh(u)) / 2 + x (1 - tanh(u)^2) / 2 du/dx. JAX would keep several fp32
-    intermediates, and a step would take 2.6 % longer (GPU), 1.1 % (GPU, 124M without cuDNN).
+    gelu_new(x) is x s with s the sigmoid of u = 2 sqrt(2 / pi) (x + 0.044715 x^3), so its slope is
+    s + x s (1 - s) du/dx. JAX would keep several fp32 intermediates, and a step would take 2.6 %
+    longer (GPU), 1.1 % (GPU, 124M without cuDNN).
     """
-    return _gelu_new(x) if name == 'gelu_new' else activate(name, x)
+    in_bf16 = name == 'gelu_new' and x.dtype == jnp.bfloat16
+    return _gelu_new(x) if in_bf16 else activate(name, x)
 
 
 def cudnn_attention(q_BTHK, k_BTHK, v_BTHK):

@@ -73,9 +73,7 @@ def interrupts() -> Iterator[Interrupt]:
 
     def restore():
         for number, handler in before.items():
-            # A closed terminal may send SIGHUP several times: only the first one means anything.
-            closed = number == interrupt.arrived == signal.SIGHUP
-            signal.signal(number, signal.SIG_IGN if closed else handler)
+            signal.signal(number, handler)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
