@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools protocol, by a pipe: opens a page, clicks, takes pictures.
+"""Headless Chromium over the pipe of its DevTools: opens a page, points, clicks, takes pictures.
 
 By hand, pictures of every view of a report, in light and dark, for a desk and for a phone:
 
@@ -24,7 +24,7 @@ SECONDS = 60  # for any answer
 
 
 class Browser:
-    """One tab. `events` are the messages that nobody asked for: requests, errors, console."""
+    """One tab. `events` are messages that nobody asked for: requests, errors, console."""
 
     def __init__(self, write: int, read: int):
         self._write, self._read = write, read
@@ -139,7 +139,7 @@ class Browser:
         path.write_bytes(base64.b64decode(data))
 
     def errors(self) -> list[dict]:
-        """What went wrong on the page so far: exceptions, messages of the console and the log."""
+        """What went wrong so far: exceptions, and messages of the console and the log."""
         return [
             event
             for event in self.events

@@ -103,12 +103,12 @@ def test_a_loop_counts_each_of_its_rounds():
     cfg = tiny(n_layer=1).cfg
 
     def make_step(sizes):
-        step, (state, _) = flow_lib.plain_step(sizes)
+        step, (state, *_) = flow_lib.plain_step(sizes)
         rows, T = sizes.batch_size // sizes.grad_accum_steps, sizes.seq_len
 
         def accumulated(state, tokens_ABT):
             def add(total, tokens_BT):
-                return jax.tree.map(jax.numpy.add, total, step(state, tokens_BT)), None
+                return jax.tree.map(jax.numpy.add, total, step(state, tokens_BT, tokens_BT)), None
 
             zero = jax.tree.map(jax.numpy.zeros_like, (jax.numpy.float32(0), state['params']))
             return jax.lax.scan(add, zero, tokens_ABT)[0]

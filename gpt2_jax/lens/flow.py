@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from gpt2_jax.architecture import GPT2Config, padded_vocab
 from gpt2_jax.errors import UsageError
-from gpt2_jax.lens.activations import mean_loss
 from gpt2_jax.lens.subject import run
 from gpt2_jax.model.params import init_params
 
@@ -130,15 +129,17 @@ MakeStep = Callable[[Sizes], tuple[Callable, tuple]]
 def plain_step(sizes: Sizes) -> tuple[Callable, tuple]:
     """The loss of a batch and its gradient by the plain model, without optimizer and dropout."""
 
-    def step(state, tokens_BT):
+    def step(state, inputs_BT, targets_BT):
         def loss(params):
-            return mean_loss(run(sizes.cfg, params, tokens_BT), tokens_BT)
+            logits_BTV = run(sizes.cfg, params, inputs_BT)
+            log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+            return -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], -1).mean()
 
         return jax.value_and_grad(loss)(state['params'])
 
     params = jax.eval_shape(lambda: init_params(sizes.cfg, 0))
     tokens_BT = jax.ShapeDtypeStruct((sizes.batch_size, sizes.seq_len), jnp.int32)
-    return step, ({'params': params}, tokens_BT)
+    return step, ({'params': params}, tokens_BT, tokens_BT)
 
 
 def shape_flow(
@@ -161,7 +162,7 @@ def shape_flow(
     traced = jax.jit(function).trace(*arguments)
     operations = _listed(traced.jaxpr, arguments)
     named, symbols = _trace_with_primes(real, make_step)
-    if [operation.name for operation in named] != [operation.name for operation in operations]:
+    if _forms(named) != _forms(operations):
         raise UsageError('the step has other operations at other sizes: dimensions cannot be named')
     operations = [
         operation._replace(dims=_names(other.shape, operation.shape, symbols))
@@ -175,6 +176,10 @@ def shape_flow(
         sum(operation.n_params for operation in operations),
         sum(counted) if counted else None,
     )
+
+
+def _forms(operations: list[Operation]) -> list[tuple[str, int]]:
+    return [(operation.name, len(operation.shape)) for operation in operations]
 
 
 def _sizes(sizes: Sizes) -> dict[str, int]:

@@ -54,7 +54,7 @@ SCRIPTS = ('data.js', 'draw.js', 'views.js', 'page.js')
 SECTIONS = ('jacobian', 'ablation', 'backward', 'curvature', 'shapes')
 TOP = 6  # predictions kept for each layer and position
 NEURONS = 12  # kept for each position
-CURVATURE_TOKENS = 64
+FIRST_TOKENS = 64  # of the text, for its average Jacobian and its curvature: many passes each
 MAX_BYTES = 10 * 2**20
 
 
@@ -104,7 +104,7 @@ def collect(
         parts.add('logit', _read_out(subject, stream, targets_T))
     if parts.wants('jacobian'):
         with parts('jacobian'):
-            carried = map(transport, stream, jacobian_lens(subject, tokens_BT))
+            carried = map(transport, stream, jacobian_lens(subject, tokens_BT[:, :FIRST_TOKENS]))
             parts.add('jacobian', _read_out(subject, carried, targets_T))
     with parts('attribution'):
         for kind, terms in _attributions(subject, taken, targets_T).items():
@@ -120,7 +120,7 @@ def collect(
     ends = None
     if parts.wants('curvature'):
         with parts('curvature'):
-            ends = curvature(subject, tokens_BT[:, :CURVATURE_TOKENS], most=30, tolerance=1e-2)
+            ends = curvature(subject, tokens_BT[:, :FIRST_TOKENS], most=30, tolerance=1e-2)
     flow = None
     if parts.wants('shapes'):
         with parts('shapes'):
@@ -147,7 +147,7 @@ def collect(
         'leaves': list(leaf_shapes(subject.params)),
         'leafNorms': [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(subject.params)],
         'curvature': ends and {name: end._asdict() for name, end in ends.items()},
-        'curvatureTokens': min(T, CURVATURE_TOKENS),
+        'firstTokens': min(T, FIRST_TOKENS),
         'levels': 255,
         'skipped': sorted(skip),
     }

@@ -228,7 +228,9 @@ function lineChart({series, names, width, label}) {
     chart.append(el('path', {d: `M${points.join('L')}`, fill: 'none', stroke: one.colour, 'stroke-width': one.dashed ? 1.5 : 2.5, 'stroke-dasharray': one.dashed ? '4 4' : 'none'}));
     if (!one.dashed) one.values.forEach((value, i) => chart.append(el('circle', {cx: x(i + (one.from || 0)), cy: y(value), r: 3, fill: one.colour})));
     let at = y(one.values[one.values.length - 1]) + 4;
-    while (taken.some(other => Math.abs(other - at) < 13)) at += 13 - Math.min(...taken.filter(other => Math.abs(other - at) < 13).map(other => Math.abs(other - at)));
+    for (const other of [...taken].sort((a, b) => a - b)) {
+      if (Math.abs(other - at) < 13) at = other + 13;
+    }
     taken.push(at);
     const text = el('text', {class: 'name', x: width - right + 8, y: at}, one.name);
     text.style.fill = one.colour;

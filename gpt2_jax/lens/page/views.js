@@ -248,7 +248,7 @@ function fillLayers(panel) {
   const lenses = {logit: 'logit lens', ...(has('jacobian.rank') ? {jacobian: 'Jacobian lens'} : {})};
   if (!(state.lens in lenses)) state.lens = 'logit';
   panel.append(el('h2', {}, 'The guess after each layer'),
-    explain('The logit lens reads the residual stream after a layer as if the model ended there. The Jacobian lens first carries it to the end by what the later layers do to it on average, in this text. The right token has a frame.'));
+    explain(`The logit lens reads the residual stream after a layer as if the model ended there. The Jacobian lens first carries it to the end by what the later layers do to it on average (over the first ${FACTS.firstTokens} tokens). The right token has a frame.`));
   const rows = LAYER_NAMES.map((name, layer) => {
     const cells = [el('b', {class: 'code'}, name)];
     for (const lens of Object.keys(lenses)) {
@@ -432,7 +432,7 @@ function fillNorms(panel) {
 function fillCurvature(panel) {
   panel.append(el('h2', {}, 'Curvature of the loss'));
   if (!FACTS.curvature) return panel.append(missing('curvature'));
-  panel.append(explain(`How sharply the loss of this text (its first ${FACTS.curvatureTokens} tokens) bends around the parameters: the largest and the smallest eigenvalue of its second derivatives, in all parameters and in each part by itself. Steps of gradient descent above 2 / largest overshoot along that direction; a negative smallest one means a saddle.`));
+  panel.append(explain(`How sharply the loss of this text (its first ${FACTS.firstTokens} tokens) bends around the parameters: the largest and the smallest eigenvalue of its second derivatives, in all parameters and in each part by itself. Steps of gradient descent above 2 / largest overshoot along that direction; a negative smallest one means a saddle.`));
   const rows = Object.entries(FACTS.curvature);
   panel.append(el('h3', {}, 'Largest'), el('div', {id: 'curvature'}, bars(rows.map(([label, ends]) => ({label: label === 'all' ? 'whole model' : label, value: ends.top})))),
     el('h3', {}, 'Smallest'), bars(rows.map(([label, ends]) => ({label: label === 'all' ? 'whole model' : label, value: ends.bottom}))));

@@ -1,0 +1,343 @@
+"""The page: its numbers against the library, in Python and, if there is one, in a Chromium."""
+
+import base64
+import functools
+import gzip
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from browser import CHROMIUM, browser
+from tiny import rough_params, tiny
+
+from gpt2_jax import lens
+from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt2_jax.errors import UsageError
+from gpt2_jax.lens import report as report_lib
+
+# The end of a script and an entity in the text, a line break, a tab, characters of several bytes.
+TEXT = 'ab</b>\n&lt;é\tab ab'
+
+
+def loaded(tokenizer, **changes) -> SimpleNamespace:
+    model = tiny(tokenizer.vocab_size, n_positions=20, **changes)
+    return SimpleNamespace(model=model, params=rough_params(model), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope='module')
+def source():
+    return loaded(CharTokenizer(''.join(sorted(set(TEXT)))))
+
+
+@pytest.fixture(scope='module')
+def tokens(source):
+    return source.tokenizer.encode(TEXT)
+
+
+@pytest.fixture(scope='module')
+def report(source):
+    return report_lib.collect(source, TEXT, title='A <model>', prompt_tokens=6)
+
+
+@pytest.fixture(scope='module')
+def page(report):
+    return report_lib.render(report)
+
+
+def unpacked(page: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The facts and the arrays of a page, read as the browser reads them."""
+    facts = json.loads(re.search(r'id="facts">(.*?)</script>', page, re.DOTALL)[1])
+    block = gzip.decompress(base64.b64decode(re.search(r'id="arrays">(.*?)</script>', page)[1]))
+    arrays = {}
+    for entry in facts['arrays']:
+        kind = {'u1': '<u1', 'u4': '<u4', 'f4': '<f4', 'f2': '<u2'}[entry['kind']]
+        size = int(np.prod(entry['shape'], dtype=int))
+        array = np.frombuffer(block, kind, size, entry['start']).reshape(entry['shape'])
+        if entry['kind'] == 'f2':
+            array = (array.astype('<u4') << 16).view('<f4')
+        arrays[entry['name']] = array
+    return facts, arrays
+
+
+# The numbers
+
+
+def test_arrays_equal_the_library(source, tokens, page):
+    facts, arrays = unpacked(page)
+    T, cfg = len(tokens), source.model.cfg
+    captured = lens.capture(source, TEXT)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(arrays['loss'][:-1], lens.token_losses(source, TEXT)[0])
+    targets = np.append(tokens[1:], captured['logits'][0, -1].argmax())
+    np.testing.assert_array_equal(arrays['target'], targets)
+
+    below = np.tril_indices(T)
+    for i in range(cfg.n_layer):
+        weights = (arrays['pattern'][i] / facts['levels']) ** 2
+        expected = captured[f'h_{i}.pattern'][0][:, below[0], below[1]]
+        np.testing.assert_allclose(weights, expected, atol=1 / 250)
+        close(arrays['norm.attn'][i], np.linalg.norm(captured[f'h_{i}.attn_out'][0], axis=-1))
+
+    jacobians = lens.jacobian_lens(source, TEXT)
+    for name, logits in (
+        ('logit', lens.logit_lens(source, TEXT)),
+        ('jacobian', lens.logit_lens(source, TEXT, jacobians)),
+    ):
+        probs = np.asarray(jax.nn.softmax(logits[:, 0], axis=-1))
+        right = probs[:, np.arange(T), targets]
+        close(arrays[f'{name}.right'], right)
+        ranks = (probs > right[..., None]).sum(-1) + 1
+        assert (arrays[f'{name}.rank'] == ranks).mean() > 0.98  # ties may fall either way
+        np.testing.assert_array_equal(arrays[f'{name}.top'][..., 0], probs.argmax(-1))
+        np.testing.assert_allclose(arrays[f'{name}.prob'][..., 0], probs.max(-1), rtol=1 / 256)
+
+    terms = lens.attribution(source, TEXT)
+    close(arrays['attribution.logit.heads'][1], terms['h_1.attn'][0].T)
+    total = sum(
+        arrays[f'attribution.logit.{part}'].reshape(-1, T).sum(0)
+        for part in ('embed', 'pos_embed', 'bias', 'heads', 'mlp')
+    )
+    close(total, captured['logits'][0, np.arange(T), targets])
+    largest = np.abs(np.concatenate([terms['h_0.mlp'][0], terms['h_1.mlp'][0]], -1))
+    neurons = arrays['attribution.logit.neuron']
+    np.testing.assert_array_equal(neurons[:, 0], largest.argmax(-1))
+
+    ablated = lens.ablate(source, TEXT, ['h_1.attn.1', 'h_0.mlp'])
+    plain = lens.token_losses(source, TEXT)
+    close(arrays['ablation'][1, 1, :-1], (ablated['h_1.attn.1'] - plain)[0])
+    close(arrays['ablation'][0, cfg.n_head, :-1], (ablated['h_0.mlp'] - plain)[0])
+    close(arrays['score.previous'], lens.head_scores(source).previous)
+
+
+def test_gradients_equal_the_library(source, tokens, page):
+    facts, arrays = unpacked(page)
+    T = len(tokens)
+    for at in (3, T - 2):
+        names = ['h_0.resid_pre', 'h_0.resid_post', 'h_1.resid_post']
+        gradients = lens.gradients(source, TEXT, [*names, '*/*'], at=at)
+        for layer, name in enumerate(names):
+            row = arrays['gradient.resid'][layer, at * (at + 1) // 2 :][: at + 1]
+            expected = np.linalg.norm(gradients[name][0], axis=-1)
+            np.testing.assert_allclose(row, expected[: at + 1], rtol=1 / 200, atol=1e-6)
+            assert (expected[at + 1 :] == 0).all()
+        for i, leaf in enumerate(facts['leaves']):
+            expected = np.linalg.norm(gradients[leaf])
+            assert arrays['gradient.params'][at, i] == pytest.approx(expected, rel=1e-3), leaf
+
+
+def test_curvature_and_shapes_are_those_of_the_library(source, report, page):
+    facts, _ = unpacked(page)
+    ends = lens.curvature(source, TEXT, most=30, tolerance=1e-2)
+    assert facts['curvature']['all']['top'] == pytest.approx(ends['all'].top, rel=1e-3)
+    assert report.flow.n_params == facts['parameters']
+    assert f'{report.flow.n_params:,} parameters' in page
+
+
+def test_tokens_are_shown_as_text(source, page):
+    facts, _ = unpacked(page)
+    assert ''.join(facts['text'][str(token)] for token in facts['tokens']) == TEXT
+    stray = report_lib.collect(loaded(ByteTokenizer()), 'é', skip=report_lib.SECTIONS)
+    texts = [stray.facts['text'][token] for token in stray.facts['tokens']]
+    assert texts == ['\\xc3', '\\xa9']
+    bare = source.model, source.params
+    texts = report_lib.collect(bare, [3, 1], skip=report_lib.SECTIONS).facts['text']
+    assert texts[3] == '<3>'
+
+
+# The file
+
+
+def test_the_page_is_one_file(page):
+    assert '{{' not in re.sub(r'<script.*?</script>', '', page, flags=re.DOTALL)
+    assert '<title>A &lt;model></title>' in page
+    assert not re.search(r'(src|href)="?(https?:)?//', page)
+    assert len(re.findall('</script>', page)) == 3  # the text of the model closes none
+    assert "default-src 'none'" in page
+
+
+def test_parts_can_be_left_out(source):
+    report = report_lib.collect(source, TEXT, skip=report_lib.SECTIONS)
+    left = {name.partition('.')[0] for name in report.arrays}
+    assert left == {'loss', 'target', 'norm', 'pattern', 'logit', 'attribution', 'score'}
+    assert report.flow is None
+    with pytest.raises(UsageError, match="no section 'nothing'"):
+        report_lib.collect(source, TEXT, skip=['nothing'])
+
+
+def test_a_large_page_has_coarser_patterns(report, monkeypatch):
+    monkeypatch.setattr(report_lib, 'MAX_BYTES', 1000)
+    facts, arrays = unpacked(report_lib.render(report))
+    assert facts['levels'] == 15
+    fine = (report.arrays['pattern'] / 255) ** 2
+    np.testing.assert_allclose((arrays['pattern'] / 15) ** 2, fine, atol=1 / 14)
+
+
+# The browser
+
+
+@pytest.fixture(scope='module')
+def tab():
+    if not CHROMIUM:
+        pytest.skip('no Chromium here: apt-get install chromium')
+    with browser() as tab:
+        yield tab
+
+
+@pytest.fixture
+def shown(tab, page, tmp_path):
+    """The page in a browser; afterwards nothing may have gone wrong, and nothing been asked for."""
+    path = tmp_path / 'report.html'
+    path.write_text(page, 'utf-8')
+    tab.events.clear()
+    tab.open(path)
+    yield tab
+    assert tab.errors() == []
+    address = path.as_uri()
+    asked = [url for url in tab.requests() if not url.startswith((address, 'about:'))]
+    assert asked == []
+
+
+def test_hovering_a_token_tells_its_loss_and_the_guesses(shown, source, tokens):
+    shown.hover('#token-7')
+    shown.wait('!document.getElementById("tip").hidden')
+    said = shown.text('#tip')
+    loss = lens.token_losses(source, TEXT)[0, 6]
+    probs = np.asarray(jax.nn.softmax(lens.capture(source, TEXT, 'logits')['logits'][0, 6]))
+    assert f'loss {loss:.3f} nats' in said
+    assert f'rank {(probs > probs[tokens[7]]).sum() + 1}' in said
+    likeliest = source.tokenizer.decode([probs.argmax()])
+    assert said.index(likeliest.replace(' ', '␣').replace('\n', '⏎').replace('\t', '⇥')) > 0
+
+
+def test_clicking_a_token_chooses_it(shown, source):
+    shown.click('#token-9')
+    loss = lens.token_losses(source, TEXT)[0, 8]
+    assert float(shown.text('#chosen-loss')) == pytest.approx(loss, abs=6e-4)
+    assert 'token=9' in shown.run('location.hash')
+    shown.key('ArrowLeft')
+    assert 'token=8' in shown.run('location.hash')
+    assert shown.run('document.querySelectorAll(".token.here").length') >= 1
+
+
+def signed(text: str) -> float:
+    """A number as the page writes it, with a minus sign of its own."""
+    return float(text.replace('\N{MINUS SIGN}', '-'))
+
+
+def percent(text: str) -> float:
+    return float(text.replace('%', '').strip()) / 100
+
+
+def test_selecting_a_head_shows_its_weights(shown, source):
+    """By the picture of all heads, by key, and from the address."""
+    layer, head, position = 1, 0, 8
+    pattern = lens.capture(source, TEXT, f'h_{layer}.pattern')[f'h_{layer}.pattern'][0]
+    shown.click(f'#token-{position + 1}')
+    width, height = shown.run(
+        '(c => [c.clientWidth, c.clientHeight])(document.getElementById("heads"))'
+    )
+    shown.click('#heads', x=34 + (width - 34) / 4, y=16 + (height - 16) * 3 / 4)
+    assert shown.text('#head-name').startswith('Head h_1.attn.0')
+    labels = shown.run('[...document.querySelectorAll("#weights .label")].map(e => e.textContent)')
+    numbers = shown.run(
+        '[...document.querySelectorAll("#weights .number")].map(e => e.textContent)'
+    )
+    assert len(labels) == 6
+    for label, number in zip(labels, numbers, strict=True):
+        weight = pattern[head, position, int(label.split(' ')[0])]
+        assert percent(number) == pytest.approx(weight, abs=0.011)
+    shown.key('l')
+    assert shown.text('#head-name').startswith('Head h_1.attn.1')
+    assert 'head=h_1.attn.1' in shown.run('location.hash')
+
+
+def test_ablating_a_head_shows_each_loss(shown, source):
+    plain = lens.token_losses(source, TEXT)[0]
+    without = lens.ablate(source, TEXT, 'h_1.attn.1')['h_1.attn.1'][0]
+    shown.run("change({layer: 1, head: 1, p: 4, view: 'attention'})")
+    shown.click('#ablate')
+    assert 'h_1.attn.1' in shown.text('#ablated')
+    assert float(shown.text('#loss-before')) == pytest.approx(plain.mean(), abs=6e-4)
+    assert float(shown.text('#loss-after')) == pytest.approx(without.mean(), abs=1.1e-3)
+    change = signed(shown.text('#chosen-change'))
+    assert change == pytest.approx((without - plain)[4], abs=6e-4)
+    shown.key('a')
+    assert shown.run('document.getElementById("ablated").hidden')
+    shown.run("change({view: 'ablation'})")
+    shown.click('[data-part="h_0.mlp"]')
+    without = lens.ablate(source, TEXT, 'h_0.mlp')['h_0.mlp'][0]
+    assert float(shown.text('#loss-after')) == pytest.approx(without.mean(), abs=1.1e-3)
+
+
+def test_the_layers_have_the_ranks_of_the_lens(shown, source, tokens):
+    shown.key('2')
+    shown.run('change({p: 5})')
+    logits = lens.logit_lens(source, TEXT)[:, 0, 5]
+    ranks = (logits > logits[:, tokens[6], None]).sum(-1) + 1
+    rows = shown.run(
+        '[...document.querySelectorAll("#layers tbody tr")].map(r => r.children[2].textContent)'
+    )
+    assert [int(rank) for rank in rows] == ranks[::-1].tolist()
+
+
+def test_the_attribution_sums_to_the_logit(shown, source, tokens):
+    shown.key('3')
+    shown.run("change({p: 5, terms: 'logit'})")
+    logit = lens.capture(source, TEXT, 'logits')['logits'][0, 5, tokens[6]]
+    total = signed(shown.text('#attribution-sum').rpartition(' ')[2])
+    assert total == pytest.approx(logit, abs=6e-4)
+    parts = shown.run('[...document.querySelectorAll("#terms .number")].map(e => e.textContent)')
+    assert sum(map(signed, parts)) == pytest.approx(logit, abs=0.01)
+
+
+def test_every_view_is_drawn_in_both_themes_and_on_a_phone(shown):
+    """With something to see, a text for each picture, and no scrolling sideways."""
+    for width in (1280, 390):
+        shown.size(width, 800)
+        for theme in ('light', 'dark'):
+            shown.run(f'setTheme({theme!r})')
+            for view in shown.run('Object.keys(VIEWS)'):
+                shown.run(f'change({{view: {view!r}}})')
+                assert len(shown.text('#view')) > 100, view
+                assert shown.run('document.documentElement.scrollWidth') <= width, (view, width)
+                unnamed = shown.run(
+                    '[...document.querySelectorAll("#view canvas, #view svg")].filter('
+                    'e => !e.getAttribute("aria-label") && !e.getAttribute("aria-hidden")).length'
+                )
+                assert unnamed == 0, view
+                # Every table that is folded away opens.
+                shown.run(
+                    '[...document.querySelectorAll("#view details")].forEach(d => d.open = true)'
+                )
+    shown.size(1280, 900)
+
+
+def test_keys_reach_everything(shown):
+    for number, view in enumerate(shown.run('Object.keys(VIEWS)'), 1):
+        shown.key(str(number))
+        assert f'view={view}&' in shown.run('location.hash')
+    before = shown.run('document.documentElement.dataset.theme')
+    shown.key('t')
+    assert shown.run('document.documentElement.dataset.theme') != before
+    shown.key('?')
+    assert shown.run('document.getElementById("guide").open')
+
+
+@pytest.mark.parametrize(
+    'changes', [dict(n_layer=1, n_head=1), dict(n_layer=48, n_embd=8, n_head=4)]
+)
+def test_a_model_of_one_layer_and_one_of_forty_eight(tab, tmp_path, changes):
+    """Two tokens are enough, and what every page has."""
+    source = loaded(ByteTokenizer(), **changes)
+    report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
+    path = tmp_path / 'report.html'
+    path.write_text(report_lib.render(report), 'utf-8')
+    tab.events.clear()
+    tab.open(path)
+    for view in tab.run('Object.keys(VIEWS)'):
+        tab.run(f'change({{view: {view!r}}})')
+        assert tab.text('#view')
+    assert tab.errors() == []
