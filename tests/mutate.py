@@ -1,0 +1,313 @@
+"""Makes one-line breaks in a copy of the package, and lists those that no test sees.
+
+    python tests/mutate.py --count=200 --seed=0
+    python tests/mutate.py --files='model/*.py' --count=0           # every break of these files
+    python tests/mutate.py --only='model/ops.py:53:22 -1 -> 0'      # one break again
+
+A break changes an operator, a comparison, a constant, an axis or a dtype, or drops a line. The
+tests of its file (TESTS) run on it in order, and stop at the first that fails: the break is seen. A
+test that runs longer than the limit counts as failed. A survivor is a missing test, or a change
+without effect; EQUIVALENT lists breaks of the second kind that need no look.
+
+Only a temporary copy of the working tree is changed. The exit status is 1 if a break survived.
+"""
+
+import argparse
+import ast
+import dataclasses
+import fnmatch
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ('model', 'kernels', 'training', 'data', 'inference')
+
+# Pattern of files -> their tests, those most likely to see a break first. All patterns that match a
+# file count, in this order.
+TESTS = {
+    'model/gpt2.py': 'model ops backward generate huggingface',
+    'model/ops.py': 'ops model backward step',
+    'model/dropout.py': 'model ops step kernels',
+    'model/params.py': 'model step config',
+    'model/huggingface.py': 'huggingface faults/readers',
+    'kernels/support.py': 'kernels decode_kernels errors config',
+    'kernels/launch.py': 'kernels decode_kernels',
+    'kernels/decode.py': 'decode_kernels',
+    'kernels/sample.py': 'decode_kernels generate',
+    'kernels/attention.py': 'kernels ops',
+    'kernels/*.py': 'kernels ops',
+    'training/optim.py': 'optim explicit_optim kernels step',
+    'training/step.py': 'step backward model evaluate',
+    'training/fused_step.py': 'kernels',
+    'training/finetune.py': 'finetune',
+    'training/setup.py': 'step train kernels config resume',
+    'training/programs.py': 'step train resume parallel',
+    'training/*.py': 'train resume checkpoint parallel errors evaluate benchmark loss meter',
+    'data/batches.py': 'batches step parallel',
+    'data/bin_files.py': 'token_files shards faults/readers',
+    'data/corpora.py': 'corpora errors faults/readers',
+    'data/documents.py': 'documents shards texts faults/readers',
+    'data/shards.py': 'shards errors foreign faults/readers',
+    'data/tokenizers.py': 'tokenizers bpe generate shards faults/readers',
+    'data/vocabulary.py': 'vocabulary bpe huggingface faults/readers',
+    'data/*.py': 'batches shards token_files corpora documents tokenizers bpe errors',
+    'inference/detokenizers.py': 'detokenizers',
+    'inference/texts.py': 'texts score',
+    'inference/evaluate.py': 'evaluate score resume parallel loss',
+    'inference/*.py': 'generate decode_kernels score evaluate texts detokenizers loss',
+}
+# (pattern of 'file:source line', reason): breaks that change speed, a message or a type hint.
+EQUIVALENT = (
+    (
+        r'kernels/.*(WARPS|STAGES|PROGRAMS|_ROWS|_OUTS|_INPUTS|_ATTEND|COLUMNS|BLOCK)\b.* = ',
+        'speed',
+    ),
+    (r'.*\b(warps|stages|num_warps|num_stages)=', 'speed'),
+    (r'.*optimization_barrier', 'speed'),
+    (r'.*jax\.jit', 'the same values, compiled in other pieces'),
+    (r'.*precision=', 'matrix products of a CPU are always in full fp32'),
+    (r'.*(foreign\.error|problem =|remedy =|more =)', 'the words of a message'),
+)
+
+OPERATORS = {
+    ast.Add: ('+', '-'),
+    ast.Sub: ('-', '+'),
+    ast.Mult: ('*', '/'),
+    ast.Div: ('/', '*'),
+    ast.FloorDiv: ('//', '*'),
+    ast.Mod: ('%', '//'),
+    ast.Pow: ('**', '*'),
+    ast.BitXor: ('^', '|'),
+    ast.BitOr: ('|', '&'),
+    ast.BitAnd: ('&', '|'),
+    ast.LShift: ('<<', '>>'),
+    ast.RShift: ('>>', '<<'),
+    ast.And: ('and', 'or'),
+    ast.Or: ('or', 'and'),
+    ast.Lt: ('<', '<='),
+    ast.LtE: ('<=', '<'),
+    ast.Gt: ('>', '>='),
+    ast.GtE: ('>=', '>'),
+    ast.Eq: ('==', '!='),
+    ast.NotEq: ('!=', '=='),
+    ast.Is: ('is', 'is not'),
+    ast.IsNot: ('is not', 'is'),
+    ast.In: ('in', 'not in'),
+    ast.NotIn: ('not in', 'in'),
+}
+DTYPES = {
+    'float32': 'bfloat16',
+    'bfloat16': 'float32',
+    'float64': 'float32',
+    'int32': 'int16',
+    'uint32': 'int32',
+    'int64': 'int32',
+    'uint16': 'int16',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Break:
+    """One change of a file of the package: the text from `start` to `stop` becomes `new`."""
+
+    file: str
+    line: int
+    column: int
+    start: int
+    stop: int
+    old: str
+    new: str
+
+    def __str__(self):
+        old = ' '.join(self.old.split())
+        old = old if len(old) <= 60 else f'{old[:57]}..'
+        return f'{self.file}:{self.line}:{self.column} {old} -> {self.new}'
+
+
+def find_breaks(file: str) -> Iterator[Break]:
+    """Every break of a file, in the order of its lines."""
+    source = (ROOT / 'gpt2_jax' / file).read_text('utf-8')
+    lines = source.splitlines(keepends=True)
+    begins = [0]
+    for line in lines:
+        begins.append(begins[-1] + len(line))
+
+    def offset(line, column):  # ast counts columns in bytes
+        return begins[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    def make(start, stop, new):
+        line, column = source.count('\n', 0, start) + 1, start - source.rfind('\n', 0, start)
+        return Break(file, line, column, start, stop, source[start:stop], new)
+
+    def span(node):
+        start = offset(node.lineno, node.col_offset)
+        return start, offset(node.end_lineno, node.end_col_offset)
+
+    def operator(left, right, kind):
+        """The operator between two operands, which brackets and line ends may surround."""
+        old, new = OPERATORS[kind]
+        start, stop = span(left)[1], span(right)[0]
+        found = re.search(rf'(?<![\w*/<>=!]){re.escape(old)}(?![\w*/<>=])', source[start:stop])
+        if found:
+            yield make(start + found.start(), start + found.end(), new)
+
+    tree = ast.parse(source)
+    skipped = set()  # annotations, and the words of messages
+    for node in ast.walk(tree):
+        parts = [getattr(node, name, None) for name in ('annotation', 'returns')]
+        parts += [node] if isinstance(node, ast.JoinedStr | ast.Raise) else []
+        for part in filter(None, parts):
+            skipped.update(map(id, ast.walk(part)))
+
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            found += operator(node.left, node.right, type(node.op))
+        elif isinstance(node, ast.BoolOp):
+            for left, right in zip(node.values, node.values[1:], strict=False):
+                found += operator(left, right, type(node.op))
+        elif isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+            for left, op, right in zip(operands, node.ops, operands[1:], strict=False):
+                found += operator(left, right, type(op))
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
+            start, (operand, _) = span(node)[0], span(node.operand)
+            found.append(make(start, operand, ''))
+        elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+            found.append(make(*span(node), changed(node.value)))
+        elif isinstance(node, ast.Attribute) and node.attr in DTYPES:
+            stop = span(node)[1]
+            found.append(make(stop - len(node.attr), stop, DTYPES[node.attr]))
+        elif isinstance(node, ast.AugAssign) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await)
+        ):
+            found.append(make(*span(node), 'pass'))
+        elif isinstance(node, ast.If) and not node.orelse:
+            found.append(make(*span(node.test), 'False'))
+        elif isinstance(node, ast.IfExp):
+            found.append(make(*span(node.test), 'True'))
+    yield from sorted(set(found), key=lambda b: (b.start, b.stop))
+
+
+def changed(value) -> str:
+    """Another constant of the same kind."""
+    if isinstance(value, bool):
+        return str(not value)
+    if isinstance(value, int):
+        return str(value + 1)
+    return repr(value * 1.1 or 1.0)
+
+
+def reason_to_skip(b: Break) -> str | None:
+    """Why a break is known to change nothing that a test could see."""
+    line = (ROOT / 'gpt2_jax' / b.file).read_text('utf-8').splitlines()[b.line - 1]
+    return next((why for pattern, why in EQUIVALENT if re.match(pattern, f'{b.file}:{line}')), None)
+
+
+def tests_of(file: str) -> list[str]:
+    """The test files of a file, each once."""
+    matching = [names for pattern, names in TESTS.items() if fnmatch.fnmatch(file, pattern)]
+    paths = []
+    for name in ' '.join(matching).split():
+        folder, _, name = name.rpartition('/')
+        paths.append(str(Path('tests', folder, f'test_{name}.py')))
+    return [path for path in dict.fromkeys(paths) if (ROOT / path).exists()]
+
+
+def copy_tree(folder: Path) -> None:
+    """The tracked and the new files of the working tree."""
+    listed = subprocess.run(
+        ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split('\0')):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: list[str], seconds: float) -> str | None:
+    """The first test that fails, or None. `seconds` is the limit for each file of tests."""
+    environment = os.environ | {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
+    for test in tests:
+        try:
+            done = subprocess.run(
+                [*command, test],
+                cwd=folder,
+                env=environment,
+                timeout=seconds,
+                capture_output=True,
+                text=True,
+            )
+        except subprocess.TimeoutExpired:
+            return f'{test} (over {seconds:.0f} s)'
+        if done.returncode not in (0, 5):  # 5: no test was collected
+            failed = re.search(r'^(?:FAILED|ERROR) (\S+)', done.stdout, re.MULTILINE)
+            return failed[1] if failed else f'{test} (exit status {done.returncode})'
+    return None
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--count', type=int, default=200, help='breaks to draw; 0: all')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--files', default='*', help="pattern of files, such as 'model/*.py'")
+    parser.add_argument('--only', help='one break, as it is printed')
+    parser.add_argument('--list', action='store_true', help='print the breaks and run nothing')
+    parser.add_argument('--seconds', type=float, default=900, help='limit for a file of tests')
+    arguments = parser.parse_args()
+    files = sorted(
+        str(path.relative_to(ROOT / 'gpt2_jax'))
+        for package in PACKAGES
+        for path in (ROOT / 'gpt2_jax' / package).glob('*.py')
+    )
+    files = [file for file in files if fnmatch.fnmatch(file, arguments.files)]
+    breaks = [b for file in files for b in find_breaks(file)]
+    if arguments.only:
+        breaks = [b for b in breaks if str(b) == arguments.only]
+    else:
+        breaks = [b for b in breaks if reason_to_skip(b) is None]
+        if arguments.count:
+            count = min(arguments.count, len(breaks))
+            breaks = sorted(random.Random(arguments.seed).sample(breaks, count), key=str)
+    if arguments.list:
+        print(*breaks, sep='\n')
+        return 0
+
+    survivors = []
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, 'gpt2_jax')
+        copy_tree(folder)
+        for i, b in enumerate(breaks):
+            path = folder / 'gpt2_jax' / b.file
+            source = path.read_text('utf-8')
+            path.write_text(source[: b.start] + b.new + source[b.stop :], 'utf-8')
+            began = time.monotonic()
+            seen_by = run_tests(folder, tests_of(b.file), arguments.seconds)
+            path.write_text(source, 'utf-8')
+            if seen_by is None:
+                survivors.append(b)
+            took = time.monotonic() - began
+            result = f'seen by {seen_by}' if seen_by else 'SURVIVED'
+            print(f'{i + 1}/{len(breaks)} {b}: {result}, {took:.0f} s', flush=True)
+    print(f'{len(breaks)} breaks, {len(survivors)} survived', *survivors, sep='\n')
+    return 1 if survivors else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
