@@ -54,7 +54,7 @@ def from_hf(
     folder = download(source) if is_name else folder
     published, tensors = huggingface.read_folder(folder)
     settings = huggingface.import_config(published)
-    vocab_size, tokenizer = settings.pop('vocab_size'), _read_tokenizer(folder, tokenizer_file)
+    vocab_size, tokenizer = settings.pop('vocab_size'), read_tokenizer(folder, tokenizer_file)
     config = config_lib.default_config()
     config.model.update(settings)
     config.data.tokenizer = tokenizer.name
@@ -143,7 +143,7 @@ def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] =
     )
 
 
-def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
+def read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
     """The tokenizer in `file`, ours as JSON or GPT-2's merges, or else the one in `folder`."""
     names = [OUR_TOKENIZER, *vocabulary.NAMES, 'tokenizer.json']
     path = (

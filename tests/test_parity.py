@@ -24,6 +24,7 @@ from gpt2_jax.config import default_config
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
 from gpt2_jax.errors import UserError
+from gpt2_jax.inference import harness
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.model.gpt2 import GPT2
@@ -248,6 +249,75 @@ def test_the_tokenizer_is_exported_to_transformers_and_read_back(tmp_path, monke
     )
     convert.from_hf(str(tmp_path), tmp_path / 'run', notify=lambda text: None)
     assert restore.load(tmp_path / 'run', 'best').tokenizer == tokenizer
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte'])
+def test_exported_characters_and_bytes_load_in_transformers(kind, tmp_path):
+    """By AutoTokenizer, and never as another tokenizer."""
+    text = "the cat, 'n\n\n  the hät — 你好🙂\r\t<|endoftext|>"
+    tokenizer = tokenizers.make_tokenizer(kind, text)
+    export(tmp_path, tokenizer, n_positions=32)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert theirs(text)['input_ids'] == tokenizer.encode(text).tolist()
+    assert theirs.decode(tokenizer.encode(text).tolist()) == text
+    assert len(theirs) == tokenizer.vocab_size
+    if kind == 'char':
+        with pytest.raises(Exception, match='Missing'):
+            theirs('Z')
+    convert.from_hf(str(tmp_path / 'out'), tmp_path / 'again', notify=lambda text: None)
+    assert restore.load(tmp_path / 'again', 'best').tokenizer == tokenizer
+
+
+def export(folder, tokenizer, **sizes):
+    """A rough model with this tokenizer as the run folder/run and the published folder/out."""
+    sizes = {'n_layer': 2, 'n_head': 2, 'n_embd': 16} | sizes
+    rough_gpt2(**sizes, vocab_size=tokenizer.vocab_size).save_pretrained(folder / 'in')
+    (folder / 'tokenizer.json').write_text(tokenizers.to_json(tokenizer))
+    quiet = {'notify': lambda text: None}
+    convert.from_hf(str(folder / 'in'), folder / 'run', folder / 'tokenizer.json', **quiet)
+    convert.to_hf(folder / 'run', 'best', folder / 'out', **quiet)
+
+
+TASK = """
+task: documents
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ''
+doc_to_target: '{{{{text}}}}'
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
+def test_lm_evaluation_harness_gives_the_same_figures(tmp_path, monkeypatch):
+    """Documents of no token, of less than a window, one window, and several windows."""
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    lm_eval = pytest.importorskip('lm_eval')
+    tokenizer = Gpt2Tokenizer('t h\nth e\nĠ the\ni n\nĠ a\n')
+    export(tmp_path, tokenizer, n_positions=12)
+    texts = [
+        'the',
+        ' the cat in\nthe  hat ',
+        'abcdefghijkl',
+        'in the hat, ' * 9,
+        'a<|endoftext|>b é',
+    ]
+    path = tmp_path / 'a.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    (tmp_path / 'documents.yaml').write_text(TASK.format(path=path))
+    theirs = lm_eval.simple_evaluate(
+        model='hf',
+        model_args={'pretrained': str(tmp_path / 'out'), 'dtype': 'float32'},
+        tasks=['documents'],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device='cpu',
+        bootstrap_iters=0,
+    )['results']['documents']
+    ours = harness.score_documents(restore.load(tmp_path / 'run', 'best'), str(path)).figures()
+    for name in ('bits_per_byte', 'word_perplexity'):
+        assert ours[name] == pytest.approx(theirs[f'{name},none'], rel=1e-6)
 
 
 @pytest.mark.parametrize('kind', ['nanoGPT', 'transformers'])

@@ -32,10 +32,12 @@ import mutate
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gpt2_jax import config, foreign, prepare
+from gpt2_jax import config, convert, foreign, prepare
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import bin_files, corpora, documents, shards, tokenizers, vocabulary
 from gpt2_jax.errors import UserError
+from gpt2_jax.inference import lambada, texts
+from gpt2_jax.inference.evaluate import pad_windows
 from gpt2_jax.model import huggingface
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +181,40 @@ def read_corpus(folder: Path) -> None:
     corpus.text.encode()
 
 
+def make_passages(folder: Path) -> None:
+    passages = [TEXT[i : i + 30].strip() + ' the' for i in range(20)]
+    lines = ''.join(json.dumps({'text': passage}) + '\n' for passage in passages)
+    (folder / 'a.jsonl').write_text(lines)
+    (folder / 'a.jsonl.gz').write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def read_passages(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        passages = lambada.read_passages(str(folder / name), SMALL, 'text')
+        for batch in pad_windows(passages, 4, 16):
+            assert batch['targets'].max() < SMALL.vocab_size
+        assert all(0 < passage.n_targets < len(passage.ids) for passage in passages)
+
+    return read
+
+
+def read_text(folder: Path) -> None:
+    options = {'split': None, 'detokenizer': 'wikitext', 'text_field': 'text'}
+    text = texts.open_text(str(folder / 'a.jsonl'), SMALL, **options)
+    assert len(text.tokens) == 0 or text.tokens.read(0, len(text.tokens)).max() < SMALL.vocab_size
+
+
+def make_converted_tokenizer(folder: Path) -> None:
+    """GPT-2's tokenizer as transformers writes it."""
+    merges = MERGES.split('\n')[:-1]
+    content = {'model': {'merges': [*merges[:3], *(merge.split(' ') for merge in merges[3:])]}}
+    (folder / 'tokenizer.json').write_text(json.dumps(content))
+
+
+def read_converted_tokenizer(folder: Path) -> None:
+    assert convert.read_tokenizer(folder, None).merges == MERGES
+
+
 def prepare_all(folder: Path) -> None:
     shutil.rmtree(folder / 'out', ignore_errors=True)
     options = {'tokenizer_name': 'char', 'val_fraction': 0.2, 'shard_tokens': 1000}
@@ -271,6 +307,14 @@ READERS = {
     'parquet': Reader(make_documents, read_documents('a.parquet'), ('a.parquet',)),
     'list': Reader(make_documents, read_list, ('list',), damage_list),
     'corpus': Reader(make_documents, read_corpus, ('a.txt',)),
+    'passages': Reader(make_passages, read_passages('a.jsonl'), ('a.jsonl',), damage_lines),
+    'compressed passages': Reader(
+        make_passages, read_passages('a.jsonl.gz'), ('a.jsonl.gz',), damage_inside
+    ),
+    'text to score': Reader(make_documents, read_text, ('a.jsonl',), damage_lines),
+    'tokenizer of transformers': Reader(
+        make_converted_tokenizer, read_converted_tokenizer, ('tokenizer.json',), JSON
+    ),
     'published config': published('whole', 'config.json', JSON),
     'added tokens': published('whole', 'added_tokens.json', JSON),
     'added tokens of tokenizer.json': published('whole', 'tokenizer.json', JSON),

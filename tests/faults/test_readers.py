@@ -1,4 +1,4 @@
-"""Damaged files of every kind that the data package reads: a value or one short line, never more.
+"""Damaged files of every kind that the package reads: a value or one short line, never more.
 
 GPT2_JAX_FUZZ_INPUTS sets the number of inputs a reader, 200 by default; see fuzz.py.
 """
