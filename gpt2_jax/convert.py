@@ -116,16 +116,15 @@ def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] =
     """
     restored = restore.load(ckpt_dir, which)
     cfg, tokenizer = restored.model.cfg, restored.tokenizer
+    texts = tokenizer.hub_files()
+    about = {'model_max_length': cfg.n_positions, 'clean_up_tokenization_spaces': False}
     if isinstance(tokenizer, Gpt2Tokenizer):
         special = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>')
-        about = {
-            'tokenizer_class': 'GPT2Tokenizer',
-            'model_max_length': cfg.n_positions,
-            'add_prefix_space': False,
-        }
-        texts = tokenizer.hub_files() | {'tokenizer_config.json': json.dumps(about | special)}
+        about |= {'tokenizer_class': 'GPT2Tokenizer', 'add_prefix_space': False, **special}
     else:
-        texts = {OUR_TOKENIZER: tokenizers.to_json(tokenizer)}
+        about['tokenizer_class'] = 'PreTrainedTokenizerFast'
+        texts[OUR_TOKENIZER] = tokenizers.to_json(tokenizer)
+    texts['tokenizer_config.json'] = json.dumps(about)
     with files.new_folder(out) as partial:
         huggingface.write_folder(
             partial,

@@ -152,7 +152,7 @@ class Save:
         self.checkpoints.save(step, state, self.meta(), val_loss)
 
 
-def finish(
+def finish_last_step(
     step: int,
     state: TrainState,
     evaluate: Evaluate,

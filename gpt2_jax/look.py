@@ -150,6 +150,6 @@ def training_step(config: ConfigDict) -> flow_lib.MakeStep:
         setup = build(changed, random_data(sizes.cfg.vocab_size, 1))
         rows = sizes.batch_size
         batch = programs.abstract_batch(setup, rows, inputs=np.int32, targets=np.int32)
-        return programs.train_step(setup), (programs.abstract_state(setup), batch)
+        return programs.compile_train_step(setup), (programs.abstract_state(setup), batch)
 
     return make_step

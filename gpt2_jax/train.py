@@ -1,4 +1,7 @@
-"""A training run from beginning to end, in the order in which things happen."""
+"""A training run from beginning to end, in the order in which things happen.
+
+The parts are joined elsewhere: training/setup.py builds tokens, model and optimizer from the
+configuration, training/programs.py makes the train step of them, and training/loop.py runs it."""
 
 import functools
 import json
@@ -14,13 +17,13 @@ from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish
+from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.feed import train_batch, train_batches
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
-from gpt2_jax.training.programs import abstract_state, compiling, train_step
+from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
 from gpt2_jax.training.resume import checkpoint_meta, corpus_identity, where_to_start
 from gpt2_jax.training.setup import Setup, build, check_kernels
 from gpt2_jax.workdir import folder
@@ -41,8 +44,9 @@ def train(
     """Trains, or resumes training, in the run's folder; returns 0, or 128 + the number of a signal.
 
     `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the
-    process began, by time.monotonic(). `hooks` are called between sampling and saving. Raises
-    UserError, and leaves every finished checkpoint as it is.
+    process began, by time.monotonic(). `hooks` are called after evaluation and sampling,
+    before saving. Raises UserError, also if a loss is not finite; finished checkpoints stay
+    untouched.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
@@ -75,6 +79,8 @@ def run_in_folder(
 ) -> int:
     """The run in a claimed folder, after damaged checkpoints were set aside: see `train`."""
     config = setup.config
+    # The step of the newest usable checkpoint, 0 for a new run; losses and times so far; and how
+    # many bytes of each log belong to the steps before it.
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     if start == config.train.steps and (workdir / 'summary.json').exists():
         print(
@@ -86,7 +92,7 @@ def run_in_folder(
     if start:
         print(f'resuming from checkpoint {start:,} in {workdir}', flush=True)
 
-    update = train_step(setup, pool)
+    train_step = compile_train_step(setup, pool)
     evaluate = make_evaluate(setup, pool=pool)
     if start:
         state = checkpoints.restore(start, abstract_state(setup))
@@ -117,11 +123,15 @@ def run_in_folder(
         sampling = Sample(config.eval.every, setup, meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
-        finish(start, state, evaluation, sampling, checkpoints)
+        # A signal may have stopped the last process between an update and its evaluation or sample.
+        # That work comes first. If a signal stops it again, nothing is trained.
+        finish_last_step(start, state, evaluation, sampling, checkpoints)
         done = start
         if not progress.unfinished:
+            # For each batch: an update, the meter, then the hooks in this order. A signal ends the
+            # loop after the current step, which is saved.
             done = loop.run(
-                update,
+                train_step,
                 state,
                 batches,
                 start=start,
@@ -149,7 +159,9 @@ def run_in_folder(
 def check_before_start(setup: Setup, fresh: bool) -> None:
     """Raises UserError for kernels, data or weights that training cannot use.
 
-    It is called before any folder is touched.
+    It is called before any folder is touched. One training and one validation batch are made only
+    for the errors that they raise. Weights to start from are checked here only with `fresh`, which
+    moves the old run aside; otherwise finetune.initial_state checks them.
     """
     check_kernels(setup)
     if fresh:

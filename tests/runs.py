@@ -135,13 +135,13 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
 
 def before_updates(patch, change) -> None:
     """Makes every update begin with change(state), which returns the state to update."""
-    make = programs.train_step
+    make = programs.compile_train_step
 
     def with_change(*args):
         update = make(*args)
         return lambda state, batch: update(change(state), batch)
 
-    patch.setattr(train_lib, 'train_step', with_change)
+    patch.setattr(train_lib, 'compile_train_step', with_change)
 
 
 def metrics(run: Path) -> list[dict]:

@@ -234,7 +234,8 @@ def test_each_change_has_its_one_file():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
-    """Named by the path in the repository, in the package or in scripts/."""
+    """Named by the path in the repository, the package, scripts/ or tests/."""
     for name in re.findall(r'`([\w./-]+\.py)`', page.read_text('utf-8')):
-        places = (ROOT / name, ROOT / 'gpt2_jax' / name, ROOT / 'scripts' / name)
+        folders = ('.', 'gpt2_jax', 'scripts', 'tests', 'tests/faults')
+        places = [ROOT / folder / name for folder in folders]
         assert any(place.is_file() for place in places), f'{page.name} names {name}'

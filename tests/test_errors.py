@@ -324,7 +324,7 @@ ROWS = {
     'strict context': (
         sample('--strict_context', '--prompt=ba', '--max_new_tokens=16'),
         2,
-        ['2 prompt tokens and 15 new ones', 'context of 16'],
+        ['2 prompt tokens and 16 new ones', 'context of 16'],
     ),
     'negative temperature': (
         sample('--temperature=-1'),
@@ -340,7 +340,11 @@ ROWS = {
         1,
         ['holds no checkpoint'],
     ),
-    'no text to score': (evaluate('--text={made}/nowhere.txt'), 1, ['no text file', 'nowhere.txt']),
+    'no text to score': (
+        evaluate('--text={made}/nowhere.txt'),
+        1,
+        ['no text file and no corpus called'],
+    ),
     'text to score that is not UTF-8': (
         evaluate('--text={made}/latin1.txt'),
         1,

@@ -70,7 +70,7 @@ def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
         assert np.array_equal(leaf, expected[name]), name
         assert leaf.sharding == fresh[name].sharding, name
         assert leaf.dtype == fresh[name].dtype, name
-    state, metrics = programs.train_step(setup)(
+    state, metrics = programs.compile_train_step(setup)(
         state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
     )
     assert int(state.step) == 1
@@ -119,7 +119,7 @@ def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
         assert np.array_equal(leaf, old[name]), name
         assert np.asarray(leaf).any(), name
     assert float(
-        programs.train_step(setup)(
+        programs.compile_train_step(setup)(
             state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
         )[1]['learning_rate']
     ) == pytest.approx(1e-4 / 11)
@@ -193,7 +193,7 @@ def test_training_starts_from_it_and_resumes_from_its_own_checkpoints(text, base
     setup = parts_of(text, optim__learning_rate=1e-4)
     state, _ = start(setup, base, step='latest', keep_optimizer=True)
     assert runs.metrics(tmp_path / 'tuned')[0]['loss'] == float(
-        programs.train_step(setup)(
+        programs.compile_train_step(setup)(
             state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
         )[1]['loss']
     )

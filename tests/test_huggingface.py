@@ -542,7 +542,17 @@ def test_a_published_folder_becomes_a_run_that_samples_and_is_exported_again(tmp
         'config.json',
         'model.safetensors',
         'gpt2_jax_tokenizer.json',
+        'tokenizer.json',
+        'tokenizer_config.json',
     }
+    told = subprocess.run(
+        [sys.executable, ROOT / 'scripts/sample.py', '--ckpt_dir=out'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stderr
+    assert 'out holds no checkpoint' in told
+    assert 'it holds published weights: scripts/convert.py --from_hf=out --ckpt_dir=DIR' in told
 
     (settings, tensors), (again, tensors_again) = (
         read_folder(FIXTURE),

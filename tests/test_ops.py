@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import numpy_gpt2
+from test_model import GELU, numpy_gpt2
 from tiny import flat, rough_params, tiny, tokens
 
 from gpt2_jax.architecture import padded_vocab
@@ -255,6 +255,61 @@ def check_rounded_once(got, exact, fp32_error):
     assert np.all(np.abs(np.float64(got) - exact) <= half_ulp + fp32_error)
 
 
+def test_a_bf16_model_rounds_each_activation_once():
+    """Each activation, computed in fp64 from the ones before it and rounded once.
+
+    So LayerNorm, softmax, GELU, the sum of the embeddings, scores and logits are in fp32. It runs
+    without jit, because XLA may leave out a rounding between two operations.
+    """
+    cfg = tiny(dtype='bfloat16', bias=False).cfg
+    params, taps = rough_params(tiny(bias=False)), {}
+    ops = FAST._replace(tap=lambda name, x: taps.setdefault(name, x))
+    GPT2(cfg, ops).apply({'params': params}, tokens(tiny()))
+    exact = {name: np.float64(x) for name, x in taps.items()}
+    for name, x in taps.items():
+        fp32 = name.split('.')[-1] in ('embed', 'pos_embed', 'attn_scores', 'pattern', 'logits')
+        assert x.dtype == (jnp.float32 if fp32 else jnp.bfloat16), name
+
+    def bf16(x):
+        return np.float64(jnp.bfloat16(x))
+
+    def norm(x, scale):
+        std = np.sqrt(x.var(-1, keepdims=True) + cfg.layer_norm_epsilon)
+        return (x - x.mean(-1, keepdims=True)) / std * np.float64(scale)
+
+    def check(name, expected):
+        check_rounded_once(taps[name], expected, 1e-5 * np.abs(expected).max())
+
+    def check_fp32(name, expected):
+        np.testing.assert_allclose(exact[name], expected, rtol=0, atol=2e-6 * expected.max())
+
+    check('h_0.resid_pre', exact['embed'] + exact['pos_embed'])
+    for i in range(2):
+        t = {name.split('.')[1]: x for name, x in exact.items() if name.startswith(f'h_{i}.')}
+        block = params[f'h_{i}']
+        check(f'h_{i}.ln_1', norm(t['resid_pre'], block['ln_1']['scale']))
+        for part, name in enumerate('qkv'):
+            kernel_DHK = block['attn']['c_attn']['kernel'][:, part]
+            check(f'h_{i}.{name}', np.einsum('BTD,DHK->BTHK', t['ln_1'], bf16(kernel_DHK)))
+        scores_BHTS = np.einsum('BTHK,BSHK->BHTS', t['q'], t['k']) / math.sqrt(cfg.head_dim)
+        visible = t['attn_scores'] > -np.inf
+        assert np.array_equal(visible, np.broadcast_to(np.tril(np.ones((12, 12))), visible.shape))
+        np.testing.assert_allclose(t['attn_scores'][visible], scores_BHTS[visible], atol=2e-6)
+        weights = np.exp(t['attn_scores'])
+        check_fp32(f'h_{i}.pattern', weights / weights.sum(-1, keepdims=True))
+        check(f'h_{i}.z', np.einsum('BHTS,BSHK->BTHK', bf16(t['pattern']), t['v']))
+        projection_HKD = bf16(block['attn']['c_proj']['kernel'])
+        check(f'h_{i}.attn_out', np.einsum('BTHK,HKD->BTD', t['z'], projection_HKD))
+        check(f'h_{i}.resid_mid', t['resid_pre'] + t['attn_out'])
+        check(f'h_{i}.ln_2', norm(t['resid_mid'], block['ln_2']['scale']))
+        check(f'h_{i}.mlp_pre', t['ln_2'] @ bf16(block['mlp']['c_fc']['kernel']))
+        check(f'h_{i}.mlp_post', GELU['gelu_new'](t['mlp_pre']))
+        check(f'h_{i}.mlp_out', t['mlp_post'] @ bf16(block['mlp']['c_proj']['kernel']))
+        check(f'h_{i}.resid_post', t['resid_mid'] + t['mlp_out'])
+    check('ln_f', norm(exact['h_1.resid_post'], params['ln_f']['scale']))
+    check_fp32('logits', exact['ln_f'] @ bf16(params['wte']['embedding']).T)
+
+
 @pytest.mark.parametrize('path', ['plain', 'fast', 'fused'])
 def test_gelu_in_bf16_is_rounded_once(path):
     """Computed in bf16, its constants and products would each add a rounding."""
@@ -264,8 +319,7 @@ def test_gelu_in_bf16_is_rounded_once(path):
     else:
         got = {'plain': activate, 'fast': fast_activate}[path]('gelu_new', x_NF)
     x = np.float64(x_NF)
-    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-    check_rounded_once(got, x / 2 * (1 + np.tanh(u)), 4e-7 * np.abs(x))
+    check_rounded_once(got, GELU['gelu_new'](x), 4e-7 * np.abs(x))
 
 
 @pytest.mark.parametrize('path', ['xla', 'fused'])

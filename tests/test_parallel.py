@@ -64,7 +64,7 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
         mock.patch.object(programs, 'one_at_a_time', compile_and_keep),
         mock.patch.object(evaluation, 'one_at_a_time', compile_and_keep),
     ):
-        train_step, evaluate = programs.train_step(setup), make_evaluate(setup)
+        train_step, evaluate = programs.compile_train_step(setup), make_evaluate(setup)
     state, records = programs.new_state(setup), []
     for step in range(STEPS):
         state, metrics = train_step(

@@ -10,6 +10,7 @@ import pytest
 from tiny import flat, rough_params, tiny, tokens
 
 from gpt2_jax.config import default_config, resolve
+from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
 from gpt2_jax.training.optim import make_schedule
@@ -116,9 +117,10 @@ def test_metrics_equal_numpy(one_batch):
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize('k', [1, 2])
 @jax.default_prng_impl('rbg')  # compiles faster
-def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
-    batch, seed, k = text_batch(), 3, 2
+def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch(k):
+    batch, seed = text_batch(), 3
     update = compiled(DROPPING, k, seed)
 
     @jax.jit
@@ -127,12 +129,12 @@ def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
         logits_BTV = DROPPING.apply({'params': rough_params(MODEL)}, inputs_BT, key)
         return token_losses(logits_BTV, targets_BT).mean()
 
-    # Each row twice, so that both micro-batches (rows m, m + k, ..) are equal: only keys differ.
-    twice = {name: np.repeat(rows[:4], k, axis=0) for name, rows in batch.items()}
+    # Each row k times, so that all micro-batches (rows m, m + k, ..) are equal: only keys differ.
+    repeated = {name: np.repeat(rows[:4], k, axis=0) for name, rows in batch.items()}
     losses = []
     for step in (0, 1, 7):
-        after, metrics = update(fresh_state(step), twice)
-        again, _ = update(fresh_state(step), twice)
+        after, metrics = update(fresh_state(step), repeated)
+        again, _ = update(fresh_state(step), repeated)
         assert all(
             np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(again), strict=True)
@@ -143,7 +145,7 @@ def test_dropout_keys_are_a_function_of_seed_step_and_micro_batch():
         ]
         np.testing.assert_allclose(metrics['loss'], np.mean(by_hand), rtol=1e-5)
         losses += by_hand
-    assert len({round(float(loss), 4) for loss in losses}) == 6
+    assert len({round(float(loss), 4) for loss in losses}) == 3 * k
 
 
 def test_eval_step_masks():
@@ -160,21 +162,45 @@ def test_eval_step_masks():
     assert np.array_equal(eval_step(params, batch | {'mask': mask, 'targets': other}), nats_B)
 
 
-def test_the_state_is_donated_and_one_batch_is_memorised(tmp_path):
-    (tmp_path / 'text.txt').write_text(
-        ''.join(np.random.default_rng(0).choice(list('abcdefgh'), 400))
-    )
+def small_config(tmp_path, **train):
+    """A run on random letters."""
+    letters = np.random.default_rng(0).choice(list('abcdefgh'), 400)
+    (tmp_path / 'text.txt').write_text(''.join(letters))
     config = default_config()
-    config.model.update(
-        SMALL, n_head=2, n_embd=32, n_positions=8, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
-    )
+    config.model.update(SMALL, n_head=2, n_embd=32, n_positions=8)
     config.data.corpus = str(tmp_path / 'text.txt')
-    config.train.update(steps=200, batch_size=4)
+    config.train.update(steps=200, batch_size=4, **train)
     config.optim.update(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=5)
+    return config
+
+
+def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
+    setup = build(resolve(small_config(tmp_path, seed=7)))
+    cfg, state = setup.model.cfg, programs.new_state(setup)
+    expected = jax.jit(lambda: init_params(cfg, 7))()
+    assert jax.tree.all(jax.tree.map(np.array_equal, state.params, expected))
+
+    train = setup.dataset.train
+    batch = feed.train_batch(setup.mesh, train, step=0, **setup.batch_options)
+    sizes = {'batch_size': 4, 'seq_len': 8}
+    assert np.array_equal(
+        batch['inputs'], feed.train_batch(setup.mesh, train, step=0, seed=7, **sizes)['inputs']
+    )
+
+    _, metrics = programs.compile_train_step(setup)(state, batch)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), 0)
+    logits_BTV = jax.jit(setup.model.apply)({'params': expected}, batch['inputs'], key)
+    loss = token_losses(logits_BTV, batch['targets']).mean()
+    np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+
+
+def test_the_state_is_donated_and_one_batch_is_memorised(tmp_path):
+    config = small_config(tmp_path)
+    config.model.update(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     setup = build(resolve(config))
     state, train_step, batch = (
         programs.new_state(setup),
-        programs.train_step(setup),
+        programs.compile_train_step(setup),
         feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options),
     )
     losses = []

@@ -19,6 +19,17 @@ def test_an_error_does_not_wait_for_the_compilation():
     done.set()
 
 
+@pytest.mark.parametrize(('steps', 'epochs'), [(1, '0.00016'), (500, '0.08'), (12_500, '2.0')])
+def test_a_part_of_an_epoch_is_described_with_digits(tmp_path, steps, epochs):
+    (tmp_path / 'text.txt').write_text('abcde' * 20_000)
+    config = default_config()
+    config.data.update(corpus=str(tmp_path / 'text.txt'), val_fraction=0.5)
+    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
+    config.train.update(steps=steps, batch_size=1)
+    expected = f'{steps:,} steps = {epochs} epochs'
+    assert sum(expected in line for line in describe(build(resolve(config)))) == 1
+
+
 @pytest.mark.parametrize(
     ('holdout', 'expected'),
     [

@@ -2,13 +2,15 @@
 
 Letters as in `model/gpt2.py`: B batch, T time. N is the number of tokens; epoch e has n windows:
 
-    n = floor((N - T) / T)
+    row i of step s     = row g = s B + i of the run: rows are numbered through all steps
+    row g               = window order_e[g mod n] of epoch e = g div n
     window w of epoch e = tokens offset_e + w T .. offset_e + w T + T,  0 <= w < n
-    row i of step s     = window order_e[g mod n] of epoch e = g div n,  with g = s B + i
+    n                   = floor((N - T) / T): T tokens are left out, so that n windows fit at any
+                          offset
 
-offset_e is random below T, and order_e is a random order of the n windows. So no target is used
-twice within an epoch, and windows begin elsewhere in the next epoch. Rows are numbered through all
-steps: one batch may span epochs.
+offset_e is a random number in 0 .. T - 1, and order_e a random order of the n windows. So no target
+is used twice within an epoch, windows begin elsewhere in the next epoch, and one batch may span
+epochs.
 """
 
 import collections
@@ -30,9 +32,9 @@ HostBatch = dict[str, np.ndarray]  # 'inputs' and 'targets', and 'mask' in evalu
 def epoch_order(n: int, T: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
     """An epoch's (offset in [0, T), order (n,)), drawn from (seed, epoch), both at least 0.
 
-    Only the raw 64-bit stream of the bit generator is used. numpy keeps that stream the same in
-    every version, but may change `shuffle` and `integers`, and a resumed run would see other
-    batches.
+    Uses only the raw 64-bit stream, which numpy keeps the same in every version; sorting random
+    words gives the random order. numpy may change `shuffle` and `integers`, and then a resumed run
+    would see other batches.
     """
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n + 1)
     return int(raw[0]) % T, np.argsort(raw[1:], kind='stable')
@@ -73,9 +75,9 @@ def eval_starts(
 ) -> Sequence[int]:
     """The positions at which the windows of an evaluation begin.
 
-    With `max_targets`, as many windows as hold no more targets, at least one, evenly spread over
-    the text: a function of the arguments alone, so that all evaluations of a run see the same
-    targets.
+    With `max_targets`, the largest number of windows, at least 1, that together count at most
+    `max_targets` targets, spread evenly over the text. Nothing is random, so every evaluation of a
+    run sees the same targets.
     """
     T, S = seq_len, stride or seq_len
     starts = range(0, max(n_targets - T + S, 1), S)
@@ -94,12 +96,13 @@ def eval_batches(
     stride: int | None = None,
     max_targets: int = 0,
 ) -> Iterator[HostBatch]:
-    """All N - 1 targets exactly once, in order, in windows of T.
+    """Without `max_targets`, all N - 1 targets exactly once, in order, in windows of T.
 
-    By default each window begins with an empty context. With a stride S <= T windows begin S
-    tokens apart, and only the last S targets of a window count, except in the first window, where
-    all count. Then every target after the first window has a context of more than T - S tokens, at
-    T / S times the work. `max_targets` limits the windows as in `eval_starts`; 0: no limit.
+    By default each window begins with an empty context. With a stride S <= T (here S is the stride)
+    windows begin S tokens apart, and only the last S targets of a window count, except in the
+    first window, where all count. Then every target after the first window has a context of more
+    than T - S tokens, at T / S times the work. `max_targets` limits the windows as in
+    `eval_starts`; 0: no limit.
 
     Yields inputs and targets int32 (B, T), and mask float32 (B, T): 1 at a target that counts,
     else 0. The last window and the last batch are padded, so that every batch has one shape.

@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids) -> bytes:
         """UTF-8 of ids (N,). The bytes may end inside a character: streaming must buffer them."""
 
+    def hub_files(self) -> dict[str, str]:
+        """{file name: content} of the tokenizer as transformers reads it."""
+
     def decode(self, ids) -> str:
         """Text of ids (N,), with U+FFFD for bytes that are not UTF-8.
 
@@ -135,6 +138,21 @@ class CharTokenizer:
         codes = self._codes[_checked(ids, self.vocab_size)]
         return codes.tobytes().decode('utf-32-le', 'surrogatepass')
 
+    def hub_files(self) -> dict[str, str]:
+        """The tokenizer in the form of transformers: one word a character, and no unknown one.
+
+        The name of the unknown token is not in the vocabulary, so that a character without an id
+        is an error there too.
+        """
+        each_character = {'type': 'Split', 'behavior': 'Isolated', 'invert': False}
+        each_character['pattern'] = {'Regex': r'[\s\S]'}
+        vocab = {character: i for i, character in enumerate(self.alphabet)}
+        return _hub_tokenizer(
+            pre_tokenizer=each_character,
+            decoder={'type': 'Fuse'},
+            model={'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<unknown>'},
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -167,6 +185,23 @@ class ByteTokenizer:
     def decode(self, ids) -> str:
         """The text, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+    def hub_files(self) -> dict[str, str]:
+        """The tokenizer in the form of transformers: GPT-2's bytes, without merges."""
+        bytes_alone = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': False}
+        bytes_alone |= {'trim_offsets': True}
+        return _hub_tokenizer(
+            pre_tokenizer=bytes_alone,
+            decoder=bytes_alone,
+            model={'type': 'BPE', 'vocab': _stand_ins(), 'merges': []},
+        )
+
+
+def _hub_tokenizer(**parts) -> dict[str, str]:
+    """{'tokenizer.json': ..}, as the library tokenizers reads it."""
+    absent = dict.fromkeys(('truncation', 'padding', 'normalizer', 'post_processor'))
+    content = {'version': '1.0', 'added_tokens': [], **absent, **parts}
+    return {'tokenizer.json': json.dumps(content)}
 
 
 def _stand_ins() -> dict[str, int]:
@@ -295,7 +330,7 @@ class Gpt2Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def hub_files(self) -> dict[str, str]:
-        """The tokenizer in the files of the hub: {file name: content}."""
+        """The tokenizer in the form of the hub."""
         stand_ins = {byte: c for c, byte in _stand_ins().items()}
         vocab = {''.join(stand_ins[byte] for byte in token): i for token, i in self._ranks.items()}
         return {

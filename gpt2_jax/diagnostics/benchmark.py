@@ -70,7 +70,7 @@ def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
     began = time.monotonic()
     state = jax.block_until_ready(programs.new_state(setup))
     init_seconds = time.monotonic() - began
-    train_step = programs.train_step(setup)
+    train_step = programs.compile_train_step(setup)
     batch = feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
     began = time.monotonic()
     state, _ = jax.block_until_ready(train_step(state, batch))

@@ -54,7 +54,7 @@ def describe(setup: Setup) -> list[str]:
         f'{count_params(kept):,}',
         f'step       {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
         + (f', in {train.grad_accum_steps} micro-batches' if train.grad_accum_steps > 1 else '')
-        + f'; {train.steps:,} steps = {tokens * train.steps / len(dataset.train):.1f} epochs',
+        + f'; {train.steps:,} steps = {_digits(tokens * train.steps / len(dataset.train))} epochs',
         f'cost       6 x matmul weights + 12 L D T = {flops:,} FLOPs a token, {flops * tokens:.3g} '
         f'a step; MFU = FLOPs a token x tokens/s / peak, {_describe_peak(setup)}',
     ]
@@ -66,6 +66,11 @@ def describe(setup: Setup) -> list[str]:
             '--config=configs/quickstart.py'
         )
     return lines
+
+
+def _digits(number: float) -> str:
+    """'12.3', '0.0021': a number below 1 shows its first two digits."""
+    return f'{number:.1f}' if number >= 1 else f'{number:.2g}'
 
 
 def _describe_precision(cfg: GPT2Config) -> str:

@@ -21,6 +21,7 @@ from gpt2_jax.training.programs import (
     abstract_state,
     compile_in_background,
     compiler_options,
+    targets_at_once,
 )
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import make_eval_step
@@ -157,8 +158,9 @@ def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
 
 def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callable:
     """eval_step(params, batch) -> nats_B on the mesh of the setup; for `pool` see train_step."""
+    max_targets = targets_at_once(setup, training=False)
     jitted = jax.jit(
-        make_eval_step(setup.model, make_unshard(setup.mesh)),
+        make_eval_step(setup.model, make_unshard(setup.mesh), max_targets),
         compiler_options=compiler_options(setup),
     )
 
@@ -176,7 +178,7 @@ def make_evaluate(
     """The function run(params, split='val', on_batch=..) -> Evaluation of a split of the data.
 
     It evaluates eval.tokens targets, evenly spread over the split, or all. `stride` is as in
-    batches.eval_batches, `pool` as in programs.train_step, `on_batch` as in `sum_losses`.
+    batches.eval_batches, `pool` as in programs.compile_train_step, `on_batch` as in `sum_losses`.
     """
     eval_step, config = make_jitted_eval_step(setup, pool), setup.config
 

@@ -16,9 +16,11 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import score
 from gpt2_jax.inference.evaluate import Window, pad_windows
 from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition
 from gpt2_jax.progress import Progress
-from gpt2_jax.training.step import Batch, token_losses
+from gpt2_jax.training import programs
+from gpt2_jax.training.step import Batch, features
 from gpt2_jax.workdir.restore import Restored
 
 
@@ -94,16 +96,24 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Wind
     return passages
 
 
-def make_answer_step(model: GPT2, unshard: Callable = lambda params: params):
+def make_answer_step(
+    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+) -> Callable:
     """The function answer_step(params, batch) -> (nats_BT, right_BT).
 
-    It gives the loss of each target, and whether the target is the likeliest token.
+    It gives the loss of each target, and whether the target is the likeliest token. `unshard` and
+    `max_targets` are as in step.make_eval_step.
     """
 
+    def answer(logits_BtV, targets_Bt):
+        return token_losses(logits_BtV, targets_Bt), jnp.argmax(logits_BtV, -1) == targets_Bt
+
     def answer_step(params, batch: Batch):
-        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
-        right_BT = jnp.argmax(logits_BTV, -1) == batch['targets']
-        return token_losses(logits_BTV, batch['targets']), right_BT
+        x_BTD, wte_VD = features(model, unshard(params), batch['inputs'])
+        targets_BT, precision = batch['targets'], model.cfg.precision
+        return map_logits(
+            answer, x_BTD, wte_VD, targets_BT, precision, max_targets or targets_BT.size
+        )
 
     return answer_step
 
@@ -139,7 +149,14 @@ def score_lambada(
     ):
         setup, params = score.build(restored, windows, dataset)
         answer_step = mesh.one_at_a_time(
-            setup.mesh, jax.jit(make_answer_step(setup.model, partition.make_unshard(setup.mesh)))
+            setup.mesh,
+            jax.jit(
+                make_answer_step(
+                    setup.model,
+                    partition.make_unshard(setup.mesh),
+                    programs.targets_at_once(setup, training=False),
+                )
+            ),
         )
         for batch in pad_windows(passages, setup.rows_per_micro_batch, T):
             results = answer_step(params, mesh.put_batch(setup.mesh, batch))

@@ -8,6 +8,8 @@ one letter for each dimension:
     H heads        K head width = D / H         F feed-forward width        V vocabulary
     L layers       P positions (n_positions)
 
+`seeds_3` are the dropout seeds of a block: of the pattern, the output of attention, and of the MLP.
+
 The parameter tree uses GPT-2's own names. Kernels are stored (in, out) as published, with the head
 axes kept apart, so that reading published weights takes a reshape and never a transpose:
 
@@ -42,7 +44,8 @@ Cache = tuple[tuple[jax.Array, jax.Array], ...]
 def tap(module: nn.Module, name: str, x):
     """Names the activation x: 'h_3.pattern' in block 3, 'logits' outside the blocks. Returns x.
 
-    If `ops.tap` is set, it is called with that name and x, and its result takes the place of x.
+    If `ops.tap` is set, it is called with that name and x, and its result takes the place of x. A
+    fused `ops.attention` has no 'attn_scores' and no 'pattern' to tap.
     """
     if module.ops.tap is None:
         return x
@@ -53,7 +56,7 @@ def tap(module: nn.Module, name: str, x):
 class Linear(nn.Module):
     """y = x W + b over the last axes of x: (B, T, *inputs) -> (B, T, *outputs).
 
-    At first W ~ N(0, std) and b = 0.
+    Initially W is normal with mean 0 and standard deviation `std`, and b = 0.
     """
 
     cfg: GPT2Config
@@ -112,8 +115,9 @@ def causal_attention(
         z = dropout(pattern) v
 
     Query t stands at position pos + t and sees the keys at positions s <= pos + t. Without a cache,
-    pos is 0 and S = T. With a cache, S is all of it, and the mask hides the keys after the query.
-    Softmax and dropout, with its `rate` and `seed`, are in fp32. Returns z_BTHK.
+    pos is 0 and S = T. With a cache, S = n_positions, and the mask also hides slots that are not
+    filled yet. Softmax and dropout (probability `rate`, random numbers from `seed`) are computed in
+    fp32. Returns z_BTHK.
     """
     T, S, K = q_BTHK.shape[1], k_BHSK.shape[2], q_BTHK.shape[3]
     scores_BHTS = ops.scores(q_BTHK, k_BHSK, precision) / math.sqrt(K)
@@ -262,10 +266,10 @@ def embed(wte_VD, wpe_PD, tokens_BT, pos):
 
 
 def residual_std(cfg: GPT2Config) -> float:
-    """Initial spread of the projections that write to the residual stream: 0.02 / sqrt(2 L).
+    """Initial std of the projections that write to the residual stream: 0.02 / sqrt(2 L).
 
-    The stream is a sum of 2 L such writes, so its variance does not depend on the depth (GPT-2,
-    section 2.3).
+    Then the 2 L writes add up to about the same variance at any depth L (GPT-2, section 2.3). 0.02
+    is `initializer_range`.
     """
     return cfg.initializer_range / math.sqrt(2 * cfg.n_layer)
 

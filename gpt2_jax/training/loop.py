@@ -16,9 +16,6 @@ from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.step import TrainState
 
-# Signals that ask a process to end; a second one ends it at once. SIGUSR1 is Slurm's warning.
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
 
 class Hook(Protocol):
     """Something done after some of the updates."""
@@ -62,31 +59,32 @@ def interrupts() -> Iterator[Interrupt]:
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number, frame):
-        interrupt.arrived = interrupt.arrived or signal.Signals(number)
-        if number == signal.SIGHUP:
-            # The terminal is gone, and writing to it would fail. A shell may send a second SIGHUP.
+        interrupt.arrived = signal.Signals(number)
+        restore()
+        if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in terminals:
                 os.dup2(nowhere, fd)
-        else:
-            restore(*ENDING)
         line = f'\n{interrupt.arrived.name}: saving a checkpoint; a second one ends without it\n'
         if sys.stderr is not None:
             # Not print: the signal may have come inside a write to the same stream.
             with contextlib.suppress(OSError, ValueError):
                 os.write(sys.stderr.fileno(), line.encode())
 
-    def restore(*numbers):
-        for number in numbers:
-            signal.signal(number, before[number])
+    def restore():
+        for number, handler in before.items():
+            # A closed terminal may send SIGHUP several times: only the first one means anything.
+            closed = number == interrupt.arrived == signal.SIGHUP
+            signal.signal(number, signal.SIG_IGN if closed else handler)
 
-    before = {number: signal.signal(number, note) for number in ENDING}
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, note)
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield interrupt
     finally:
-        restore(*before)
+        restore()
 
 
 def run(

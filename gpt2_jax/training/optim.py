@@ -85,8 +85,9 @@ def make_optimizer(
         v <- beta2 v + (1 - beta2) g^2
         p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)
 
-    Update s = 1, 2, .. has the learning rate schedule(s - 1). Only the leaves of `decay_mask`
-    decay.
+    Here s counts updates from 1, so that update s has the learning rate schedule(s - 1). The term
+    weight_decay p applies only to leaves for which `decay_mask` is True. `implementation` is
+    'optax' or 'explicit', the equations as they stand here.
     """
     if implementation == 'optax':
         clip = optax.clip_by_global_norm(clip_norm)
@@ -102,7 +103,7 @@ def make_optimizer(
 def as_parameters(grads, params):
     """Gradients in the shapes and dtypes of the parameters.
 
-    Gradients of fused kernels may be bf16 and may have rows of padding after the last row.
+    The fused GPU kernels may return bf16 gradients, with rows of padding after the last row.
     """
     return jax.tree.map(lambda g, p: g[: len(p)].astype(p.dtype), grads, params)
 
@@ -146,9 +147,9 @@ def zero_moments(params) -> AdamWState:
 
 
 def bias_correction(beta: float, s):
-    """1 - beta^s, the share of its final weight that a running mean has after s updates from 0.
+    """1 - beta^s: the sum of the weights of the first s values in a running mean that starts at 0.
 
-    By expm1, because the subtraction loses digits: at s = 1 and beta = 0.999 it is off by 1e-5.
+    By expm1, because the subtraction loses digits: relative error 1e-5 at s = 1, beta = 0.999.
     """
     return -jnp.expm1(jnp.float32(s) * math.log(beta)) if beta else jnp.float32(1)
 
@@ -156,7 +157,7 @@ def bias_correction(beta: float, s):
 def explicit_adamw(
     schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """The last three lines of `make_optimizer`: what update s = 1, 2, .. adds to the parameters."""
+    """The equations of m, v and p in `make_optimizer`: what an update adds to the parameters."""
 
     def update(grads, state, params):
         # fp32 also under JAX_ENABLE_X64, so that parameters and moments keep their dtype.

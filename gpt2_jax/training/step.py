@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.loss import map_logits, summed_loss, token_losses
 from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.training.optim import Optimizer, apply_update, as_parameters
 
@@ -31,24 +32,22 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
 
-def token_losses(logits_BTV, targets_BT):
-    """-log softmax(logits)[target], the cross-entropy in nats: (B, T, V), (B, T) -> (B, T)."""
-    # A comparison in place of a gather fuses with the sum over V, and its gradient needs no
-    # scatter.
-    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
-
-
-def plain_value_and_grad(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
+def plain_value_and_grad(
+    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+) -> Callable:
     """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads): JAX differentiates.
 
     The loss is the sum over the targets of `batch`, a micro-batch, divided by `n_targets`, the
     number of targets in all micro-batches. `unshard` gathers stored parameters as the matrix
-    products need them (see partition.make_unshard).
+    products need them (see partition.make_unshard). With `max_targets`, the loss is computed over
+    chunks of so many targets (see model/loss.py).
     """
 
     def loss(params, batch: Batch, dropout_key, n_targets):
+        if max_targets:
+            x_BTD, wte_VD = features(model, unshard(params), batch['inputs'], dropout_key)
+            precision = model.cfg.precision
+            return summed_loss(x_BTD, wte_VD, batch['targets'], precision, max_targets) / n_targets
         logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
         return token_losses(logits_BTV, batch['targets']).sum() / n_targets
 
@@ -70,8 +69,9 @@ def make_train_step(
     are a function of (seed, step, micro-batch) alone, so a restarted run draws the same masks.
     `value_and_grad` has the signature of `plain_value_and_grad`'s.
 
-    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm
-    (before clipping), update_norm and param_norm (after the update).
+    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm of
+    the gradient before clipping, update_norm of what is added to the parameters, and param_norm of
+    the new parameters. `schedule` is for the metric only; the optimizer has its own.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -108,11 +108,32 @@ def split_rows(x, n: int):
     return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
 
-def make_eval_step(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
-    """The function eval_step(params, batch) -> nats_B: a sum over the targets with mask 1."""
+def make_eval_step(
+    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+) -> Callable:
+    """The function eval_step(params, batch) -> nats_B: each row's loss, summed where mask is 1.
+
+    `unshard` and `max_targets` are as in `plain_value_and_grad`.
+    """
 
     def eval_step(params, batch: Batch):
-        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
-        return (token_losses(logits_BTV, batch['targets']) * batch['mask']).sum(-1)
+        if max_targets:
+            x_BTD, wte_VD = features(model, unshard(params), batch['inputs'])
+            precision = model.cfg.precision
+            losses_BT = map_logits(
+                token_losses, x_BTD, wte_VD, batch['targets'], precision, max_targets
+            )
+        else:
+            logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
+            losses_BT = token_losses(logits_BTV, batch['targets'])
+        return (losses_BT * batch['mask']).sum(-1)
 
     return eval_step
+
+
+def features(model: GPT2, params, tokens_BT, dropout_key=None):
+    """The final hidden states x_BTD, and the token embedding wte_VD, in the dtype of the head."""
+    x_BTD, _ = model.apply(
+        {'params': params}, tokens_BT, dropout_key=dropout_key, method='features'
+    )
+    return x_BTD, params['wte']['embedding'].astype(model.cfg.compute_dtype)

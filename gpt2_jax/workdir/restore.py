@@ -63,9 +63,14 @@ def choose_step(run: Path, step: str) -> int:
     folder = run / FOLDER
     steps = committed_steps(folder)
     if not steps:
+        published = any(run.glob('*.safetensors'))
         raise UserError(
             f'{run} holds no checkpoint: expected the folder of a run, with {FOLDER}/STEP inside; '
-            'train a model with scripts/train.py --workdir=DIR'
+            + (
+                f'it holds published weights: scripts/convert.py --from_hf={run} --ckpt_dir=DIR'
+                if published
+                else 'train a model with scripts/train.py --workdir=DIR'
+            )
         )
     if step not in ('best', 'latest', *map(str, steps)):
         raise UserError(

@@ -25,9 +25,7 @@ def test_urls_are_refused(url, script, tmp_path, monkeypatch):
     }.get(script, [f'--ckpt_dir={url}'])
     code, _, err = runs.script(script, *arguments)
     assert code == 2
-    scheme = url[: url.index('//') + 2]
     assert err.startswith(f'error: {url} is an address: expected a path on this machine')
-    assert f'{scheme} is not supported' in err
     assert err.count('\n') == 1
     assert not list(tmp_path.iterdir())
 

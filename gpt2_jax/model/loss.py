@@ -1,0 +1,121 @@
+"""Cross-entropy of the next token, and for a large vocabulary over chunks of the targets.
+
+A target has V logits: with GPT-2's vocabulary 0.2 MB in fp32, several times with their gradients.
+Where only the loss is needed they need not all be there at once: a chunk of targets is projected,
+compared and forgotten before the next. The values are the same; it takes less memory, and on a
+CPU, whose time goes into touching new pages of memory, less time.
+
+Chunks are cut along T, so that each device of a mesh keeps its rows. Letters as in gpt2.py; t is
+the length of a chunk, n the number of chunks.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gpt2_jax.architecture import padded_vocab
+
+
+def token_losses(logits_BTV, targets_BT):
+    """-log softmax(logits)[target], the cross-entropy in nats: (B, T, V), (B, T) -> (B, T)."""
+    # Compare and sum instead of indexing: XLA fuses the comparison into the sum over V, and the
+    # gradient needs no scatter.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+
+
+def chunk_length(shape: tuple[int, int], max_targets: int) -> int:
+    """The largest t that divides T and keeps B t at most `max_targets`; at least 1."""
+    B, T = shape
+    return max(t for t in range(1, T + 1) if T % t == 0 and (t == 1 or B * t <= max_targets))
+
+
+def map_logits(function: Callable, x_BTD, wte_VD, targets_BT, precision, max_targets: int):
+    """function(logits_BtV, targets_Bt) -> arrays (B, t), over chunks of the targets: (B, T).
+
+    The logits are x wte^T, of at most `max_targets` targets at a time.
+    """
+    V, table_VD = wte_VD.shape[0], _padded(wte_VD, precision)
+
+    def call(chunk):
+        x_BtD, targets_Bt = chunk
+        return function(_logits(x_BtD, table_VD, V, precision), targets_Bt)
+
+    t = chunk_length(targets_BT.shape, max_targets)
+    return jax.tree.map(_join, lax.map(call, (_split(x_BTD, t), _split(targets_BT, t))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def summed_loss(x_BTD, wte_VD, targets_BT, precision, max_targets: int):
+    """The sum of `token_losses` of the logits x wte^T; chunks are as in `map_logits`.
+
+    Its gradient is computed in the forward pass, where the logits of a chunk are: JAX would keep
+    the logits of all chunks, or compute them a second time.
+    """
+    return map_logits(token_losses, x_BTD, wte_VD, targets_BT, precision, max_targets).sum()
+
+
+def _summed_loss_forward(x_BTD, wte_VD, targets_BT, precision, max_targets):
+    V, table_VD = wte_VD.shape[0], _padded(wte_VD, precision)
+
+    def step(dtable_VD, chunk):
+        x_BtD, targets_Bt = chunk
+        logits_BtV = _logits(x_BtD, table_VD, V, precision)
+        exp_BtV = jnp.exp(logits_BtV - logits_BtV.max(-1, keepdims=True))
+        is_target_BtV = jnp.arange(logits_BtV.shape[-1]) == targets_Bt[..., None]
+        dlogits_BtV = exp_BtV / exp_BtV.sum(-1, keepdims=True) - is_target_BtV
+        dlogits_BtV = dlogits_BtV.astype(x_BtD.dtype)
+        dx_BtD = jnp.einsum('BtV,VD->BtD', dlogits_BtV, table_VD, precision=precision)
+        dtable_VD += jnp.einsum(
+            'BtV,BtD->VD',
+            dlogits_BtV,
+            x_BtD,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return dtable_VD, (token_losses(logits_BtV, targets_Bt).sum(), dx_BtD)
+
+    t = chunk_length(targets_BT.shape, max_targets)
+    zero_VD = jnp.zeros(table_VD.shape, jnp.float32)
+    dtable_VD, (losses_n, dx_nBtD) = lax.scan(
+        step, zero_VD, (_split(x_BTD, t), _split(targets_BT, t))
+    )
+    return losses_n.sum(), (_join(dx_nBtD), dtable_VD[:V].astype(wte_VD.dtype))
+
+
+def _summed_loss_backward(precision, max_targets, gradients, dloss):
+    return *(dloss.astype(gradient.dtype) * gradient for gradient in gradients), None
+
+
+summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)
+
+
+def _padded(wte_VD, precision):
+    """The table with rows of 0 for tensor cores: see ops.fast_logits."""
+    V = wte_VD.shape[0]
+    return wte_VD if precision == 'highest' else jnp.pad(wte_VD, ((0, padded_vocab(V) - V), (0, 0)))
+
+
+def _logits(x_BtD, table_VD, V, precision):
+    """x wte^T in fp32, and -inf for the rows of padding."""
+    logits_BtV = jnp.einsum(
+        'BtD,VD->BtV', x_BtD, table_VD, precision=precision, preferred_element_type=jnp.float32
+    )
+    if table_VD.shape[0] > V:
+        logits_BtV = jnp.where(jnp.arange(table_VD.shape[0]) < V, logits_BtV, -jnp.inf)
+    return logits_BtV
+
+
+def _split(x_BT, t: int):
+    """(B, T, ..) -> (n, B, t, ..)."""
+    return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], -1, t, *x_BT.shape[2:]), 1, 0)
+
+
+def _join(x_nBt):
+    """(n, B, t, ..) -> (B, T, ..)."""
+    n, B, t, *rest = x_nBt.shape
+    return jnp.moveaxis(x_nBt, 0, 1).reshape(B, n * t, *rest)
