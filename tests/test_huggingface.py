@@ -737,7 +737,8 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f'{name} is not the file that the hub publishes'):
             convert_fixture('gpt2', **options)
         (cache / name).write_bytes(data)
-    how = r'config.json, model.safetensors, vocab.json, merges.txt from https://huggingface.co/gpt3/tree/main'
+    files = 'config.json, model.safetensors, vocab.json, merges.txt'
+    how = f'{files} from https://huggingface.co/gpt3/tree/main'
     with pytest.raises(
         UserError, match=rf'no folder gpt3, and it .* the hub \(ConnectionError: no way\)\. .*{how}'
     ):

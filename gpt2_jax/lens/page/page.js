@@ -28,9 +28,9 @@ function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   if (given.get('view') in VIEWS) state.view = given.get('view');
   if (given.has('token')) state.p = Math.max(0, Math.min(T - 1, Number(given.get('token')) - 1 || 0));
-  const head = /^h_(\d+)\.attn\.(\d+)$/.exec(given.get('head') || '');
+  const head = (given.get('head') || '').match(/^h_(\d+)\.attn\.(\d+)$/);
   if (head && head[1] < L && head[2] < H) [state.layer, state.head] = [Number(head[1]), Number(head[2])];
-  const part = /^h_(\d+)\.(?:attn\.(\d+)|mlp)$/.exec(given.get('ablated') || '');
+  const part = (given.get('ablated') || '').match(/^h_(\d+)\.(?:attn\.(\d+)|mlp)$/);
   if (part && has('ablation') && part[1] < L) state.ablated = {layer: Number(part[1]), part: part[2] === undefined ? H : Number(part[2])};
 }
 
