@@ -39,7 +39,8 @@ if TINY:
 PATHS = [('xla', 'xla'), ('fused', 'xla'), ('xla', 'cudnn'), ('fused', 'cudnn')]
 # Relative errors of the norm of a leaf's gradient. On an H100 the medians were 0.007 to 0.012, and
 # the worst leaf 0.016.
-MAX_MEDIAN = 0.016  # 0.0149 with cuDNN's attention at 124M, below 0.014 otherwise (H100)
+# 0.0149 with cuDNN's attention at 124M, below 0.014 otherwise (H100).
+MAX_MEDIAN, MAX_WORST = 0.016, 0.02
 
 
 @functools.cache
