@@ -24,6 +24,14 @@ from gpt2_jax.errors import UsageError, UserError
 
 FORMAT = 1  # of manifest.json; a reader refuses any other
 
+# Where tokens came from: token `token` of a split begins at `byte` of file `file` of the manifest's
+# inputs, in line `line`. In JSON Lines and Parquet, line and byte are of the record (byte -1: unknown),
+# and `within` counts the bytes of its text before the token. One mark for each document, and for each
+# block of about a megabyte in it.
+MARK = np.dtype(
+    [('token', '<i8'), ('file', '<i4'), ('line', '<i8'), ('byte', '<i8'), ('within', '<i8')]
+)
+
 
 def is_prepared(path: str | os.PathLike) -> bool:
     """Whether `path` is a folder to open with `open_shards`."""
