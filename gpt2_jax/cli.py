@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
+from gpt2_jax import files
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
 
@@ -203,12 +204,9 @@ def read_prompt(path: str | None) -> str:
             return ''
     try:
         data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
-        return data.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f'{path or "standard input"} is not UTF-8 text: byte {data[error.start]:#04x} at offset '
-            f'{error.start}'
-        ) from None
+        return ''.join(files.decode_utf8([data], path or 'standard input'))
+    except UserError as error:
+        raise UsageError(str(error)) from None
 
 
 def _without_noise(unraisable) -> None:

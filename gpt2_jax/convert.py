@@ -1,18 +1,16 @@
 """Between published weights and a run's folder, in both directions."""
 
-import contextlib
 import hashlib
 import json
 import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gpt2_jax import config as config_lib
+from gpt2_jax import files
 from gpt2_jax.architecture import VOCAB_MULTIPLE, GPT2Config
 from gpt2_jax.data import tokenizers, vocabulary
 from gpt2_jax.data.dataset import Dataset, Tokens
@@ -85,7 +83,7 @@ def from_hf(
         },
     }
     with (
-        _new_folder(ckpt_dir) as partial,
+        files.new_folder(ckpt_dir) as partial,
         checkpoints_lib.Checkpoints(partial / checksums.FOLDER) as checkpoints,
     ):
         checkpoints.save(0, init_state(params, setup.optimizer), meta, None)
@@ -109,16 +107,16 @@ def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] =
             'model_max_length': cfg.n_positions,
             'add_prefix_space': False,
         }
-        files = tokenizer.hub_files() | {'tokenizer_config.json': json.dumps(about | special)}
+        texts = tokenizer.hub_files() | {'tokenizer_config.json': json.dumps(about | special)}
     else:
-        files = {OUR_TOKENIZER: tokenizers.to_json(tokenizer)}
-    with _new_folder(out) as partial:
+        texts = {OUR_TOKENIZER: tokenizers.to_json(tokenizer)}
+    with files.new_folder(out) as partial:
         huggingface.write_folder(
             partial,
             huggingface.export_config(cfg, tokenizer.separator),
             huggingface.export_params(restored.params, cfg),
         )
-        for name, text in files.items():
+        for name, text in texts.items():
             (partial / name).write_text(text, 'utf-8')
     if not cfg.bias:
         notify(
@@ -128,23 +126,6 @@ def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] =
         f'wrote {out}: step {restored.step}, {count_params(restored.params):,} parameters in fp32, '
         f'{tokenizer.name} tokenizer'
     )
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes its name once all is written; else nothing is left. Nothing is overwritten."""
-    folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f'{folder} exists and is not an empty folder: choose another, or move it away'
-        )
-    partial = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}.partial')
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
@@ -219,8 +200,7 @@ def download(name: str) -> Path:
 
 def _is_published(path: Path, file: Any) -> bool:
     """Whether a file is, by SHA-256 for large ones and as git hashes it for others, the one in the hub's list."""
-    with open(path, 'rb') as opened:
-        if file.lfs:
-            return hashlib.file_digest(opened, 'sha256').hexdigest() == file.lfs.sha256
-        data = opened.read()
-        return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest() == file.blob_id
+    if file.lfs:
+        return files.sha256(path) == file.lfs.sha256
+    data = path.read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest() == file.blob_id

@@ -1,8 +1,8 @@
-"""Errors meant for people: one message that says what was wrong, where, what was expected and what to do."""
+"""Errors for people: one line that says what was wrong, where, what was expected and what to do."""
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can put right. Scripts print it in one line and exit with `exit_code`."""
+    """Something that the user can put right. Scripts print one line and exit with `exit_code`."""
 
     exit_code = 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
+from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics.describe import describe
@@ -128,7 +129,7 @@ def run_in_folder(
         print(f'stopped by {name} at step {done:,}, which is saved; the same command resumes')
         return 128 + interrupt.seen
     summary = meter.summary(corpus_identity(setup))
-    folder.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
+    files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
     print(
         f'finished {done:,} steps in {duration(summary["seconds_total"])}: best validation loss '
         f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
@@ -151,5 +152,5 @@ def prepare_folder(setup: Setup, workdir: Path, log_sizes: dict[str, int]) -> No
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
     folder.cut_back(workdir, log_sizes)
     (workdir / 'summary.json').unlink(missing_ok=True)
-    folder.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
-    folder.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))
+    files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
+    files.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))

@@ -1,42 +1,49 @@
-"""Turns text files into a folder of token shards to train on.
+r"""Turns text files into a folder of token shards to train on.
 
     python scripts/prepare.py --input book1.txt book2.txt --tokenizer char --out_dir prepared/books
     python scripts/train.py --config=configs/shakespeare.py --config.data.corpus=prepared/books
 
-    python scripts/prepare.py --input part*.jsonl.gz --tokenizer gpt2 --val_fraction=0.001 --out_dir prepared/web
+    python scripts/prepare.py --input part*.jsonl.gz --tokenizer gpt2 --val_fraction=0.001 \
+        --out_dir prepared/web
 
-The files are UTF-8 text, a document each, or .jsonl, .jsonl.gz or .parquet with many, and are joined in the order
-given: with GPT-2's tokenizer <|endoftext|> stands between two documents. The last characters of each file go to
-validation. Files larger than memory stream through. The folder appears whole or not at all; nothing is overwritten.
+A file is UTF-8 text, one document, or a .jsonl, .jsonl.gz or .parquet file with many documents.
+Documents are joined in the order given; GPT-2's tokenizer puts <|endoftext|> between two of them.
+The last characters of each file go to validation. Files may be larger than memory. The folder
+appears whole or not at all, and nothing is overwritten.
 """
 
 import time
 
 from absl import flags
 
-from gpt2_jax import cli
-from gpt2_jax.data import shards, tokenizers
+from gpt2_jax import cli, prepare
+from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UsageError
 
 INPUT = flags.DEFINE_multi_string(
     'input', [], 'Files: --input a.txt b.txt, or --input=a.txt --input=b.txt.'
 )
 TEXT_FIELD = flags.DEFINE_string(
-    'text_field', 'text', 'Where .jsonl and .parquet files have the text of a document.'
+    'text_field', 'text', 'The field of .jsonl and .parquet files that holds the text.'
 )
 TOKENIZER = flags.DEFINE_enum('tokenizer', 'char', list(tokenizers.TOKENIZERS), 'What a token is.')
 OUT_DIR = flags.DEFINE_string(
     'out_dir', None, 'The folder to write; it must not exist, or be empty.'
 )
 VAL_FRACTION = flags.DEFINE_float(
-    'val_fraction', 0.1, 'The part of each file, at its end, kept for validation.'
+    'val_fraction', 0.1, 'The part of each file, at its end, that is kept for validation.'
 )
-# 64 Mi tokens are 64 MB of characters: a shard is hashed in a fraction of a second, and 100 GB are 1,500 files.
-SHARD_TOKENS = flags.DEFINE_integer('shard_tokens', 1 << 26, 'Tokens in one shard file, at most.')
+# 64 Mi tokens are 64 MB of characters: hashed in a fraction of a second; 100 GB are 1,500 files.
+SHARD_TOKENS = flags.DEFINE_integer(
+    'shard_tokens', 1 << 26, 'The largest number of tokens in a file.'
+)
 
 
 def main(more: list[str]) -> None:
-    """Writes the folder and prints what it holds. `more`: the flag takes the first file of `--input a b`, not b."""
+    """Writes the folder and prints what it holds.
+
+    `more` are arguments without a flag: of `--input a b` the flag takes a, and b is left over.
+    """
     if len(INPUT.value) > 1 and more:
         raise UsageError(
             f'{more[0]!r} follows several --input flags, so the order of the texts is unclear: '
@@ -48,7 +55,7 @@ def main(more: list[str]) -> None:
             f'python scripts/prepare.py --input FILES.. --tokenizer char|byte|gpt2 --out_dir DIR'
         )
     started = time.perf_counter()
-    manifest = shards.prepare(
+    manifest = prepare.prepare(
         INPUT.value + more,
         OUT_DIR.value,
         tokenizer_name=TOKENIZER.value,
@@ -60,10 +67,12 @@ def main(more: list[str]) -> None:
     print(f'{"split":<8}{"tokens":>16}{"bytes":>16}{"shards":>8}')
     for split, about in manifest['splits'].items():
         print(f'{split:<8}{about["tokens"]:>16,}{about["bytes"]:>16,}{len(about["shards"]):>8}')
-    n_bytes = sum(source['bytes'] for source in manifest['inputs'])
+    tokenizer = manifest['tokenizer']
+    megabytes = sum(source['bytes'] for source in manifest['inputs']) / 1e6
     print(
-        f'tokenizer {manifest["tokenizer"]["name"]}, vocabulary {manifest["tokenizer"]["vocab_size"]:,}, '
-        f'{manifest["dtype"]}; {n_bytes / 1e6:.1f} MB in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.0f} MB/s)'
+        f'tokenizer {tokenizer["name"]}, vocabulary {tokenizer["vocab_size"]:,}, '
+        f'{manifest["dtype"]}; {megabytes:.1f} MB in {seconds:.1f} s '
+        f'({megabytes / seconds:.0f} MB/s)'
     )
     print(f'wrote {OUT_DIR.value}')
 

@@ -1,4 +1,4 @@
-"""What the tests of GPT-2's tokenizer share: one with a few merges, the published one, and texts hard to split."""
+"""For tests of GPT-2's tokenizer: a small one, the published one, and texts hard to split."""
 
 import functools
 
@@ -7,7 +7,7 @@ import pytest
 from gpt2_jax.data.tokenizers import Gpt2Tokenizer, make_tokenizer
 from gpt2_jax.errors import UserError
 
-# A word with its space, a contraction, runs of spaces and newlines, signs, numbers, and half of an emoji.
+# A word with its space, a contraction, runs of spaces and newlines, signs, numbers, half an emoji.
 MERGES = ''.join(
     f'{line}\n'
     for line in (
@@ -84,11 +84,11 @@ def find_published() -> Gpt2Tokenizer | str:
 
 
 def published() -> Gpt2Tokenizer:
-    """GPT-2's own tokenizer; the test is skipped where its vocabulary can be had nowhere."""
+    """GPT-2's own tokenizer. Skips the test if its vocabulary is not on this machine."""
     found = find_published()
     return pytest.skip(found) if isinstance(found, str) else found
 
 
 def known() -> list[Gpt2Tokenizer]:
-    """The small one, and the published one where it can be had."""
+    """The small tokenizer, and the published one if its vocabulary is on this machine."""
     return [found for found in (SMALL, find_published()) if not isinstance(found, str)]

@@ -1,4 +1,4 @@
-"""Batches: the addressing rule against plain loops, every token once, and no dependence on who asks for which rows."""
+"""Batches: the addressing rule in plain loops, every token once, rows alike for every reader."""
 
 import threading
 import time
@@ -10,12 +10,8 @@ from gpt2_jax.data.batches import epoch_order, eval_batches, prefetch, train_bat
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
 
-N, T, B, SEED = (
-    103,
-    8,
-    5,
-    3,
-)  # n = 11 windows: batches straddle epochs, and epochs end within batches
+# 11 windows: batches span epochs, and epochs end within batches.
+N, T, B, SEED = 103, 8, 5, 3
 
 
 def sequence(n=N, cuts=()):
@@ -45,24 +41,21 @@ def test_addressing_rule_in_plain_loops():
 
 
 def test_the_stream_never_changes():
-    """A run that is resumed later, with another numpy, must meet the same batches: these values are its contract."""
+    """A run resumed later with another numpy must see the same batches: these values are fixed."""
     offset, order = epoch_order(11, 8, 3, 0)
     assert (offset, order.tolist()) == (6, [0, 1, 9, 6, 4, 5, 10, 8, 7, 3, 2])
 
 
 def test_an_epoch_uses_each_window_once():
     n = (N - T) // T
-    stream = np.concatenate(
-        [batch(sequence(), step)['targets'] for step in range(2 * n)]
-    )  # B epochs
+    stream = np.concatenate([batch(sequence(), step)['targets'] for step in range(2 * n)])
     epochs = stream[: B * n].reshape(-1, n * T)
     for targets in epochs:
         assert len(set(targets.tolist())) == n * T
         assert targets.max() - targets.min() == n * T - 1  # consecutive windows
-    assert len({targets.min() for targets in epochs}) > 1  # at another offset
-    assert len({tuple(targets - targets.min()) for targets in epochs}) == len(
-        epochs
-    )  # in another order
+    assert len({targets.min() for targets in epochs}) > 1  # at other offsets
+    orders = {tuple(targets - targets.min()) for targets in epochs}
+    assert len(orders) == len(epochs)
     assert not np.array_equal(
         batch(sequence(), 0)['inputs'], batch(sequence(), 0, seed=SEED + 1)['inputs']
     )
@@ -72,12 +65,12 @@ def test_an_epoch_uses_each_window_once():
 def test_windows_stay_inside_at_every_length(n_tokens):
     n = (n_tokens - T) // T
     targets = [batch(sequence(n_tokens), step, batch_size=n)['targets'] for step in range(200)]
-    assert np.min(targets) == 1  # every offset comes, from the first ..
+    assert np.min(targets) == 1  # every offset is drawn, from the first ..
     assert np.max(targets) == n * T + T - 1  # .. to the last, which still has its target
     assert np.max(targets) < n_tokens
 
 
-def test_rows_do_not_depend_on_who_asks():
+def test_a_row_does_not_depend_on_the_rows_asked_for():
     for step in (0, 2, 7):
         whole = batch(sequence(), step)
         for cuts in ([0, 5], [0, 1, 4, 5], range(6)):
@@ -187,7 +180,7 @@ def test_prefetch_works_ahead_but_not_far():
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.02)
-    assert made == [0, 1, 2]  # the one in hand and two ahead
+    assert made == [0, 1, 2]  # the current batch and two ahead
     batches.close()
     assert not alive()
     assert len(made) == 3
@@ -207,7 +200,7 @@ def test_prefetch_raises_in_its_place():
     assert not alive()
 
 
-def test_prefetch_drops_what_is_not_begun():
+def test_prefetch_cancels_batches_that_are_not_begun():
     made, begun, go_on = [], threading.Event(), threading.Event()
 
     def make(step):
@@ -220,7 +213,7 @@ def test_prefetch_drops_what_is_not_begun():
     next(batches)
     assert begun.wait(5)
     threading.Timer(0.05, go_on.set).start()
-    batches.close()  # waits for step 1, which is under way, and for no other
+    batches.close()  # waits for step 1, which has begun, and for no other step
     assert made == [0, 1]
     assert not alive()
 

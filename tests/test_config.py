@@ -349,7 +349,7 @@ def test_every_given_configuration_builds_its_model(path):
 def test_no_setting_is_unread():
     """Each is a field of GPT2Config, an argument of the function its section is passed to, or read by its name."""
     read = {f'model.{field.name}' for field in dataclasses.fields(GPT2Config)}
-    read |= {f'data.{name}' for name in inspect.signature(load.load).parameters}
+    read |= {f'data.{name}' for name in inspect.signature(load.load_dataset).parameters}
     read |= {f'mesh.{name}' for name in inspect.signature(mesh.make_mesh).parameters}
     for path in (ROOT / 'gpt2_jax').rglob('*.py'):
         if path.name == 'config.py':
@@ -366,7 +366,7 @@ def test_a_section_is_a_signature():
     """A setting that is in no signature, or the other way round, would fail at `**config.model`."""
     fields = {field.name for field in dataclasses.fields(GPT2Config)} - {'vocab_size'}
     assert fields == set(default_config().model)
-    assert set(inspect.signature(load.load).parameters) - {'notify'} == set(default_config().data)
+    assert set(inspect.signature(load.load_dataset).parameters) - {'notify'} == set(default_config().data)
     assert set(inspect.signature(mesh.make_mesh).parameters) == set(default_config().mesh)
     with pytest.raises(TypeError):
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)

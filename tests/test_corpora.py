@@ -1,5 +1,6 @@
-"""Corpora: where a text is looked for, in which order, and what is said where it is not there."""
+"""Corpora: where a text is looked for, in which order, and the error if it is not found."""
 
+import contextlib
 import hashlib
 import http.server
 import os
@@ -22,6 +23,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             '/good': TEXT.encode(),
             '/other': b'<html>sign in first</html>',
             '/cut': TEXT.encode()[:70000],
+            '/long': TEXT.encode() * 9,
         }
         if self.path not in body:
             return self.send_error(404)
@@ -30,7 +32,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             'Content-Length', str(len(body['/good' if self.path == '/cut' else self.path]))
         )
         self.end_headers()
-        self.wfile.write(body[self.path])
+        with contextlib.suppress(ConnectionError):  # the reader of '/long' leaves early
+            self.wfile.write(body[self.path])
 
     def log_message(self, *args):
         pass
@@ -48,7 +51,7 @@ def server():
 
 @pytest.fixture
 def publish(tmp_path, monkeypatch):
-    """Stands in an empty folder, with an empty cache, and publishes the corpus 'play' at a URL."""
+    """An empty current folder, an empty cache, and a corpus 'play' published at a URL."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('GPT2_JAX_DATA_DIR', str(tmp_path / 'mine'))
@@ -118,7 +121,12 @@ def test_download_is_verified_and_kept(publish, server, capsys):
 
 @pytest.mark.parametrize(
     ('path', 'reason'),
-    [('/other', 'expected ' + SHA256), ('/cut', 'SHA-256|IncompleteRead'), ('/gone', '404')],
+    [
+        ('/other', 'expected ' + SHA256),
+        ('/cut', 'SHA-256|IncompleteRead'),
+        ('/long', 'more than the expected 324,000 bytes'),
+        ('/gone', '404'),
+    ],
 )
 def test_failed_download_leaves_nothing(publish, server, path, reason):
     publish(server + path)
@@ -172,7 +180,7 @@ def test_unreadable_and_missing(publish, monkeypatch):
     with pytest.raises(UserError, match=r"no text file and no corpus called 'nowhere/x.txt': give"):
         find_text('nowhere/x.txt')
 
-    def refuse(path):  # in a container the tests run as root, to whom no file is closed
+    def refuse(path):  # a test that runs as root can read every file
         raise PermissionError(13, 'Permission denied')
 
     put('closed.txt')

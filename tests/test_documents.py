@@ -1,4 +1,4 @@
-"""Files with documents: what cannot be read is named, down to the line. What can be is tested with the shards."""
+"""Files of documents: what cannot be read is named by line or row. Good files: test_shards.py."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def test_lines_of_json(tmp_path):
         ('[' * 100_000, 'line 1 is not JSON: .*recursion'),
         (
             '{"txt": "a", "id": 1}',
-            "line 1 has no text in 'text', but None; its fields are 'txt', 'id': name the one",
+            "line 1 has no text in 'text', but None; its fields are 'txt', 'id': name the field",
         ),
         ('{"text": 1}', "line 1 has no text in 'text', but 1; its fields are 'text'"),
         ('["a"]', "line 1 has no text in 'text', but None; its fields are none"),

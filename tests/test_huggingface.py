@@ -529,7 +529,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints_lib.Checkpoints, 'save', full_disk)
     (tmp_path / 'bytes.json').write_text(tokenizers.to_json(LETTERS))
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(UserError, match='run: No space'):
         convert_fixture(FIXTURE, ckpt_dir=tmp_path / 'run', tokenizer_file=tmp_path / 'bytes.json')
     assert [path.name for path in tmp_path.iterdir()] == ['bytes.json']
 

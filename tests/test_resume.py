@@ -299,6 +299,6 @@ def test_sample_needs_nothing_but_the_folder(text, reference, tmp_path, monkeypa
     assert len(out) == 43
     moved = shutil.copytree(reference, tmp_path / 'else where')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('gpt2_jax.data.load.load', None)  # no text is looked for
+    monkeypatch.setattr('gpt2_jax.data.load.load_dataset', None)  # no text is looked for
     assert runs.script('sample', f'--ckpt_dir={moved}', *options)[1] == out
     assert runs.script('sample', f'--ckpt_dir={moved}', *options[:-1], '--seed=8')[1] != out

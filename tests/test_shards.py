@@ -1,4 +1,4 @@
-"""Shards: what is written equals the encoding in memory, reads across files, and shows every damage."""
+"""Shards: they equal the encoding in memory, read across files, and damage is found."""
 
 import gzip
 import hashlib
@@ -16,8 +16,9 @@ from bpe import MERGES, SMALL, TEXTS, published
 
 from gpt2_jax.data import documents, load, shards, tokenizers
 from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
-from gpt2_jax.data.shards import open_shards, prepare
+from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.prepare import prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -43,7 +44,7 @@ def write(texts, out_dir, *, tokenizer_name='char', val_fraction=0.1, shard_toke
 
 @pytest.fixture
 def small_vocabulary(monkeypatch):
-    """What stands for GPT-2's vocabulary."""
+    """Replaces GPT-2's vocabulary."""
     monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
 
 
@@ -74,9 +75,8 @@ def test_tokens_read_across_arrays():
 @pytest.mark.parametrize('block_bytes', [1, 2, 3, 5, 64, 1 << 20])
 @pytest.mark.parametrize('name', ['char', 'byte'])
 def test_streaming_equals_memory(texts, tmp_path, monkeypatch, name, block_bytes):
-    monkeypatch.setattr(
-        documents, 'BLOCK_BYTES', block_bytes
-    )  # characters of 2, 3 and 4 bytes cut at every place
+    # Blocks end at every position inside characters of 2, 3 and 4 bytes.
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
     manifest = write(texts, tmp_path / 'out', tokenizer_name=name, val_fraction=0.25)
     dataset = open_shards(tmp_path / 'out')
     assert dataset.tokenizer == tokenizers.make_tokenizer(name, FIRST + SECOND)
@@ -201,7 +201,7 @@ def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, 
     assert manifest['inputs'][0]['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_documents_are_joined_where_there_is_no_separator(tmp_path):
+def test_documents_are_joined_if_the_tokenizer_has_no_separator(tmp_path):
     for name in ('char', 'byte'):
         prepare(
             [str(write_documents(tmp_path)[0])],
@@ -343,7 +343,7 @@ def flip_one_bit(path):
         (edit_manifest(lambda m: m.pop('splits')), r'manifest.json is damaged'),
         (
             edit_manifest(lambda m: m.update(format=99)),
-            r'manifest.json has format 99, this version reads 1',
+            r'manifest.json has format 99, expected 1',
         ),
         (
             edit_manifest(lambda m: m.update(dtype='uint16')),
@@ -379,7 +379,7 @@ def test_wrong_settings_write_nothing(texts, tmp_path, monkeypatch, change, erro
         raise UserError('no vocabulary')
 
     monkeypatch.setattr(tokenizers, 'find_merges', find)
-    monkeypatch.setattr(documents, 'read', None)  # all of it is found before the first pass
+    monkeypatch.setattr(documents, 'read', None)  # the error comes before the first pass
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error, match=named):
         write(texts, tmp_path / 'out', **change)
@@ -408,7 +408,7 @@ def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named,
 
 def test_nothing_is_overwritten(texts, tmp_path):
     (tmp_path / 'out').mkdir()
-    write(texts, tmp_path / 'out')  # an empty folder is welcome
+    write(texts, tmp_path / 'out')  # an empty folder is accepted
     before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     for out_dir in (tmp_path / 'out', texts[0]):
         with pytest.raises(UserError, match='exists and is not an empty folder'):
@@ -460,7 +460,8 @@ def test_script(texts, tmp_path):
     done = run_script(
         '--input', *texts, '--tokenizer', 'byte', '--out_dir', tmp_path / 'a', '--val_fraction=0.2'
     )
-    assert done.returncode == 0 and 'tokenizer byte, vocabulary 256' in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert 'tokenizer byte, vocabulary 256' in done.stdout
     done = run_script(
         *(f'--input={text}' for text in texts),
         '--tokenizer=byte',
@@ -481,27 +482,27 @@ def test_script(texts, tmp_path):
     assert 'order of the texts' in mixed.stderr
 
 
-def test_a_holdout_takes_the_place_of_the_validation_text(tmp_path):
+def test_a_holdout_replaces_the_validation_text(tmp_path):
     (tmp_path / 'text.txt').write_text(''.join(map(chr, range(97, 117))) * 5)  # 100 characters
     settings = dict(
         corpus=str(tmp_path / 'text.txt'), tokenizer='char', val_fraction=0.2, fallback=''
     )
-    whole, held = (load.load(**settings, holdout=share) for share in (0.0, 0.25))
+    whole, held = (load.load_dataset(**settings, holdout=share) for share in (0.0, 0.25))
     assert (len(whole.train), len(held.train), len(held.val)) == (80, 60, 20)
     assert np.array_equal(
         np.concatenate([held.train.read(0, 60), held.val.read(0, 20)]), whole.train.read(0, 80)
     )
     assert held.name == whole.name
     assert held.sha256 != whole.sha256
-    assert held.sha256 != load.load(**settings, holdout=0.5).sha256
+    assert held.sha256 != load.load_dataset(**settings, holdout=0.5).sha256
     with pytest.raises(
         UserError,
         match=r'data\.holdout = 0.001 leaves 80 of 80 training tokens to train on and 0 to',
     ):
-        load.load(**settings, holdout=0.001)
+        load.load_dataset(**settings, holdout=0.001)
 
 
-def test_parts_of_tokens_in_pieces_are_no_copies():
+def test_parts_of_tokens_are_views():
     arrays = tuple(np.arange(start, start + 5) for start in (0, 5, 10))
     part = Tokens(arrays).part(3, 12)
     assert np.array_equal(part.read(0, 9), np.arange(3, 12))

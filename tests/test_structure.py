@@ -20,7 +20,8 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors architecture',
-    'config files',
+    'files',
+    'config',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -58,7 +59,7 @@ LAYERS = (
     # diagnostics: what a run is, and how fast
     'diagnostics.describe diagnostics.benchmark',
     # the roof: one file a script, and what a run does now and then
-    'hooks convert',
+    'hooks convert prepare',
     'train',
     'cli',
 )
@@ -78,6 +79,7 @@ NO_JAX = (
     'config',
     'files',
     'cli',
+    'prepare',
     'inference.detokenizers',
     'inference.texts',
     'workdir.folder',

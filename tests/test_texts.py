@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from bpe import SMALL
 
+from gpt2_jax import prepare
 from gpt2_jax.data import shards
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
@@ -58,7 +59,7 @@ def test_documents_are_those_that_prepare_writes(tmp_path):
 
 def test_a_prepared_folder_by_split(tmp_path):
     (tmp_path / 'a.txt').write_text(TEXT * 20, 'utf-8')
-    shards.prepare(
+    prepare.prepare(
         [str(tmp_path / 'a.txt')],
         str(tmp_path / 'out'),
         tokenizer_name='byte',

@@ -1,4 +1,4 @@
-"""Token files of others: read as they are, with or without a header, and every damage named."""
+"""Token files of other projects: read with and without a header, and every damage is named."""
 
 import glob
 
@@ -25,7 +25,7 @@ def put(path, ids, head=True):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of llm.c's kind: two files to train on, and one to validate on."""
+    """Files as llm.c writes them: two to train on, and one to validate on."""
     put(tmp_path / 'web/web_train_000002.bin', IDS[300:700])
     put(tmp_path / 'web/web_train_000001.bin', IDS[:300])
     put(tmp_path / 'web/web_val_000000.bin', IDS[700:])
@@ -39,7 +39,7 @@ def test_llm_c_files(folder, monkeypatch, backwards):
     monkeypatch.setattr(
         glob, 'glob', lambda *args, **more: sorted(found(*args, **more), reverse=backwards)
     )
-    dataset = load.load(corpus=f'{folder}/web_*.bin', **SETTINGS)
+    dataset = load.load_dataset(corpus=f'{folder}/web_*.bin', **SETTINGS)
     assert (dataset.name, dataset.tokenizer) == ('web', SMALL)
     assert dataset.train.read(0, 700).tolist() == IDS[:700].tolist()
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
@@ -57,8 +57,8 @@ def test_headerless_files(tmp_path, monkeypatch):
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
 
 
-def test_one_split_alone(folder):
-    put(folder / 'web_train_000001.bin', IDS + SMALL.vocab_size)  # damaged, but not wanted
+def test_only_the_wanted_split_is_opened(folder):
+    put(folder / 'web_train_000001.bin', IDS + SMALL.vocab_size)  # damaged, but not opened
     dataset = open_token_files(f'{folder}/*.bin', SMALL, ('val',))
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
     assert len(dataset.train) == 0
@@ -80,9 +80,8 @@ def test_identity(folder):
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
     (folder / 'web_train_000001.bin').rename(folder / 'web_train_000003.bin')  # another order
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
-    (folder / 'web_train_000003.bin').rename(
-        folder / 'web_train_val.bin'
-    )  # another split, in the same order
+    # Another split, in the same order.
+    (folder / 'web_train_000003.bin').rename(folder / 'web_train_val.bin')
     others.add(open_token_files(f'{folder}/*.bin', SMALL).sha256)
     others.add(
         open_token_files(f'{folder}/*.bin', tokenizers.Gpt2Tokenizer(MERGES + 'x y\n')).sha256
@@ -103,7 +102,7 @@ def test_identity(folder):
             'its header says 10 tokens of 2 bytes, and 21 bytes',
         ),
         (header(-1) + IDS[:10].tobytes(), 'its header says -1 tokens'),
-        (header(0), '0 bytes, which are no tokens'),
+        (header(0), '0 bytes: expected one or more tokens'),
         (header(10, version=2) + IDS[:10].tobytes(), 'header of llm.c in version 2: expected 1'),
         (header(10)[:1000], 'damaged: it ends within the header'),
         (header(10)[:4], 'it ends within the header'),
@@ -112,7 +111,7 @@ def test_identity(folder):
             'token 55713 at position 0, outside',
         ),
         (header(10)[2:], 'token 308 at position 0'),
-        (IDS[:9].tobytes() + b'x', '19 bytes, which are no tokens'),
+        (IDS[:9].tobytes() + b'x', '19 bytes: expected one or more tokens'),
         (b'x', '1 bytes'),
         (b'', '0 bytes'),
         (
@@ -129,7 +128,7 @@ def test_damage_is_named(folder, name, content, named):
         open_token_files(f'{folder}/*.bin', SMALL)
 
 
-def test_what_does_not_match(folder, monkeypatch):
+def test_patterns_without_a_match(folder, monkeypatch):
     monkeypatch.setattr(tokenizers, 'find_merges', lambda: MERGES)
     for pattern, named in (
         (f'{folder}/*train*.bin', 'no val file among the 2 that match'),
@@ -138,11 +137,11 @@ def test_what_does_not_match(folder, monkeypatch):
         ('train.bin', 'among the 0 '),
     ):
         with pytest.raises(UserError, match=named):
-            load.load(corpus=pattern, **SETTINGS)
+            load.load_dataset(corpus=pattern, **SETTINGS)
     with pytest.raises(
         UsageError, match=r"data.tokenizer is 'char': set --config.data.tokenizer=gpt2"
     ):
-        load.load(corpus=f'{folder}/*.bin', **SETTINGS | {'tokenizer': 'char'})
+        load.load_dataset(corpus=f'{folder}/*.bin', **SETTINGS | {'tokenizer': 'char'})
     (folder / 'web_train_1.bin').mkdir()
     with pytest.raises(UserError, match=r'cannot read .*web_train_1.bin: Is a directory'):
         open_token_files(f'{folder}/*.bin', SMALL)

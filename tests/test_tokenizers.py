@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, compared by value, and clear about what they do not know."""
+"""Tokenizers: lossless, compared by value, and unknown characters are named."""
 
 import codecs
 
@@ -26,7 +26,7 @@ def test_round_trip(name):
     assert tokenizer.decode([]) == ''
 
 
-def test_ids_are_places_in_the_sorted_alphabet():
+def test_ids_are_indices_in_the_sorted_alphabet():
     tokenizer = make_tokenizer('char', 'banana')
     assert tokenizer.alphabet == 'abn'
     assert tokenizer.encode('banana').tolist() == [1, 0, 2, 0, 2, 0]
@@ -65,7 +65,7 @@ def test_unknown_character_is_named(monkeypatch, unknown, code):
     assert "'abc'" in message
 
 
-def test_half_surrogate_is_no_text_for_bytes():
+def test_half_a_surrogate_pair_has_no_bytes():
     with pytest.raises(UserError, match=r'U\+DC80\) at position 1 '):
         ByteTokenizer().encode('a\udc80')
 

@@ -1,4 +1,4 @@
-"""GPT-2's vocabulary: where it is looked for, and that only the published one is taken, and nothing is deleted."""
+"""GPT-2's vocabulary: where it is looked for; other files are refused, and none is deleted."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ FILE = f'#version: 0.2\n{MERGES}'.encode()
 
 @pytest.fixture(autouse=True)
 def publish(tmp_path, monkeypatch):
-    """Stands in an empty folder, with empty caches and no network, and publishes a small vocabulary."""
+    """An empty current folder, empty caches, no network, and a small published vocabulary."""
     monkeypatch.chdir(tmp_path)
     folders = {
         'XDG_CACHE_HOME': 'cache',
@@ -51,7 +51,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize('place', PLACES)
-def test_each_place_will_do(place, monkeypatch):
+def test_each_place_is_searched(place, monkeypatch):
     put(place)
     assert make_tokenizer('gpt2', '') == SMALL
     if place == CACHED:
@@ -99,9 +99,9 @@ def test_download_goes_to_the_cache(monkeypatch):
         file.write(FILE)
         return hashlib.sha256(FILE).hexdigest()
 
-    monkeypatch.setattr(files, '_fetch', fetch)
+    monkeypatch.setattr(files, '_download', fetch)
     assert vocabulary.find_merges() == MERGES
-    monkeypatch.setattr(files, '_fetch', None)
+    monkeypatch.setattr(files, '_download', None)
     assert vocabulary.find_merges() == MERGES  # now from the cache
     assert os.listdir('cache/gpt2_jax/gpt2') == ['vocab.bpe']
     assert not Path('tiktoken').exists()

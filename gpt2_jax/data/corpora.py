@@ -1,6 +1,6 @@
-"""Where a text comes from: any text file, or a corpus by name, found locally or downloaded and verified.
+"""Where a text comes from: any text file, or a corpus by name, found locally or downloaded.
 
-The text of a named corpus is `input.txt` in one of the corpus's folders (see files.py).
+The text of a named corpus is `input.txt` in one of the corpus's folders; see files.py.
 """
 
 import dataclasses
@@ -15,17 +15,18 @@ from gpt2_jax.files import Source
 
 CORPORA = {
     'tinyshakespeare': Source(
-        url='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+        url='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/'
+        'input.txt',
         sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
         n_bytes=1_115_394,
     ),
 }
-EMBEDDED = 'python-topics'  # needs no file: the English help texts that ship inside CPython
+EMBEDDED = 'python-topics'  # needs no file: the English help texts that come with CPython
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text and its identity: `sha256` is of its UTF-8 bytes, `path` is None for the embedded one."""
+    """A text and its identity: the SHA-256 of its UTF-8. `path` is None if there is no file."""
 
     name: str
     path: Path | None
@@ -34,14 +35,15 @@ class Corpus:
 
 
 class CorpusNotFound(UserError):
-    """A corpus known by name has no local copy, and cannot be downloaded."""
+    """A corpus known by name has no local copy, and its download failed."""
 
 
 def find_text(name_or_path: str | os.PathLike) -> Corpus:
     """The text in a file, or the corpus of that name; a file wins over a name.
 
-    Raises CorpusNotFound where a known name can be had nowhere, and UserError where the name is unknown, a local copy
-    is not the published text, or the file is empty, unreadable or no UTF-8.
+    Raises CorpusNotFound for a known name without a copy. Raises UserError for an unknown name,
+    for a local copy that is not the published text, and for a file that is empty, unreadable or
+    not UTF-8.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if os.path.exists(path) and not os.path.isdir(path):
@@ -66,12 +68,12 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
 
 
 def _places(name: str) -> list[Path]:
-    """The local places of a named corpus, in the order of search; the last one is the user's cache."""
-    return [folder / 'input.txt' for folder in files.folders(name)]
+    """The local places of a named corpus, in the order of search; the user's cache comes last."""
+    return [folder / 'input.txt' for folder in files.local_folders(name)]
 
 
 def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
-    """The text of a file as it is, no newline translated; its bytes must have the SHA-256, where one is given."""
+    """The text of a file, no newline translated. Its SHA-256 must be `sha256`, if given."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -79,16 +81,10 @@ def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
     digest = hashlib.sha256(data).hexdigest()
     if sha256 and digest != sha256:
         raise UserError(
-            f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; '
-            f'move it away to get the published text, or give its path as data.corpus to use it as it is'
+            f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; move '
+            'it away to get the published text, or give its path as data.corpus to use it as it is'
         )
-    try:
-        text = data.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{path} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; '
-            f'convert it first, for instance with iconv'
-        ) from None
+    text = ''.join(files.decode_utf8([data], path))
     if not text:
         raise UserError(f'the text {path} is empty: expected at least one character')
     return Corpus(name, path, text, digest)
@@ -96,7 +92,7 @@ def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
 
 def _embedded() -> Corpus:
     try:
-        from pydoc_data.topics import topics  # 0.7 MB of help texts: imported only when asked for
+        from pydoc_data.topics import topics  # 0.7 MB: only if asked for
     except ImportError:
         raise CorpusNotFound(
             f'this Python comes without its help texts (pydoc_data), so there is no corpus '
@@ -107,14 +103,15 @@ def _embedded() -> Corpus:
 
 
 def _download(name: str) -> Path:
-    """Fetches a corpus into the user's cache."""
+    """Downloads a corpus into the user's cache."""
     source, (*_, path) = CORPORA[name], _places(name)
     try:
         files.download(name, source, path)
     except OSError as error:
         raise CorpusNotFound(
-            f'no local copy of {name}, and its download failed ({str(error).strip("<>")}): put the text at '
-            f'{_places(name)[0]} or {path}, or set GPT2_JAX_DATA_DIR to a folder that holds {name}/input.txt, or give '
-            f'the path of any text file as data.corpus; the text is published at {source.url}'
+            f'no local copy of {name}, and its download failed ({str(error).strip("<>")}): put the '
+            f'text at {_places(name)[0]} or {path}, or set GPT2_JAX_DATA_DIR to a folder that '
+            f'holds {name}/input.txt, or give the path of any text file as data.corpus; the text '
+            f'is published at {source.url}'
         ) from None
     return path

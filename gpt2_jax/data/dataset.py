@@ -1,4 +1,4 @@
-"""TODO."""
+"""A data set: a sequence of token ids to train on, and another to validate on."""
 
 import bisect
 import dataclasses
@@ -22,14 +22,12 @@ class Tokens:
     """One sequence of N token ids, kept in one or more arrays."""
 
     arrays: tuple[np.ndarray, ...]
-    ends: tuple[int, ...] = dataclasses.field(
-        init=False, repr=False
-    )  # ends[i]: tokens in arrays[:i + 1]
+    # ends[i] is the number of tokens in arrays[:i + 1].
+    ends: tuple[int, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(
-            self, 'ends', tuple(itertools.accumulate(len(array) for array in self.arrays))
-        )
+        ends = tuple(itertools.accumulate(len(array) for array in self.arrays))
+        object.__setattr__(self, 'ends', ends)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -47,14 +45,14 @@ class Tokens:
         return Tokens(tuple(pieces))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start .. stop - 1, at least one, as (stop - start,); a view where they lie in one array."""
+        """Ids start .. stop - 1, at least one, (stop - start,); a view if one array holds them."""
         pieces = self.part(start, stop).arrays
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Tokens to train and to validate on. Equal `sha256` means the same tokens, split and tokenizer."""
+    """Tokens to train and to validate on. `sha256` is of the tokens, their split and tokenizer."""
 
     name: str
     tokenizer: Tokenizer
@@ -64,7 +62,7 @@ class Dataset:
 
 
 def from_text(name: str, text: str, tokenizer: Tokenizer, val_fraction: float) -> Dataset:
-    """A dataset in memory, with the tokens and the split that `prepare` would write."""
+    """A data set in memory: the tokens and the split that prepare.py would write for one file."""
     cut = n_train_characters(len(text), val_fraction)
     train, val = (Tokens((tokenizer.encode(part),)) for part in (text[:cut], text[cut:]))
     identity = [
@@ -76,13 +74,16 @@ def from_text(name: str, text: str, tokenizer: Tokenizer, val_fraction: float) -
 
 
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
-    """The dataset with the last `fraction` of its training tokens to validate on, and its validation tokens unused."""
+    """The data set with the last `fraction` of its training tokens as its validation tokens.
+
+    The former validation tokens are left out. Raises UserError if one of the two parts is empty.
+    """
     n = len(dataset.train)
     cut = round(n * (1 - fraction))
     if not 0 < cut < n:
         raise UserError(
-            f'data.holdout = {fraction} leaves {cut} of {n} training tokens to train on and {n - cut} to '
-            'validate on: expected some of each'
+            f'data.holdout = {fraction} leaves {cut} of {n} training tokens to train on and '
+            f'{n - cut} to validate on: expected some of each'
         )
     return dataclasses.replace(
         dataset,
@@ -93,14 +94,15 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
 
 
 def sha256_of(identity: list) -> str:
-    """SHA-256 of a list of plain values: what makes up a dataset."""
+    """SHA-256 of a list of plain values that identify a data set, in hex."""
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def n_train_characters(n_characters: int, val_fraction: float) -> int:
-    """How many characters come before the cut: all but the last ceil(n val_fraction).
+    """The number of characters before the split: all but the last ceil(n val_fraction).
 
-    The fraction is taken as the decimal a person wrote: in binary, 100 x 0.07 is a little over 7, and would take 8.
+    The fraction is read as the decimal that the user wrote: in binary, 100 x 0.07 is a little over
+    7 and would take 8 characters. Raises UsageError for a fraction outside [0, 1).
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f'val_fraction is {val_fraction}: expected at least 0 and below 1')

@@ -1,21 +1,26 @@
-"""The documents in a file, as text: a text file is one, a JSON Lines or Parquet file has one in each line or row."""
+"""The documents in a file, as text.
 
-import codecs
+A text file is one document. A JSON Lines file holds one in each line, a Parquet file one in each
+row.
+"""
+
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 
+from gpt2_jax import files
 from gpt2_jax.errors import UserError
 
-BLOCK_BYTES = 1 << 20  # of a text file held in memory at once
-PARQUET_ROWS = 1000  # the same, of a Parquet file
+BLOCK_BYTES = 1 << 20  # of a text file, in memory at once
+PARQUET_ROWS = 1000  # of a Parquet file, in memory at once
 
 
 def read(path: str, text_field: str) -> Iterator[Iterable[str]]:
-    """Each document of a .jsonl, .jsonl.gz, .parquet or (any other name) text file, as blocks of its text.
+    """Each document of a file, as blocks of its text.
 
-    `text_field` is the field or column that holds the text. Raises UserError, naming the place.
+    Files are .jsonl, .jsonl.gz, .parquet, or text under any other name. `text_field` is the field
+    or the column that holds the text. Raises UserError naming the file, and the line or row in it.
     """
     try:
         if path.endswith(('.jsonl', '.jsonl.gz')):
@@ -31,26 +36,12 @@ def read(path: str, text_field: str) -> Iterator[Iterable[str]]:
 
 
 def _text(path: str) -> Iterator[str]:
-    """A file's text, a block at a time, with no newline translated."""
-    decoder, n_bytes = codecs.getincrementaldecoder('utf-8')(), 0
+    """A file's text, one block at a time."""
     try:
         with open(path, 'rb') as file:
-            while block := file.read(BLOCK_BYTES):
-                kept = len(
-                    decoder.getstate()[0]
-                )  # bytes of a character that the last block's end cut in two
-                yield decoder.decode(block)
-                n_bytes += len(block)
-            kept = len(decoder.getstate()[0])
-            decoder.decode(b'', final=True)
+            yield from files.decode_utf8(iter(lambda: file.read(BLOCK_BYTES), b''), path)
     except OSError as error:
         raise UserError(f'cannot read the text {path}: {error.strerror}') from None
-    except UnicodeDecodeError as error:
-        offset = n_bytes - kept + error.start
-        raise UserError(
-            f'{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset {offset}; '
-            f'convert it first, for instance with iconv'
-        ) from None
 
 
 def _json_lines(path: str, text_field: str) -> Iterator[tuple[str]]:
@@ -68,10 +59,8 @@ def _json_lines(path: str, text_field: str) -> Iterator[tuple[str]]:
 
 def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
     try:
-        from pyarrow import (
-            ArrowException,
-            parquet,
-        )  # an extra, and large: imported only when asked for
+        # An extra, and slow to import: only if there is a Parquet file to read.
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f"reading {path} needs pyarrow: pip install -e '.[parquet]'") from None
     try:
@@ -80,9 +69,8 @@ def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
             if text_field not in columns:
                 _checked(None, path, text_field, columns)
             batches = file.iter_batches(PARQUET_ROWS, columns=[text_field])
-            for number, text in enumerate(
-                (text for batch in batches for text in batch.column(0).to_pylist()), 1
-            ):
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for number, text in enumerate(texts, 1):
                 yield _checked(text, f'{path}, row {number}', text_field, columns)
     except ArrowException as error:
         raise UserError(f'{path} cannot be read as Parquet: {error}') from None
@@ -93,13 +81,14 @@ def _checked(text, where: str, text_field: str, fields: Iterable[str]) -> tuple[
     if not isinstance(text, str):
         raise UserError(
             f'{where} has no text in {text_field!r}, but {text!r:.40}; its fields are '
-            f'{", ".join(map(repr, fields)) or "none"}: name the one with the text by --text_field'
+            f'{", ".join(map(repr, fields)) or "none"}: name the field with the text by '
+            '--text_field'
         )
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f'{where}: half of a surrogate pair, {text[error.start]!r}, is no Unicode text'
+                f'{where}: half of a surrogate pair, {text[error.start]!r}, is not Unicode text'
             ) from None
     return (text,)

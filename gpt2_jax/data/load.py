@@ -1,4 +1,4 @@
-"""From the setting `data.corpus` to tokens: a named corpus, a text file, a prepared folder, or token files."""
+"""From the setting `data.corpus` to tokens: a name, a text, a prepared folder or .bin files."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from gpt2_jax.data.tokenizers import make_tokenizer
 from gpt2_jax.errors import UsageError
 
 
-def load(
+def load_dataset(
     *,
     corpus: str,
     tokenizer: str,
@@ -19,10 +19,11 @@ def load(
 ) -> Dataset:
     """The data set that a configuration's `data` section names.
 
-    With a `holdout`, that last part of the training tokens takes the place of the validation tokens. Where a named
-    corpus can be had nowhere and a `fallback` is given, that is taken and `notify` is told. Raises UserError (see
-    corpora.find_text, shards.open_shards, hold_out and bin_files.open_token_files), and UsageError where the tokens
-    are another tokenizer's.
+    With a `holdout`, the last part of the training tokens replaces the validation tokens. If a
+    named corpus has no copy and cannot be downloaded, the corpus `fallback` is used, if one is
+    given, and `notify` is called with a warning. Raises UserError (see corpora.find_text,
+    shards.open_shards, hold_out and bin_files.open_token_files), and UsageError for the tokens of
+    another tokenizer.
     """
     dataset = _load(corpus, tokenizer, val_fraction, fallback, notify)
     return hold_out(dataset, holdout) if holdout else dataset
@@ -42,9 +43,9 @@ def _load(
         dataset = shards.open_shards(corpus)
         if dataset.tokenizer.name != tokenizer:
             raise UsageError(
-                f'{corpus} was prepared with the tokenizer {dataset.tokenizer.name!r}, but data.tokenizer '
-                f'is {tokenizer!r}: set --config.data.tokenizer={dataset.tokenizer.name}, or prepare the '
-                'text again'
+                f'{corpus} was prepared with the tokenizer {dataset.tokenizer.name!r}, but '
+                f'data.tokenizer is {tokenizer!r}: set '
+                f'--config.data.tokenizer={dataset.tokenizer.name}, or prepare the text again'
             )
         return dataset
     try:
@@ -53,8 +54,9 @@ def _load(
         if not fallback:
             raise
         notify(
-            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead, the help texts that ship inside '
-            f'Python. It is English, but not {corpus}: its figures compare with nothing.'
+            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead, the help texts '
+            f'that come with Python. They are English, but not {corpus}: do not compare the '
+            'figures of this run with others.'
         )
         found = corpora.find_text(fallback)
     return from_text(found.name, found.text, make_tokenizer(tokenizer, found.text), val_fraction)

@@ -1,7 +1,7 @@
-"""Text to token ids and back: characters, bytes or GPT-2's BPE, behind one small interface, saved as JSON.
+"""Text to token ids and back: characters, bytes or GPT-2's BPE, behind one interface.
 
-A token is an id in [0, vocab_size). All tokenizers are lossless on the text they know, and are compared by value:
-two tokenizers that are equal have the same `fingerprint`.
+A token is an id in [0, vocab_size). Every tokenizer is lossless on the text it can encode.
+Tokenizers are compared by value: equal ones have the same `fingerprint`.
 """
 
 import dataclasses
@@ -18,38 +18,48 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from gpt2_jax.data.vocabulary import find_merges
 from gpt2_jax.errors import UsageError, UserError
 
-ENCODE_BLOCK = (
-    1 << 16
-)  # characters: their code points then stay in the processor's cache, three times as fast
-NO_UTF8 = 'half of a surrogate pair has no UTF-8 bytes'
+# Code points of so many characters stay in the processor's cache: three times as fast.
+ENCODE_BLOCK = 1 << 16  # characters
+NOT_UTF8 = 'half of a surrogate pair has no UTF-8 bytes'
 
 
 class Tokenizer(Protocol):
-    """What the rest of the house knows of a tokenizer."""
+    """The interface of every tokenizer.
+
+    `byte_lengths` (V,) int64 is the number of UTF-8 bytes of each token, for bits per byte.
+    `separator` is the id between two documents, which no text produces; None if it has none.
+    """
 
     name: ClassVar[str]
     vocab_size: int
-    byte_lengths: np.ndarray  # (V,) int64: UTF-8 bytes of each token, for bits per byte
-    separator: (
-        int | None
-    )  # the id that stands between documents, and never arises from text; None: they are joined
+    byte_lengths: np.ndarray
+    separator: int | None
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (N,) of the smallest unsigned dtype that fits the vocabulary; UserError where the text has no ids."""
+        """Ids (N,), of the smallest unsigned dtype that fits the vocabulary.
+
+        Raises UserError if a character has no id.
+        """
 
     def cut(self, text: str) -> int:
-        """The last place (0: none) where `text` may be cut, whatever stands around it, and its ids stay the same."""
+        """The last position at which `text` may be cut without changing its ids.
+
+        0 if there is none. The text before `text`, or after it, does not matter.
+        """
 
     def decode_bytes(self, ids) -> bytes:
-        """UTF-8 of ids (N,). For streaming: a byte tokenizer's single ids may be parts of one character."""
+        """UTF-8 of ids (N,). The bytes may end inside a character: streaming must buffer them."""
 
     def decode(self, ids) -> str:
-        """Text of ids (N,), U+FFFD where the bytes are no UTF-8; UserError for an id outside the vocabulary."""
+        """Text of ids (N,), with U+FFFD for bytes that are not UTF-8.
+
+        Raises UserError for an id outside the vocabulary.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
-    """One token a character; its id is its place in `alphabet`, the sorted distinct characters of a text."""
+    """One token a character. Its id is its index in `alphabet`, the sorted distinct characters."""
 
     alphabet: str
     name: ClassVar[str] = 'char'
@@ -58,11 +68,13 @@ class CharTokenizer:
     def __post_init__(self):
         if not self.alphabet:
             raise UserError(
-                'the alphabet of a character tokenizer is empty: the text must hold at least one character'
+                'the alphabet of a character tokenizer is empty: the text must hold at least one '
+                'character'
             )
         if not isinstance(self.alphabet, str) or list(self.alphabet) != sorted(set(self.alphabet)):
             raise UserError(
-                'the alphabet of a character tokenizer must be distinct characters in code point order'
+                'the alphabet of a character tokenizer must be distinct characters in the order of '
+                'their code points'
             )
 
     @property
@@ -77,7 +89,7 @@ class CharTokenizer:
 
     @functools.cached_property
     def _ids(self) -> np.ndarray:
-        """Code point to id, -1 where unknown. The last entry, one past the alphabet, serves all larger code points."""
+        """Code point to id; -1 if unknown. The last entry stands for all larger code points."""
         ids = np.full(int(self._codes[-1]) + 2, -1, np.int32)
         ids[self._codes] = np.arange(self.vocab_size)
         return ids
@@ -88,12 +100,11 @@ class CharTokenizer:
         return np.array([len(c.encode('utf-8', 'surrogatepass')) for c in self.alphabet])
 
     def encode(self, text: str) -> np.ndarray:
-        """One id a character; UserError names the first unknown one, its position and the alphabet."""
+        """One id a character. UserError names the first unknown one and its position."""
         encoded = np.empty(len(text), np.min_scalar_type(self.vocab_size - 1))
         for start in range(0, len(text), ENCODE_BLOCK):
-            codes = np.frombuffer(
-                text[start : start + ENCODE_BLOCK].encode('utf-32-le', 'surrogatepass'), '<u4'
-            )
+            block = text[start : start + ENCODE_BLOCK]
+            codes = np.frombuffer(block.encode('utf-32-le', 'surrogatepass'), '<u4')
             ids = self._ids.take(codes, mode='clip')
             if ids.min() < 0:
                 shown = repr(self.alphabet[:100]) + (' ...' if self.vocab_size > 100 else '')
@@ -106,25 +117,22 @@ class CharTokenizer:
         return encoded
 
     def cut(self, text: str) -> int:
-        """Anywhere, so at the end."""
+        """At the end: every position will do."""
         return len(text)
 
     def decode_bytes(self, ids) -> bytes:
-        """UTF-8 of the characters."""
+        """The characters as UTF-8."""
         return self.decode(ids).encode('utf-8', 'replace')
 
     def decode(self, ids) -> str:
         """One character an id."""
-        return (
-            self._codes[_checked(ids, self.vocab_size)]
-            .tobytes()
-            .decode('utf-32-le', 'surrogatepass')
-        )
+        codes = self._codes[_checked(ids, self.vocab_size)]
+        return codes.tobytes().decode('utf-32-le', 'surrogatepass')
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """One token a byte of the text's UTF-8: knows every text, and needs no alphabet."""
+    """One token a byte of the text's UTF-8: encodes every text, and needs no alphabet."""
 
     name: ClassVar[str] = 'byte'
     vocab_size: ClassVar[int] = 256
@@ -132,18 +140,18 @@ class ByteTokenizer:
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """One each, (256,)."""
+        """All 1, (256,)."""
         return np.ones(self.vocab_size, np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """One id a byte; UserError only for text that is no Unicode, as from a damaged command line."""
+        """One id a byte. Raises UserError only for half of a surrogate pair."""
         try:
             return np.frombuffer(text.encode('utf-8'), np.uint8)
         except UnicodeEncodeError as error:
-            raise _unknown(text, error.start, NO_UTF8) from None
+            raise _unknown(text, error.start, NOT_UTF8) from None
 
     def cut(self, text: str) -> int:
-        """Anywhere, so at the end."""
+        """At the end: every position will do."""
         return len(text)
 
     def decode_bytes(self, ids) -> bytes:
@@ -151,12 +159,15 @@ class ByteTokenizer:
         return _checked(ids, self.vocab_size).astype(np.uint8).tobytes()
 
     def decode(self, ids) -> str:
-        """The text, with U+FFFD for bytes that are no UTF-8."""
+        """The text, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
 
 def _stand_ins() -> dict[str, int]:
-    """{printable character: the byte it stands for}, in the order of GPT-2's ids: the printable bytes come first."""
+    """{printable character: the byte it stands for}, in the order of GPT-2's ids.
+
+    The printable bytes come first. Source: bytes_to_unicode in OpenAI's encoder.py of GPT-2.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -166,16 +177,19 @@ def _stand_ins() -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Tokenizer:
-    """GPT-2's byte-pair encoding of UTF-8 bytes (GPT-2, section 2.2; Sennrich et al. 2016), computed by tiktoken.
+    """GPT-2's byte-pair encoding of UTF-8 bytes, computed by tiktoken.
 
-    Text is first split by a pattern into words, numbers, runs of signs and runs of spaces, a single space going with
-    what follows it. In each piece the neighbours whose merge has the lowest rank are joined, until there are none.
-    Ids: the 256 bytes; then what each merge makes, by rank; the last one is <|endoftext|>.
+    Radford et al. 2019, section 2.2; Sennrich et al. 2016. A pattern first splits the text into
+    words, numbers, runs of signs and runs of whitespace; a single space belongs to the word after
+    it. In each piece the adjacent pair whose merge has the lowest rank is joined, until no pair
+    has a merge.
+
+    Ids: first the 256 bytes, then the result of each merge by rank, last <|endoftext|>. `merges`
+    has one line 'left right' for each merge, rank 0 first, with a printable character for each
+    byte.
     """
 
-    merges: str = dataclasses.field(
-        repr=False
-    )  # a line 'left right' each, the first one of rank 0; bytes by stand-ins
+    merges: str = dataclasses.field(repr=False)
     name: ClassVar[str] = 'gpt2'
 
     def __post_init__(self):
@@ -189,8 +203,8 @@ class Gpt2Tokenizer:
                 ranks[left + right] = len(ranks)
         except (AttributeError, KeyError, ValueError):
             raise UserError(
-                f'the merges of a gpt2 tokenizer are damaged: number {len(ranks) - 256} does not join two '
-                f'known tokens into a new one'
+                f'the merges of a gpt2 tokenizer are damaged: number {len(ranks) - 256} does not '
+                f'join two known tokens into a new one'
             ) from None
         object.__setattr__(self, '_ranks', ranks)
 
@@ -221,36 +235,40 @@ class Gpt2Tokenizer:
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of each token, (V,); <|endoftext|> is no text and has none."""
+        """Bytes of each token, (V,); 0 for <|endoftext|>, which stands for no text."""
         return np.array([*map(len, self._ranks), 0])
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (N,); '<|endoftext|>' in a text is text like any other. UserError as for bytes."""
+        """Ids (N,). The characters '<|endoftext|>' are encoded as ordinary text.
+
+        Raises UserError only for half of a surrogate pair.
+        """
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
-            raise _unknown(text, error.start, NO_UTF8) from None
+            raise _unknown(text, error.start, NOT_UTF8) from None
         return ids.astype(np.min_scalar_type(self.separator))
 
     def cut(self, text: str) -> int:
-        """Before the last whitespace that follows something visible.
+        """Before the last whitespace that follows a visible character.
 
-        No piece of the pattern goes on from a visible character to whitespace, and what precedes the cut never ends in
-        whitespace, where alone the pattern looks ahead: so both sides are split into the same pieces as before.
+        No piece of the pattern continues from a visible character into whitespace. The pattern
+        looks ahead only in whitespace, and the text before the cut does not end in whitespace. So
+        each side is split into the same pieces as in the whole text.
         """
         match = re.match(r'.*\S(?=[ \t\r\n])', text, re.DOTALL)
         return match.end() if match else 0
 
     def decode_bytes(self, ids) -> bytes:
-        """The tokens' bytes; a token may end within a character."""
+        """The tokens' bytes; a token may end inside a character."""
         return b''.join(map(self._bytes.__getitem__, _checked(ids, self.vocab_size).tolist()))
 
     def decode(self, ids) -> str:
-        """The text, with U+FFFD for bytes that are no UTF-8."""
+        """The text, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def hub_files(self) -> dict[str, str]:
-        """The tokenizer as the hub publishes it: {file name: content}."""
+        """The tokenizer in the files of the hub: {file name: content}."""
         stand_ins = {byte: c for c, byte in _stand_ins().items()}
         vocab = {''.join(stand_ins[byte] for byte in token): i for token, i in self._ranks.items()}
         return {
@@ -263,7 +281,11 @@ TOKENIZERS = {kind.name: kind for kind in (CharTokenizer, ByteTokenizer, Gpt2Tok
 
 
 def make_tokenizer(name: str, characters) -> Tokenizer:
-    """The tokenizer called `name` for a text, given as itself or as the set of its characters."""
+    """The tokenizer called `name`, for a text with these characters.
+
+    They may be in any order, and repeated. Raises UsageError for an unknown name, and UserError if
+    GPT-2's vocabulary cannot be found.
+    """
     if name not in TOKENIZERS:
         raise UsageError(f'unknown tokenizer {name!r}: expected one of {", ".join(TOKENIZERS)}')
     if name == 'char':
@@ -272,12 +294,12 @@ def make_tokenizer(name: str, characters) -> Tokenizer:
 
 
 def to_json(tokenizer: Tokenizer) -> str:
-    """All of a tokenizer, as text that `from_json` reads back equal."""
+    """The whole tokenizer as JSON; `from_json` reads it back equal."""
     return json.dumps({'name': tokenizer.name, **dataclasses.asdict(tokenizer)}, sort_keys=True)
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` wrote; UserError where the text is damaged or of an unknown kind."""
+    """The tokenizer that `to_json` wrote. Raises UserError for damaged text or an unknown kind."""
     try:
         fields = json.loads(text)
         name = str(fields.pop('name'))
@@ -287,7 +309,8 @@ def from_json(text: str) -> Tokenizer:
         ) from None
     if name not in TOKENIZERS:
         raise UserError(
-            f'the saved tokenizer is of unknown kind {name!r}: this version reads {", ".join(TOKENIZERS)}'
+            f'the saved tokenizer is of unknown kind {name!r}: this version reads '
+            f'{", ".join(TOKENIZERS)}'
         )
     try:
         return TOKENIZERS[name](**fields)
@@ -298,15 +321,15 @@ def from_json(text: str) -> Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the tokenizer's JSON, in hex: what must match between tokens, checkpoint and prompt."""
+    """SHA-256 of the tokenizer's JSON, in hex: tokens and checkpoints must agree on it."""
     return hashlib.sha256(to_json(tokenizer).encode()).hexdigest()
 
 
 def _unknown(text: str, position: int, expected: str) -> UserError:
     character = text[position]
     return UserError(
-        f'unknown character {character!r} (U+{ord(character):04X}) at position {position} of the text: '
-        f'{expected}'
+        f'unknown character {character!r} (U+{ord(character):04X}) at position {position} of the '
+        f'text: {expected}'
     )
 
 

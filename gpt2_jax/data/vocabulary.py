@@ -1,7 +1,7 @@
-"""GPT-2's vocabulary: the 50,000 merges of its byte-pair encoding, found locally or downloaded, and verified.
+"""GPT-2's vocabulary: the 50,000 merges of its byte-pair encoding, found locally or downloaded.
 
-They are `vocab.bpe` or `merges.txt` (the same file, as OpenAI and as the hub name it) in one of the folders of `gpt2`
-(see published.py), or in tiktoken's cache, `$TIKTOKEN_CACHE_DIR`. Nothing found is ever changed or deleted.
+OpenAI calls the file `vocab.bpe`, the hub calls it `merges.txt`. It may be in one of the folders of
+`gpt2` (see files.py), or in tiktoken's cache, `$TIKTOKEN_CACHE_DIR`. No file found is changed.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.files import Source, download, folders
+from gpt2_jax.files import Source, download, local_folders
 
 NAMES = ('vocab.bpe', 'merges.txt')
 SOURCE = Source(
@@ -17,29 +17,34 @@ SOURCE = Source(
     sha256='1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     n_bytes=456_318,
 )
-# Of the merges alone, with neither the version line nor the carriage returns that some copies have.
+# Of the merges alone: some copies have another version line, or carriage returns.
 MERGES_SHA256 = 'ac33235097fe06d4a8fff0feac994644809e6eb6ab70669e1e9fd40ae032428e'
 
 
 def find_merges() -> str:
-    """The merges of GPT-2, a line each; UserError where a copy is not the published one, or none can be had."""
+    """GPT-2's merges, one a line, downloaded if there is no local copy.
+
+    Raises UserError if the copy is not the published file, or if there is none and the download
+    fails.
+    """
     path = next((path for path in _places() if path.exists()), None)
     if path is None:
-        path = folders('gpt2')[-1] / NAMES[0]
+        path = local_folders('gpt2')[-1] / NAMES[0]
         try:
             download("GPT-2's vocabulary", SOURCE, path)
         except OSError as error:
             raise UserError(
-                f"no local copy of GPT-2's vocabulary, and its download failed ({str(error).strip('<>')}): put "
-                f'{" or ".join(NAMES)} into {folders("gpt2")[0]} or {path.parent}, or set GPT2_JAX_DATA_DIR to a '
-                f"folder that holds gpt2/{NAMES[0]}, or TIKTOKEN_CACHE_DIR to a cache of tiktoken's that has it; it is "
-                f'published at {SOURCE.url}'
+                f"no local copy of GPT-2's vocabulary, and its download failed "
+                f'({str(error).strip("<>")}): put {" or ".join(NAMES)} into '
+                f'{local_folders("gpt2")[0]} or {path.parent}, or set GPT2_JAX_DATA_DIR to a '
+                f'folder that holds gpt2/{NAMES[0]}, or TIKTOKEN_CACHE_DIR to a cache of tiktoken '
+                f'that has it; the file is published at {SOURCE.url}'
             ) from None
     return read_merges(path)
 
 
 def read_merges(path: Path) -> str:
-    """The merges in a file of any of these names; UserError where they are not GPT-2's."""
+    """The merges in a file. Raises UserError if it does not hold GPT-2's merges."""
     try:
         data = path.read_bytes().replace(b'\r\n', b'\n')
     except OSError as error:
@@ -48,17 +53,16 @@ def read_merges(path: Path) -> str:
     digest = hashlib.sha256(merges).hexdigest()
     if digest != MERGES_SHA256:
         raise UserError(
-            f"{path} does not hold GPT-2's merges: their SHA-256 is {digest}, expected {MERGES_SHA256}; "
-            f'move it away to get the published ones'
+            f"{path} does not hold GPT-2's merges: their SHA-256 is {digest}, expected "
+            f'{MERGES_SHA256}; move it away to get the published file'
         )
     return merges.decode('utf-8')
 
 
 def _places() -> list[Path]:
     """Every local place, in the order of search."""
-    places = [folder / name for folder in folders('gpt2') for name in NAMES]
+    places = [folder / name for folder in local_folders('gpt2') for name in NAMES]
     if cache := os.environ.get('TIKTOKEN_CACHE_DIR'):
-        places.append(
-            Path(cache, hashlib.sha1(SOURCE.url.encode()).hexdigest())
-        )  # tiktoken's name for the file
+        # tiktoken names a cached file by the SHA-1 of its URL.
+        places.append(Path(cache, hashlib.sha1(SOURCE.url.encode()).hexdigest()))
     return places

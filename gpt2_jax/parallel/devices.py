@@ -8,7 +8,7 @@ import platform
 import jax
 
 from gpt2_jax.errors import UsageError
-from gpt2_jax.files import folders
+from gpt2_jax.files import local_folders
 
 # Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. The
 # peak of any other name is unknown, and not guessed from a part of it: an L40 is no L4, an H200 NVL no H200.
@@ -40,7 +40,7 @@ def select_platform(name: str) -> None:
     if (
         not jax.config.jax_compilation_cache_dir
     ):  # the environment's JAX_COMPILATION_CACHE_DIR comes first
-        jax.config.update('jax_compilation_cache_dir', str(folders('xla')[-1] / platform.node()))
+        jax.config.update('jax_compilation_cache_dir', str(local_folders('xla')[-1] / platform.node()))
     if name == 'cpu':
         jax.config.update('jax_platforms', 'cpu')
     elif name != 'auto':

@@ -66,7 +66,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     Raises UserError for data that cannot be read, UsageError for a mesh larger than the machine.
     """
     mesh = make_mesh(**config.mesh)
-    dataset = dataset or load.load(**config.data)
+    dataset = dataset or load.load_dataset(**config.data)
     cfg = GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size)
     model = GPT2(cfg, training_ops(cfg.attention))
     schedule = build_schedule(config)

@@ -1,10 +1,10 @@
 """TODO."""
 
-import hashlib
 import json
-import os
 import re
 from pathlib import Path
+
+from gpt2_jax import files
 
 CHECKSUMS = 'SHA256SUMS'
 
@@ -53,15 +53,12 @@ def _checksum_lines(path: Path, item: str = '') -> dict[str, str]:
         file for file in (path / item).rglob('*') if file.is_file() and file != path / CHECKSUMS
     ):
         name = str(file.relative_to(path))
-        with open(file, 'rb') as opened:
-            lines[name] = f'{hashlib.file_digest(opened, "sha256").hexdigest()}  {name}'
+        lines[name] = f'{files.sha256(file)}  {name}'
     return lines if item else lines | {'': ''}  # an empty last one: the file ends with a newline
 
 
 def write_checksums(path: Path) -> None:
-    part = path / (CHECKSUMS + '.part')
-    part.write_text('\n'.join(_checksum_lines(path).values()), encoding='utf-8')
-    os.replace(part, path / CHECKSUMS)
+    files.write_text(path / CHECKSUMS, '\n'.join(_checksum_lines(path).values()))
 
 
 def verify(path: Path, item: str = '') -> str | None:

@@ -69,13 +69,6 @@ def move_aside(folder: Path) -> Path | None:
     return aside
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is either whole or as it was before."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
-
-
 def log_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each log file, to be kept with a checkpoint; see `cut_back`."""
     return {
