@@ -6,17 +6,19 @@ between two documents.
 """
 
 import collections
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt2_jax import files
 from gpt2_jax.data import documents, tokenizers
 from gpt2_jax.data.dataset import SPLITS, n_train_characters
-from gpt2_jax.data.shards import FORMAT, MANIFEST, TOKENIZER
+from gpt2_jax.data.shards import FORMAT, MANIFEST, MARK, TOKENIZER
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 
@@ -88,14 +90,18 @@ def _write(
         train, val = (
             _SplitWriter(folder, split, tokenizer, shard_tokens, pool) for split in SPLITS
         )
-        for path, about in sources:
+        for number, (path, about) in enumerate(sources):
             left = n_train_characters(about['characters'], val_fraction)
-            for document in documents.read(path, text_field):
+            is_record = documents.holds_records(path)
+            for line, byte, blocks in documents.read_placed(path, text_field):
                 train.begin_document()
                 val.begin_document()
-                for block in document:
-                    train.add(block[:left])
-                    val.add(block[left:])
+                place = Place(is_record, number, line, -1 if byte is None else byte, 0)
+                for block in blocks:
+                    train.add(block[:left], place)
+                    place = place.after(block[:left])
+                    val.add(block[left:], place)
+                    place = place.after(block[left:])
                     left = max(0, left - len(block))
             if _input_sha256(path) != about['sha256']:
                 raise UserError(
@@ -120,11 +126,38 @@ def _write(
     return manifest
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str | None]) -> tuple[np.ndarray, int]:
-    """Ids of texts in a row, None being the separator; and the number of their UTF-8 bytes."""
+class Place(NamedTuple):
+    """A place in an input, as shards.MARK has it. `is_record`: the document is a line or a row."""
+
+    is_record: bool
+    file: int
+    line: int
+    byte: int
+    within: int
+
+    def after(self, text: str) -> 'Place':
+        """The place after a text that begins here."""
+        n_bytes = len(text.encode())
+        if self.is_record:
+            return self._replace(within=self.within + n_bytes)
+        return self._replace(line=self.line + text.count('\n'), byte=self.byte + n_bytes)
+
+
+class _Encoded(NamedTuple):
+    """The ids (N,) of texts, their UTF-8 bytes, and (index of its first id, place) of each."""
+
+    ids: np.ndarray
+    n_bytes: int
+    marks: list[tuple[int, Place]]
+
+
+def _encode(tokenizer: Tokenizer, texts: list[tuple[Place | None, str]]) -> _Encoded:
+    """Encodes each text by itself. A text without a place is the separator."""
     separator = np.array([tokenizer.separator or 0], np.min_scalar_type(tokenizer.vocab_size - 1))
-    ids = [separator if text is None else tokenizer.encode(text) for text in texts]
-    return np.concatenate(ids), sum(len(text.encode()) for text in texts if text)
+    ids = [tokenizer.encode(text) if place else separator for place, text in texts]
+    starts = itertools.accumulate(map(len, ids), initial=0)
+    marks = [(start, place) for start, (place, _) in zip(starts, texts, strict=False) if place]
+    return _Encoded(np.concatenate(ids), sum(len(text.encode()) for _, text in texts), marks)
 
 
 class _SplitWriter:
@@ -141,34 +174,37 @@ class _SplitWriter:
         self.folder, self.split, self.tokenizer, self.pool = folder, split, tokenizer, pool
         self.buffer = np.empty(shard_tokens, np.min_scalar_type(tokenizer.vocab_size - 1))
         self.filled = self.n_bytes = 0
-        self.shards = []
+        self.shards, self.marks, self.n_tokens = [], [], 0
         self.split_is_empty = self.document_is_empty = True
         self.held = []  # blocks of the current document that are not in `texts` yet
+        self.held_from = None  # the place of the first of them
         self.n_held = 0  # characters in `held` and in `texts`
-        self.texts = []  # to be encoded, each by itself; None is a separator
+        self.texts = []  # (place, text) to be encoded, each by itself: see `_encode`
         self.encoding = collections.deque()  # futures, in order
 
     def begin_document(self):
         """The blocks that follow belong to another document."""
         if text := ''.join(self.held):
-            self.texts.append(text)
+            self.texts.append((self.held_from, text))
         self.held, self.document_is_empty = [], True
 
-    def add(self, block: str):
+    def add(self, block: str, place: Place):
         """Adds the next part of the current document. An empty document gets no separator."""
         if not block:
             return
         is_first = self.document_is_empty and not self.split_is_empty
         if is_first and self.tokenizer.separator is not None:
-            self.texts.append(None)
+            self.texts.append((None, ''))
         self.split_is_empty = self.document_is_empty = False
+        if not self.held:
+            self.held_from = place
         self.held.append(block)
         self.n_held += len(block)
         if self.n_held >= documents.BLOCK_BYTES:
             if cut := self.tokenizer.cut(block):
                 self.held[-1] = block[:cut]
-                self.texts.append(''.join(self.held))
-                self.held = [block[cut:]]
+                self.texts.append((self.held_from, ''.join(self.held)))
+                self.held, self.held_from = [block[cut:]], place.after(block[:cut])
             self._submit()
 
     def _submit(self):
@@ -176,10 +212,13 @@ class _SplitWriter:
             self.encoding.append(self.pool.submit(_encode, self.tokenizer, self.texts))
             self.texts, self.n_held = [], sum(map(len, self.held))
         while len(self.encoding) > 2 * (os.cpu_count() or 1):
-            self._store(*self.encoding.popleft().result())
+            self._store(self.encoding.popleft().result())
 
-    def _store(self, ids: np.ndarray, n_bytes: int):
-        self.n_bytes += n_bytes
+    def _store(self, encoded: _Encoded):
+        ids = encoded.ids
+        self.marks += [(self.n_tokens + start, *place[1:]) for start, place in encoded.marks]
+        self.n_tokens += len(ids)
+        self.n_bytes += encoded.n_bytes
         while len(ids):
             taken = ids[: len(self.buffer) - self.filled]
             self.buffer[self.filled : self.filled + len(taken)] = taken
@@ -203,12 +242,15 @@ class _SplitWriter:
         self.begin_document()
         self._submit()
         while self.encoding:
-            self._store(*self.encoding.popleft().result())
+            self._store(self.encoding.popleft().result())
         self._flush()
+        marks = self.folder / f'{self.split}_marks.npy'
+        np.save(marks, np.array(self.marks, MARK), allow_pickle=False)
         return {
             'tokens': sum(shard['tokens'] for shard in self.shards),
             'bytes': self.n_bytes,
             'shards': self.shards,
+            'marks': {'file': marks.name, 'sha256': files.sha256(marks)},
         }
 
 

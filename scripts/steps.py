@@ -1,10 +1,11 @@
-"""Opens a run's steps: which text a step trained on, which steps trained on a text, what a step did.
+"""Opens a run's steps: which text a step trained on, which steps trained on a text, what a step
+did.
 
     python scripts/steps.py find --workdir=runs/quickstart --text='To be, or not'
     python scripts/steps.py find --workdir=runs/quickstart --line=1012 --by_step=500
 
-`find` lists each place of a text, a line or a token, with its file, line and byte, and every step and
-row that trained on it. Nothing was logged for this: it is computed from the seed.
+`find` lists each place of a text, a line or a token, with its file, line and byte, and every step
+and row that trained on it. Nothing was logged for this: it is computed from the seed.
 """
 
 import json

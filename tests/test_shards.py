@@ -122,6 +122,8 @@ def test_manifest_and_files(texts, tmp_path):
     }
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {
         *listed,
+        'train_marks.npy',
+        'val_marks.npy',
         'manifest.json',
         'tokenizer.json',
     }

@@ -43,7 +43,7 @@ LAYERS = (
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.log workdir.checksums',
-    'workdir.checkpoints',
+    'workdir.checkpoints workdir.history',
     'workdir.restore',
     # training: one update, and the loop around it
     'training.optim',
@@ -56,8 +56,9 @@ LAYERS = (
     'inference.decoding inference.texts inference.evaluate',
     'inference.streaming inference.score',
     'inference.lambada',
-    # diagnostics: what a run is, and how fast
-    'diagnostics.describe diagnostics.benchmark',
+    # diagnostics: what a run is, what happened in it, and how fast
+    'diagnostics.describe diagnostics.benchmark diagnostics.origins',
+    'diagnostics.ledger',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare',
     'train',
@@ -83,6 +84,10 @@ NO_JAX = (
     'inference.detokenizers',
     'inference.texts',
     'workdir.folder',
+    'workdir.checksums',
+    'workdir.history',
+    'diagnostics.origins',
+    'diagnostics.ledger',
     'kernels.support',
     *(name for name in PACKAGE if name.startswith('data.')),
 )

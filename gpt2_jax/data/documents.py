@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from gpt2_jax import files
 from gpt2_jax.errors import UserError
@@ -16,19 +17,37 @@ BLOCK_BYTES = 1 << 20  # of a text file, in memory at once
 PARQUET_ROWS = 1000  # of a Parquet file, in memory at once
 
 
+class Placed(NamedTuple):
+    """A document and where its file has it: line or row (from 1), byte (from 0; None: unknown)."""
+
+    line: int
+    byte: int | None
+    blocks: Iterable[str]
+
+
 def read(path: str, text_field: str) -> Iterator[Iterable[str]]:
     """Each document of a file, as blocks of its text.
 
     Files are .jsonl, .jsonl.gz, .parquet, or text under any other name. `text_field` is the field
     or the column that holds the text. Raises UserError naming the file, and the line or row in it.
     """
+    return (document.blocks for document in read_placed(path, text_field))
+
+
+def holds_records(path: str) -> bool:
+    """Whether a file holds a document in each line or row; any other file is one document."""
+    return path.endswith(('.jsonl', '.jsonl.gz', '.parquet'))
+
+
+def read_placed(path: str, text_field: str) -> Iterator[Placed]:
+    """As `read`, with the place of each document; in a compressed file, within its content."""
     try:
         if path.endswith(('.jsonl', '.jsonl.gz')):
             yield from _json_lines(path, text_field)
         elif path.endswith('.parquet'):
             yield from _parquet(path, text_field)
         else:
-            yield _text(path)
+            yield Placed(1, 0, _text(path))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f'cannot read the text {path}: {getattr(error, "strerror", None) or error}'
@@ -44,9 +63,11 @@ def _text(path: str) -> Iterator[str]:
         raise UserError(f'cannot read the text {path}: {error.strerror}') from None
 
 
-def _json_lines(path: str, text_field: str) -> Iterator[tuple[str]]:
+def _json_lines(path: str, text_field: str) -> Iterator[Placed]:
     with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
+        end = 0
         for number, line in enumerate(file, 1):
+            start, end = end, end + len(line)
             if not line.strip():
                 continue
             try:
@@ -54,10 +75,11 @@ def _json_lines(path: str, text_field: str) -> Iterator[tuple[str]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f'{path}, line {number} is not JSON: {error}') from None
             fields = record if isinstance(record, dict) else {}
-            yield _checked(fields.get(text_field), f'{path}, line {number}', text_field, fields)
+            text = _checked(fields.get(text_field), f'{path}, line {number}', text_field, fields)
+            yield Placed(number, start, text)
 
 
-def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
+def _parquet(path: str, text_field: str) -> Iterator[Placed]:
     try:
         # An extra, and slow to import: only if there is a Parquet file to read.
         from pyarrow import ArrowException, parquet
@@ -71,7 +93,8 @@ def _parquet(path: str, text_field: str) -> Iterator[tuple[str]]:
             batches = file.iter_batches(PARQUET_ROWS, columns=[text_field])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for number, text in enumerate(texts, 1):
-                yield _checked(text, f'{path}, row {number}', text_field, columns)
+                text = _checked(text, f'{path}, row {number}', text_field, columns)
+                yield Placed(number, None, text)
     except ArrowException as error:
         raise UserError(f'{path} cannot be read as Parquet: {error}') from None
 

@@ -1,8 +1,9 @@
 """A prepared folder: token shards on disk, verified and memory-mapped when they are opened.
 
 The folder holds `tokenizer.json`, the token ids as `train_00000.npy`, ... and `val_00000.npy`,
-..., and `manifest.json`: counts, the fingerprint of the tokenizer, and the SHA-256 of every shard.
-prepare.py writes it. N is a number of tokens.
+..., where they came from as `train_marks.npy` and `val_marks.npy`, and `manifest.json`: counts, the
+fingerprint of the tokenizer, and the SHA-256 of every shard. prepare.py writes it. N is a number of
+tokens.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, sha256_of
+from gpt2_jax.data.documents import holds_records
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
 
@@ -22,9 +24,9 @@ FORMAT = 1  # of manifest.json; other formats are refused
 MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
 
 # Where tokens came from: token `token` of a split begins at `byte` of file `file` of the manifest's
-# inputs, in line `line`. In JSON Lines and Parquet, line and byte are of the record (byte -1: unknown),
-# and `within` counts the bytes of its text before the token. One mark for each document, and for each
-# block of about a megabyte in it.
+# inputs, in line `line`. In JSON Lines and Parquet, line and byte are of the record (byte -1:
+# unknown), and `within` counts the bytes of its text before the token. One mark for each document,
+# and for each block of about a megabyte in it.
 MARK = np.dtype(
     [('token', '<i8'), ('file', '<i4'), ('line', '<i8'), ('byte', '<i8'), ('within', '<i8')]
 )
@@ -117,3 +119,30 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str) -> np.n
             f'{dtype}: prepare the folder again'
         )
     return np.asarray(ids)  # a plain array: the memmap subclass costs time at every slice
+
+
+def open_marks(
+    folder: str | os.PathLike, split: str = 'train'
+) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray] | None:
+    """Where the tokens of a split came from: file names, 'text' or 'records' for each, and MARKs.
+
+    None if the folder was prepared before marks existed. Raises UserError if they are damaged.
+    """
+    folder = Path(folder)
+    manifest = json.loads((folder / MANIFEST).read_text('utf-8'))
+    about = manifest['splits'][split].get('marks')
+    if about is None:
+        return None
+    path = folder / about['file']
+    try:
+        if files.sha256(path) != about['sha256']:
+            raise UserError(
+                f'{path} is damaged: its SHA-256 is not the one in the manifest; restore it from a '
+                'copy, or prepare the folder again'
+            )
+        marks = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from None
+    names = tuple(source['file'] for source in manifest['inputs'])
+    kinds = tuple('records' if holds_records(name) else 'text' for name in names)
+    return names, kinds, marks

@@ -1,11 +1,11 @@
 """Which text a step trained on, and which steps trained on a text. Nothing is logged for it.
 
 The batch of a step is a function of (tokens, seed, step), and so is its inverse (letters as in
-data/batches.py): the target at token p stands, in epoch e, in window w = (p - 1 - offset_e) div T, and
-window w is row g = e n + inverse_order_e[w], counted through all steps, B to a step.
+data/batches.py): the target at token p stands, in epoch e, in window w = (p - 1 - offset_e) div T,
+and window w is row g = e n + inverse_order_e[w], counted through all steps, B to a step.
 
-Steps are counted as in metrics.jsonl: step 1 is the first update. Token positions count from 0, from
-the beginning of the training text. No JAX.
+Steps are counted as in metrics.jsonl: step 1 is the first update. Token positions count from 0,
+from the beginning of the training text. No JAX.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt2_jax.data import load
 from gpt2_jax.data.batches import epoch_order
 from gpt2_jax.data.dataset import Dataset, Tokens
+from gpt2_jax.data.load import load_dataset
 from gpt2_jax.diagnostics.origins import Origin, Origins, TokenBytes, open_origins
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.workdir import history
@@ -49,8 +49,8 @@ class Addressing(NamedTuple):
 class Sightings(NamedTuple):
     """Rows that trained on a text, in the order of training; arrays of one length.
 
-    text: which of the texts. step (from 1), row: where. first, last: the targets of the row that belong
-    to the text. whole: whether the row has all of it.
+    text: which of the texts. step (from 1), row: where. first, last: the targets of the row that
+    belong to the text. whole: whether the row has all of it.
     """
 
     text: np.ndarray
@@ -62,9 +62,9 @@ class Sightings(NamedTuple):
 
 
 def row_starts(addressing: Addressing, step: int) -> np.ndarray:
-    """The position of the first input of each row of `step`: (B,). Row i has the T + 1 tokens from there.
+    """The position of the first input of each row of `step`: (B,).
 
-    The targets are the tokens after the first one.
+    Row i holds the T + 1 tokens from there; its targets are all but the first one.
     """
     n, starts = addressing.n_windows, []
     for g in range((step - 1) * addressing.batch_size, step * addressing.batch_size):
@@ -74,7 +74,7 @@ def row_starts(addressing: Addressing, step: int) -> np.ndarray:
 
 
 def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
-    """Every row of the first `steps` steps that has tokens start[i] .. stop[i] - 1 among its targets.
+    """Every row of the first `steps` steps with any of tokens start[i] .. stop[i] - 1 as a target.
 
     A text that crosses the border of two windows is in two rows, in part in each.
     """
@@ -103,18 +103,20 @@ def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
     return Sightings(*(x[order] for x in (text, step, row, first, last, whole.astype(bool))))
 
 
-def occurrences(tokens: Tokens, token_bytes: TokenBytes, text: str) -> tuple[np.ndarray, np.ndarray]:
+def occurrences(
+    tokens: Tokens, token_bytes: TokenBytes, text: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Where a text stands in the tokens: (start, stop), the tokens start[i] .. stop[i] - 1 hold it.
 
-    Compared byte by byte, so the tokens may begin before the text and end after it. Raises UsageError
-    for an empty text.
+    Compared byte by byte, so the tokens may begin before the text and end after it. Raises
+    UsageError for an empty text.
     """
     wanted = text.encode()
     if not wanted:
         raise UsageError('the text to find is empty: give at least one character')
     found = []
     for begin in range(0, len(tokens), BLOCK):
-        # Every token but a separator has a byte, so a text reaches over at most as many tokens more.
+        # Every token but a separator has a byte or more: the text has at most as many tokens.
         ids = tokens.read(begin, min(begin + BLOCK + len(wanted), len(tokens)))
         data, ends = token_bytes.join(ids, NO_TEXT)
         at = np.fromiter(_find_all(data, wanted), np.int64)
@@ -154,20 +156,21 @@ class Run(NamedTuple):
 
 
 def open_run(folder: Path) -> Run:
-    """Opens the text that a run trained on. Raises UserError if it is not the same text any more."""
+    """Opens the text that a run trained on. Raises UserError if the text has changed since."""
     config = history.read_config(folder)
-    dataset = load.load(**config.data, notify=lambda text: None)
+    dataset = load_dataset(**config.data, notify=lambda text: None)
     recorded = history.read_corpus(folder)
     if recorded and recorded['sha256'] != dataset.sha256:
         raise UserError(
-            f'the text of {folder} has changed: data.corpus = {config.data.corpus!r} now has the SHA-256 '
-            f'{dataset.sha256[:12]}, and the run trained on {recorded["sha256"][:12]}; restore the text'
+            f'the text of {folder} has changed: data.corpus = {config.data.corpus!r} now has the '
+            f'SHA-256 {dataset.sha256[:12]}, and the run trained on {recorded["sha256"][:12]}: '
+            'restore the text'
         )
     train = config.train
     addressing = Addressing(len(dataset.train), train.seed, train.batch_size, train.seq_len)
     if addressing.n_windows < 1:
         raise UserError(
-            f'the training text of {folder} has {addressing.n_tokens} tokens, too few for one window'
+            f'the training text of {folder} has {addressing.n_tokens} tokens: too few for a window'
         )
     origins = open_origins(config.data.corpus, config.data.fallback, dataset)
     return Run(folder, config, dataset, addressing, origins, TokenBytes(dataset.tokenizer))
@@ -194,8 +197,8 @@ def find(
 ) -> Found:
     """Every step and row of a run that trained on a text, on one token, or on a line of a file.
 
-    Exactly one of `text`, `token_offset` and `line` is given; `file` chooses among several files. Steps
-    up to `by_step`, by default all that the configuration plans. Raises UsageError.
+    Exactly one of `text`, `token_offset` and `line` is given; `file` chooses among several files.
+    Steps up to `by_step`, by default all that the configuration plans. Raises UsageError.
     """
     if sum(x is not None for x in (text, token_offset, line)) != 1:
         raise UsageError('give one of --text, --token_offset and --line')

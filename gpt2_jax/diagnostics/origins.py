@@ -1,7 +1,7 @@
-"""Where training tokens came from: file, line and byte. Counted from marks; nothing is stored per token.
+"""Where training tokens came from: file, line and byte, counted from marks.
 
-A mark says that a token begins at some place of a file. Between two marks the place follows from the
-tokens themselves: their bytes, and the line ends among them. No JAX.
+A mark says that a token begins at some place of a file. Between two marks the place follows from
+the tokens themselves: their bytes, and the line ends among them. No JAX.
 """
 
 import glob
@@ -34,7 +34,10 @@ class TokenBytes:
         self.newlines_V = line_ends[ends_V] - line_ends[self.starts_V]
 
     def join(self, ids: np.ndarray, no_text: bytes = b'') -> tuple[bytes, np.ndarray]:
-        """The bytes of tokens (N,) in a row, `no_text` for a separator; and where each token ends in them."""
+        """The bytes of tokens (N,) in a row, and where each token ends in them.
+
+        A separator stands as the bytes `no_text`.
+        """
         lengths_N = self.lengths_V[ids]
         is_separator = lengths_N == 0
         if no_text:
@@ -54,9 +57,9 @@ class TokenBytes:
 class Origin(NamedTuple):
     """A place in a file. Lines and records count from 1, bytes from 0.
 
-    In a text file, `line` and `byte` are of the place itself. In a file of records (JSON Lines, Parquet)
-    `line` and `byte` are of the record, and `within` counts the bytes of its text before the place. In a
-    file of tokens there are no lines, and `within` counts the tokens before it. None: unknown.
+    In a text file, `line` and `byte` are of the place itself. In JSON Lines and Parquet, `line` and
+    `byte` are of the record, and `within` counts the bytes of its text before the place. In a file
+    of tokens there are no lines, and `within` counts the tokens before it. None: unknown.
     """
 
     file: str
@@ -99,7 +102,9 @@ class Origins(NamedTuple):
     def tokens_of_line(
         self, tokens: Tokens, token_bytes: TokenBytes, line: int, file: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(start, stop) of the training tokens of a line, or of a record: arrays of one element or more.
+        """(start, stop) of the training tokens of a line, or of a record.
+
+        Arrays of one element, or more if a large file has several marks in the line.
 
         Raises UsageError if the line is not in the training text, or if the file is not.
         """
@@ -126,14 +131,14 @@ class Origins(NamedTuple):
                 found += [span] if span else []
         if not found:
             raise UsageError(
-                f'line {line} of {self.files[chosen[0]]} is not in the training text, which ends in '
-                f'line {last}'
+                f'line {line} of {self.files[chosen[0]]} is not in the training text, whose last '
+                f'line is {last}'
             )
         return tuple(np.array(found).T)
 
     @staticmethod
     def _span(tokens, token_bytes, start, stop, first, line):
-        """The tokens of start .. stop - 1 with a byte in that line, and the line that the last one ends in.
+        """The tokens of start .. stop - 1 with a byte in that line, and the line where they end.
 
         `first` is the line of token `start`.
         """

@@ -1,4 +1,4 @@
-"""Reading back what a run left in its folder, finished or not. Changes nothing, and needs no JAX."""
+"""Reads what a run left in its folder, finished or not. Changes nothing, and needs no JAX."""
 
 import json
 from pathlib import Path
