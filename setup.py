@@ -33,7 +33,7 @@ setup(
         'ml_collections>=1.1,<2',
         'rich>=14,<16',
         'safetensors>=0.5,<0.9',
-        'tensorboardX>=2.6.4,<3',
+        'tensorboard>=2.20,<3',
     ],
     extras_require={
         'cuda12': [f'jax[cuda12]{JAX_VERSIONS}'],

@@ -1,24 +1,26 @@
-r"""GPT-2 124M from nothing, on 10 billion tokens of web text that you bring.
+r"""GPT-2 124M from random weights, on 10 billion tokens of web text that you bring.
 
     python scripts/train.py --config=configs/gpt2_124m.py --config.data.corpus='fineweb10B/*.bin'
     python scripts/train.py --config=configs/gpt2_124m.py --config.data.corpus=prepared/web \
         --config.mesh.data=8 --config.train.grad_accum_steps=5
 
-The first line reads token files of llm.c or nanoGPT, the second, on 8 GPUs, a folder that scripts/prepare.py
---tokenizer=gpt2 has made. An update is 480 windows of 1,024 tokens, 0.49 million, worked off 12 at a time: more, by a
-smaller train.grad_accum_steps, where there is memory. On a single NVIDIA GPU --config.model.kernels=fused with
---config.optim.implementation=fused is faster; --config.model.attention=cudnn takes cuDNN's attention.
+The first command reads token files of llm.c or nanoGPT. The second reads, on 8 GPUs, a folder
+made by scripts/prepare.py --tokenizer=gpt2. An update is 480 windows of 1,024 tokens (0.49
+million), processed 12 windows at a time; if there is memory for more, lower
+train.grad_accum_steps. On a single NVIDIA GPU --config.model.kernels=fused with
+--config.optim.implementation=fused is faster, and --config.model.attention=cudnn selects cuDNN's
+attention.
 
-Hardware: GPUs with 40 GiB or more. Fused, with cuDNN's attention, an H100 takes 60 ms and 16 GB for 32 windows: 544,000
-tokens/s. Time and loss of the whole run: not measured. The schedule is that of GPT-3's model of this size (Brown et al.
-2020, table 2.1 and appendix B).
+Hardware: GPUs with 40 GiB or more. With fused kernels and cuDNN's attention, an H100 takes 60 ms
+and 16 GB for 32 windows: 544,000 tokens/s. Time and loss of the whole run: not measured. The
+schedule is the one of GPT-3's model of this size (Brown et al. 2020, table 2.1 and appendix B).
 """
 
 from gpt2_jax.config import default_config
 
 
 def get_config():
-    config = default_config()  # the model, and beta2, decay and clipping
+    config = default_config()  # its model, beta2, weight decay and clipping are those of GPT-2 124M
     config.model.embd_pdrop = config.model.attn_pdrop = config.model.resid_pdrop = 0.0
     config.model.dtype = 'bfloat16'
     config.data.corpus = 'data/fineweb10B/*.bin'

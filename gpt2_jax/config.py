@@ -1,12 +1,14 @@
-"""Every setting, once: its default, what it may be, and what it means.
+"""Every setting, once: its default, its allowed values, its meaning.
 
-A configuration is an `ml_collections.ConfigDict` made by `default_config()`, changed by a file in `configs/` and
-by flags, checked by `resolve()`, saved with the run by `to_json()` and read back, equal, by `from_json()`.
+`default_config()` makes a configuration, an `ml_collections.ConfigDict`. A file in `configs/` and
+flags change it, `resolve()` checks it, `to_json()` saves it with the run, and `from_json()` reads
+it back.
 """
 
 import difflib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -16,24 +18,24 @@ from gpt2_jax.errors import UsageError
 
 
 class Allowed(NamedTuple):
-    """The values a setting may take: in words, for errors, and as a test."""
+    """The values a setting may have: in words, for errors, and as a test."""
 
     words: str
     test: Callable[[Any], bool]
 
 
 def at_least(low) -> Allowed:
-    """Numbers from `low` on."""
+    """Numbers >= `low`."""
     return Allowed(f'at least {low}', lambda value: value >= low)
 
 
 def below(low, high) -> Allowed:
-    """Numbers from `low` (included) to `high` (excluded)."""
+    """Numbers >= `low` and < `high`."""
     return Allowed(f'at least {low} and below {high}', lambda value: low <= value < high)
 
 
 def above(low) -> Allowed:
-    """Numbers over `low`."""
+    """Numbers > `low`."""
     return Allowed(f'above {low}', lambda value: value > low)
 
 
@@ -43,7 +45,7 @@ def one_of(*values) -> Allowed:
 
 
 def or_none(allowed: Allowed) -> Allowed:
-    """`allowed`, or left open."""
+    """`allowed`, or None for a setting that `resolve` fills in."""
     return Allowed(
         f'{allowed.words}, or left open', lambda value: value is None or allowed.test(value)
     )
@@ -55,8 +57,9 @@ TEXT = Allowed('any text', lambda value: True)
 
 GPT2 = GPT2Config()  # the defaults of the model section
 
-# key -> (default, allowed values, meaning). The model's defaults are GPT-2's own (the 124M model); the optimizer's
-# are those with which models of that size are commonly trained (Brown et al. 2020, appendix B).
+# key -> (default, allowed values, meaning). The model's defaults are GPT-2's own (124M). The
+# optimizer's are common for models of this size (Brown et al. 2020, appendix B). A type as default:
+# left open.
 SETTINGS = {
     # -- model: names and numbers of the published config.json
     'model.n_layer': (GPT2.n_layer, at_least(1), 'number of blocks (L)'),
@@ -71,14 +74,14 @@ SETTINGS = {
     'model.activation_function': (
         GPT2.activation_function,
         one_of(*ACTIVATIONS),
-        'gelu_new: tanh GELU, as GPT-2; gelu: exact',
+        'gelu_new: tanh GELU, as in GPT-2; gelu: exact',
     ),
     'model.embd_pdrop': (GPT2.embd_pdrop, below(0, 1), 'dropout on the embeddings'),
     'model.attn_pdrop': (GPT2.attn_pdrop, below(0, 1), 'dropout on the attention pattern'),
     'model.resid_pdrop': (
         GPT2.resid_pdrop,
         below(0, 1),
-        'dropout on what attention and MLP add to the residual stream',
+        'dropout on the outputs of attention and MLP, before they join the residual stream',
     ),
     'model.layer_norm_epsilon': (
         GPT2.layer_norm_epsilon,
@@ -93,12 +96,12 @@ SETTINGS = {
     'model.bias': (
         GPT2.bias,
         SWITCH,
-        'biases in the affine maps and LayerNorms, as GPT-2 has them',
+        'biases in the linear layers and LayerNorms, as in GPT-2',
     ),
     'model.dtype': (
         GPT2.dtype,
         one_of(*PRECISIONS),
-        'of the matrix products; parameters, softmax, LayerNorm and loss are fp32 in each case',
+        'precision of the matrix products; parameters, softmax, LayerNorm and loss are always fp32',
     ),
     'model.remat': (
         GPT2.remat,
@@ -108,44 +111,45 @@ SETTINGS = {
     'model.attention': (
         GPT2.attention,
         one_of('xla', 'cudnn'),
-        'explicit: every step in the open; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)',
+        'xla: every step as in model/gpt2.py; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)',
     ),
     'model.kernels': (
         GPT2.kernels,
         one_of('xla', 'fused'),
-        'of training and decoding: open: every step as in model.py; '
-        'fused: the GPU kernels, which compute the same (one device)',
+        'for training and decoding; xla: every step as in model/gpt2.py; '
+        'fused: GPU kernels that compute the same (one device)',
     ),
     # -- data
     'data.corpus': (
         'tinyshakespeare',
         NAME,
-        'a corpus name, a text file, a folder made by scripts/prepare.py, or '
-        "GPT-2 tokens of llm.c or nanoGPT as a pattern that ends in .bin (validation: 'val' in the name)",
+        'a corpus name, a text file, a folder made by scripts/prepare.py, or GPT-2 tokens of llm.c '
+        "or nanoGPT as a pattern that ends in .bin (files with 'val' in the name: validation)",
     ),
     'data.tokenizer': (
         'char',
         one_of('char', 'byte', 'gpt2'),
-        'how text becomes tokens; must match prepared ones',
+        'how text becomes tokens; must match the tokens of a prepared folder',
     ),
     'data.val_fraction': (
         0.1,
         below(0, 1),
-        'the last part of a text, kept for validation; a folder has its own split',
+        'the last part of a text, kept for validation; a prepared folder has its own split',
     ),
     'data.holdout': (
         0.0,
         below(0, 1),
-        'the last part of the training text, to validate on instead of training on it: '
-        'to choose recipes without a look at the validation text',
+        'the last part of the training text: validate on it instead of training on it, '
+        'to choose settings without reading the validation text',
     ),
     'data.fallback': (
         '',
         TEXT,
-        'corpus to take, announced, where the one asked for can be had nowhere; empty: none',
+        'the corpus to take instead, with an announcement, if data.corpus can neither be found nor '
+        'downloaded; empty: none',
     ),
     # -- training
-    'train.steps': (5000, at_least(1), 'updates in all'),
+    'train.steps': (5000, at_least(1), 'updates in total'),
     'train.batch_size': (
         64,
         at_least(1),
@@ -155,37 +159,37 @@ SETTINGS = {
     'train.grad_accum_steps': (
         1,
         at_least(1),
-        'micro-batches an update is worked off in: less memory, the same gradient',
+        'micro-batches per update: less memory, the same gradient',
     ),
-    'train.seed': (0, below(0, 2**32), 'of initialisation, data order and dropout'),
+    'train.seed': (0, below(0, 2**32), 'seed of initialisation, data order and dropout'),
     'train.init_from': (
         '',
         TEXT,
         'the folder of a run to start from, as scripts/convert.py writes one; empty: random',
     ),
-    'train.init_step': ('best', NAME, "the checkpoint there: 'best', 'latest' or a step"),
+    'train.init_step': ('best', NAME, "its checkpoint: 'best', 'latest' or a number"),
     'train.init_optimizer': (
         False,
         SWITCH,
-        'go on with the optimizer of that checkpoint too, under a new schedule',
+        'keep the optimizer state of that checkpoint too, under a new schedule',
     ),
     # -- optimizer
     'optim.implementation': (
         'optax',
         one_of('optax', 'explicit', 'fused'),
-        'of AdamW, clipping and schedule: '
-        'optax has them; explicit: written out from their equations; fused: as GPU kernels',
+        'AdamW, clipping and schedule; optax: from the library; explicit: written out from their '
+        'equations; fused: GPU kernels',
     ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
         6e-5,
         at_least(0),
-        'where the cosine ends; a tenth of the peak, as GPT-3',
+        'where the cosine ends; a tenth of the peak in GPT-3',
     ),
     'optim.warmup_steps': (
         100,
         at_least(0),
-        'updates of linear warmup; a run that is shorter only warms up',
+        'updates of linear warmup; a shorter run only warms up',
     ),
     'optim.beta1': (0.9, below(0, 1), 'decay of the first moment'),
     'optim.beta2': (0.95, below(0, 1), 'decay of the second moment'),
@@ -217,11 +221,23 @@ SETTINGS = {
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
     # -- devices: the mesh is data x fsdp x tensor
     'mesh.data': (1, at_least(1), 'devices that share the rows of a batch'),
-    'mesh.fsdp': (1, at_least(1), 'devices that share rows, and hold the parameters in pieces'),
+    'mesh.fsdp': (1, at_least(1), 'devices that share rows and shard the parameters'),
     'mesh.tensor': (1, at_least(1), 'devices that share heads and feed-forward columns'),
 }
 
-# A run may go on with other values of these sections: none of them changes an update.
+# Renamed settings and values, so that config.json of an older version can be read.
+# old key -> new key
+RENAMED_KEYS = {
+    'train.accumulate': 'train.grad_accum_steps',
+    'train.init_which': 'train.init_step',
+}
+# (key, old value) -> new value
+RENAMED_VALUES = {
+    ('model.kernels', 'open'): 'xla',
+    ('model.attention', 'explicit'): 'xla',
+}
+
+# A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 
 
@@ -250,7 +266,7 @@ def describe(key: str) -> str:
 
 
 def check_key(key: str) -> None:
-    """Raises UsageError, naming the nearest settings, where `key` ('train.steps') is not one."""
+    """Raises UsageError, naming the nearest setting, if `key` ('train.steps') is not a setting."""
     if key in SETTINGS:
         return
     last = key.split('.')[-1]
@@ -262,7 +278,7 @@ def check_key(key: str) -> None:
         {k.split('.')[0] for k in SETTINGS}
     )
     hint = f'the nearest is {describe(near[0])}; ' if near else ''
-    raise UsageError(f'there is no setting {key!r}; {hint}those that exist: {", ".join(names)}')
+    raise UsageError(f'there is no setting {key!r}; {hint}there are: {", ".join(names)}')
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -273,42 +289,56 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     flat = flatten(config)
     for key, value in flat.items():
-        default, allowed, _ = SETTINGS[key]
+        default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
-        if not (
-            type(value) is kind or (value is None and isinstance(default, type))
-        ) or not allowed.test(value):
+        right_type = type(value) is kind or (value is None and isinstance(default, type))
+        if not right_type or not allowed.test(value):
             raise UsageError(
                 f'{key} = {value!r} is not allowed; expected {kind.__name__}, {allowed.words} '
-                f'({SETTINGS[key][2]})'
+                f'({meaning})'
             )
-    model, train, mesh = config.model, config.train, config.mesh
+    model, train = config.model, config.train
     with config.unlocked():
         model.n_inner = model.n_inner or 4 * model.n_embd
         train.seq_len = train.seq_len or model.n_positions
-    rows = train.batch_size // train.grad_accum_steps
-    wrong = {
-        f'model.n_embd = {model.n_embd} must be a multiple of model.n_head = {model.n_head}': model.n_embd
-        % model.n_head,
-        f'train.seq_len = {train.seq_len} must be at most model.n_positions = {model.n_positions}': train.seq_len
-        > model.n_positions,
-        f'train.batch_size = {train.batch_size} must be a multiple of train.grad_accum_steps = {train.grad_accum_steps}': train.batch_size
-        % train.grad_accum_steps,
-        f'optim.end_learning_rate = {config.optim.end_learning_rate} must be at most optim.learning_rate = '
-        f'{config.optim.learning_rate}': config.optim.end_learning_rate
-        > config.optim.learning_rate,
-        f'the {rows} rows of a micro-batch must be a multiple of mesh.data x mesh.fsdp = {mesh.data * mesh.fsdp}': rows
-        % (mesh.data * mesh.fsdp),
-        f'model.n_head = {model.n_head} must be a multiple of mesh.tensor = {mesh.tensor}': model.n_head
-        % mesh.tensor,
-        "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': the fused kernel knows no "
-        'dropout of the pattern and no fp32': model.attention == 'cudnn'
-        and (model.attn_pdrop > 0 or model.dtype != 'bfloat16'),
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise UsageError(message)
+    for problem in _conflicts(config):
+        raise UsageError(problem)
     return config.lock()
+
+
+def _conflicts(config: ConfigDict) -> Iterator[str]:
+    """Settings that do not fit each other, in words; the first one is reported."""
+    model, train, optim, mesh = config.model, config.train, config.optim, config.mesh
+    rows, shares = train.batch_size // train.grad_accum_steps, mesh.data * mesh.fsdp
+    if model.n_embd % model.n_head:
+        yield (f'model.n_embd = {model.n_embd} must be a multiple of model.n_head = {model.n_head}')
+    if train.seq_len > model.n_positions:
+        yield (
+            f'train.seq_len = {train.seq_len} must be at most '
+            f'model.n_positions = {model.n_positions}'
+        )
+    if train.batch_size % train.grad_accum_steps:
+        yield (
+            f'train.batch_size = {train.batch_size} must be a multiple of '
+            f'train.grad_accum_steps = {train.grad_accum_steps}'
+        )
+    if optim.end_learning_rate > optim.learning_rate:
+        yield (
+            f'optim.end_learning_rate = {optim.end_learning_rate} must be at most '
+            f'optim.learning_rate = {optim.learning_rate}'
+        )
+    if rows % shares:
+        yield (
+            f'the {rows} rows of a micro-batch must be a multiple of '
+            f'mesh.data x mesh.fsdp = {shares}'
+        )
+    if model.n_head % mesh.tensor:
+        yield f'model.n_head = {model.n_head} must be a multiple of mesh.tensor = {mesh.tensor}'
+    if model.attention == 'cudnn' and (model.attn_pdrop > 0 or model.dtype != 'bfloat16'):
+        yield (
+            "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': "
+            'the fused kernel supports neither dropout of the pattern nor fp32'
+        )
 
 
 def to_json(config: ConfigDict) -> str:
@@ -317,23 +347,36 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The configuration that `to_json` wrote; raises UsageError where a key or value is none of ours."""
-    config = default_config()
+    """The configuration that `to_json` wrote, in this version or an older one.
+
+    One line on stderr names the settings that were renamed since. Raises UsageError for a key or a
+    value that is not allowed.
+    """
+    config, renamed = default_config(), []
     for section, values in json.loads(text).items():
         for name, value in values.items():
-            key = f'{section}.{name}'
+            old_key = f'{section}.{name}'
+            key = RENAMED_KEYS.get(old_key, old_key)
             check_key(key)
+            if key != old_key:
+                renamed.append(f'{old_key} is now {key}')
+            new_value = RENAMED_VALUES.get((key, str(value)), value)
+            if new_value != value:
+                renamed.append(f'{key} = {value!r} is now {new_value!r}')
+            new_section, new_name = key.split('.')
             try:
-                config[section][name] = value
+                config[new_section][new_name] = new_value
             except (TypeError, ValueError):
                 raise UsageError(
                     f'{key} = {value!r} is not allowed; expected {describe(key)}'
                 ) from None
+    if renamed:
+        print(f'[settings of an older version: {"; ".join(renamed)}]', file=sys.stderr)
     return resolve(config)
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """{key: (old value, new value)} of the settings that differ and that a resumed run may not change."""
+    """{key: (old value, new value)} of the changed settings that a resumed run must keep."""
     old, new = flatten(old), flatten(new)
     return {
         key: (old[key], new[key])

@@ -1,4 +1,4 @@
-"""Between published weights and a run's folder, in both directions."""
+"""Published weights into the folder of a run, and a checkpoint into a published folder."""
 
 import hashlib
 import json
@@ -23,12 +23,11 @@ from gpt2_jax.training.step import init_state
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import checksums, restore
 
-OUR_TOKENIZER = (
-    'gpt2_jax_tokenizer.json'  # `tokenizer.json` has a meaning of its own to transformers
-)
-MAX_PADDING = VOCAB_MULTIPLE - 1  # rows of wte that belong to no token
+# Not `tokenizer.json`: transformers would read that in a form of its own.
+OUR_TOKENIZER = 'gpt2_jax_tokenizer.json'
+MAX_PADDING = VOCAB_MULTIPLE - 1  # rows of wte that may belong to no token
 HUB_FILES = (huggingface.CONFIG, huggingface.WEIGHTS, 'vocab.json', 'merges.txt')
-HUB_SECONDS = 10  # without an answer
+HUB_SECONDS = 10  # to wait for an answer
 
 
 def from_hf(
@@ -37,9 +36,10 @@ def from_hf(
     tokenizer_file: str | None = None,
     notify: Callable[[str], None] = print,
 ) -> None:
-    """Writes published weights, a folder or a name on the hub, as the folder of a run that stands at step 0.
+    """Writes published weights, from a folder or from the hub, as the folder of a run at step 0.
 
-    Its tokenizer is that of `tokenizer_file`, or of the published folder. Raises UserError.
+    The tokenizer comes from `tokenizer_file`, or from the published folder. Raises UserError for
+    weights, a configuration or a tokenizer that cannot be read or do not fit each other.
     """
     is_name = not Path(source).exists() and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source)
     folder = download(source) if is_name else Path(source)
@@ -54,18 +54,20 @@ def from_hf(
     padding = vocab_size - tokenizer.vocab_size
     if not 0 <= padding <= MAX_PADDING:
         raise UserError(
-            f'the weights of {source} are for {vocab_size:,} tokens, but the {tokenizer.name} tokenizer '
-            f'has {tokenizer.vocab_size:,}: give the one they were trained with as --tokenizer=FILE'
+            f'the weights of {source} are for {vocab_size:,} tokens, but the {tokenizer.name} '
+            f'tokenizer has {tokenizer.vocab_size:,}: give the tokenizer they were trained with as '
+            '--tokenizer=FILE'
         )
     if padding:
         notify(
-            f'the last {padding} rows of wte belong to no token, and are left out: they were padding'
+            f'the last {padding} rows of wte belong to no token and are dropped: they were padding'
         )
         params['wte']['embedding'] = params['wte']['embedding'][: tokenizer.vocab_size]
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(leaf)
-    # No text stands behind it that could be gone back to; what it has in its place keeps a run from going on with it.
+    # Converted weights have no corpus. This placeholder identity stops train.py from resuming the
+    # folder as a run.
     origin = Dataset(
         f'the weights of {source}', tokenizer, Tokens(()), Tokens(()), digest.hexdigest()
     )
@@ -91,13 +93,17 @@ def from_hf(
         (partial / 'tokenizer.json').write_text(meta['tokenizer'], 'utf-8')
         checkpoints.wait()
     notify(
-        f'wrote {ckpt_dir}: {count_params(params):,} parameters in fp32, {tokenizer.name} tokenizer\n'
+        f'wrote {ckpt_dir}: {count_params(params):,} parameters in fp32, {tokenizer.name} '
+        'tokenizer\n'
         f'sample from it: python scripts/sample.py --ckpt_dir={ckpt_dir}'
     )
 
 
 def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] = print) -> None:
-    """Writes a checkpoint ('best', 'latest' or a step) as it is published, with its tokenizer. Raises UserError."""
+    """Writes a checkpoint ('best', 'latest' or a step) in the published form, with its tokenizer.
+
+    Raises UserError for a checkpoint that cannot be read or a folder that cannot be written.
+    """
     restored = restore.load(ckpt_dir, which)
     cfg, tokenizer = restored.model.cfg, restored.tokenizer
     if isinstance(tokenizer, Gpt2Tokenizer):
@@ -120,7 +126,7 @@ def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] =
             (partial / name).write_text(text, 'utf-8')
     if not cfg.bias:
         notify(
-            'the model has no biases; GPT-2 has: they were written as zeros, which changes nothing'
+            'the model has no biases, but GPT-2 has: zeros were written, which changes no output'
         )
     notify(
         f'wrote {out}: step {restored.step}, {count_params(restored.params):,} parameters in fp32, '
@@ -129,7 +135,7 @@ def to_hf(ckpt_dir: Path, which: str, out: Path, notify: Callable[[str], None] =
 
 
 def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
-    """The tokenizer in a file, ours as JSON or GPT-2's merges; or the one that a published folder holds."""
+    """The tokenizer in `file`, ours as JSON or GPT-2's merges, or else the one in `folder`."""
     names = [OUR_TOKENIZER, *vocabulary.NAMES, 'tokenizer.json']
     path = (
         Path(file)
@@ -138,8 +144,8 @@ def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
     )
     if path is None:
         raise UserError(
-            f'{folder} has no tokenizer: expected {" or ".join(names)} there, or as --tokenizer=FILE, that '
-            "may also be the tokenizer.json of a run's or a prepared folder"
+            f'{folder} has no tokenizer: expected {" or ".join(names)} there; or give one as '
+            '--tokenizer=FILE, such as the tokenizer.json of a run or of a prepared folder'
         )
     if path.suffix != '.json':
         return Gpt2Tokenizer(vocabulary.read_merges(path))
@@ -147,33 +153,34 @@ def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
         content = json.loads(path.read_text('utf-8'))
         if 'model' not in content:
             return tokenizers.from_json(json.dumps(content))
-        # As transformers writes it: each merge is 'left right', or a pair.
+        # In the form of transformers each merge is 'left right', or a pair.
         merges = ''.join(
             f'{merge if isinstance(merge, str) else " ".join(merge)}\n'
             for merge in content['model']['merges']
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is no tokenizer: {type(error).__name__}: {error}') from None
+        raise UserError(f'{path} is not a tokenizer: {type(error).__name__}: {error}') from None
     if hashlib.sha256(merges.encode()).hexdigest() != vocabulary.MERGES_SHA256:
         raise UserError(f"{path} does not hold GPT-2's merges: it is another tokenizer")
     return Gpt2Tokenizer(merges)
 
 
 def download(name: str) -> Path:
-    """The folder, in the hub's own cache, of a model on the hub: each file checked by the hash that the hub publishes.
+    """Downloads a model of the hub into the hub's own cache; returns its folder.
 
-    Raises UserError that says how else to get the files.
+    Each file is checked by the hash that the hub publishes. Raises UserError that says how else
+    to get the files.
     """
     otherwise = (
-        f'Otherwise fetch {", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into a folder, '
-        'and give that'
+        f'Otherwise fetch {", ".join(HUB_FILES)} from https://huggingface.co/{name}/tree/main into '
+        'a folder, and give that folder'
     )
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f'there is no folder {name}; and to take it for a name on the hub, huggingface_hub must be '
-            f"installed: pip install -e '.[hub]'. {otherwise}"
+            f'there is no folder {name}; to read it as a name on the hub, install huggingface_hub: '
+            f"pip install -e '.[hub]'. {otherwise}"
         ) from None
     try:
         info = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=HUB_SECONDS)
@@ -182,24 +189,22 @@ def download(name: str) -> Path:
             file: Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha))
             for file in listed
         }
-    except (
-        Exception
-    ) as error:  # no network, no such model, a proxy's answer: the hub's library has many
+    except Exception as error:  # no network, no such model, a proxy: the library has many errors
         text = ' '.join(str(error).split())[:200]
         raise UserError(
-            f'there is no folder {name}, and the hub could not be asked for it ({type(error).__name__}: '
-            f'{text}). {otherwise}'
+            f'there is no folder {name}, and it could not be downloaded from the hub '
+            f'({type(error).__name__}: {text}). {otherwise}'
         ) from None
     for file, path in paths.items():
         if not _is_published(path, listed[file]):
             raise UserError(
-                f'{path} is not the file that the hub publishes: delete it, and run this again'
+                f'{path} is not the file that the hub publishes: delete it and run this again'
             )
     return paths[huggingface.CONFIG].parent if paths else Path(name)
 
 
 def _is_published(path: Path, file: Any) -> bool:
-    """Whether a file is, by SHA-256 for large ones and as git hashes it for others, the one in the hub's list."""
+    """Whether a file has the hash in the hub's list: SHA-256 for large files, git's for others."""
     if file.lfs:
         return files.sha256(path) == file.lfs.sha256
     data = path.read_bytes()

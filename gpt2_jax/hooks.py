@@ -1,4 +1,4 @@
-"""What a run does now and then: evaluate, sample, save. Each is a loop.Hook."""
+"""The hooks of every run: evaluate, sample, save. Each is a loop.Hook."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 @dataclasses.dataclass
 class Evaluate:
-    """Evaluates the validation split and keeps the score of the best checkpoint in `meter.progress`.
+    """Evaluates the validation split; keeps the score of the best checkpoint in `meter.progress`.
 
     `evaluate(params)` gives an Evaluation. Raises DivergedError for a loss that is not finite.
     """
@@ -64,7 +64,7 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Sample:
-    """Writes a sample of `eval.sample_tokens` tokens from the model of now; 0 writes none."""
+    """Writes a sample of `eval.sample_tokens` tokens from the current model; 0 writes none."""
 
     every: int
     setup: Setup
@@ -92,10 +92,11 @@ class Sample:
 
 @dataclasses.dataclass
 class Save:
-    """Saves the state with all that resuming needs: also when it is the best so far, or at a signal.
+    """Saves the state and everything that resuming needs.
 
-    `meta()` gives what to keep beside the state; see resume.checkpoint_meta. Raises UserError if this
-    save, or the one before it, failed.
+    Also saves when the state is the best so far, and when a signal has arrived. `meta()` gives
+    the data to keep beside the state; see resume.checkpoint_meta. Raises UserError if this save,
+    or the save before it, failed.
     """
 
     every: int
@@ -120,7 +121,7 @@ class Save:
 
 
 def diverged(checkpoints: Checkpoints, step: int, what: str) -> DivergedError:
-    """The error for a value that is not finite: names it, and the checkpoint to go back to."""
+    """The error for a value that is not finite. Names the value and the last good checkpoint."""
     checkpoints.wait()
     steps = checkpoints.committed()
     last = (

@@ -1,7 +1,7 @@
 """Measures speed: training steps, decoding or start-up, as a table and as JSON.
 
 python scripts/benchmark.py --config=configs/shakespeare.py
-python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode --num_samples=32
+python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode
 python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
 """
 
@@ -17,18 +17,20 @@ _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
 _WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode', 'startup'], 'What to measure.')
 _VOCAB_SIZE = flags.DEFINE_integer(
-    'vocab_size', 0, 'Random tokens of so many kinds; 0: the corpus.', lower_bound=0
+    'vocab_size', 0, 'Train on random tokens below this number; 0: on the corpus.', lower_bound=0
 )
-_WINDOWS = flags.DEFINE_integer('windows', 10, 'Measurements to take the median of.', lower_bound=1)
+_WINDOWS = flags.DEFINE_integer(
+    'windows', 10, 'Number of measurements; the median is printed.', lower_bound=1
+)
 _SECONDS = flags.DEFINE_float(
-    'seconds', 1.0, 'Length of a window of training steps.', lower_bound=0
+    'seconds', 1.0, 'Length of one measurement of training steps.', lower_bound=0
 )
-_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at once.', lower_bound=1)
-_NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded for each.', lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at a time.', lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded per text.', lower_bound=1)
 _TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
 
 
-# The flags that mean nothing to a measurement.
+# Flags without a meaning for a measurement.
 UNUSED = {
     'train': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
     'decode': (_SECONDS,),
@@ -37,7 +39,7 @@ UNUSED = {
 
 
 def main(arguments: list[str]) -> None:
-    """One call of the library, printed."""
+    """Calls the library once and prints the figures."""
     cli.no_more(arguments)
     cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
     from gpt2_jax import config
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> None:
 
 
 def show(figures: dict) -> None:
-    """A table, and JSON."""
+    """Prints the figures as a table and as one line of JSON."""
     for name, value in figures.items():
         print(f'{name:32}{value}')
     print(json.dumps({'config': cli.config_name(), 'what': _WHAT.value, **figures}))

@@ -1,14 +1,18 @@
 """Evaluates a checkpoint: on its own corpus, on any text, or on LAMBADA's passages.
 
-# a whole split of its own corpus: the same figures that training printed
-python scripts/evaluate.py --ckpt_dir=runs/quickstart
-python scripts/evaluate.py --ckpt_dir=runs/quickstart --step=latest --split=train
+    python scripts/evaluate.py --ckpt_dir=runs/quickstart
+    python scripts/evaluate.py --ckpt_dir=runs/quickstart --step=latest --split=train
 
-# any text (file, .jsonl, .parquet, corpus by name), prepared folder or pattern of .bin files; with more context
-python scripts/evaluate.py --ckpt_dir=runs/gpt2 --text=wiki.test.tokens --detokenizer=wikitext --stride=32
+A whole split of the checkpoint's own corpus gives the same figures that training printed.
 
-# the last word of each passage
-python scripts/evaluate.py --ckpt_dir=runs/gpt2 --lambada=lambada_test.jsonl
+    python scripts/evaluate.py --ckpt_dir=runs/gpt2 --text=wiki.test.tokens --detokenizer=wikitext
+
+--text names any text (file, .jsonl, .parquet, corpus by name), a prepared folder, or .bin files by
+a pattern. --stride=32 gives each target more context.
+
+    python scripts/evaluate.py --ckpt_dir=runs/gpt2 --lambada=lambada_test.jsonl
+
+--lambada predicts the last word of each passage.
 """
 
 from pathlib import Path
@@ -20,55 +24,55 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import detokenizers
 
 _CKPT_DIR = flags.DEFINE_string(
-    'ckpt_dir', None, "A run's folder, or a converted one.", required=True
+    'ckpt_dir', None, "A run's folder, or the folder of a converted model.", required=True
 )
-_STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a step.")
+_STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _SPLIT = flags.DEFINE_enum(
-    'split', None, ['val', 'train'], 'The part of a corpus or prepared folder; val by default.'
+    'split', None, ['val', 'train'], 'The split of a corpus or prepared folder; val by default.'
 )
 _TEXT = flags.DEFINE_string(
-    'text', None, 'What to score in place of its own corpus: a text or tokens.'
+    'text', None, "A text or tokens to score instead of the checkpoint's own corpus."
 )
 _LAMBADA = flags.DEFINE_string(
-    'lambada', None, 'Passages to score the last words of: a .jsonl or .parquet file.'
+    'lambada', None, 'Passages whose last words are scored: a .jsonl or .parquet file.'
 )
 _CONTEXT = flags.DEFINE_integer(
-    'context', None, 'Tokens in a window; by default as trained.', lower_bound=1
+    'context', None, 'Tokens per window; by default as trained.', lower_bound=1
 )
 _STRIDE = flags.DEFINE_integer(
     'stride',
     None,
-    'Windows begin this many tokens apart, and all but the first count only '
-    'their last ones; by default the context: none is seen twice.',
+    'Windows begin this many tokens apart. All but the first count only their last STRIDE tokens. '
+    'By default the context: windows do not overlap.',
     lower_bound=1,
 )
 _DETOKENIZER = flags.DEFINE_enum(
     'detokenizer',
     'none',
     list(detokenizers.RULES),
-    "The corpus's own way of spacing, to be undone before scoring.",
+    'The corpus whose way of spacing is undone before scoring.',
 )
 _TEXT_FIELD = flags.DEFINE_string(
-    'text_field', 'text', 'Where .jsonl and .parquet files have a text.'
+    'text_field', 'text', 'The field of .jsonl and .parquet files that has the text.'
 )
 _ROWS = flags.DEFINE_integer(
-    'batch_size', None, 'Windows at once; by default as trained, 8 for texts.', lower_bound=1
+    'batch_size', None, 'Windows at a time; by default as trained, 8 for texts.', lower_bound=1
 )
 _PLATFORM = cli.platform_flag()
 
 
 def main(arguments: list[str]) -> None:
-    """One call of the library."""
+    """Calls the library once and prints the figures."""
     cli.no_more(arguments)
-    where, unused = '', []
+    context, unused = '', []
     for flag in (_TEXT, _LAMBADA):
         if flag.value == '':
             raise UsageError(f'--{flag.name} is empty: expected a file')
     if _LAMBADA.value is not None:
-        where, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
+        context, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
     elif _TEXT.value is None:
-        where, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
-    cli.refuse(unused, where)
+        context, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
+    cli.refuse(unused, context)
     from gpt2_jax.inference import lambada, score
     from gpt2_jax.parallel import devices
     from gpt2_jax.workdir import restore

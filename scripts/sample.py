@@ -1,7 +1,7 @@
-"""Writes text with a trained model. Needs nothing but the run's folder.
+"""Writes text with a trained model. The run's folder is all it needs.
 
 python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
-echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --temperature=0.7 --top_k=20
+echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --top_k=20
 """
 
 import sys
@@ -12,56 +12,62 @@ from absl import flags
 from gpt2_jax import cli
 from gpt2_jax.errors import UsageError
 
-_CKPT_DIR = flags.DEFINE_string('ckpt_dir', None, "A run's folder.", required=True)
-_STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a step.")
+_CKPT_DIR = flags.DEFINE_string(
+    'ckpt_dir', None, "The run's folder: the --workdir of train.py.", required=True
+)
+_STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _PROMPT = flags.DEFINE_string(
-    'prompt', None, 'The text to go on from; a newline by default. See --prompt_file.'
+    'prompt', None, 'The text to continue; a newline by default. See --prompt_file.'
 )
 _PROMPT_FILE = flags.DEFINE_string(
-    'prompt_file', None, 'A file with that text; - for standard input, read if piped.'
+    'prompt_file',
+    None,
+    'A file with the prompt; -: standard input, which is also read if it is a pipe.',
 )
-_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'How many texts.', lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Number of texts.', lower_bound=1)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 500, 'Length of each, in tokens.', lower_bound=1
+    'max_new_tokens', 500, 'Length of each text in tokens.', lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float(
     'temperature', 0.8, '0: always the most likely token; 1: as the model predicts.'
 )
-_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0: from all.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0: from all tokens.')
 _TOP_P = flags.DEFINE_float(
-    'top_p', 1.0, 'Draw from the fewest tokens that have this probability; 1: from all.'
+    'top_p', 1.0, 'Draw from the fewest tokens with this total probability; 1: from all tokens.'
 )
 _STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1
 )
 _STRICT = flags.DEFINE_bool(
-    'strict_context', False, 'Refuse to go past the context; else it restarts from its end.'
+    'strict_context',
+    False,
+    'Refuse a text longer than the context; else its last half starts a new one.',
 )
 _KERNELS = flags.DEFINE_enum(
     'kernels',
     'auto',
     ['auto', 'xla', 'fused'],
-    'How a token is computed: open: as model.py '
-    'has it; fused: the same by GPU kernels; auto: fused on a GPU in bfloat16, else open.',
+    'How a token is computed; xla: as in model/gpt2.py; fused: the same by GPU kernels; auto: '
+    'fused on a GPU in bfloat16, else xla.',
 )
 _DTYPE = flags.DEFINE_enum(
     'dtype',
     '',
     ['', 'float32', 'tf32', 'bfloat16'],
-    'Of the matrix products; as trained, by default. bfloat16 is the fastest on a GPU.',
+    'Precision of the matrix products; by default as trained. bfloat16 is fastest on a GPU.',
 )
 _PLATFORM = cli.platform_flag()
 
 
 def main(arguments: list[str]) -> None:
-    """One call of the library, printed as it comes."""
+    """Calls the library once and prints the text as it is sampled."""
     cli.no_more(arguments)
     if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
-    import jax  # only now: --help and errors in flags answer at once
+    import jax  # late, so that --help and errors in flags answer at once
 
-    from gpt2_jax.inference.decoding import set_up
+    from gpt2_jax.inference.decoding import with_kernels
     from gpt2_jax.inference.sampling import Sampling
     from gpt2_jax.inference.streaming import print_samples
     from gpt2_jax.parallel import devices, faults
@@ -71,7 +77,7 @@ def main(arguments: list[str]) -> None:
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
-    model = set_up(restored.model, _KERNELS.value, _DTYPE.value)
+    model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
     print(
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
         f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',

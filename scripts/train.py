@@ -1,21 +1,22 @@
 """Trains GPT-2, from raw text to checkpoints and samples.
 
     python scripts/train.py --config=configs/quickstart.py
-    python scripts/train.py --config=configs/shakespeare.py --config.train.steps=1000 --workdir=runs/short
+    python scripts/train.py --config=configs/quickstart.py --config.train.steps=9 --workdir=runs/x
 
-The same command again goes on where the run stopped. What a run writes: config.json, tokenizer.json, metrics.jsonl,
-samples.txt, tensorboard/, checkpoints/ and, at the end, summary.json.
+The same command resumes the run after it was stopped. A run writes config.json, tokenizer.json,
+metrics.jsonl, samples.txt, tensorboard/, checkpoints/ and, at its end, summary.json into its
+folder.
 """
 
 import time
 
-STARTED = time.monotonic()
+STARTED = time.monotonic()  # before all other imports, which are part of the start
 
-from pathlib import Path  # noqa: E402 (the clock comes first)
+from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from gpt2_jax import cli
+from gpt2_jax import cli  # noqa: E402
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -23,13 +24,13 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, "The run's folder; runs/<name of the configuration> by default."
 )
 _EXTEND = flags.DEFINE_bool(
-    'extend', False, 'Go on with a larger train.steps than the run was started with.'
+    'extend', False, 'Continue a run with a larger train.steps than it was started with.'
 )
-_FRESH = flags.DEFINE_bool('fresh', False, 'Move an old run in the folder aside, and start anew.')
+_FRESH = flags.DEFINE_bool('fresh', False, "Rename an old run's folder and start from step 0.")
 
 
 def main(arguments: list[str]) -> int:
-    """One call of the library."""
+    """Calls the library once; returns the exit code."""
     cli.no_more(arguments)
     from gpt2_jax.parallel import devices
     from gpt2_jax.train import train

@@ -1,9 +1,10 @@
-"""Kills runs with SIGKILL, again and again, and checks that each ends bit-equal to one that was left in peace.
+"""Kills runs with SIGKILL repeatedly; each must end bit-equal to an uninterrupted run.
 
     python tests/kill_runs.py --runs=20
 
-Half of the kills fall at a random moment of a run's time, half of them while a checkpoint is being saved. The exit code
-is 1 where any run differs in its parameters, optimizer state, metrics, samples, summary or TensorBoard events.
+Half of the kills come at a random moment, half of them while a checkpoint is being saved. The exit
+code is 1 if any run differs in its parameters, optimizer state, metrics, samples, summary or
+TensorBoard events.
 """
 
 import argparse
@@ -25,7 +26,7 @@ LIMIT_SECONDS = 300  # for one start of a run
 
 
 def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> subprocess.Popen:
-    """The run as a user starts it. The compilation cache takes nothing from it but time."""
+    """Starts the run as a user would. The compilation cache only saves time."""
     config = text.with_name('defaults.py')
     config.write_text('from gpt2_jax.config import default_config as get_config\n')
     command = [
@@ -47,7 +48,7 @@ def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> sub
 
 
 def unfinished(workdir: Path) -> set[tuple[str, int]]:
-    """The checkpoints that are being written, or that were when the run was killed: name and inode."""
+    """The checkpoints whose save is in progress or was cut short: name and inode."""
     folder = workdir / 'checkpoints'
     return {
         (entry.name, entry.inode())
@@ -66,7 +67,10 @@ def kill(
     seconds: float = 0,
     delay: float = 0.05,
 ) -> str | None:
-    """Kills the run in one of its next saves, or at a random moment; says when, or None where it ended before."""
+    """Kills the run in one of its next saves, or at a random moment.
+
+    Returns the moment in words, or None if the run ended before.
+    """
     began, seen = time.monotonic(), unfinished(workdir)
     before = set(seen)
     if not in_save:
@@ -90,7 +94,7 @@ def kill(
 
 
 def finish(process: subprocess.Popen) -> str:
-    """Waits until the run ends by itself; returns what it printed."""
+    """Waits until the run ends by itself; returns its output."""
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     if process.returncode:
         sys.exit(f'a run ended with {process.returncode}:\n{output}')
@@ -120,8 +124,8 @@ def main() -> int:
     print(f'uninterrupted: {runs.SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
     bad = kills = in_saves = 0
     for number in range(1, args.runs + 1):
-        workdir, told = folder / f'run_{number}', []
-        while len(told) < args.kills:
+        workdir, moments = folder / f'run_{number}', []
+        while len(moments) < args.kills:
             began = time.monotonic()
             when = kill(
                 start(workdir, text, cache),
@@ -131,28 +135,28 @@ def main() -> int:
                 seconds=seconds,
             )
             if when:
-                told.append(when)
-            elif told:
+                moments.append(when)
+            elif moments:
                 break
-            else:  # the machine is less busy than it was: none goes unkilled
+            else:  # the machine became faster: run again, since every run must be killed
                 seconds = min(seconds, time.monotonic() - began)
                 shutil.rmtree(workdir)
-        kills, in_saves = kills + len(told), in_saves + sum('save' in when for when in told)
+        kills, in_saves = kills + len(moments), in_saves + sum('save' in when for when in moments)
         output = finish(start(workdir, text, cache))
         wrong = runs.differences(workdir, reference)
         bad += bool(wrong)
         last = re.search(r'resuming from checkpoint (\d+)|is (finished)', output)
         print(
-            f'run {number:2}: killed after {", ".join(told)}; last start from '
+            f'run {number:2}: killed after {", ".join(moments)}; last start from '
             f'{last[1] or last[2] if last else 0}: {"; ".join(wrong) or "identical"}',
             flush=True,
         )
     print(
-        f'{args.runs - bad} of {args.runs} runs are bit-equal to the uninterrupted one, after {kills} kills, '
-        f'{in_saves} of them in a save'
+        f'{args.runs - bad} of {args.runs} runs are bit-equal to the uninterrupted run, after '
+        f'{kills} kills, {in_saves} of them in a save'
     )
     if bad:
-        print(f'kept for a look: {folder}')
+        print(f'kept for inspection: {folder}')
     else:
         shutil.rmtree(folder)
     return int(bad > 0)

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a text, a run of seconds on it, and what must be equal between two runs."""
+"""Helpers for tests of whole runs: a text, a short run on it, and a comparison of two runs."""
 
 import collections
 import contextlib
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
-from tensorboardX.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event
 
 from gpt2_jax import config as config_lib
 from gpt2_jax import train as train_lib
@@ -30,7 +30,7 @@ from gpt2_jax.training.setup import build
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
-# Dropout, so that a mask drawn anew would show; saves and evaluations at steps that seldom meet.
+# With dropout, so that another mask would show; saves and evaluations rarely coincide.
 SETTINGS = {
     'model.n_layer': 2,
     'model.n_head': 2,
@@ -45,7 +45,7 @@ SETTINGS = {
     'checkpoint.every': 5,
     'log.every': 3,
 }
-# For the suite: quick to compile, and the fewest steps with a save of each kind.
+# For the suite: quick to compile, with as few steps as show a save of each kind.
 SMALL = SETTINGS | {'model.n_layer': 1, 'model.attn_pdrop': 0.0, 'train.steps': 18}
 
 
@@ -71,7 +71,7 @@ def make_config(text: Path, **changes):
 
 
 def quiet_train(config, workdir: Path, **options) -> tuple[int, str]:
-    """Trains in this process; the exit code, and what was printed."""
+    """Trains in this process; returns the exit code and the printed text."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = train(config, workdir, **options)
     return code, out.getvalue()
@@ -79,13 +79,13 @@ def quiet_train(config, workdir: Path, **options) -> tuple[int, str]:
 
 @functools.cache
 def compile_cache() -> tempfile.TemporaryDirectory:
-    """Compiled functions, of this process and those it starts."""
+    """A cache of compiled programs, for this process and the processes that it starts."""
     return tempfile.TemporaryDirectory(prefix='compiled.', ignore_cleanup_errors=True)
 
 
 @contextlib.contextmanager
 def compile_once():
-    """Every run builds its functions anew: with this they are compiled only once for all."""
+    """Runs inside share their compiled programs: each run would compile its own again."""
     changes = {
         'jax_compilation_cache_dir': compile_cache().name,
         'jax_persistent_cache_min_compile_time_secs': 0,
@@ -103,7 +103,7 @@ def compile_once():
 
 
 def script(name: str, *arguments) -> tuple[int, str, str]:
-    """Runs scripts/NAME.py as a user would, but in this process: exit code, stdout, stderr."""
+    """Runs scripts/NAME.py as a user would, in this process; returns exit code, stdout, stderr."""
     path, known = Path(__file__).parents[1] / 'scripts' / f'{name}.py', set(flags.FLAGS)
     argv, out, err = [str(path), *map(str, arguments)], io.StringIO(), io.StringIO()
     try:
@@ -119,9 +119,8 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
                 unraisablehook=sys.unraisablehook,
             ),
         ):
-            warnings.filterwarnings(
-                'ignore', r'the load_module\(\) method', DeprecationWarning
-            )  # of ml_collections
+            # ml_collections calls it.
+            warnings.filterwarnings('ignore', r'the load_module\(\) method', DeprecationWarning)
             runpy.run_path(str(path), run_name='__main__')
     except SystemExit as end:
         return end.code, out.getvalue(), err.getvalue()
@@ -133,7 +132,7 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
 
 
 def before_updates(patch, change) -> None:
-    """Has every update begin with change(state), which returns the state to go on with."""
+    """Makes every update begin with change(state), which returns the state to update."""
     make = programs.train_step
 
     def with_change(*args):
@@ -144,7 +143,7 @@ def before_updates(patch, change) -> None:
 
 
 def metrics(run: Path) -> list[dict]:
-    """The records of a run, without what a clock measured."""
+    """The records of a run, without times and rates."""
     records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text('utf-8').splitlines()]
     return [
         {
@@ -157,11 +156,11 @@ def metrics(run: Path) -> list[dict]:
 
 
 def events(run: Path) -> collections.Counter:
-    """How often each (tag, step) stands in a run's TensorBoard files."""
+    """How often each (tag, step) occurs in a run's TensorBoard files."""
     counts = collections.Counter()
     for path in (run / 'tensorboard').iterdir():
         data = path.read_bytes()
-        while data:  # length, its checksum, the event, its checksum
+        while data:  # length, checksum of the length, event, checksum of the event
             (length,) = struct.unpack('<Q', data[:8])
             event = Event.FromString(data[12 : 12 + length])
             counts.update((value.tag, event.step) for value in event.summary.value)
@@ -170,7 +169,7 @@ def events(run: Path) -> collections.Counter:
 
 
 def final_state(run: Path):
-    """The step, and all leaves of parameters and optimizer, of a run's latest checkpoint."""
+    """The leaves of the state in a run's latest checkpoint: step, parameters, optimizer."""
     setup = build(config_lib.from_json((run / 'config.json').read_text('utf-8')))
     with Checkpoints(run / FOLDER) as checkpoints:
         state = checkpoints.restore(
@@ -183,7 +182,7 @@ def final_state(run: Path):
 
 
 def different_states(run: Path, other: Path) -> list[str]:
-    """The leaves that are not equal to the last bit."""
+    """The leaves that are not bit-equal, in words."""
     a, b = final_state(run), final_state(other)
     return [
         f'{name} differs'
@@ -193,7 +192,7 @@ def different_states(run: Path, other: Path) -> list[str]:
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """What is not the same in two finished runs, in words."""
+    """The differences of two finished runs, in words."""
     wrong = different_states(run, other)
     ours, theirs = metrics(run), metrics(other)
     twice = [
@@ -205,7 +204,7 @@ def differences(run: Path, other: Path) -> list[str]:
     ]
     if twice or ours != theirs:
         wrong.append(
-            f'metrics.jsonl differs, {len(ours)} records for {len(theirs)}, twice: {twice}'
+            f'metrics.jsonl differs, {len(ours)} records instead of {len(theirs)}, twice: {twice}'
         )
     if (run / 'samples.txt').read_bytes() != (other / 'samples.txt').read_bytes():
         wrong.append('samples.txt differs')
@@ -217,10 +216,10 @@ def differences(run: Path, other: Path) -> list[str]:
     ]
     ours, theirs = events(run), events(other)
     wrong += [f'TensorBoard has {key} {n} times' for key, n in ours.items() if n > 1]
-    # Times are events too: a restart has one more or less where no rate was measured.
+    # After a restart the first record may lack a rate: rates are not compared.
     clock = ('train/tokens_per_second', 'train/mfu')
     if {key for key in ours if key[0] not in clock} != {
         key for key in theirs if key[0] not in clock
     }:
-        wrong.append(f'TensorBoard differs, {len(ours)} figures for {len(theirs)}')
+        wrong.append(f'TensorBoard differs, {len(ours)} figures instead of {len(theirs)}')
     return wrong

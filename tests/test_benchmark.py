@@ -1,4 +1,4 @@
-"""What is measured, by clocks that are not real: the arithmetic of figures, and which runs are cold or warm."""
+"""Benchmarks, with fake clocks: the arithmetic of the figures, and which runs are cold or warm."""
 
 import sys
 
@@ -14,14 +14,14 @@ from gpt2_jax.training.setup import build
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless its hand is moved."""
+    """A clock that moves only when a test moves its hand."""
     hand = [0.0]
     monkeypatch.setattr(benchmark.time, 'monotonic', lambda: hand[0])
     return hand
 
 
-def test_seconds_of_a_call(clock):
-    """Windows of as many calls as fill them; the first call, which compiles, is in none."""
+def test_seconds_per_call(clock):
+    """Each window has as many calls as fill it; the first call, which compiles, is in no window."""
     costs = iter([100.0, 0.25, *[0.25] * 4, *[0.5] * 4, *[0.75] * 4])
 
     def run():
@@ -35,28 +35,28 @@ def test_seconds_of_a_call(clock):
 
 
 @pytest.fixture(scope='module')
-def tiny_recipe():
+def tiny_setup():
     config = default_config()
     config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=16)
     config.train.batch_size = 4
     return build(resolve(config), benchmark.random_data(300, 200))
 
 
-def test_training_and_decoding(tiny_recipe, monkeypatch):
-    """On random tokens, without a corpus; a rate is tokens by the median of the windows."""
+def test_training_and_decoding(tiny_setup, monkeypatch):
+    """On random tokens, without a corpus; a rate is tokens divided by the median of the windows."""
     monkeypatch.setattr(devices, 'peak_flops', lambda device: 1e12)
-    figures = benchmark.bench_train(tiny_recipe, 3, 0.0)
+    figures = benchmark.bench_train(tiny_setup, 3, 0.0)
     assert figures['tokens_per_step'] == 64
     assert figures['evaluation_tokens'] == 199
     rate = 64 / figures['step_seconds']['median']
     assert figures['tokens_per_second'] == rate
     assert figures['step_seconds']['windows'] == 3
-    assert figures['mfu'] == pytest.approx(rate * tiny_recipe.flops_per_token / 1e12)
+    assert figures['mfu'] == pytest.approx(rate * tiny_setup.flops_per_token / 1e12)
     assert all(
         figures[f'{name}_seconds'] > 0
         for name in ('init', 'compile_and_first_step', 'evaluation', 'save')
     )
-    figures = benchmark.bench_decode(tiny_recipe, 2, 3, 20, Sampling(1.0, 5))
+    figures = benchmark.bench_decode(tiny_setup, 2, 3, 20, Sampling(1.0, 5))
     assert figures['tokens_per_second'] == 3 * 20 / figures['seconds']['median']
     assert figures['samples'] == 3
 
@@ -68,13 +68,14 @@ seconds = 2.0 + 5.0 * (not any(cache.iterdir()))
 (cache / 'program').touch()
 workdir = pathlib.Path(sys.argv[-1].removeprefix('--workdir='))
 workdir.mkdir()
-(workdir / 'summary.json').write_text(json.dumps({'seconds_to_first_step': seconds, 'seconds_total': seconds + 1}))
+times = {'seconds_to_first_step': seconds, 'seconds_total': seconds + 1}
+(workdir / 'summary.json').write_text(json.dumps(times))
 sys.exit('no such thing' if 'fail' in sys.argv else 0)
 """
 
 
 def test_startup_cold_and_warm(tmp_path):
-    """Each cold run has a cache of its own; the warm ones share one, which a run that does not count has filled."""
+    """Each cold run has its own cache; the warm runs share one that an unmeasured run fills."""
     (tmp_path / 'train.py').write_text(STAND_IN)
     figures = benchmark.bench_startup([sys.executable, str(tmp_path / 'train.py')], 2)
     assert {name: spread['median'] for name, spread in figures.items()} == {

@@ -1,4 +1,4 @@
-"""Checkpoints: every changed byte is found, the latest two and the best are kept, and a bad value is never saved."""
+"""Checkpoints: each changed byte is found, the latest two and the best stay, nan is never saved."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def newest(run):
     return run / FOLDER / str(all_steps(run / FOLDER)[-1])
 
 
-def test_every_file_of_a_checkpoint_is_watched(run):
+def test_a_change_in_any_file_of_a_checkpoint_is_found(run):
     path, draw = newest(run), random.Random(0)
     assert verify(path) is None
     files = [file for file in path.rglob('*') if file.is_file()]
@@ -94,7 +94,7 @@ def test_every_file_of_a_checkpoint_is_watched(run):
     assert verify(path) == "'params/added' is not as it was saved"
 
 
-def test_every_bit_of_the_seal_is_watched(tmp_path):
+def test_a_change_of_any_bit_of_the_checksums_is_found(tmp_path):
     for name in ('one', 'two'):
         (tmp_path / name).write_text(name)
     checksums.write_checksums(tmp_path)
@@ -105,13 +105,15 @@ def test_every_bit_of_the_seal_is_watched(tmp_path):
     assert verify(tmp_path) is None
 
 
-def test_seal_is_what_sha256sum_reads(run):
+def test_checksums_have_the_format_of_sha256sum(run):
     lines = (newest(run) / CHECKSUMS).read_text().splitlines()
     assert all(re.fullmatch(r'[0-9a-f]{64}  \S+', line) for line in lines)
 
 
 @pytest.mark.parametrize('kind', ['damaged', 'unsealed', 'temporary'])
-def test_bad_newest_is_set_aside_and_the_one_before_used(kind, text, finished, run, monkeypatch):
+def test_a_bad_latest_checkpoint_is_renamed_and_training_resumes_from_the_one_before(
+    kind, text, finished, run, monkeypatch
+):
     path = newest(run)
     before = all_steps(run / FOLDER)[-2]
     (run / 'summary.json').unlink()
@@ -133,7 +135,7 @@ def test_bad_newest_is_set_aside_and_the_one_before_used(kind, text, finished, r
     assert runs.differences(run, finished) == []
 
 
-def test_names_of_what_is_set_aside_are_never_used_twice(tmp_path):
+def test_renamed_checkpoints_get_different_names(tmp_path):
     for name in ('7', '7.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1', '7.damaged', 'other'):
         (tmp_path / name).mkdir()
     assert len(quarantine(tmp_path)) == 3
@@ -156,12 +158,12 @@ def small_state(step):
         (
             (4, 3, 2.5, 2.7, 2.9, 3.0),
             [(1,), (1, 2), (2, 3), (3, 4), (3, 4, 5), (3, 5, 6)],
-        ),  # gets worse after the third
-        ((4, 3, 2.5, 2.4), [(1,), (1, 2), (2, 3), (3, 4)]),  # gets better
+        ),  # the loss rises after the third
+        ((4, 3, 2.5, 2.4), [(1,), (1, 2), (2, 3), (3, 4)]),  # the loss falls
         (
             (4, 3, None, None, None, 3),
             [(1,), (1, 2), (2, 3), (2, 3, 4), (2, 4, 5), (5, 6)],
-        ),  # not evaluated; equal
+        ),  # not evaluated; a tie
     ],
 )
 @pytest.mark.parametrize('reopened', [False, True])
@@ -185,7 +187,7 @@ def test_latest_two_and_best_are_kept(losses, kept, reopened, tmp_path):
     checkpoints.__exit__(None, None, None)
 
 
-def test_damaged_best_is_named_and_training_goes_on(text, finished, run):
+def test_a_damaged_best_checkpoint_is_reported_and_training_resumes(text, finished, run):
     folder, latest = run / FOLDER, newest(run)
     shutil.copytree(latest, folder / '9')
     (folder / '9/metrics/metrics').write_text('{"val_loss": 0.5}')
@@ -204,7 +206,7 @@ def test_damaged_best_is_named_and_training_goes_on(text, finished, run):
     assert f'or --step={STEPS}' in err
     assert len(err.splitlines()) == 1
     assert runs.script('sample', f'--ckpt_dir={run}', '--step=latest', '--max_new_tokens=5')[0] == 0
-    shutil.rmtree(latest)  # something is left to train
+    shutil.rmtree(latest)  # so that there are steps to train
     code, printed = runs.quiet_train(make_config(text), run)
     assert code == 0
     assert 'checkpoint 9 cannot be used' in printed
@@ -212,7 +214,7 @@ def test_damaged_best_is_named_and_training_goes_on(text, finished, run):
     assert runs.differences(run, finished) == []
 
 
-def test_damaged_figures_cannot_choose_the_best(run):
+def test_a_damaged_validation_loss_does_not_choose_the_best(run):
     for step in all_steps(run / FOLDER):
         if (path := run / FOLDER / str(step) / 'metrics/metrics').exists():
             flip(path, 100)
@@ -224,7 +226,7 @@ def test_damaged_figures_cannot_choose_the_best(run):
             flip(path, 100)
 
 
-def test_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, monkeypatch):
+def test_a_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, monkeypatch):
     run = tmp_path / 'run'
     with monkeypatch.context() as patch:
         runs.before_updates(
@@ -241,11 +243,11 @@ def test_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, monke
     assert 'the last good checkpoint is step 10' in str(error.value)
     assert committed_steps(run / FOLDER)[-1] == 10
     assert [record['step'] for record in runs.metrics(run)][-1] == 12
-    assert runs.quiet_train(make_config(text), run)[0] == 0  # what poked is gone
+    assert runs.quiet_train(make_config(text), run)[0] == 0  # the nan is not in it
     assert runs.differences(run, finished) == []
 
 
-def test_learning_rate_beyond_all_bounds(text, tmp_path):
+def test_a_huge_learning_rate_ends_the_run_as_diverged(text, tmp_path):
     config = make_config(
         text, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup_steps=0
     )
@@ -255,10 +257,10 @@ def test_learning_rate_beyond_all_bounds(text, tmp_path):
         runs.quiet_train(config, tmp_path)
     assert all_steps(tmp_path / FOLDER) == []
     for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
+        json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
 
 
-def test_validation_loss_that_is_not_finite(text, tmp_path, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train_lib,
         'make_evaluate',
@@ -271,7 +273,7 @@ def test_validation_loss_that_is_not_finite(text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('every', [5, 1000])
-def test_save_that_fails_in_the_background_is_reported(every, text, tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, monkeypatch):
     seal = checksums.write_checksums
 
     def fails(path):
@@ -279,29 +281,30 @@ def test_save_that_fails_in_the_background_is_reported(every, text, tmp_path, mo
             raise OSError(28, 'No space left on device')
         seal(path)
 
-    def unhurried(state):  # there is time to notice before the next save
+    def slowly(state):  # leaves time to notice before the next save
         time.sleep(0.1 if state.step >= 7 else 0)
         return state
 
     monkeypatch.setattr(checkpoints, 'write_checksums', fails)
-    runs.before_updates(monkeypatch, unhurried)
+    runs.before_updates(monkeypatch, slowly)
     with pytest.raises(
         UserError, match=r'checkpoint 7 could not be saved .* No space left'
     ) as error:
         runs.quiet_train(make_config(text, checkpoint__every=every), tmp_path)
-    assert ('those of step 5 are whole' if every == 5 else 'there is none yet') in str(error.value)
-    assert all_steps(tmp_path / FOLDER) == (
-        [5] if every == 5 else []
-    )  # nothing is left of it, and none after it
+    assert ('the checkpoints of step 5 are whole' if every == 5 else 'there is none yet') in str(
+        error.value
+    )
+    # The failed checkpoint is removed, and none was saved after it.
+    assert all_steps(tmp_path / FOLDER) == ([5] if every == 5 else [])
     assert runs.metrics(tmp_path)[-1]['step'] < (11 if every == 5 else 14)
 
 
-def test_step_that_is_there_already_is_no_silent_success(tmp_path):
+def test_saving_an_existing_or_earlier_step_is_an_error(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, small_state(5), {}, None)
         for step in (5, 4):
             with pytest.raises(
-                UserError, match=rf'checkpoint {step} could not be saved .* in the way: \[5\]'
+                UserError, match=rf'checkpoint {step} could not be saved .* step exists: \[5\]'
             ):
                 checkpoints.save(step, small_state(step), {}, None)
         assert committed_steps(tmp_path) == [5]

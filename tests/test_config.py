@@ -1,4 +1,4 @@
-"""The configuration: every setting once, wrong values named, saved and read back equal, flags, and the files given."""
+"""The configuration: its settings, wrong values, JSON, flags, and the files in configs/."""
 
 import ast
 import dataclasses
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import (
+    RENAMED_KEYS,
+    RENAMED_VALUES,
     RESUMABLE_SECTIONS,
     SETTINGS,
     check_key,
@@ -38,7 +40,7 @@ CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 
 
 def changed(changes) -> ConfigDict:
-    """The default configuration with {'train.steps': 3, ..}, whatever the types."""
+    """The default configuration changed by {'train.steps': 3, ..}, of any type."""
     config = default_config()
     for key, value in changes.items():
         section, name = key.split('.')
@@ -65,14 +67,11 @@ def test_defaults_are_locked_and_pass_their_own_tests():
     assert default_config() is not config
 
 
-def test_resolve_fills_in_what_is_open():
+def test_resolve_fills_in_open_settings():
     config = changed({'model.n_embd': 24, 'model.n_positions': 10})
     resolved = resolve(config)
     assert (resolved.model.n_inner, resolved.train.seq_len) == (96, 10)
-    assert (config.model.n_inner, config.train.seq_len) == (
-        None,
-        None,
-    )  # the one given is as it was
+    assert (config.model.n_inner, config.train.seq_len) == (None, None)  # not changed in place
     given = resolve(changed({'model.n_inner': 7, 'train.seq_len': 5}))
     assert (given.model.n_inner, given.train.seq_len) == (7, 5)
     assert resolve(resolved) == resolved
@@ -119,6 +118,30 @@ def test_wrong_json(text, named):
     with pytest.raises(UsageError) as caught:
         from_json(text)
     assert named in str(caught.value)
+
+
+def test_settings_of_an_older_version_are_read_and_named(capsys):
+    old = json.loads(
+        to_json(resolve(changed({'train.grad_accum_steps': 2, 'train.init_step': '5'})))
+    )
+    old['train']['accumulate'] = old['train'].pop('grad_accum_steps')
+    old['train']['init_which'] = old['train'].pop('init_step')
+    old['model'] |= {'kernels': 'open', 'attention': 'explicit'}
+    config = from_json(json.dumps(old))
+    assert config.train.grad_accum_steps == 2
+    assert config.train.init_step == '5'
+    assert (config.model.kernels, config.model.attention) == ('xla', 'xla')
+    assert capsys.readouterr().err == (
+        "[settings of an older version: model.attention = 'explicit' is now 'xla'; model.kernels = "
+        "'open' is now 'xla'; train.accumulate is now train.grad_accum_steps; train.init_which is "
+        'now train.init_step]\n'
+    )
+    assert from_json(to_json(config)) == config
+    assert capsys.readouterr().err == ''
+    assert set(RENAMED_KEYS.values()) <= set(SETTINGS)
+    for (key, old_value), new_value in RENAMED_VALUES.items():
+        assert SETTINGS[key][1].test(new_value)
+        assert not SETTINGS[key][1].test(old_value)
 
 
 @pytest.mark.parametrize(
@@ -228,22 +251,22 @@ def test_settings_that_do_not_fit_each_other(changes, named):
         ('train.beta2', 'optim.beta2'),
     ],
 )
-def test_unknown_keys_get_the_nearest(key, nearest):
+def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
     with pytest.raises(UsageError) as caught:
         check_key(key)
     assert f'no setting {key!r}; the nearest is {describe(nearest)}; ' in str(caught.value)
 
 
-def test_unknown_keys_get_what_there_is():
-    with pytest.raises(UsageError, match=r'exist: eval\.every, eval\.sample_tokens$'):
+def test_all_settings_are_listed_for_an_unknown_key():
+    with pytest.raises(UsageError, match=r'there are: eval\.every, eval\.sample_tokens$'):
         check_key('eval.xyzzy')
     with pytest.raises(
-        UsageError, match=r'exist: checkpoint, data, eval, log, mesh, model, optim, train$'
+        UsageError, match=r'there are: checkpoint, data, eval, log, mesh, model, optim, train$'
     ):
         check_key('xyzzy.q')
 
 
-def test_differences_are_those_that_forbid_to_resume():
+def test_differences_are_the_settings_that_forbid_resuming():
     old = resolve(default_config())
     assert differences(old, old) == {}
     others = {
@@ -260,7 +283,7 @@ def test_differences_are_those_that_forbid_to_resume():
     assert set(RESUMABLE_SECTIONS) == {'eval', 'checkpoint', 'log', 'mesh'}
 
 
-# The flags as scripts/train.py defines them; what it would train with is printed instead.
+# The flags as scripts/train.py defines them; it prints the configuration instead of training.
 PROGRAM = """
 import sys
 sys.path.insert(0, 'scripts')
@@ -334,7 +357,7 @@ def test_flags_of_the_script(tmp_path):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_every_given_configuration_builds_its_model(path):
+def test_every_file_in_configs_builds_its_model(path):
     module = runpy.run_path(str(path))
     assert module['__doc__'].strip()
     config = resolve(module['get_config']())
@@ -346,8 +369,8 @@ def test_every_given_configuration_builds_its_model(path):
     assert flatten(config) != flatten(resolve(default_config()))
 
 
-def test_no_setting_is_unread():
-    """Each is a field of GPT2Config, an argument of the function its section is passed to, or read by its name."""
+def test_every_setting_is_read():
+    """A field of GPT2Config, an argument of the function for its section, or read by its name."""
     read = {f'model.{field.name}' for field in dataclasses.fields(GPT2Config)}
     read |= {f'data.{name}' for name in inspect.signature(load.load_dataset).parameters}
     read |= {f'mesh.{name}' for name in inspect.signature(mesh.make_mesh).parameters}
@@ -356,17 +379,18 @@ def test_no_setting_is_unread():
             continue
         for node in ast.walk(ast.parse(path.read_text('utf-8'))):
             if isinstance(node, ast.Attribute):
-                read.add(
-                    '.'.join(ast.unparse(node).split('.')[-2:])
-                )  # config.train.steps, and train.steps
+                # config.train.steps and train.steps
+                read.add('.'.join(ast.unparse(node).split('.')[-2:]))
     assert [key for key in SETTINGS if key not in read] == []
 
 
 def test_a_section_is_a_signature():
-    """A setting that is in no signature, or the other way round, would fail at `**config.model`."""
+    """Settings and arguments have the same names: else `**config.model` would fail."""
     fields = {field.name for field in dataclasses.fields(GPT2Config)} - {'vocab_size'}
     assert fields == set(default_config().model)
-    assert set(inspect.signature(load.load_dataset).parameters) - {'notify'} == set(default_config().data)
+    assert set(inspect.signature(load.load_dataset).parameters) - {'notify'} == set(
+        default_config().data
+    )
     assert set(inspect.signature(mesh.make_mesh).parameters) == set(default_config().mesh)
     with pytest.raises(TypeError):
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)

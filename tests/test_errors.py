@@ -1,4 +1,4 @@
-"""Every wrong input: one line on stderr that says what was wrong, and what to do; never a traceback."""
+"""Wrong input of any kind gives one line on stderr with the remedy, and never a traceback."""
 
 import json
 import os
@@ -17,7 +17,12 @@ from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checksums import FOLDER, all_steps
 
 STEPS = runs.SMALL['train.steps']
-CONFIG = 'from gpt2_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n'
+CONFIG = """from gpt2_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+"""
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -28,7 +33,7 @@ def compile_once():
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    """A folder with all that a person could get wrong, and a finished run."""
+    """A folder with files of every wrong kind, and a finished run."""
     folder = tmp_path_factory.mktemp('made')
     text = runs.write_text(folder / 'text.txt')
     (folder / 'other.txt').write_text(text.read_text()[::-1])
@@ -76,7 +81,7 @@ def made(tmp_path_factory):
 
 
 def train(*changes, config='fine', corpus='text.txt', workdir='new'):
-    """The arguments of a run in the folder `made`, shown as {made}."""
+    """The arguments of a run in the folder `made`, written {made}."""
     settings = [f'--config.{key}={value}' for key, value in runs.SMALL.items()]
     return (
         'train',
@@ -96,7 +101,7 @@ def sample(*options, run='run'):
     return ('sample', f'--ckpt_dir={{made}}/{run}', *options)
 
 
-# what is wrong -> (script and arguments, exit code, what the line must contain)
+# the mistake -> (script and arguments, exit code, what the line must contain)
 ROWS = {
     'mistyped flag': (train('--wrkdir=x'), 2, ['wrkdir', 'workdir']),
     'mistyped setting': (
@@ -124,7 +129,7 @@ ROWS = {
         2,
         ["'1.5'", 'train.steps (int'],
     ),
-    'no truth value': (
+    'neither true nor false': (
         train('--config.model.bias=maybe'),
         2,
         ['maybe', 'model.bias (bool, True or False)'],
@@ -170,13 +175,13 @@ ROWS = {
         2,
         ['type.py, line 6', 'expected train.steps (int, at least 1)'],
     ),
-    'no Python in a file': (train(config='syntax'), 2, ['syntax.py', 'SyntaxError', 'line 1']),
+    'syntax error in a file': (train(config='syntax'), 2, ['syntax.py', 'SyntaxError', 'line 1']),
     'file that returns nothing': (
         train(config='nothing'),
         2,
         ['nothing.py: get_config() must return'],
     ),
-    'word that is no flag': (
+    'argument without a flag': (
         train('train.steps=3'),
         2,
         ["unexpected argument 'train.steps=3'", '--name=value'],
@@ -246,12 +251,12 @@ ROWS = {
         1,
         ['text.txt', 'File exists', '--workdir'],
     ),
-    'run with another configuration': (
+    'folder of another configuration': (
         train('--config.train.seed=1', workdir='run'),
         2,
         ['train.seed: 0 there, 1 now', '--workdir', '--fresh'],
     ),
-    'run on another text': (
+    'folder of a run on another text': (
         train(corpus='other.txt', workdir='run'),
         2,
         ['data.corpus: ', '(its text)', 'other.txt', '--fresh'],
@@ -261,7 +266,7 @@ ROWS = {
         2,
         ['18 there, 9 now'],
     ),
-    'more steps, and no --extend': (
+    'more steps without --extend': (
         train('--config.train.steps=20', workdir='run'),
         2,
         ['--extend allows a larger train.steps'],
@@ -286,7 +291,7 @@ ROWS = {
     'no checkpoint': (sample(run='empty'), 1, ['empty holds no checkpoint', 'scripts/train.py']),
     'no folder': (sample(run='nowhere'), 1, ['nowhere holds no checkpoint']),
     'checkpoint that is not there': (sample('--step=7'), 1, ["no checkpoint '7'", 'it has 15, 18']),
-    'no kind of checkpoint': (
+    'unknown word for a checkpoint': (
         sample('--step=newest'),
         1,
         ["no checkpoint 'newest'", "'best' or 'latest'"],
@@ -322,9 +327,9 @@ ROWS = {
         2,
         ['temperature = -1', '0 (greedy) or more'],
     ),
-    'no probability': (sample('--top_p=0'), 2, ['top_p = 0', 'above 0']),
-    'no samples': (sample('--num_samples=0'), 2, ['num_samples=0', 'positive integer']),
-    'no run': (('sample',), 2, ['--ckpt_dir is missing']),
+    'top_p of 0': (sample('--top_p=0'), 2, ['top_p = 0', 'above 0']),
+    'zero samples': (sample('--num_samples=0'), 2, ['num_samples=0', 'positive integer']),
+    'missing --ckpt_dir': (('sample',), 2, ['--ckpt_dir is missing']),
     'unknown split': (evaluate('--split=test'), 2, ['split=test', 'val|train']),
     'evaluation without a checkpoint': (
         ('evaluate', '--ckpt_dir={made}/empty'),
@@ -363,13 +368,13 @@ ROWS = {
         2,
         ['--split is for prepared folders'],
     ),
-    'text to score that has no name': (evaluate('--text='), 2, ['--text is empty']),
+    'empty name of a text to score': (evaluate('--text='), 2, ['--text is empty']),
     'stride beyond the context': (
         evaluate('--text={made}/text.txt', '--stride=17'),
         2,
         ['stride = 17', '--stride=16'],
     ),
-    'no stride': (
+    'stride of 0': (
         evaluate('--text={made}/text.txt', '--stride=0'),
         2,
         ['stride=0', 'positive integer'],
@@ -409,10 +414,10 @@ ROWS = {
         1,
         ['passages.jsonl, line 2 is not JSON'],
     ),
-    'passages in no known form': (
+    'passages of an unknown format': (
         evaluate('--lambada={made}/text.txt'),
         2,
-        ['text.txt is no file of passages'],
+        ['text.txt is not a file of passages'],
     ),
     'flag of another measurement': (
         ('benchmark', '--config={made}/fine.py', '--what=startup', '--top_k=3'),
@@ -439,15 +444,13 @@ ROWS = {
 
 
 def check(code, err, expected, fragments, others=0):
-    """One line, at the end of stderr, before which only `others` stand that are no errors."""
-    lines = [
-        line for line in err.splitlines() if not line.startswith('[')
-    ]  # what sample.py runs on
+    """stderr ends with the one line of the error, after `others` lines that are not errors."""
+    # sample.py prints its device in brackets.
+    lines = [line for line in err.splitlines() if not line.startswith('[')]
     assert code == expected, err
-    assert 'Traceback' not in err and len(lines) == 1 + others, err
-    assert lines[-1].startswith('error: ') and not any(
-        line.startswith('error') for line in lines[:-1]
-    ), err
+    assert 'Traceback' not in err
+    assert len(lines) == 1 + others, err
+    assert [line.startswith('error: ') for line in lines] == [False] * others + [True], err
     assert all(fragment in lines[-1] for fragment in fragments), lines[-1]
 
 
@@ -458,7 +461,7 @@ def test_wrong_input(what, made):
     (script, *arguments), expected, fragments = ROWS[what]
     code, _, err = runs.script(script, *(argument.format(made=made) for argument in arguments))
     check(code, err, expected, fragments)
-    # Only what runs out of memory gets as far as making a folder, and no input gets as far as saving anything.
+    # Nothing is saved, and no folder is made unless memory runs out in the first step.
     assert not all_steps(made / 'new' / FOLDER)
     assert (made / 'new').exists() <= (what == 'out of memory')
     shutil.rmtree(made / 'new', ignore_errors=True)
@@ -473,7 +476,7 @@ def run_train(made, workdir, *changes):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """Neither a network nor a copy of any corpus."""
+    """No network, and no local copy of any corpus."""
 
     def no_network(*args, **options):
         raise urllib.error.URLError('Name or service not known')
@@ -484,7 +487,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_corpus_that_cannot_be_had(made, tmp_path, offline):
+def test_a_corpus_that_can_neither_be_found_nor_downloaded(made, tmp_path, offline):
     code, _, err = run_train(made, tmp_path / 'run', '--config.data.corpus=tinyshakespeare')
     check(
         code,
@@ -498,8 +501,8 @@ def test_corpus_that_cannot_be_had(made, tmp_path, offline):
             'data.corpus',
             'https://',
         ],
-        others=1,
-    )  # that it is downloading
+        others=1,  # it says that it is downloading
+    )
 
 
 def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkeypatch):
@@ -517,13 +520,14 @@ def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkey
     summary = json.loads((tmp_path / 'run/summary.json').read_text())
     assert summary['corpus']['fallback']
     assert summary['corpus']['name'] == 'python-topics'
-    # With a network it is still evaluated on what it was trained on.
+    # With a network, too, it is evaluated on the text that it was trained on.
     monkeypatch.setattr('gpt2_jax.data.corpora._download', lambda name: made / 'text.txt')
     code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
-    assert code == 0 and repr(summary['best_val_loss']) in out, err
+    assert code == 0, err
+    assert repr(summary['best_val_loss']) in out
 
 
-def test_second_run_in_the_same_folder(made, tmp_path):
+def test_a_second_run_in_the_same_folder(made, tmp_path):
     with folder.claim(tmp_path):
         code, _, err = run_train(made, tmp_path)
         check(code, err, 1, ['another run is using', f'process {os.getpid()}', '--workdir'])
@@ -531,7 +535,7 @@ def test_second_run_in_the_same_folder(made, tmp_path):
         check(code, err, 1, ['another run is using'])
 
 
-def test_no_room_for_a_checkpoint(made, tmp_path, monkeypatch):
+def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, monkeypatch):
     monkeypatch.setattr('shutil.disk_usage', lambda path: types.SimpleNamespace(free=1000))
     code, _, err = run_train(made, tmp_path)
     check(
@@ -557,8 +561,8 @@ def test_no_room_for_a_checkpoint(made, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_disk_that_is_full(kilobytes, fragments, made, tmp_path):
-    """A limit on the size of any file stands in for a disk that refuses to write more."""
+def test_a_full_disk(kilobytes, fragments, made, tmp_path):
+    """A limit on the size of any file stands in for a full disk."""
     script, *arguments = train('--config.log.every=1')
     command = [
         sys.executable,
@@ -570,12 +574,11 @@ def test_disk_that_is_full(kilobytes, fragments, made, tmp_path):
         'import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
         'os.execv(sys.executable, sys.argv[1:])'
     ).format(kilobytes * 1024)
-    cache = shutil.copytree(
-        runs.compile_cache().name, tmp_path / 'cache'
-    )  # it must not get half an entry
+    # A copy, since the cache may get half an entry.
+    cache = shutil.copytree(runs.compile_cache().name, tmp_path / 'cache')
     env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache)}
     done = subprocess.run(
         [sys.executable, '-c', code, *command], env=env, capture_output=True, text=True, timeout=120
     )
     check(done.returncode, done.stderr, 1, fragments)
-    assert not any((tmp_path / 'run' / FOLDER).iterdir())  # what could not be saved takes no room
+    assert not any((tmp_path / 'run' / FOLDER).iterdir())  # the failed save was removed

@@ -1,4 +1,4 @@
-"""Evaluation of a whole split against a plain loop over its windows, one by one."""
+"""Evaluation of a whole split = a plain loop over its windows, one by one."""
 
 import math
 
@@ -40,15 +40,14 @@ def evaluated(text, batch_size, cuts=(), stride=None):
     )
 
 
-@pytest.mark.parametrize(
-    'n', [2, 9, 10, 104, 105]
-)  # one target; one window; one and 1; 12 windows and 7; 13 windows
+# One target; one window; a window and one target; 12 windows and 7 targets; 13 windows.
+@pytest.mark.parametrize('n', [2, 9, 10, 104, 105])
 def test_a_split_equals_a_plain_loop(n):
     ids = make_tokenizer('char', ALPHABET).encode(text_of(n)).astype(np.int32)
     nats, targets = 0.0, 0
     for start in range(0, n - 1, T):
         window = ids[start : start + T + 1]
-        # The model is causal: what stands after the window changes nothing before it.
+        # The model is causal: the padding after the window changes nothing before it.
         logits_TV = np.float64(forward({'params': PARAMS}, np.resize(window[:-1], (1, T)))[0])
         for t, target in enumerate(window[1:]):
             nats -= logits_TV[t, target] - math.log(np.exp(logits_TV[t]).sum())
@@ -65,15 +64,13 @@ def test_a_split_equals_a_plain_loop(n):
 
 @pytest.mark.parametrize('stride', [1, 3, 5, T])
 @pytest.mark.parametrize('n', [2, T, T + 1, T + 2, 42])
-def test_a_stride_gives_every_target_the_context_it_says(n, stride):
+def test_a_stride_gives_every_target_its_stated_context(n, stride):
     ids = make_tokenizer('char', ALPHABET).encode(text_of(n)).astype(np.int32)
     nats = 0.0
-    for target in range(1, n):  # each by itself, from the context its window gives it
+    for target in range(1, n):  # each by itself, from the context that its window gives it
         start = max(0, math.ceil((target - T) / stride) * stride)
         assert target <= T or T - stride < target - start <= T
-        context = np.resize(
-            ids[start:target], (1, T)
-        )  # as above: what stands after it changes nothing
+        context = np.resize(ids[start:target], (1, T))  # padded, which changes nothing before it
         logits_V = np.float64(forward({'params': PARAMS}, context)[0, target - start - 1])
         nats -= logits_V[ids[target]] - math.log(np.exp(logits_V).sum())
     got = evaluated(text_of(n), batch_size=3, stride=stride)

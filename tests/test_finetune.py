@@ -1,4 +1,4 @@
-"""A run that starts from another run's checkpoint: its parameters, a cropped context, its optimizer or a fresh one."""
+"""A run that starts from another run's checkpoint: parameters, context, optimizer state."""
 
 import jax
 import numpy as np
@@ -61,14 +61,15 @@ def saved(base) -> dict[str, np.ndarray]:
 
 def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
     setup = parts_of(text, optim__learning_rate=1e-4)
-    state, told = start(setup, base, which='latest')
+    state, told = start(setup, base, step='latest')
     assert told == f'starting from checkpoint 6 in {base}, with a fresh optimizer'
     old, fresh = saved(base), flat(programs.new_state(setup))
     assert flat(state).keys() == old.keys()
     for name, leaf in flat(state).items():
         expected = old if name.startswith('params') else fresh
         assert np.array_equal(leaf, expected[name]), name
-        assert leaf.sharding == fresh[name].sharding and leaf.dtype == fresh[name].dtype, name
+        assert leaf.sharding == fresh[name].sharding, name
+        assert leaf.dtype == fresh[name].dtype, name
     state, metrics = programs.train_step(setup)(
         state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
     )
@@ -76,38 +77,36 @@ def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
     assert float(metrics['learning_rate']) == pytest.approx(1e-4 / 11)
 
 
-def test_the_checkpoint_is_the_one_asked_for(text, base):
+def test_the_requested_checkpoint_is_loaded(text, base):
     setup = parts_of(text)
-    by_which = {
-        which: flat(start(setup, base, which=which)[0].params)
-        for which in ('best', 'latest', '5', '6')
+    by_step = {
+        step: flat(start(setup, base, step=step)[0].params) for step in ('best', 'latest', '5', '6')
     }
-    assert all(
-        np.array_equal(by_which['latest'][name], leaf) for name, leaf in by_which['6'].items()
-    )
+    assert all(np.array_equal(by_step['latest'][name], leaf) for name, leaf in by_step['6'].items())
     assert not all(
-        np.array_equal(by_which['latest'][name], leaf) for name, leaf in by_which['5'].items()
+        np.array_equal(by_step['latest'][name], leaf) for name, leaf in by_step['5'].items()
     )
 
 
 def test_a_smaller_context_is_cropped(text, base):
     state, told = start(
-        parts_of(text, model__n_positions=5), base, which='latest', keep_optimizer=True
+        parts_of(text, model__n_positions=5), base, step='latest', keep_optimizer=True
     )
     assert told.endswith('with its optimizer; context cropped from 8 to 5')
     old, cropped = saved(base), 0
     for name, leaf in flat(state).items():
         if name.endswith('wpe/embedding'):
             cropped += 1
-            assert leaf.shape == (5, 16) and np.array_equal(leaf, old[name][:5]), name
+            assert leaf.shape == (5, 16), name
+            assert np.array_equal(leaf, old[name][:5]), name
         elif name.startswith('params'):
             assert np.array_equal(leaf, old[name]), name
     assert cropped == 3  # the parameter and two moments
 
 
-def test_a_kept_optimizer_goes_on_under_a_new_schedule(text, base):
+def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
     setup = parts_of(text, optim__learning_rate=1e-4)
-    state, _ = start(setup, base, which='latest', keep_optimizer=True)
+    state, _ = start(setup, base, step='latest', keep_optimizer=True)
     old = saved(base)
     adam, schedule = (
         optax.tree.get(state.opt_state, name)
@@ -117,7 +116,8 @@ def test_a_kept_optimizer_goes_on_under_a_new_schedule(text, base):
     moments = {name: leaf for name, leaf in flat(state).items() if '/mu/' in name or '/nu/' in name}
     assert len(moments) == 2 * len(flat(state.params))
     for name, leaf in moments.items():
-        assert np.array_equal(leaf, old[name]) and np.asarray(leaf).any(), name
+        assert np.array_equal(leaf, old[name]), name
+        assert np.asarray(leaf).any(), name
     assert float(
         programs.train_step(setup)(
             state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
@@ -147,7 +147,7 @@ def test_a_kept_optimizer_goes_on_under_a_new_schedule(text, base):
         (
             dict(data__tokenizer='byte'),
             {},
-            r'its tokenizer is char with \d+ tokens, .* another, byte with 256',
+            r'its tokenizer is char with \d+ tokens, but the data use byte with 256 tokens',
         ),
         (
             dict(optim__implementation='explicit'),
@@ -161,12 +161,12 @@ def test_a_kept_optimizer_goes_on_under_a_new_schedule(text, base):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(text, base, changes, options, words):
+def test_settings_that_do_not_fit_are_named(text, base, changes, options, words):
     with pytest.raises(UsageError, match=f'^this run cannot start from {base}: .*{words}'):
         start(parts_of(text, **changes), base, **options)
 
 
-def test_dropout_precision_and_optimizer_may_be_others(text, base):
+def test_dropout_precision_and_optimizer_may_differ(text, base):
     setup = parts_of(
         text,
         model__resid_pdrop=0.3,
@@ -178,7 +178,7 @@ def test_dropout_precision_and_optimizer_may_be_others(text, base):
     assert jax.tree.structure(state) == jax.tree.structure(setup.shapes)
 
 
-def test_training_starts_there_and_goes_on_from_its_own_checkpoints(text, base, tmp_path):
+def test_training_starts_from_it_and_resumes_from_its_own_checkpoints(text, base, tmp_path):
     config = runs.make_config(
         text,
         **SIZES,
@@ -191,7 +191,7 @@ def test_training_starts_there_and_goes_on_from_its_own_checkpoints(text, base, 
     assert code == 0
     assert f'starting from checkpoint 6 in {base}, with its optimizer' in out
     setup = parts_of(text, optim__learning_rate=1e-4)
-    state, _ = start(setup, base, which='latest', keep_optimizer=True)
+    state, _ = start(setup, base, step='latest', keep_optimizer=True)
     assert runs.metrics(tmp_path / 'tuned')[0]['loss'] == float(
         programs.train_step(setup)(
             state, feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
@@ -204,8 +204,8 @@ def test_training_starts_there_and_goes_on_from_its_own_checkpoints(text, base, 
         runs.quiet_train(config, tmp_path / 'other')
 
 
-def test_a_start_that_cannot_be_leaves_the_old_run_in_its_place(text, tmp_path):
-    """Also with --fresh, which is to move it aside."""
+def test_an_impossible_start_does_not_move_the_old_run(text, tmp_path):
+    """Not even with --fresh, which moves an old run aside."""
     runs.quiet_train(runs.make_config(text, **SIZES), tmp_path / 'run')
     before = sorted(path.name for path in tmp_path.rglob('*'))
     with pytest.raises(UserError, match='nowhere holds no checkpoint'):

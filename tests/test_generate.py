@@ -1,4 +1,4 @@
-"""Generation: cached against uncached text, the choice of the next token against numpy, and streaming."""
+"""Generation: cached = uncached text, sampling = its definition in numpy, and streaming."""
 
 import math
 
@@ -10,14 +10,14 @@ from tiny import rough_params, tiny
 
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
 from gpt2_jax.errors import UsageError
-from gpt2_jax.inference import decoding as generation
+from gpt2_jax.inference import decoding
 from gpt2_jax.inference.decoding import CHUNK, generate
 from gpt2_jax.inference.sampling import Sampling, sample_token
 from gpt2_jax.inference.streaming import default_prompt, print_samples, stream_text
 
 CONTEXT, HALF = 20, 10
 MODEL = tiny(n_positions=CONTEXT, n_layer=2)
-PARAMS = rough_params(MODEL, seed=1, std=0.5)  # its greedy text is no mere repetition
+PARAMS = rough_params(MODEL, seed=1, std=0.5)  # its greedy text does not repeat itself
 PROMPT = [3, 1, 4]
 GREEDY, LIVELY = Sampling(temperature=0), Sampling(temperature=2.0, top_k=7, top_p=0.9)
 forward = jax.jit(MODEL.apply)
@@ -25,9 +25,9 @@ forward = jax.jit(MODEL.apply)
 
 @pytest.fixture(scope='module', autouse=True)
 def prefills_of_several_lengths():
-    """Also within this short context."""
+    """Prompts are padded to several lengths also within this short context."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, 'MIN_PREFILL', 4)
+        patch.setattr(decoding, 'MIN_PREFILL', 4)
         yield
 
 
@@ -40,7 +40,7 @@ def text(prompt=PROMPT, **options):
 
 
 def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
-    """Each token by a full forward pass over the window, which restarts from its last half whenever it is full."""
+    """Each token by a full forward pass over a window, which restarts from its half when full."""
     window, out = list(prompt), []
     for i in range(n):
         if len(window) >= CONTEXT:
@@ -55,14 +55,14 @@ def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
     'prompt', [PROMPT, [5], list(range(10)) + list(range(9)), [2, 7] * 10, [1, 2, 3] * 11]
 )
 def test_greedy_cached_equals_uncached(prompt):
-    """Also past the context, several times, and for prompts as long as the context and longer."""
+    """Past the context, several times, and for prompts as long as the context and longer."""
     expected = without_cache(prompt, 45)
     assert len(set(expected)) > 3
     assert text(prompt, max_new_tokens=45, sampling=GREEDY)[0].tolist() == expected
 
 
 def test_drawn_cached_equals_uncached():
-    """Token i of sample s is drawn with the key fold_in(fold_in(key(seed), s), i), in whichever chunk it comes."""
+    """Token i of sample s is drawn with the key fold_in(fold_in(key(seed), s), i)."""
 
     @jax.jit
     def draw(logits_V, s, i):
@@ -77,14 +77,13 @@ def test_drawn_cached_equals_uncached():
 
 
 def test_few_compilations_for_all_lengths():
-    generation.prefill.clear_cache()
-    generation.decode.clear_cache()
+    decoding.prefill.clear_cache()
+    decoding.decode.clear_cache()
     for length in (1, 2, 11, 19, 20, 21, 50):
         text([1] * length, max_new_tokens=length, sampling=GREEDY)
-    assert (
-        generation.prefill._cache_size() == 3
-    )  # 4, 16 and the context: a prompt of 20 is cut to 10
-    assert generation.decode._cache_size() == 1
+    # 4, 16 and the context: a prompt of 20 tokens is cut to 10.
+    assert decoding.prefill._cache_size() == 3
+    assert decoding.decode._cache_size() == 1
 
 
 def test_seeds_and_samples():
@@ -97,10 +96,9 @@ def test_seeds_and_samples():
         three, text(max_new_tokens=30, num_samples=3, seed=8, sampling=LIVELY)
     )
     one = text(max_new_tokens=30, seed=7, sampling=LIVELY)
-    assert np.array_equal(one[0], three[0])  # whatever is sampled beside it
-    assert np.array_equal(
-        one[:, :21], text(max_new_tokens=21, seed=7, sampling=LIVELY)
-    )  # and however long
+    assert np.array_equal(one[0], three[0])  # the samples beside it change nothing
+    shorter = text(max_new_tokens=21, seed=7, sampling=LIVELY)
+    assert np.array_equal(one[:, :21], shorter)  # nor does the length
 
 
 def test_chunks():
@@ -113,20 +111,17 @@ def test_chunks():
         sampling=LIVELY,
         notify=lambda note: None,
     )
-    assert [chunk.shape for chunk in chunks] == [
-        (3, CHUNK),
-        (3, 17 - CHUNK),
-        (3, 21 - 17),
-    ]  # 3 + 17 = the context
+    # The prompt of 3 tokens and 17 new ones fill the context.
+    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 17 - CHUNK), (3, 21 - 17)]
 
 
-def test_the_context():
+def test_a_full_context_is_reported_once():
     notes = []
     text(max_new_tokens=CONTEXT - 3, sampling=GREEDY, strict_context=True, notify=notes.append)
     assert notes == []
     text(max_new_tokens=CONTEXT - 2, sampling=GREEDY, notify=notes.append)
     text(max_new_tokens=45, sampling=GREEDY, notify=notes.append)
-    assert notes == ['the context of 20 tokens is full: going on from its last 10'] * 2  # once each
+    assert notes == ['the context of 20 tokens is full: continuing from its last 10'] * 2
     for prompt, n in ((PROMPT, CONTEXT - 2), ([1] * 21, 1)):
         with pytest.raises(
             UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'
@@ -136,12 +131,11 @@ def test_the_context():
         text([], max_new_tokens=1)
 
 
-def test_the_shortest_context():
+def test_a_context_of_one_token():
     model = tiny(n_positions=1, n_layer=1)
     params, expected = rough_params(model, std=0.5), [4]
-    next_V = jax.jit(model.apply)({'params': params}, np.arange(11)[:, None])[:, 0].argmax(
-        -1
-    )  # of each token alone
+    logits_VV = jax.jit(model.apply)({'params': params}, np.arange(11)[:, None])[:, 0]
+    next_V = logits_VV.argmax(-1)  # the likeliest token after each token alone
     for _ in range(5):
         expected.append(int(next_V[expected[-1]]))
     chunks = generate(
@@ -152,7 +146,7 @@ def test_the_shortest_context():
 
 
 def numpy_distribution(logits, temperature, top_k, top_p):
-    """What the next token should be drawn from, with the filters as loops."""
+    """The distribution of the next token, with the filters as loops."""
     probs = np.exp(np.float64(logits) / temperature)
     order = np.argsort(-probs).tolist()
     order = order[:top_k] if top_k else order
@@ -196,7 +190,7 @@ def test_draws_follow_the_filtered_distribution(settings):
     assert np.all(np.abs(got - expected) <= 5 * np.sqrt(expected * (1 - expected) / DRAWS))
 
 
-def test_choices_without_chance():
+def test_sampling_without_chance_takes_the_likeliest():
     logits_BV = np.random.default_rng(0).normal(0, 3, (64, 11)).astype(np.float32)
     keys_B = jax.random.split(jax.random.key(0), 64)
     best_B = logits_BV.argmax(-1)
@@ -210,7 +204,7 @@ def test_choices_without_chance():
     assert not np.array_equal(sample_token(logits_BV, keys_B, Sampling()), best_B)
 
 
-def test_wrong_sampling():
+def test_wrong_sampling_is_refused():
     for wrong in (
         dict(temperature=-1.0),
         dict(top_k=-1),
@@ -224,7 +218,7 @@ def test_wrong_sampling():
 
 
 def all_chunkings(ids, max_cuts):
-    """The ids of one row cut in every way at up to `max_cuts` places, as generate() yields them."""
+    """The ids of one row, cut at up to `max_cuts` positions in every way."""
     cuts = [()] + [(a,) for a in range(len(ids) + 1)]
     if max_cuts == 2:
         cuts += [(a, b) for a in range(len(ids) + 1) for b in range(a, len(ids) + 1)]
@@ -243,7 +237,7 @@ def test_streamed_text_equals_decoded_text(tokenizer):
         assert not any('\ufffd' in piece for piece in pieces)
 
 
-def test_bytes_that_are_no_text():
+def test_bytes_that_are_not_utf8():
     ids = np.frombuffer(b'a\xff\xc3b\xe4\xb8', np.uint8)  # ends in the middle of a character
     for chunks in all_chunkings(ids, 2):
         assert ''.join(stream_text(chunks, ByteTokenizer())) == ByteTokenizer().decode(ids)
@@ -274,7 +268,7 @@ def test_stopping_stops_decoding():
     assert len(list(chunks)) == 15 - len('one. t')
 
 
-def test_rows_are_streamed_apart():
+def test_rows_are_streamed_separately():
     ids = np.stack([ByteTokenizer().encode(row) for row in ('first', 'other')])
     chunks = np.split(ids, 5, axis=1)
     assert [''.join(stream_text(chunks, ByteTokenizer(), row)) for row in (0, 1)] == [

@@ -1,4 +1,4 @@
-"""One device equals eight: the same runs on meshes of simulated devices, all in one process of their own."""
+"""One device equals eight: the same runs on meshes of simulated devices, in one process."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
 
 
 def run_on(mesh_sizes: str, corpus: str) -> dict:
-    """A few updates and an evaluation on one mesh, and how the state lies on it."""
+    """A few updates and an evaluation on one mesh, and how the state is sharded."""
     from tiny import flat
 
     from gpt2_jax.config import default_config, resolve
@@ -90,9 +90,8 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp('parallel')
-    letters = [
-        chr(code) for code in range(97, 97 + 30)
-    ]  # a vocabulary that 2 divides, and 4 does not
+    # 2 divides this vocabulary, 4 does not.
+    letters = [chr(code) for code in range(97, 97 + 30)]
     text = ''.join(np.random.default_rng(0).choice(letters, 1500))
     (folder / 'text.txt').write_text(text)
     done = subprocess.run(
@@ -113,7 +112,7 @@ def runs(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize('mesh', MESHES[1:])
 def test_training_equals_one_device(runs, mesh):
-    """With dropout, in two micro-batches: loss, norms and learning rate of every step."""
+    """Loss, norms and learning rate of every step, with dropout and two micro-batches."""
     losses = [record['loss'] for record in runs[ONE]['records']]
     assert len(set(losses)) == STEPS
     assert runs[mesh]['devices'] in (4, 8)
@@ -130,8 +129,8 @@ def test_evaluation_equals_one_device(runs, mesh):
 @pytest.mark.parametrize(
     ('mesh', 'pieces'), [(ONE, 1), (DATA, 1), (FSDP, 4), (ALL, 4), (TENSOR, 4)]
 )
-def test_matrices_and_their_moments_are_stored_in_pieces(runs, mesh, pieces):
-    """ZeRO: no device holds a whole matrix, nor its moments. Read after the updates: they keep the layout."""
+def test_matrices_and_their_moments_are_sharded(runs, mesh, pieces):
+    """ZeRO: no device holds a whole matrix or its moments, before and after updates."""
     sizes, stored = runs[mesh]['sizes'], runs[mesh]['stored']
     kernels = [name for name in sizes if name.endswith('kernel')]
     assert len(kernels) == 3 * 4  # parameters and two moments
@@ -143,10 +142,10 @@ def test_matrices_and_their_moments_are_stored_in_pieces(runs, mesh, pieces):
         assert parts == fsdp * (tensor if 'wte' in name and 30 % tensor == 0 else 1)
 
 
-def test_each_device_works_on_its_own_rows(runs):
-    """In each micro-batch and in evaluation no device does another's share, and none moves activations to another.
+def test_each_device_computes_its_own_rows(runs):
+    """No device computes another's share or moves activations to another one.
 
-    Parameters in pieces are brought to the rows: else XLA splits the activations by feature, and moves those.
+    Sharded parameters are gathered for use: else XLA splits and moves the activations.
     """
     for mesh in MESHES:
         data, fsdp, tensor = map(int, mesh.split())
@@ -174,8 +173,8 @@ def test_each_device_works_on_its_own_rows(runs):
         ('cpu', None),
     ],
 )
-def test_peaks_are_known_or_unknown(kind, peak):
-    """Never guessed: of what is named alike, one may be twice as fast as the other."""
+def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
+    """It is never guessed: devices with similar names may differ by a factor of two."""
     assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
 
 

@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever, goes on as if it had not been; and what keeps it from going on is named."""
+"""A stopped run resumes as if it had never been stopped, or says why it cannot resume."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def reference(text, tmp_path_factory):
-    """The run that is left in peace."""
+    """The uninterrupted run."""
     folder = tmp_path_factory.mktemp('reference') / 'run'
     assert runs.quiet_train(make_config(text), folder)[0] == 0
     return folder
@@ -55,7 +55,7 @@ def stopped(half, tmp_path):
 
 
 def signal_at(patch, step, number):
-    """Has the signal come with an update."""
+    """Sends the signal during an update."""
 
     def change(state):
         if state.step == step - 1:
@@ -66,7 +66,7 @@ def signal_at(patch, step, number):
 
 
 class SignalAt:
-    """A hook through which a signal arrives in the middle of an iteration: after the loop looked for one."""
+    """A hook that sends a signal in the middle of an iteration, after the loop has polled."""
 
     def __init__(self, step, number):
         self.step, self.number = step, number
@@ -95,9 +95,9 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
         return kill_runs.start(run, text, runs.compile_cache().name, runs.SMALL)
 
     moments = (kill_runs.kill(start(), run, draw, in_save=True, delay=0) for _ in range(3))
-    assert any('in the save of' in str(moment) for moment in moments)  # as a rule the first
+    assert any('in the save of' in str(moment) for moment in moments)  # usually the first
     process = start()
-    time.sleep(draw.uniform(1, 3))  # most often: while it compiles, or in its first steps
+    time.sleep(draw.uniform(1, 3))  # mostly while it compiles, or in its first steps
     process.kill()
     process.communicate()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -115,10 +115,9 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
 @pytest.mark.parametrize(
     ('number', 'at'), [(signal.SIGTERM, 7), (signal.SIGINT, 9)]
 )  # 7 is evaluated, 10 is saved
-def test_signal_saves_and_leaves(number, at, text, reference, tmp_path):
-    before = signal.signal(
-        number, signal.default_int_handler
-    )  # in a shell's background Ctrl-C is ignored
+def test_a_signal_saves_and_ends_the_run(number, at, text, reference, tmp_path):
+    # A shell ignores Ctrl-C in its background jobs.
+    before = signal.signal(number, signal.default_int_handler)
     config = make_config(text, log__every=1)
     code, printed = runs.quiet_train(config, tmp_path, hooks=[SignalAt(at, number)])
     assert code == 128 + number
@@ -130,13 +129,13 @@ def test_signal_saves_and_leaves(number, at, text, reference, tmp_path):
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_how_often_it_is_evaluated_changes_no_parameter(text, reference, tmp_path):
+def test_the_interval_of_evaluations_changes_no_parameter(text, reference, tmp_path):
     for every in (10, 1000):
         assert runs.quiet_train(make_config(text, eval__every=every), tmp_path / str(every))[0] == 0
         assert runs.different_states(tmp_path / str(every), reference) == []
 
 
-def test_finished_run_says_so_and_changes_nothing(text, reference):
+def test_a_finished_run_says_so_and_changes_nothing(text, reference):
     before = snapshot(reference)
     code, printed = runs.quiet_train(make_config(text), reference)
     best = json.loads((reference / 'summary.json').read_text())['best_val_loss']
@@ -175,7 +174,7 @@ def test_summary(text, reference):
     assert summary['jax_version']
 
 
-def test_settings_of_no_consequence_may_change(text, reference, stopped):
+def test_settings_without_effect_on_updates_may_change(text, reference, stopped):
     changed = make_config(
         text, eval__every=5, eval__sample_tokens=0, checkpoint__every=4, log__every=1
     )
@@ -183,7 +182,7 @@ def test_settings_of_no_consequence_may_change(text, reference, stopped):
     assert runs.different_states(stopped, reference) == []
 
 
-def test_other_settings_may_not(text, stopped):
+def test_other_settings_may_not_change(text, stopped):
     before = snapshot(stopped)
     changed = make_config(text, model__n_embd=16, train__seed=5, optim__beta1=0.8, eval__every=3)
     with pytest.raises(UsageError) as error:
@@ -200,7 +199,7 @@ def test_other_settings_may_not(text, stopped):
     assert snapshot(stopped) == before
 
 
-def test_changed_text_is_refused(text, stopped, tmp_path):
+def test_a_changed_text_is_refused(text, stopped, tmp_path):
     other = tmp_path / 'text.txt'  # another text under the same path
     shutil.copy(text, tmp_path / 'kept')
     words = text.read_text()
@@ -215,7 +214,7 @@ def test_changed_text_is_refused(text, stopped, tmp_path):
         runs.quiet_train(make_config(other), stopped)
 
 
-def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
+def test_train_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / 'run')
     with pytest.raises(
         UsageError, match=r'train\.steps: 18 there, 30 now \(--extend allows a larger'
@@ -226,8 +225,8 @@ def test_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
     code, printed = runs.quiet_train(make_config(text, train__steps=30), run, extend=True)
     assert code == 0
     told = re.search(
-        r'extended from 18 to 30 steps: the schedule now spans all .* learning rate at step 18 changes '
-        r'from (\S+) to (\S+)',
+        r'extended from 18 to 30 steps: the schedule now spans all .* learning rate at step 18 '
+        r'changes from (\S+) to (\S+)',
         printed,
     )
     assert float(told[1]) == pytest.approx(6e-5)
@@ -254,7 +253,7 @@ def test_fresh_moves_the_old_run_aside(text, reference, stopped):
     assert runs.differences(stopped, reference) == []
 
 
-def test_fresh_that_cannot_start_moves_nothing(text, stopped):
+def test_fresh_moves_nothing_if_the_run_cannot_start(text, stopped):
     before = snapshot(stopped)
     with pytest.raises(UserError, match='too few'):
         runs.quiet_train(make_config(text, model__n_positions=5000), stopped, fresh=True)
@@ -267,13 +266,13 @@ def test_logs_are_cut_back_to_the_checkpoint(text, reference, stopped):
             file.write('{"step": 14, "split": "train", "loss"')
     (event_file,) = (stopped / 'tensorboard').iterdir()
     data = event_file.read_bytes()
-    event_file.write_bytes(data + data[:-5])  # every figure once more, and half a record
+    event_file.write_bytes(data + data[:-5])  # every record again, and half a record
     (stopped / 'tensorboard/events.out.tfevents.later').write_bytes(data)
     assert runs.quiet_train(make_config(text), stopped)[0] == 0
     assert runs.differences(stopped, reference) == []
 
 
-def test_logs_of_something_else_are_left_alone(text, tmp_path):
+def test_logs_that_are_not_of_a_run_are_not_touched(text, tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('mine\n')
     with pytest.raises(UserError, match=r'not the folder of a run, but has metrics\.jsonl'):
         runs.quiet_train(make_config(text), tmp_path)
@@ -291,7 +290,7 @@ def test_evaluate_restores_best_and_latest_to_the_digit(reference):
         assert out.startswith(f'step {step}, val: loss {loss!r} nats per token')
 
 
-def test_sample_needs_nothing_but_the_folder(text, reference, tmp_path, monkeypatch):
+def test_sampling_needs_only_the_folder(text, reference, tmp_path, monkeypatch):
     options = ('--prompt=ba', '--max_new_tokens=40', '--seed=7')
     code, out, _ = runs.script('sample', f'--ckpt_dir={reference}', *options)
     assert code == 0

@@ -1,4 +1,4 @@
-"""Scoring: a text's figures against training's own, against arithmetic by hand, and as a user asks for them."""
+"""Scores of a text = the figures of training = arithmetic by hand; and the script evaluate.py."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def compile_once():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """A finished run, its text, and the part of it that was kept for validation."""
+    """A finished run, its text, and the part of the text that was kept for validation."""
     folder = tmp_path_factory.mktemp('score')
     path = runs.write_text(folder / 'text.txt')
     assert runs.quiet_train(runs.make_config(path), folder / 'run')[0] == 0
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
 
 
 def restored(tokenizer=SMALL, seed=0, **changes) -> restore.Restored:
-    """A small random model, as restore.load gives one."""
+    """A small random model, as restore.load returns it."""
     model = tiny(vocab_size=tokenizer.vocab_size, **changes)
     config = default_config()
     config.model.update(
@@ -55,13 +55,12 @@ def restored(tokenizer=SMALL, seed=0, **changes) -> restore.Restored:
 
 
 def by_hand(model: restore.Restored):
-    """The function losses(ids) -> (nats, right) of ids[1:], each given all before it: (N - 1,) each, in fp64."""
+    """The function losses(ids) -> (nats, right): each of ids[1:] given the ids before, in fp64."""
     forward = jax.jit(model.model.apply)
 
     def losses(ids):
-        window = np.resize(
-            ids[:-1], (1, model.model.cfg.n_positions)
-        )  # causal: what stands after it changes nothing
+        # The model is causal: the padding after the ids changes nothing before it.
+        window = np.resize(ids[:-1], (1, model.model.cfg.n_positions))
         logits = np.float64(forward({'params': model.params}, np.int32(window)))[0, : len(ids) - 1]
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -logp[np.arange(len(ids) - 1), ids[1:]], logits.argmax(-1) == ids[1:]
@@ -69,7 +68,7 @@ def by_hand(model: restore.Restored):
     return losses
 
 
-def test_the_validation_text_gives_trainings_own_figure(run):
+def test_the_validation_text_gives_the_loss_of_training(run):
     summary = json.loads((run / 'run/summary.json').read_text())
     model = restore.load(run / 'run', 'latest')
     context = model.model.cfg.n_positions
@@ -89,7 +88,7 @@ def test_the_validation_text_gives_trainings_own_figure(run):
     assert same.evaluation.loss == pytest.approx(more.evaluation.loss, rel=1e-6)
 
 
-def test_the_figures_are_sums_over_what_is_counted(tmp_path):
+def test_the_figures_are_sums_divided_by_counts(tmp_path):
     spaced = " the end , they 'll two @-@ part é . \n"
     (tmp_path / 'a.txt').write_text(spaced, 'utf-8')
     model = restored(n_positions=64)
@@ -126,7 +125,7 @@ def test_the_figures_are_sums_over_what_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize(('context', 'stride'), [(12, 12), (12, 5), (7, 7), (7, 2)])
-def test_the_context_is_the_one_asked_for(tmp_path, context, stride):
+def test_context_and_stride_are_obeyed(tmp_path, context, stride):
     (tmp_path / 'a.txt').write_text('to be or not to be, that is the question')
     model = restored(ByteTokenizer())
     losses, ids = by_hand(model), ByteTokenizer().encode((tmp_path / 'a.txt').read_text())
@@ -145,18 +144,18 @@ def write_passages(path, *passages):
 
 def test_lambada_by_hand(tmp_path):
     tokenizer = CharTokenizer(' abc')
-    model = restored(tokenizer, seed=5)  # one that is right now and then
+    model = restored(tokenizer, seed=5)  # a model that is right for some passages
     T, losses = model.model.cfg.n_positions, by_hand(model)
     rng = np.random.default_rng(0)
     passages = [
         ' '.join(''.join(rng.choice(list('abc'), rng.integers(1, 3))) for _ in range(n))
         for n in rng.integers(2, 9, 80)
     ]
-    passages[5] = ' a  b  '  # spaces count, but for those after the last word
+    passages[5] = ' a  b  '  # spaces count, except after the last word
     nats, right, last_nats, last_right, cropped = [], [], [], [], 0
     for passage in passages:
         before, word = passage.rstrip().rsplit(' ', 1)
-        answer = 1 + len(word)  # a token a character, the space before it being one
+        answer = 1 + len(word)  # each character is a token, and so is the space
         ids = tokenizer.encode(f'{before} {word}')
         cropped += len(ids) > T + 1
         each, hits = losses(ids[-T - 1 :])
@@ -178,7 +177,7 @@ def test_lambada_by_hand(tmp_path):
 
 
 def test_the_last_word_may_be_many_tokens(tmp_path):
-    """As GPT-2's tokenizer gives them: those of the word with the space before it."""
+    """The answer is the last word with the space before it, in the tokens of GPT-2's tokenizer."""
     before, answer = SMALL.encode('the end, they'), SMALL.encode(" they'll")
     assert len(answer) > 2
     model = restored(n_positions=16)
@@ -200,7 +199,7 @@ def test_lambada_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lambada, 'make_answer_step', counting)
     passages = [f'{"ab " * n}c' for n in range(1, 6)]
     lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages), rows=2)
-    assert traced == [(2, 10)]  # no longer than the longest passage needs
+    assert traced == [(2, 10)]  # as long as the longest passage
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_lambada_is_compiled_once(tmp_path, monkeypatch):
         (['the ' + 'x' * 13], 'last word of 14 tokens, and the context is 12'),
     ],
 )
-def test_passages_without_an_answer(tmp_path, passages, words):
+def test_passages_without_an_answer_are_refused(tmp_path, passages, words):
     with pytest.raises(UserError, match=words):
         lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages))
 
@@ -225,7 +224,7 @@ def test_passages_of_an_unknown_character_are_named(tmp_path):
 
 
 def test_passages_come_in_json_lines_or_parquet(tmp_path):
-    with pytest.raises(UsageError, match=r'a.txt is no file of passages: expected .jsonl'):
+    with pytest.raises(UsageError, match=r'a.txt is not a file of passages: expected .jsonl'):
         lambada.score_lambada(restored(), str(tmp_path / 'a.txt'))
 
 
@@ -235,18 +234,19 @@ def test_passages_come_in_json_lines_or_parquet(tmp_path):
         (
             13,
             None,
-            'context = 13 is longer than the 12 positions of the checkpoint: give at most --context=12',
+            'context = 13 is longer than the 12 positions of the checkpoint: '
+            'give at most --context=12',
         ),
         (8, 9, 'stride = 9 is more than the context of 8, .*: give at most --stride=8'),
         (None, 13, 'stride = 13 is more than the context of 12'),
     ],
 )
-def test_windows_that_cannot_be(context, stride, words):
+def test_impossible_windows_are_refused(context, stride, words):
     with pytest.raises(UsageError, match=words):
         score.make_windows(restored(), context=context, stride=stride, rows=1)
 
 
-def test_more_devices_than_there_are():
+def test_a_checkpoint_of_more_devices_than_this_machine_has():
     model = restored()
     model.config.mesh.update(data=512)
     setup, _ = score.build(
@@ -258,8 +258,8 @@ def test_more_devices_than_there_are():
     assert len(jax.devices()) < 512
 
 
-def test_rows_are_dealt_out_to_all_devices(monkeypatch):
-    """Five rows on a mesh of 2 x 2 are worked on as eight."""
+def test_rows_are_divided_among_all_devices(monkeypatch):
+    """Five rows on a mesh of 2 x 2 are processed as eight."""
     model, built = restored(), []
     model.config.mesh.update(data=2, fsdp=2)
     monkeypatch.setattr(score.jax, 'devices', lambda: [None] * 4)
@@ -271,8 +271,8 @@ def test_rows_are_dealt_out_to_all_devices(monkeypatch):
     assert built[0].train.batch_size == 8
 
 
-def test_a_converted_folder_as_a_user(tmp_path):
-    """Published weights have no corpus of their own; they are scored on any other."""
+def test_the_script_on_a_converted_folder(tmp_path):
+    """Published weights have no corpus of their own, but any text can be scored."""
     (tmp_path / 'letters.json').write_text(tokenizers.to_json(LETTERS))
     convert_fixture(FIXTURE, ckpt_dir=tmp_path / 'run', tokenizer_file=tmp_path / 'letters.json')
     code, _, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
@@ -292,7 +292,7 @@ def test_a_converted_folder_as_a_user(tmp_path):
     assert lines[1].startswith('per word: perplexity')
     assert 'over 1 words' in lines[1]
     assert len(lines) == 3
-    assert 'context 32, stride 8 (all of the first window' in lines[2]
+    assert 'context 32, stride 8 (the whole first window' in lines[2]
     assert 'detokenizer none' in lines[2]
     code, shorter, _ = runs.script(
         'evaluate',
@@ -306,7 +306,7 @@ def test_a_converted_folder_as_a_user(tmp_path):
     assert 'context 16, stride 8' in shorter
 
 
-def test_lambada_as_a_user(tmp_path, run):
+def test_the_script_on_lambada(tmp_path, run):
     words = (run / 'text.txt').read_text().split()[:12]
     (tmp_path / 'a.jsonl').write_text(json.dumps({'passage': ' '.join(words).replace('.', '')}))
     code, out, err = runs.script(
@@ -319,8 +319,7 @@ def test_lambada_as_a_user(tmp_path, run):
     assert 'context 16, 1 passages cropped' in out
 
 
-def test_bytes_are_bits_per_byte(tmp_path):
-    """With a token a byte, the figure is the loss in bits."""
+def test_with_byte_tokens_bits_per_byte_is_the_loss_in_bits(tmp_path):
     (tmp_path / 'a.txt').write_text('été ' * 9, 'utf-8')
     got = score.score_text(restored(ByteTokenizer()), str(tmp_path / 'a.txt')).evaluation
     assert got.bits_per_byte == pytest.approx(got.loss / math.log(2))

@@ -1,4 +1,4 @@
-"""Texts to score: whatever they come from, the same tokens; and words counted as in the original."""
+"""Texts to score: every source gives the same tokens, and words are counted as in the original."""
 
 import json
 
@@ -26,19 +26,19 @@ def test_a_text_file(tmp_path, tokenizer):
     (tmp_path / 'a.txt').write_text(TEXT, 'utf-8')
     text = open_text(str(tmp_path / 'a.txt'), tokenizer, **OPTIONS)
     assert ids(text) == tokenizer.encode(TEXT).tolist()
-    assert (text.words, text.lines) == (8, 3)  # the no-break space before the mask is one, too
+    assert (text.words, text.lines) == (8, 3)  # the no-break space separates words too
     with pytest.raises(UsageError, match='is a text and is scored whole: --split'):
         open_text(str(tmp_path / 'a.txt'), tokenizer, **OPTIONS | {'split': 'val'})
 
 
-def test_words_are_those_before_detokenizing(tmp_path):
+def test_words_are_counted_before_detokenizing(tmp_path):
     (tmp_path / 'a.txt').write_text(' a two @-@ part end . \n')
     text = open_text(str(tmp_path / 'a.txt'), SMALL, **OPTIONS | {'detokenizer': 'wikitext'})
     assert SMALL.decode(ids(text)) == 'a two-part end.\n'
     assert (text.words, text.lines) == (6, 1)
 
 
-def test_documents_are_those_that_prepare_writes(tmp_path):
+def test_documents_are_joined_as_prepare_joins_them(tmp_path):
     documents = ['the end', '', 'x y\nz', 'the']
     path = tmp_path / 'a.jsonl'
     path.write_text(''.join(json.dumps({'body': document}) + '\n' for document in documents))
@@ -79,7 +79,7 @@ def test_a_prepared_folder_by_split(tmp_path):
         UsageError, match=r'another tokenizer, byte of 256 tokens, than the .* gpt2 of 277'
     ):
         open_text(str(tmp_path / 'out'), SMALL, **OPTIONS)
-    with pytest.raises(UsageError, match='holds tokens, and a de-tokenizer takes text'):
+    with pytest.raises(UsageError, match='holds tokens, but a de-tokenizer takes text'):
         open_text(str(tmp_path / 'out'), ByteTokenizer(), **OPTIONS | {'detokenizer': 'ptb'})
 
 
@@ -97,7 +97,7 @@ def test_token_files_of_one_split(tmp_path):
 
 @pytest.mark.parametrize('block', [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize('text', ['', ' ', 'a', 'a b', ' a  b ', 'é 🎭🎭\n\nthe', TEXT * 3])
-def test_words_of_tokens(text, block):
+def test_words_counted_from_tokens(text, block):
     for tokenizer in (SMALL, ByteTokenizer()):
         tokens = Tokens((tokenizer.encode(text),))
         assert count_words(tokens, tokenizer, block) == (len(text.split()), text.count('\n'))

@@ -1,4 +1,4 @@
-"""How fast it is: training steps, decoding and start-up, over repeated windows that end when the device is done."""
+"""The speed of training, decoding and start-up, measured in repeated windows."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UserError
-from gpt2_jax.inference.decoding import CHUNK, generate, set_up
+from gpt2_jax.inference.decoding import CHUNK, generate, with_kernels
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
@@ -26,15 +26,17 @@ from gpt2_jax.workdir.checkpoints import Checkpoints
 
 
 def random_data(vocab_size: int, n_tokens: int = 1 << 20) -> Dataset:
-    """Uniformly random tokens: speed does not depend on what is learned."""
+    """Uniformly random tokens: speed does not depend on the text."""
     tokens = Tokens((np.random.default_rng(0).integers(0, vocab_size, n_tokens, dtype=np.uint16),))
-    return Dataset(
-        'random tokens', CharTokenizer(''.join(map(chr, range(vocab_size)))), tokens, tokens, ''
-    )
+    tokenizer = CharTokenizer(''.join(map(chr, range(vocab_size))))
+    return Dataset('random tokens', tokenizer, tokens, tokens, '')
 
 
 def _windows(run: Callable[[], Any], windows: int, seconds: float) -> list[float]:
-    """Seconds per call of `run`, one figure a window of about `seconds`; run() returns what to wait for."""
+    """Seconds per call of `run` in each of several windows, which last about `seconds` each.
+
+    run() returns the arrays to wait for. The first call, which compiles, is not measured.
+    """
     jax.block_until_ready(run())
     began = time.monotonic()
     jax.block_until_ready(run())
@@ -59,14 +61,15 @@ def _spread(figures: list[float]) -> dict[str, float]:
 
 
 def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
-    """Update, evaluation, save and compilation. Times in seconds, memory in bytes, rates in tokens per second."""
+    """Measures updates, an evaluation, a save and the compilation.
+
+    Times are in seconds, memory in bytes, rates in tokens per second.
+    """
     began = time.monotonic()
     state = jax.block_until_ready(programs.new_state(setup))
     init_seconds = time.monotonic() - began
-    train_step, batch = (
-        programs.train_step(setup),
-        feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options),
-    )
+    train_step = programs.train_step(setup)
+    batch = feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
     began = time.monotonic()
     state, _ = jax.block_until_ready(train_step(state, batch))
     compile_seconds = time.monotonic() - began
@@ -108,8 +111,11 @@ def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
 def bench_decode(
     setup: Setup, windows: int, num_samples: int, new_tokens: int, sampling: Sampling
 ) -> dict[str, Any]:
-    """Generation from a one-token prompt, prefill included. Rates count the tokens of all samples."""
-    model = set_up(setup.model, setup.model.cfg.kernels, '')
+    """Measures generation from a one-token prompt, prefill included.
+
+    Rates count the tokens of all samples.
+    """
+    model = with_kernels(setup.model, setup.model.cfg.kernels, '')
     params = programs.new_state(setup).params
 
     def run():
@@ -143,16 +149,16 @@ def bench_decode(
 
 
 def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
-    """From the start of a process to its first update, and to the end of a run of one update.
+    """Measures how long a process takes to its first update, and to the end of a run of one update.
 
-    Cold: with nothing compiled before; warm: with the compiled programs kept. `train_command` is that of
-    scripts/train.py. Raises UserError where it fails.
+    A cold run finds nothing compiled, a warm run finds all its programs compiled. `train_command`
+    runs scripts/train.py. Raises UserError if that fails.
     """
     figures = {}
     for kind in ('cold', 'warm'):
         summaries = []
         with tempfile.TemporaryDirectory() as shared:
-            for window in range(windows + (kind == 'warm')):  # the first one fills the cache
+            for window in range(windows + (kind == 'warm')):  # the first warm run fills the cache
                 with tempfile.TemporaryDirectory() as own:
                     cache = {'JAX_COMPILATION_CACHE_DIR': shared if kind == 'warm' else own}
                     done = subprocess.run(
@@ -162,9 +168,7 @@ def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
                         env=os.environ | cache,
                     )
                     if done.returncode:
-                        raise UserError(
-                            f'the run that was to be timed failed: {done.stderr.strip()[-500:]}'
-                        )
+                        raise UserError(f'the run to be timed failed: {done.stderr.strip()[-500:]}')
                     if window or kind == 'cold':
                         summaries.append(
                             json.loads(Path(own, 'run/summary.json').read_text('utf-8'))

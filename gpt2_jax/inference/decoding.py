@@ -1,10 +1,11 @@
-"""Text from a model: the choice of the next token, one prefill, cached decoding, and streaming.
+"""Tokens from a model: one prefill of the prompt, then cached decoding in compiled chunks.
 
-    prompt -> prefill (one pass over the padded prompt) -> logits, cache -> decode (a compiled loop) -> tokens
+    prompt -> prefill (one pass over the padded prompt) -> logits, cache -> decode (a loop) ->
+    tokens
 
-The prompt is padded to a power of two, or to the context, and its true length is an argument: a short one costs little,
-and a few compilations serve every length. What the padding writes into the cache is masked, and overwritten before it
-could be seen.
+The prompt is padded to a power of two, or to the context, and its true length is an argument: a
+short prompt costs little, and a few compilations serve every length. The keys and values of the
+padding are masked, and overwritten before a query could see them.
 """
 
 import dataclasses
@@ -16,28 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import UsageError
-from gpt2_jax.inference.sampling import Sampling, sample_token
+from gpt2_jax.inference.sampling import AS_PREDICTED, Sampling, sample_token
 from gpt2_jax.kernels.support import unmet_needs
 from gpt2_jax.model.gpt2 import GPT2, init_cache
 
-# Tokens decoded per call: text appears, and stop strings are looked for, this often. Longer saves round trips to the
-# device, shorter streams more smoothly.
+# Tokens decoded per call: text appears, and stop strings are looked for, this often. A longer chunk
+# saves round trips to the device, a shorter one streams more smoothly.
 CHUNK = 16
-MIN_PREFILL = (
-    64  # shorter prompts are padded to this: they would be no faster, and each length compiled anew
-)
+# Shorter prompts are padded to this length: unpadded they would be no faster, and each length would
+# need a compilation of its own.
+MIN_PREFILL = 64
 
 
-def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
-    """The model to generate with. `kernels` is 'xla', 'fused' (see decode.py), or 'auto': fused on an NVIDIA
-    GPU in bfloat16, which they are made for, else open. `dtype` is as the setting model.dtype; '': the model's own.
+def with_kernels(model: GPT2, kernels: str, dtype: str) -> GPT2:
+    """The same model with the kernels and the precision to decode with.
 
-    Raises UsageError where fused ones are asked for without a GPU.
+    `kernels` is 'xla', 'fused' (see kernels/decode.py), or 'auto': fused if this machine and this
+    model can use them, otherwise xla. `dtype` is a value of the setting model.dtype, or '' for
+    the model's own. Raises UsageError if fused kernels are asked for and cannot run here.
     """
     cfg = dataclasses.replace(model.cfg, dtype=dtype or model.cfg.dtype)
     need = next(unmet_needs('decoding', cfg, jax.default_backend()), None)
     if kernels == 'fused' and need:
-        raise UsageError(f'the fused kernels of decoding need {need}; else give --kernels=xla')
+        raise UsageError(f'the fused kernels of decoding need {need}; otherwise give --kernels=xla')
     if kernels == 'auto':
         kernels = 'xla' if need else 'fused'
     return GPT2(dataclasses.replace(cfg, kernels=kernels), model.ops)
@@ -45,9 +47,10 @@ def set_up(model: GPT2, kernels: str, dtype: str) -> GPT2:
 
 @functools.partial(jax.jit, static_argnames='model')
 def cast_params(model: GPT2, params):
-    """The parameters as prefill reads them, and as decode does; made once, and not at every token.
+    """The parameters as prefill and as decode read them, cast once instead of at every token.
 
-    Matrices in the compute dtype, embeddings and LayerNorms in fp32: the model that is trained and evaluated.
+    Matrices are in the compute dtype, embeddings and LayerNorms in fp32, as in training and
+    evaluation.
     """
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
@@ -64,7 +67,7 @@ def cast_params(model: GPT2, params):
 
 @functools.partial(jax.jit, static_argnames='model')
 def prefill(model: GPT2, params, tokens_BT, length):
-    """The logits after the first `length` tokens, and a cache that holds them. T may be more."""
+    """The logits (B, V) after the first `length` of T tokens, and the cache; padding may follow."""
     x_BTD, cache = model.apply(
         {'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]), method='features'
     )
@@ -76,13 +79,15 @@ def prefill(model: GPT2, params, tokens_BT, length):
     jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache')
 )
 def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
-    """Chooses and feeds back CHUNK tokens, of which the first stands at position `pos`.
+    """Draws and feeds back CHUNK tokens, the first of them at position `pos`.
 
-    `done` counts the tokens drawn before: token i of a row depends on that row's key and i alone. Returns the tokens
-    (B, CHUNK), the logits after them, and the cache. Tokens past the context are drawn too, and of no use: a loop of
-    fixed length runs on a GPU without asking the host after each token whether to go on.
+    `done` counts the tokens drawn before: token i of a row depends on the key of that row and on
+    i alone. Returns the tokens (B, CHUNK), the logits after them, and the cache. The loop has a
+    fixed length, so that a GPU never waits for the host; tokens past the context are drawn too,
+    and the caller drops them.
 
-    With model.kernels = 'fused' this is done by decode.py, but for choices it does not cover (top_p).
+    With model.kernels = 'fused', kernels/decode.py computes the logits and kernels/sample.py
+    draws the token, except with top_p, which it does not support.
     """
     keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(
         jnp.arange(CHUNK)
@@ -115,27 +120,28 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
 
 
 def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
-    """Chunks of tokens that the device may still be at work on, each with how many of its columns count."""
+    """Yields (tokens_BC, n): a chunk that the device may still compute, and its valid columns."""
     context = model.cfg.n_positions
     params, weights = cast_params(model, params)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
     text = [(np.tile(np.asarray(prompt, np.int32), (num_samples, 1)), len(prompt))]
-    pos, done, told = context + 1, 0, False  # no cache yet
+    pos, done, notified = context + 1, 0, False  # no cache yet
     while done < max_new_tokens:
         if pos >= context:
             text_BT = np.concatenate([np.asarray(part)[:, :n] for part, n in text], axis=1)
             if text_BT.shape[1] >= context:
                 text_BT = text_BT[:, -max(context // 2, 1) :]
-                if not told:
+                if not notified:
                     notify(
-                        f'the context of {context} tokens is full: going on from its last {text_BT.shape[1]}'
+                        f'the context of {context} tokens is full: continuing from its last '
+                        f'{text_BT.shape[1]}'
                     )
-                    told = True
+                    notified = True
             pos = text_BT.shape[1]
             text = [(text_BT, pos)]
             padding = min(max(2 ** (pos - 1).bit_length(), MIN_PREFILL), context) - pos
             logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, padding))), pos)
-        # At least one: a context of a single token is full at once, and begins anew for each.
+        # At least one token: a context of a single token is full at once, and restarts for each.
         n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
         tokens_BC, logits_BV, cache = decode(
             model, weights, logits_BV, cache, pos, keys_B, done, sampling
@@ -153,29 +159,31 @@ def generate(
     max_new_tokens: int,
     num_samples: int = 1,
     seed: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = AS_PREDICTED,
     strict_context: bool = False,
     notify: Callable[[str], None] = print,
 ) -> Iterator[np.ndarray]:
-    """Continues `prompt` (T,) `num_samples` times; yields int32 (num_samples, n) as tokens are decoded.
+    """Continues `prompt` (T,) `num_samples` times; yields chunks, int32 (num_samples, n).
 
-    Sample i depends on (params, prompt, sampling, seed, i) alone. GPT-2's learned positions cannot slide, so when the
-    context is full generation goes on from its last half with a fresh prefill, and `notify` is told so once.
-    Raises UsageError for an empty prompt, and, with `strict_context`, where prompt and text do not fit the context.
+    Sample i depends on (params, prompt, sampling, seed, i) alone. GPT-2's learned positions
+    cannot slide, so when the context is full, generation restarts from its last half with a fresh
+    prefill, and reports this once through `notify`. Raises UsageError for an empty prompt and,
+    with `strict_context`, if prompt and new tokens do not fit the context.
     """
     context = model.cfg.n_positions
     if not len(prompt):
-        raise UsageError('the prompt is empty: give at least one token to go on from')
+        raise UsageError('the prompt is empty: give at least one token to continue from')
     if strict_context and len(prompt) + max_new_tokens > context:
         raise UsageError(
             f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
-            f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it restart'
+            f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it '
+            'restart'
         )
     chunks = decode_chunks(
         model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify
     )
     chunk = next(chunks, None)
     while chunk is not None:
-        # Fetched when the next has been dispatched: the device works on while the caller has this one.
+        # Fetch a chunk after the next one was dispatched, so that the device always has work.
         (tokens_BC, n), chunk = chunk, next(chunks, None)
         yield np.asarray(tokens_BC)[:, :n]

@@ -1,23 +1,24 @@
 """From the tokenized text of older benchmarks to text as people write it (GPT-2, section 3.1).
 
-WikiText, PTB and the One Billion Word Benchmark come with a space around every sign: `a two @-@ part episode , he
-said .` GPT-2 has seldom seen such text, and its paper scores it after "invertible de-tokenizers", which it did not
-publish; those here are our own. Each rule undoes one habit of the corpus's tokenizer, so that the old text can be had
-back; where that tokenizer could have met either spelling (a dash between words), the text is left as it is. Nothing
-else is changed: <unk>, PTB's N and its lower case stay.
+WikiText, PTB and the One Billion Word Benchmark put a space around every sign: `a two @-@ part
+episode , he said .` GPT-2 has seldom seen such text. Its paper therefore scores it after
+"invertible de-tokenizers", which were not published; the rules below are our own. Each rule
+undoes one habit of the corpus's tokenizer, so that the old text can be restored. If that
+tokenizer could have met either spelling (a dash between words), the text stays as it is. Nothing
+else changes: <unk>, PTB's N and its lower case stay.
 """
 
 import re
 from collections.abc import Callable
 
-# What to look for, and what to put there, as re.sub takes them; in this order, each over the whole text.
+# Pairs of a pattern and its replacement, as re.sub takes them; applied in order to the whole text.
 Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
-# The tokenizer of Moses, that WikiText and the One Billion Word Benchmark come from.
+# The Moses tokenizer, which made WikiText and the One Billion Word Benchmark.
 MOSES: Rules = (
-    (r'(?<!\S)" ([^"\n]+) "(?!\S)', r'"\1"'),  # in pairs, from the line's beginning
+    (r'(?<!\S)" ([^"\n]+) "(?!\S)', r'"\1"'),  # in pairs, from the beginning of the line
     (r' ([.,:;!?%]|\.\.\.)(?=[ \n"]|$)', r'\1'),
-    (r'(?<=\d): (?=\d)', ':'),  # 22 : 30, of which the rule above has left 22: 30
+    (r'(?<=\d): (?=\d)', ':'),  # 22 : 30, which the rule above has left as 22: 30
     (r'([(\[{]) ', r'\1'),
     (r' ([)\]}])', r'\1'),
     (r"(?<=[\w>]) '(?=\w)", "'"),  # Teddy 's, don 't, Chang 'an
@@ -47,7 +48,7 @@ RULES: dict[str, Rules] = {'none': (), 'wikitext': WIKITEXT, 'ptb': PTB, '1bw': 
 
 
 def make_detokenizer(name: str) -> Callable[[str], str]:
-    """The function from a corpus's text to natural text, by the name of its corpus in RULES; 'none' changes nothing."""
+    """The function from the text of a corpus in RULES to natural text; 'none' changes nothing."""
     rules = [(re.compile(pattern), written) for pattern, written in RULES[name]]
 
     def detokenize(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation over a whole split: every target once, sums divided at the end."""
+"""Evaluation of a split: every target once; sums of nats, tokens and bytes, divided at the end."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from gpt2_jax.training.step import make_eval_step
 
 
 class Evaluation(NamedTuple):
-    """Figures of one split. `loss` is in nats per token; `tokens` and `bytes` count the targets."""
+    """Figures of a text. `loss` is in nats per token; `tokens` and `bytes` count the targets."""
 
     loss: float
     perplexity: float
@@ -45,10 +45,10 @@ def evaluate(
     mesh: Mesh,
     stride: int | None = None,
 ) -> Evaluation:
-    """All N - 1 targets of `tokens` once, in windows of `seq_len`; `stride` as in batches.eval_batches.
+    """Evaluates all N - 1 targets of `tokens` once, in windows of `seq_len` tokens.
 
-    Deterministic: each row is summed on the device in fp32, and the rows on the host in fp64. The
-    targets are the text without its first token, and their bytes are counted the same way.
+    `stride` is as in batches.eval_batches. Deterministic: the device sums each row in fp32, the
+    host sums the rows in fp64. The first token is no target, so its bytes do not count either.
     """
     rows = [
         eval_step(params, put_batch(mesh, batch))
@@ -64,7 +64,7 @@ def evaluate(
 
 
 def count_bytes(tokens: Tokens, tokenizer: Tokenizer, block: int = 1 << 22) -> int:
-    """UTF-8 bytes of the targets: of all tokens but the first."""
+    """UTF-8 bytes of the targets, which are all tokens but the first."""
     return sum(
         int(tokenizer.byte_lengths[tokens.read(start, min(start + block, len(tokens)))].sum())
         for start in range(1, len(tokens), block)
@@ -74,9 +74,9 @@ def count_bytes(tokens: Tokens, tokenizer: Tokenizer, block: int = 1 << 22) -> i
 def make_evaluate(
     setup: Setup, stride: int | None = None, pool: Executor | None = None
 ) -> Callable:
-    """The function run(params, split='val') -> Evaluation over that whole split of the run's data.
+    """The function run(params, split='val') -> Evaluation of a whole split of the run's data.
 
-    `stride` as in batches.eval_batches; `pool` as in programs.train_step.
+    `stride` is as in batches.eval_batches, `pool` as in programs.train_step.
     """
     rows = setup.rows_per_micro_batch
     jitted = jax.jit(

@@ -1,4 +1,4 @@
-"""LAMBADA (Paperno et al. 2016): the last word of a passage, predicted from all that stands before it."""
+"""LAMBADA (Paperno et al. 2016): the last word of a passage, predicted from the words before it."""
 
 import math
 from collections.abc import Callable
@@ -20,18 +20,21 @@ from gpt2_jax.workdir.restore import Restored
 
 
 class Passage(NamedTuple):
-    """A passage's tokens (N,), the last `n_answer` of which are the last word with the space before it."""
+    """Tokens (N,) of a passage; the last `n_answer` are its last word and the space before it."""
 
     ids: np.ndarray
     n_answer: int
 
 
 class LambadaScore(NamedTuple):
-    """Figures over all passages; a word's probability is the product of its tokens', each given those before it.
+    """The figures over all passages.
 
-    `accuracy` is the part of the passages in which every token of the last word is the likeliest one, and `perplexity`
-    exp of the mean over passages of -log p(last word). `token_accuracy` and `token_perplexity` are of the last token
-    alone, which for a word of several tokens is given the word's beginning. `cropped` passages were too long.
+    The probability of a word is the product of the probabilities of its tokens, each given all
+    tokens before it. `accuracy` is the share of passages in which every token of the last word is
+    the likeliest one; `perplexity` is exp(mean over passages of -log p(last word)).
+    `token_accuracy` and `token_perplexity` count the last token alone: if the word has several
+    tokens, the model has already seen the beginning of the word. `cropped` passages were longer
+    than the context.
     """
 
     name: str
@@ -45,29 +48,32 @@ class LambadaScore(NamedTuple):
 
     def __str__(self):
         return (
-            f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity {self.perplexity:.4f}; last token '
-            f'alone: accuracy {self.token_accuracy:.2%}, perplexity {self.token_perplexity:.4f}; over '
-            f'{self.passages:,} passages\n'
-            f'protocol: context {self.context}, {self.cropped:,} passages cropped from the left; a word is what '
-            'follows the last space, and is right where each of its tokens is the likeliest; perplexity is '
-            'exp(mean of -log p over passages); no stop-word filter'
+            f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity '
+            f'{self.perplexity:.4f}; last token alone: accuracy {self.token_accuracy:.2%}, '
+            f'perplexity {self.token_perplexity:.4f}; over {self.passages:,} passages\n'
+            f'protocol: context {self.context}, {self.cropped:,} passages cropped from the left; '
+            'the last word follows the last space, and is right if each of its tokens is the '
+            'likeliest; perplexity is exp(mean of -log p over passages); no stop-word filter'
         )
 
 
 def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Passage]:
-    """The passages of a .jsonl, .jsonl.gz or .parquet file, cut at the last space. Raises UserError."""
+    """The passages of a .jsonl, .jsonl.gz or .parquet file, each split at its last space.
+
+    Raises UserError naming the passage that cannot be split or encoded.
+    """
     if not path.endswith(texts.DOCUMENTS):
         raise UsageError(
-            f'{path} is no file of passages: expected {", ".join(texts.DOCUMENTS)}, with a passage in '
-            f'the field {text_field!r} of each line or row'
+            f'{path} is not a file of passages: expected {", ".join(texts.DOCUMENTS)}, with a '
+            f'passage in the field {text_field!r} of each line or row'
         )
     passages = []
     for number, document in enumerate(documents.read(path, text_field), 1):
         before, _, word = ''.join(document).rstrip().rpartition(' ')
         if not before:
             raise UserError(
-                f'{path}, passage {number} is {word!r:.40}: expected at least two words with a space '
-                'between them'
+                f'{path}, passage {number} is {word!r:.40}: expected at least two words with a '
+                'space between them'
             )
         try:
             prompt, answer = tokenizer.encode(before), tokenizer.encode(f' {word}')
@@ -80,19 +86,24 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Pass
 
 
 def make_answer_step(model: GPT2, unshard: Callable = lambda params: params):
-    """The function answer_step(params, batch) -> (nats_BT, right_BT): losses, and where the target is the likeliest."""
+    """The function answer_step(params, batch) -> (nats_BT, right_BT).
+
+    It gives the loss of each target, and whether the target is the likeliest token.
+    """
 
     def answer_step(params, batch: Batch):
         logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
-        return token_losses(logits_BTV, batch['targets']), jnp.argmax(logits_BTV, -1) == batch[
-            'targets'
-        ]
+        right_BT = jnp.argmax(logits_BTV, -1) == batch['targets']
+        return token_losses(logits_BTV, batch['targets']), right_BT
 
     return answer_step
 
 
 def _pad(passages: list[Passage], B: int, T: int) -> dict[str, np.ndarray]:
-    """Inputs and targets int32 (B, T): each passage's last T + 1 tokens, and then zeros, which no token before sees."""
+    """Inputs and targets, int32 (B, T): the last T + 1 tokens of each passage, then zeros.
+
+    The model is causal, so the padding changes no token before it.
+    """
     inputs, targets = np.zeros((2, B, T), np.int32)
     for row, (ids, _) in enumerate(passages):
         window = ids[-(T + 1) :]
@@ -108,18 +119,21 @@ def score_lambada(
     context: int | None = None,
     rows: int = score.ROWS,
 ) -> LambadaScore:
-    """The passages of a file, each in a context of its own; one that is too long loses its beginning.
+    """Scores the passages of a file, each in a context of its own.
 
-    Raises UserError.
+    A passage longer than the context is truncated on the left. Raises UserError for a passage
+    without an answer, and for a last word longer than the context.
     """
     windows = score.make_windows(restored, context=context, stride=None, rows=rows)
     passages = read_passages(path, restored.tokenizer, text_field)
     longest = max(passages, key=lambda passage: passage.n_answer)
     if longest.n_answer > windows.context:
         raise UserError(
-            f'{path} has a last word of {longest.n_answer} tokens, and the context is {windows.context}'
+            f'{path} has a last word of {longest.n_answer} tokens, and the context is '
+            f'{windows.context}'
         )
-    # One shape for all batches, so that one program serves them; and no longer than is needed.
+    # One shape for all batches, so that one program serves them, and no longer than the passages
+    # need.
     T = min(windows.context, max(len(ids) - 1 for ids, _ in passages))
     dataset = Dataset(path, restored.tokenizer, Tokens(()), Tokens(()), '')
     figures = []

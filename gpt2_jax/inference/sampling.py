@@ -1,4 +1,4 @@
-"""TODO."""
+"""The choice of the next token from its logits."""
 
 import dataclasses
 
@@ -12,8 +12,10 @@ from gpt2_jax.errors import UsageError
 class Sampling:
     """How the next token is chosen from logits.
 
-    temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely (Fan et al. 2018),
-    top_p the fewest whose probability reaches p (Holtzman et al. 2020); 0 and 1 keep all.
+    `temperature` divides the logits; 0 takes the most likely token. `top_k` keeps the k most
+    likely tokens (Fan et al. 2018); 0 keeps all. `top_p` keeps the fewest tokens whose
+    probability reaches p (Holtzman et al. 2020); 1 keeps all. Raises UsageError for a value
+    outside its range.
     """
 
     temperature: float = 1.0
@@ -32,8 +34,12 @@ class Sampling:
                 )
 
 
+# Draws from the distribution that the model predicts.
+AS_PREDICTED = Sampling()
+
+
 def sample_token(logits_BV, keys_B, sampling: Sampling):
-    """One token for each row, drawn with that row's key: (B, V), (B,) -> (B,)."""
+    """One token for each row, drawn with the key of that row: (B, V), (B,) -> (B,)."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / sampling.temperature
@@ -43,7 +49,7 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
     if sampling.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # probability of all that is likelier
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # probability of all likelier tokens
         least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)

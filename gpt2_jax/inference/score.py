@@ -1,4 +1,4 @@
-"""What a checkpoint makes of its own corpus, or of any other text, and by which protocol: windows, stride, words."""
+"""The figures of a checkpoint on its own corpus or on any other text, and their protocol."""
 
 import math
 from typing import NamedTuple
@@ -16,11 +16,14 @@ from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.setup import build as build_setup
 from gpt2_jax.workdir.restore import Restored
 
-ROWS = 8  # windows at once: the logits of 1,024 tokens are 0.2 GiB each with GPT-2's vocabulary
+ROWS = 8  # windows at once: with GPT-2's vocabulary the logits of 1,024 tokens take 0.2 GiB
 
 
 class Windows(NamedTuple):
-    """How a text is cut: windows of `context` tokens that begin `stride` apart, `rows` at once; see eval_batches."""
+    """How a text is cut: windows of `context` tokens that begin `stride` apart, `rows` at once.
+
+    See batches.eval_batches.
+    """
 
     context: int
     stride: int
@@ -30,13 +33,16 @@ class Windows(NamedTuple):
         kind = (
             'each window begins with an empty context'
             if self.stride == self.context
-            else 'all of the first window counts, and the end of each later one'
+            else 'the whole first window counts, and the end of each later one'
         )
         return f'context {self.context}, stride {self.stride} ({kind})'
 
 
 class Score(NamedTuple):
-    """Figures of one text, and how they came about; printed, three lines. `text` is None where no words are counted."""
+    """The figures of a text and their protocol; as a string, three lines.
+
+    `text` is None if no words are counted.
+    """
 
     name: str
     evaluation: Evaluation
@@ -46,25 +52,26 @@ class Score(NamedTuple):
     text: texts.Text | None = None
 
     def perplexity_per(self, count: int) -> float:
-        """exp(nats of all targets / count): per word of the original text, where count is its words."""
+        """exp(nats of all targets / count): per word, if `count` is the number of words."""
         nats = self.evaluation.loss * self.evaluation.tokens
         return math.exp(min(nats / count, 700)) if count else math.inf
 
     def __str__(self):
         loss, perplexity, bits_per_byte, n_tokens, n_bytes = self.evaluation
         lines = [
-            f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits '
-            f'per byte, over {n_tokens:,} tokens of {n_bytes:,} bytes'
+            f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, '
+            f'{bits_per_byte:.4f} bits per byte, over {n_tokens:,} tokens of {n_bytes:,} bytes'
         ]
         if self.text:
             words, ends = self.text.words, self.text.lines
             lines.append(
-                f'per word: perplexity {self.perplexity_per(words):.4f} over {words:,} words of the original '
-                f'text; {self.perplexity_per(words + ends):.4f} with its {ends:,} ends of lines as words too'
+                f'per word: perplexity {self.perplexity_per(words):.4f} over {words:,} words of '
+                f'the original text; {self.perplexity_per(words + ends):.4f} if its {ends:,} line '
+                'ends count as words too'
             )
         lines.append(
-            f'protocol: {self.windows}; all tokens but the first are targets; detokenizer {self.detokenizer}; '
-            f'tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,})'
+            f'protocol: {self.windows}; all tokens but the first are targets; detokenizer '
+            f'{self.detokenizer}; tokenizer {self.tokenizer.name} ({self.tokenizer.vocab_size:,})'
         )
         return '\n'.join(lines)
 
@@ -72,9 +79,10 @@ class Score(NamedTuple):
 def make_windows(
     restored: Restored, *, context: int | None, stride: int | None, rows: int
 ) -> Windows:
-    """Windows of the context that the checkpoint was trained with, each after the other, where no more is asked for.
+    """The windows to score in. By default: the context of training, and no overlap.
 
-    Raises UsageError where `context` is more than its positions, or `stride` more than the context.
+    Raises UsageError if `context` exceeds the positions of the model, or `stride` exceeds the
+    context.
     """
     positions = restored.model.cfg.n_positions
     context = context or restored.config.train.seq_len
@@ -86,8 +94,8 @@ def make_windows(
         )
     if windows.stride > context:
         raise UsageError(
-            f'stride = {stride} is more than the context of {context}, so tokens would be left out: give '
-            f'at most --stride={context}'
+            f'stride = {stride} is more than the context of {context}, so tokens would be left '
+            f'out: give at most --stride={context}'
         )
     return windows
 
@@ -95,14 +103,15 @@ def make_windows(
 def build(
     restored: Restored, windows: Windows, dataset: Dataset | None = None
 ) -> tuple[Setup, dict]:
-    """The setup that evaluates in these windows, and the parameters where it has them. Raises UserError.
+    """The setup that evaluates in these windows, and the parameters laid out on its mesh.
 
-    Its data are `dataset`, or the corpus of the run.
+    It evaluates `dataset`, or the corpus of the run if that is None. Rows are rounded up to a
+    multiple of the devices that share them. Raises UserError for a corpus that cannot be read.
     """
     config = restored.config.copy_and_resolve_references()
     if math.prod(config.mesh.values()) > len(
         jax.devices()
-    ):  # it was trained on more than there are here
+    ):  # trained on more than this machine has
         config.mesh.update(data=1, fsdp=1, tensor=1)
     share = config.mesh.data * config.mesh.fsdp
     config.train.update(
@@ -122,16 +131,15 @@ def score_corpus(
     stride: int | None = None,
     rows: int | None = None,
 ) -> Score:
-    """The `split` of the corpus that the checkpoint was trained on: by default, the figures that training printed.
+    """Scores the `split` of the corpus that the checkpoint was trained on.
 
-    Raises UserError where that corpus cannot be had again.
+    The defaults give the figures that training printed. Raises UserError if that corpus is not
+    here, or has changed.
     """
-    if (
-        not restored.step
-    ):  # no update was made here: published weights, as convert.from_hf writes them
+    if not restored.step:  # published weights, as convert.from_hf writes them
         raise UsageError(
-            f'the checkpoint is {restored.meta["corpus"]["name"]}, which come without their corpus: give '
-            'what to score as --text=FILE or --lambada=FILE'
+            f'the checkpoint is {restored.meta["corpus"]["name"]}, which come without their '
+            'corpus: give the text to score as --text=FILE or --lambada=FILE'
         )
     config, trained_on = restored.config, restored.meta['corpus']
     if trained_on['fallback']:
@@ -147,12 +155,12 @@ def score_corpus(
         now = setup.dataset
         if now.sha256 != trained_on['sha256']:
             raise UserError(
-                f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but data.corpus '
-                f'is now {now.name} {now.sha256[:12]}: bring the old text back to compare figures'
+                f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but '
+                f'data.corpus is now {now.name} {now.sha256[:12]}: restore the old text to compare '
+                'figures'
             )
-        return Score(
-            split, make_evaluate(setup, windows.stride)(params, split), windows, now.tokenizer
-        )
+        evaluation = make_evaluate(setup, windows.stride)(params, split)
+        return Score(split, evaluation, windows, now.tokenizer)
 
 
 def score_text(
@@ -166,9 +174,9 @@ def score_text(
     stride: int | None = None,
     rows: int = ROWS,
 ) -> Score:
-    """Any text, by the checkpoint's tokenizer: see texts.open_text for `source` and the three options after it.
+    """Scores any text in the tokens of the checkpoint; all tokens but the first are targets.
 
-    All tokens but the first are targets. Raises UserError.
+    `source`, `split`, `detokenizer` and `text_field` are as in texts.open_text. Raises UserError.
     """
     windows = make_windows(restored, context=context, stride=stride, rows=rows)
     text = texts.open_text(
@@ -177,11 +185,5 @@ def score_text(
     dataset = Dataset(text.name, restored.tokenizer, Tokens(()), text.tokens, '')
     with faults.memory_errors('score'):
         setup, params = build(restored, windows, dataset)
-        return Score(
-            text.name,
-            make_evaluate(setup, windows.stride)(params),
-            windows,
-            restored.tokenizer,
-            detokenizer,
-            text,
-        )
+        evaluation = make_evaluate(setup, windows.stride)(params)
+        return Score(text.name, evaluation, windows, restored.tokenizer, detokenizer, text)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Text as it is decoded: whole characters, cut at a stop string, printed."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -14,9 +14,12 @@ from gpt2_jax.model.gpt2 import GPT2
 def stream_text(
     chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int = 0, stop: str = ''
 ) -> Iterator[str]:
-    """The text of one row as it grows, never splitting a UTF-8 character, ending before the first `stop`."""
+    """The text of one row as it grows. It never splits a UTF-8 character, and ends before `stop`.
+
+    `chunks` are int (B, n) as generate() yields them.
+    """
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    held = ''  # the end of the text so far that could be the beginning of `stop`
+    held = ''  # the end of the text so far, which may be the beginning of `stop`
     for chunk in chunks:
         held += decoder.decode(tokenizer.decode_bytes(chunk[row]))
         if stop and stop in held:
@@ -29,7 +32,7 @@ def stream_text(
 
 
 def default_prompt(tokenizer: Tokenizer) -> np.ndarray:
-    """What text starts from where no prompt is given: a newline, or the first token of an alphabet without one."""
+    """The prompt if none is given: a newline, or the first token if the alphabet has no newline."""
     try:
         return tokenizer.encode('\n')
     except UserError:
@@ -46,7 +49,10 @@ def print_samples(
     stop: str,
     **options,
 ):
-    """Prints continuations of `prompt`: a single one as it grows, several one after the other when all are there."""
+    """Prints continuations of `prompt`: a single one as it grows, several once all are decoded.
+
+    `options` are those of generate().
+    """
     ids = tokenizer.encode(prompt) if prompt else default_prompt(tokenizer)
     chunks = generate(model, params, ids, num_samples=num_samples, **options)
     if num_samples > 1:

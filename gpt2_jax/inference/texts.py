@@ -1,4 +1,4 @@
-"""A text to score: its tokens by a checkpoint's tokenizer, and the words that they are counted against."""
+"""A text to score: its tokens by the tokenizer of a checkpoint, and the words of the original."""
 
 import codecs
 import dataclasses
@@ -17,7 +17,10 @@ BLOCK = 1 << 20  # tokens decoded at once
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens to score, and what the original text counted: `words` between whitespace, and `lines`, ends of lines."""
+    """Tokens to score, and two counts of the original text.
+
+    `words` are separated by whitespace; `lines` is the number of line ends.
+    """
 
     name: str
     tokens: Tokens
@@ -30,22 +33,24 @@ def open_text(
 ) -> Text:
     """The text that `source` names, in the tokens of `tokenizer`.
 
-    A text file, a corpus by name, or a file of documents (see documents.py) is taken whole, after the de-tokenizer of
-    that name; between documents stands the separator, if the tokenizer has one. Of a prepared folder or of token files
-    (see data.load) it is the `split`, 'val' where that is None. Raises UserError, also where tokens are another
-    tokenizer's.
+    A text file, a corpus by name, or a file of documents (see data/documents.py) is taken whole,
+    after the de-tokenizer of that name; a separator stands between documents if the tokenizer has
+    one. Of a prepared folder or of token files (see data/load.py) it is the `split`, or 'val' if
+    that is None. Raises UserError for a source that cannot be read, or that holds the tokens of
+    another tokenizer.
     """
     dataset = _prepared(source, tokenizer, split or 'val')
     if dataset:
         if detokenizer != 'none':
             raise UsageError(
-                f'{source} holds tokens, and a de-tokenizer takes text: give the text itself'
+                f'{source} holds tokens, but a de-tokenizer takes text: give the text itself'
             )
         tokens = getattr(dataset, split or 'val')
         return Text(f'{source} ({split or "val"})', tokens, *count_words(tokens, tokenizer))
     if split:
         raise UsageError(
-            f'{source} is a text and is scored whole: --split is for prepared folders and token files'
+            f'{source} is a text and is scored whole: --split is for prepared folders and token '
+            'files'
         )
     texts = (
         [corpora.find_text(source).text]
@@ -67,7 +72,7 @@ def open_text(
 
 
 def _prepared(source: str, tokenizer: Tokenizer, split: str) -> Dataset | None:
-    """The tokens that others or scripts/prepare.py have made, where `source` names any."""
+    """The token files or the prepared folder that `source` names; None if it names neither."""
     if source.endswith('.bin'):
         if not isinstance(tokenizer, Gpt2Tokenizer):
             raise UsageError(
@@ -81,15 +86,17 @@ def _prepared(source: str, tokenizer: Tokenizer, split: str) -> Dataset | None:
     if dataset.tokenizer != tokenizer:
         other = dataset.tokenizer
         raise UsageError(
-            f'{source} was prepared with another tokenizer, {other.name} of {other.vocab_size:,} tokens, '
-            f"than the checkpoint's, {tokenizer.name} of {tokenizer.vocab_size:,}: give the text itself"
+            f'{source} was prepared with another tokenizer, {other.name} of {other.vocab_size:,} '
+            f"tokens, than the checkpoint's, {tokenizer.name} of {tokenizer.vocab_size:,}: give "
+            'the text itself'
         )
     return dataset
 
 
 def count_words(tokens: Tokens, tokenizer: Tokenizer, block: int = BLOCK) -> tuple[int, int]:
-    """The words and the ends of lines in the text of `tokens`, as Text has them; a separator ends a word."""
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a block may end within a character
+    """The words and the line ends in the text of `tokens`, as in Text; a separator ends a word."""
+    # Incremental, because a block may end within a character.
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
     words, lines, in_word = 0, 0, False
     for start in range(0, len(tokens), block):
         data = tokenizer.decode_bytes(tokens.read(start, min(start + block, len(tokens))))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The device of this process: chosen, described, and its peak speed."""
 
 import contextlib
 import ctypes
@@ -10,8 +10,8 @@ import jax
 from gpt2_jax.errors import UsageError
 from gpt2_jax.files import local_folders
 
-# Dense bf16 matrix product rates in FLOP/s, from the vendors' data sheets, by how JAX names the device. The
-# peak of any other name is unknown, and not guessed from a part of it: an L40 is no L4, an H200 NVL no H200.
+# Dense bf16 rates of matrix products in FLOP/s, from the vendors' data sheets, by JAX's name of the
+# device. A name is matched whole: an L40 differs from an L4, and an H200 NVL from an H200.
 PEAK_BF16_FLOPS = {
     'NVIDIA A100-SXM4-40GB': 312e12,
     'NVIDIA A100-SXM4-80GB': 312e12,
@@ -32,15 +32,15 @@ PEAK_BF16_FLOPS = {
 def select_platform(name: str) -> None:
     """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process; call before JAX is used.
 
-    Compiled programs go to the user's cache, one folder a machine: the next start of a run, and a resumed one, needs
-    none of the seconds to minutes of compilation, and runs the very same program.
+    Compiled programs are cached in the user's cache, in one folder per machine. The next start, and
+    a resumed run, loads them instead of compiling for seconds to minutes, and so runs the very same
+    program. JAX_COMPILATION_CACHE_DIR in the environment names another folder.
 
-    Raises UsageError where no such device is seen.
+    Raises UsageError if JAX sees no such device.
     """
-    if (
-        not jax.config.jax_compilation_cache_dir
-    ):  # the environment's JAX_COMPILATION_CACHE_DIR comes first
-        jax.config.update('jax_compilation_cache_dir', str(local_folders('xla')[-1] / platform.node()))
+    if not jax.config.jax_compilation_cache_dir:
+        cache = local_folders('xla')[-1] / platform.node()
+        jax.config.update('jax_compilation_cache_dir', str(cache))
     if name == 'cpu':
         jax.config.update('jax_platforms', 'cpu')
     elif name != 'auto':
@@ -48,44 +48,44 @@ def select_platform(name: str) -> None:
             jax.devices(name)
         except RuntimeError:
             raise UsageError(
-                f'--platform={name}: JAX sees no {name} here, only {jax.default_backend()}. For an NVIDIA '
-                "GPU check nvidia-smi and install the extra for its driver, pip install -e '.[cuda12]' or "
-                "'.[cuda13]'; or run with --platform=cpu"
+                f'--platform={name}: JAX sees no {name} here, only {jax.default_backend()}. For an '
+                'NVIDIA GPU check nvidia-smi and install the extra for its driver, pip install -e '
+                "'.[cuda12]' or '.[cuda13]'; or run with --platform=cpu"
             ) from None
-    if jax.default_backend() == 'cpu' and not any(
-        name.startswith('MALLOC_') for name in os.environ
-    ):
+    tuned = any(variable.startswith('MALLOC_') for variable in os.environ)
+    if jax.default_backend() == 'cpu' and not tuned:
         _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Lets this process keep host memory that it has freed, instead of handing it back to the system.
+    """Lets this process keep the host memory that it frees, instead of returning it to the system.
 
-    XLA takes a CPU program's working memory anew at each call, and glibc gives blocks over 32 MiB back at once: for
-    47 MiB (4 layers, 128 wide, 12 x 64) each training step met 12,000 page faults, and took 34 ms instead of 21.
+    XLA allocates a CPU program's working memory at each call, and glibc returns blocks over 32 MiB
+    to the system at once. With 47 MiB (4 layers, 128 wide, 12 x 64) this caused 12,000 page faults
+    a training step; without them a step takes 34 -> 21 ms (2 CPU cores).
 
-    It helps up to 64 MiB, where a thread's heap ends; from there on all is as before. One heap for all threads
-    (M_ARENA_MAX) has no such end, but the threads wait for each other: 20.3 against 17.6 ms. Other C libraries are left
-    as they are.
+    It helps up to 64 MiB, the size of a thread's heap. A single heap for all threads (M_ARENA_MAX)
+    has no such limit, but the threads wait for each other: 17.6 -> 20.3 ms. Other C libraries are
+    left as they are.
     """
-    with contextlib.suppress(AttributeError):  # no mallopt
+    with contextlib.suppress(AttributeError):  # the C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, and unmapped, by itself
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the main heap never shrinks
-        mallopt(-2, 2**26)  # M_TOP_PAD: nor do those of other threads
+        mallopt(-4, 0)  # M_MMAP_MAX: map no block separately
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the main heap
+        mallopt(-2, 2**26)  # M_TOP_PAD: never shrink the heaps of other threads
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s; None if it is not known."""
     return PEAK_BF16_FLOPS.get(device.device_kind)
 
 
 def model_flops_utilisation(
     tokens_per_second: float | None, flops_per_token: float, mesh: jax.sharding.Mesh
 ) -> float | None:
-    """MFU: the share of the mesh's dense bf16 peak that model FLOPs take (Chowdhery et al. 2022, B).
+    """MFU: model FLOPs as a share of the mesh's dense bf16 peak (Chowdhery et al. 2022, B).
 
-    None if the speed is None or the peak of the device is not known.
+    None if the speed is None or the device's peak is not known.
     """
     peak = peak_flops(mesh.devices.flat[0])
     if not peak or not tokens_per_second:
@@ -101,6 +101,5 @@ def describe_device(device: jax.Device) -> str:
     else:
         memory = (device.memory_stats() or {}).get('bytes_limit')
         name = device.device_kind
-    return (
-        f'{device.platform}, {name}, {f"{memory / 2**30:.1f} GiB" if memory else "memory unknown"}'
-    )
+    size = f'{memory / 2**30:.1f} GiB' if memory else 'memory unknown'
+    return f'{device.platform}, {name}, {size}'

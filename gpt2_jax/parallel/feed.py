@@ -1,4 +1,4 @@
-"""From addressed rows to global arrays: the batches of a run, on the devices of its mesh."""
+"""From rows in numpy to global arrays: the batches of a run, on the devices of its mesh."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ Batch = dict[str, jax.Array]
 def train_batch(
     mesh: Mesh, tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int
 ) -> Batch:
-    """The global batch of update number `step`: see batches.train_batch. Raises UserError as that does."""
+    """The global batch of update number `step`: see batches.train_batch, also for its UserError."""
     rows = batches.train_batch(tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
     return put_batch(mesh, rows)
 
@@ -25,7 +25,7 @@ def train_batch(
 def train_batches(
     mesh: Mesh, tokens: Tokens, *, start: int, stop: int, seed: int, batch_size: int, seq_len: int
 ) -> Iterator[Iterator[Batch]]:
-    """The batches of updates start .. stop - 1 as an iterator, made ahead of time in one thread.
+    """The batches of updates start .. stop - 1 as an iterator; one thread makes them ahead of time.
 
     Use as a context manager: the thread ends with it.
     """

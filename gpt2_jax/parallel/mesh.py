@@ -1,8 +1,4 @@
-"""Devices: which one runs, what it can do, and how arrays lie on a mesh of several.
-
-The model knows nothing of this. One table of path patterns says how every leaf is split; optimizer moments end in
-their parameter's path, so the same table serves them.
-"""
+"""The mesh of devices, data x fsdp x tensor, and how a batch lies on it."""
 
 import jax
 import numpy as np
@@ -13,22 +9,24 @@ from gpt2_jax.errors import UsageError
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
-    """The first data x fsdp x tensor devices as a mesh; raises UsageError where there are fewer."""
-    need, devices = data * fsdp * tensor, jax.devices()
-    if need > len(devices):
+    """The first data x fsdp x tensor devices as a mesh. Raises UsageError if there are fewer."""
+    needed, devices = data * fsdp * tensor, jax.devices()
+    if needed > len(devices):
         raise UsageError(
-            f'mesh.data x mesh.fsdp x mesh.tensor = {need} devices, but JAX sees {len(devices)} '
-            f'{devices[0].platform}; on a CPU, JAX_NUM_CPU_DEVICES={need} in the environment '
+            f'mesh.data x mesh.fsdp x mesh.tensor = {needed} devices, but JAX sees {len(devices)} '
+            f'{devices[0].platform}; on a CPU, JAX_NUM_CPU_DEVICES={needed} in the environment '
             'simulates them'
         )
-    return Mesh(np.array(devices[:need]).reshape(data, fsdp, tensor), ('data', 'fsdp', 'tensor'))
+    shape = (data, fsdp, tensor)
+    return Mesh(np.array(devices[:needed]).reshape(shape), ('data', 'fsdp', 'tensor'))
 
 
 def one_at_a_time(mesh: Mesh, function):
-    """`function`, a compiled one, so that on a mesh of simulated devices each call ends before it returns.
+    """`function`, a compiled program; on simulated devices each call ends before it returns.
 
-    Simulated devices share the CPU's threads: with two programs in flight, the collectives of one can wait for ever
-    for threads that the other holds. Real devices, and a single one, need none of this and are left alone.
+    Simulated devices share the CPU's threads. With two programs in flight, the collectives of each
+    can wait without end for threads that the other program holds. On real devices, and on a single
+    device, `function` itself is returned.
     """
     if mesh.size == 1 or mesh.devices.flat[0].platform != 'cpu':
         return function
@@ -36,7 +34,7 @@ def one_at_a_time(mesh: Mesh, function):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The rows of a batch dealt out over 'data' and 'fsdp'."""
+    """The rows of a batch, sharded over 'data' and 'fsdp'."""
     return NamedSharding(mesh, P(('data', 'fsdp')))
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that starts from the parameters of another run's checkpoint, published weights included."""
+"""Fine-tuning: a run that starts from the parameters of another run or of published weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import checksums, restore
 
-# Settings that shape the parameters or say what they mean. Dropout and precision may be others than before.
+# Settings that shape the parameters or give them their meaning. Dropout and precision may change.
 KEPT = (
     'n_layer',
     'n_head',
@@ -28,19 +28,25 @@ KEPT = (
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError where `initial_state` would: before an old run is moved out of a new one's way."""
+    """Raises UserError if `initial_state` would, before an old run's folder is moved aside."""
     train = setup.config.train
     if train.init_from:
-        _fitting(setup, Path(train.init_from), train.init_step, train.init_optimizer)
+        _load_matching(setup, Path(train.init_from), train.init_step, train.init_optimizer)
 
 
 def initial_state(setup: Setup) -> TrainState:
-    """The state before a run's first update: drawn at random, or that of `train.init_from`. Raises as `from_pretrained`."""
+    """The state before a run's first update: random, or loaded from `train.init_from`.
+
+    Raises UserError as `from_pretrained` does.
+    """
     train = setup.config.train
     if not train.init_from:
         return programs.new_state(setup)
     return from_pretrained(
-        setup, Path(train.init_from), which=train.init_step, keep_optimizer=train.init_optimizer
+        setup,
+        Path(train.init_from),
+        step=train.init_step,
+        keep_optimizer=train.init_optimizer,
     )
 
 
@@ -48,16 +54,18 @@ def from_pretrained(
     setup: Setup,
     run: Path,
     *,
-    which: str = 'best',
+    step: str = 'best',
     keep_optimizer: bool = False,
     notify: Callable[[str], None] = print,
 ) -> TrainState:
-    """The state before a run's first update, with the parameters of the checkpoint `which` in the folder `run`.
+    """The state before a run's first update, with the parameters of a checkpoint in `run`.
 
-    A smaller n_positions than that run's crops its positions. With `keep_optimizer` AdamW's moments go on from there
-    too; the schedule starts anew in any case. Raises UserError, UsageError naming each setting that does not fit.
+    `step` is 'best', 'latest' or a number. If n_positions is smaller than in the checkpoint, the
+    first positions are kept. With `keep_optimizer` AdamW's moments are kept too; the schedule
+    always starts at update 0. Raises UserError without such a checkpoint, UsageError naming each
+    setting that does not fit.
     """
-    restored = _fitting(setup, run, which, keep_optimizer)
+    restored = _load_matching(setup, run, step, keep_optimizer)
     old, new = restored.model.cfg, setup.model.cfg
     opt_state = setup.optimizer.init(restored.params)
     if keep_optimizer:
@@ -69,27 +77,21 @@ def from_pretrained(
         )
 
     def crop(path, leaf):
-        at_positions = [getattr(key, 'key', None) for key in path[-2:]] == ['wpe', 'embedding']
-        return leaf[: new.n_positions] if at_positions else leaf
+        is_wpe = [getattr(key, 'key', None) for key in path[-2:]] == ['wpe', 'embedding']
+        return leaf[: new.n_positions] if is_wpe else leaf
 
-    state = TrainState(
-        np.int32(0), *jax.tree_util.tree_map_with_path(crop, (restored.params, opt_state))
-    )
-    notify(
-        f'starting from checkpoint {restored.step:,} in {run}'
-        + (', with its optimizer' if keep_optimizer else ', with a fresh optimizer')
-        + (
-            f'; context cropped from {old.n_positions} to {new.n_positions}'
-            if new.n_positions < old.n_positions
-            else ''
-        )
-    )
-    return jax.device_put(state, setup.layout)
+    cropped = jax.tree_util.tree_map_with_path(crop, (restored.params, opt_state))
+    optimizer = 'its optimizer' if keep_optimizer else 'a fresh optimizer'
+    context = ''
+    if new.n_positions < old.n_positions:
+        context = f'; context cropped from {old.n_positions} to {new.n_positions}'
+    notify(f'starting from checkpoint {restored.step:,} in {run}, with {optimizer}{context}')
+    return jax.device_put(TrainState(np.int32(0), *cropped), setup.layout)
 
 
-def _fitting(setup: Setup, run: Path, which: str, keep_optimizer: bool) -> restore.Restored:
-    """The checkpoint, where a run may start from it; raises UserError, UsageError naming each setting in the way."""
-    restored = restore.load(run, which)
+def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> restore.Restored:
+    """The checkpoint, if a run may start from it; raises UserError as `from_pretrained` does."""
+    restored = restore.load(run, step)
     old, new = restored.model.cfg, setup.model.cfg
     wrong = [
         f'model.{name} is {getattr(old, name)!r} there, {getattr(new, name)!r} here'
@@ -98,35 +100,41 @@ def _fitting(setup: Setup, run: Path, which: str, keep_optimizer: bool) -> resto
     ]
     if new.n_positions > old.n_positions:
         wrong.append(
-            f'model.n_positions is {old.n_positions} there, and {new.n_positions} here: it can only shrink'
+            f'model.n_positions is {old.n_positions} there, and {new.n_positions} here: it can '
+            'only shrink'
         )
-    if restored.tokenizer != setup.dataset.tokenizer:
+    theirs, ours = restored.tokenizer, setup.dataset.tokenizer
+    if theirs != ours:
         wrong.append(
-            f'its tokenizer is {restored.tokenizer.name} with {restored.tokenizer.vocab_size:,} tokens, that '
-            f'of the data another, {setup.dataset.tokenizer.name} with {setup.dataset.tokenizer.vocab_size:,}'
+            f'its tokenizer is {theirs.name} with {theirs.vocab_size:,} tokens, but the data use '
+            f'{ours.name} with {ours.vocab_size:,} tokens'
         )
-    ours, theirs = setup.config.optim, restored.config.optim
-    if keep_optimizer and (ours.implementation, theirs.implementation) != ('optax', 'optax'):
-        wrong.append(
-            f"its optimizer goes on only with optim.implementation 'optax', but that is "
-            f'{theirs.implementation!r} there, {ours.implementation!r} here'
-        )
-    if keep_optimizer and (ours.clip_norm > 0) != (theirs.clip_norm > 0):
-        wrong.append(
-            f'its optimizer goes on only where both clip or none does, but optim.clip_norm is '
-            f'{theirs.clip_norm} there, {ours.clip_norm} here'
-        )
+    if keep_optimizer:
+        wrong += _optimizer_conflicts(restored.config.optim, setup.config.optim)
     if wrong:
         raise UsageError(f'this run cannot start from {run}: {"; ".join(wrong)}')
     return restored
 
 
+def _optimizer_conflicts(theirs, ours) -> list[str]:
+    """Settings of the optim section that keep a saved optimizer state from being used, in words."""
+    conflicts = []
+    if (ours.implementation, theirs.implementation) != ('optax', 'optax'):
+        conflicts.append(
+            "its optimizer can only be kept if optim.implementation is 'optax' in both runs, but "
+            f'it is {theirs.implementation!r} there, {ours.implementation!r} here'
+        )
+    if (ours.clip_norm > 0) != (theirs.clip_norm > 0):
+        conflicts.append(
+            'its optimizer can only be kept if both runs clip gradients or neither does, but '
+            f'optim.clip_norm is {theirs.clip_norm} there, {ours.clip_norm} here'
+        )
+    return conflicts
+
+
 def _saved_optimizer(run: Path, step: int, like):
-    """The optimizer state of a checkpoint, as numpy arrays; `like` gives its structure and shapes."""
+    """The optimizer state of a checkpoint, as numpy arrays; `like` gives structure and shapes."""
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    train = ocp.args.StandardRestore({'step': np.zeros((), np.int32), 'opt_state': like})
     with checkpoints_lib.open_manager(run / checksums.FOLDER, read_only=True) as manager:
-        return checkpoints_lib.restore_items(
-            manager,
-            step,
-            train=ocp.args.StandardRestore({'step': np.zeros((), np.int32), 'opt_state': like}),
-        ).train['opt_state']
+        return checkpoints_lib.restore_items(manager, step, train=train).train['opt_state']

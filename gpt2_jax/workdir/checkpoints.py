@@ -1,9 +1,10 @@
-"""Checkpoints: save, verify, restore; the latest two and the best one are kept.
+"""Checkpoints: saved in the background, committed by checksums, restored.
 
-A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (step and optimizer state), `meta` (JSON:
-configuration, tokenizer, and what the loop needs to go on) and, where the step was evaluated, `metrics`. Orbax writes
-it and moves it into place in one piece; after that, `SHA256SUMS` (checked by us, or by `sha256sum -c`) seals it. A
-folder without a seal, or that does not match it, was cut short or damaged, and is never restored.
+A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (step and optimizer
+state), `meta` (JSON: configuration, tokenizer, and what the loop needs to resume) and, if the step
+was evaluated, `metrics`. Orbax writes the folder and moves it into place in one piece. After this,
+SHA256SUMS commits it (checksums.py). The latest two checkpoints and the best one are kept. A folder
+without SHA256SUMS, or one that does not match it, is never restored.
 """
 
 import concurrent.futures
@@ -26,35 +27,34 @@ def _val_loss(metrics) -> float:
 
 
 def open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    """Orbax's manager of the checkpoints in a folder; use it as a context manager."""
     keep = policies.AnyPreservationPolicy(
         [
-            # Two, so that one is left when the newest turns out to be damaged.
+            # Two, so that one is left if the newest turns out to be damaged.
             policies.LatestN(2),
-            # reverse: the lowest loss is the best.
+            # reverse=True: the lowest loss is the best.
             policies.BestN(
                 get_metric_fn=_val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
             ),
         ]
     )
-    return ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(
-            best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
-        ),
+    options = ocp.CheckpointManagerOptions(
+        best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
     )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 class Checkpoints:
     """The checkpoints of a running training: saved in the background, one at a time.
 
-    Use as a context manager: leaving it waits until the last save is sealed.
+    Use as a context manager: leaving it waits until the last save is committed.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._orbax = open_manager(folder, read_only=False)
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._pending = None
+        self._pending = None  # (step, future) of the save in progress
 
     def __enter__(self):
         return self
@@ -64,24 +64,18 @@ class Checkpoints:
             self.wait()
         finally:
             self._pool.shutdown()
-            with contextlib.suppress(
-                Exception
-            ):  # what failed has been reported; closing would raise it once more
+            # A failed save was reported already; Orbax would raise its error a second time here.
+            with contextlib.suppress(Exception):
                 self._orbax.close()
 
     def save(self, step: int, state, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Starts saving the state after `step` updates; returns once it may be overwritten.
+        """Starts to save the state after `step` updates; returns once the state may be overwritten.
 
-        Raises UserError where it cannot be saved, or the save before it could not.
+        Raises UserError if it cannot be saved, or if the save before it failed.
         """
         self.wait()
         try:
-            free = shutil.disk_usage(self.folder).free
-            need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            if free < need:
-                raise OSError(
-                    f'it takes {need / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left'
-                )
+            self._check_free_space(state)
             saved = self._orbax.save(
                 step,
                 metrics=None if val_loss is None else {'val_loss': val_loss},
@@ -92,9 +86,8 @@ class Checkpoints:
                 ),
             )
             if not saved:
-                raise OSError(
-                    f'a checkpoint of a later step is in the way: {all_steps(self.folder)}'
-                )
+                steps = all_steps(self.folder)
+                raise OSError(f'a checkpoint of the same or a later step exists: {steps}')
         except Exception as error:
             raise self._failed(step, error) from None
         self._pending = step, self._pool.submit(self._finish, step)
@@ -104,16 +97,12 @@ class Checkpoints:
         return committed_steps(self.folder)
 
     def check(self) -> None:
-        """Raises UserError where the save under way has failed already; waits for nothing."""
+        """Raises UserError if the save in progress has failed already; waits for nothing."""
         if self._pending and self._pending[1].done():
             self.wait()
 
-    def _finish(self, step: int) -> None:
-        self._orbax.wait_until_finished()
-        write_checksums(self.folder / str(step))
-
     def wait(self) -> None:
-        """Returns when the save under way, if any, is sealed. Raises UserError where it failed."""
+        """Waits until the save in progress, if any, is committed. Raises UserError if it failed."""
         if self._pending:
             (step, future), self._pending = self._pending, None
             try:
@@ -121,47 +110,59 @@ class Checkpoints:
             except Exception as error:
                 raise self._failed(step, error) from None
 
-    def _failed(self, step: int, error: Exception) -> UserError:
-        for part in [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*'), self.folder / str(step)]:
-            if not (part / CHECKSUMS).is_file():  # of no use to anyone, and the disk may be full
-                shutil.rmtree(part, ignore_errors=True)
-        kept = ', '.join(map(str, committed_steps(self.folder)))
-        said = ' '.join(str(error).split())
-        reason = re.search(
-            r'([^:]+) \[os_error', said
-        )  # what the system said, at the end of a chain of paths
-        return UserError(
-            f'checkpoint {step} could not be saved in {self.folder}: {reason[1].strip() if reason else said[:300]}; '
-            + (f'those of step {kept} are whole' if kept else 'there is none yet')
-            + '. Put it right, then run the same command to go on'
-        )
-
     def restore(self, step: int, abstract):
         """The state saved at `step`; `abstract` gives shape, dtype and sharding of each leaf."""
+        train = {'step': abstract.step, 'opt_state': abstract.opt_state}
         items = restore_items(
             self._orbax,
             step,
             params=ocp.args.StandardRestore(abstract.params),
-            train=ocp.args.StandardRestore(
-                {'step': abstract.step, 'opt_state': abstract.opt_state}
-            ),
+            train=ocp.args.StandardRestore(train),
         )
-        return abstract.replace(
-            step=items.train['step'], params=items.params, opt_state=items.train['opt_state']
-        )
+        return abstract.replace(params=items.params, **items.train)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state."""
+        """The JSON that was saved beside the state."""
         return restore_items(self._orbax, step, meta=ocp.args.JsonRestore()).meta
+
+    def _check_free_space(self, state) -> None:
+        free = shutil.disk_usage(self.folder).free
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if free < needed:
+            raise OSError(
+                f'it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left'
+            )
+
+    def _finish(self, step: int) -> None:
+        self._orbax.wait_until_finished()
+        write_checksums(self.folder / str(step))
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        """Removes the unfinished save, since the disk may be full; returns the error to raise."""
+        for part in [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*'), self.folder / str(step)]:
+            if not (part / CHECKSUMS).is_file():
+                shutil.rmtree(part, ignore_errors=True)
+        steps = ', '.join(map(str, committed_steps(self.folder)))
+        left = f'the checkpoints of step {steps} are whole' if steps else 'there is none yet'
+        text = ' '.join(str(error).split())
+        # TensorStore puts the system's message at the end of a chain of paths.
+        system = re.search(r'([^:]+) \[os_error', text)
+        reason = system[1].strip() if system else text[:300]
+        return UserError(
+            f'checkpoint {step} could not be saved in {self.folder}: {reason}; {left}. '
+            'Remove the cause, then run the same command to resume'
+        )
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):
+    """The named items of a checkpoint. Raises UserError if they are not what this version saves."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # orbax has no error of its own for what does not fit
+    except Exception as error:  # Orbax has no error class of its own
+        reason = ' '.join(str(error).split())[:300]
         raise UserError(
-            f'checkpoint {step} in {manager.directory} is undamaged, but is not what this version saves: '
-            f'{" ".join(str(error).split())[:300]}'
+            f'checkpoint {step} in {manager.directory} is undamaged, but this version of gpt2_jax '
+            f'saves another form: {reason}'
         ) from None

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Which checkpoints of a run are whole: SHA256SUMS of each, and what to do about a damaged one.
+
+A checkpoint counts as saved once its folder holds SHA256SUMS, which `sha256sum -c` reads too.
+"""
 
 import json
 import re
@@ -6,22 +9,18 @@ from pathlib import Path
 
 from gpt2_jax import files
 
+FOLDER = 'checkpoints'  # inside a run's folder
 CHECKSUMS = 'SHA256SUMS'
+METRICS = 'metrics'  # Orbax's item, and the file in it, of a checkpoint saved with metrics
 
-
-FOLDER = 'checkpoints'
-
-
-METRICS = 'metrics'  # the item, and the file in it, that orbax writes where a save has metrics
+CUT_SHORT = 'its save was cut short'
 
 
 def all_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, sealed or not, in order."""
-    return (
-        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-        if folder.is_dir()
-        else []
-    )
+    """The steps of all checkpoints in a folder, committed or not, in order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def committed_steps(folder: Path) -> list[int]:
@@ -30,12 +29,15 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def is_better(loss: float, best: float | None) -> bool:
-    """Whether a validation loss makes its checkpoint the best; on a tie the later one, as Orbax does."""
+    """Whether a validation loss makes its checkpoint the best. A tie does, as in Orbax."""
     return best is None or loss <= best
 
 
 def best_step(folder: Path) -> tuple[int, float] | tuple[None, None]:
-    """The finished checkpoint of least validation loss, the later one of two equal ones, and that loss."""
+    """The committed checkpoint with the lowest validation loss, and this loss.
+
+    On a tie, the later step. (None, None) if no checkpoint was evaluated.
+    """
     files = {step: folder / str(step) / METRICS / METRICS for step in committed_steps(folder)}
     losses = [
         (json.loads(file.read_text())['val_loss'], -step)
@@ -46,45 +48,60 @@ def best_step(folder: Path) -> tuple[int, float] | tuple[None, None]:
     return (None, None) if step is None else (-step, loss)
 
 
-def _checksum_lines(path: Path, item: str = '') -> dict[str, str]:
-    """The line of SHA256SUMS for each file of a checkpoint (or of one item of it), by the file's path inside."""
-    lines = {}
-    for file in sorted(
-        file for file in (path / item).rglob('*') if file.is_file() and file != path / CHECKSUMS
-    ):
-        name = str(file.relative_to(path))
-        lines[name] = f'{files.sha256(file)}  {name}'
-    return lines if item else lines | {'': ''}  # an empty last one: the file ends with a newline
-
-
 def write_checksums(path: Path) -> None:
-    files.write_text(path / CHECKSUMS, '\n'.join(_checksum_lines(path).values()))
+    """Commits the checkpoint at `path`: writes SHA256SUMS over all of its files, in one piece."""
+    files.write_text(path / CHECKSUMS, '\n'.join([*_checksum_lines(path).values(), '']))
 
 
 def verify(path: Path, item: str = '') -> str | None:
-    """What is wrong with the checkpoint at `path` (or one item of it), in words; None where each byte is as saved."""
+    """What is wrong with the checkpoint at `path`, in words; None if each byte is as it was saved.
+
+    With `item` only the files whose path inside begins with it are read.
+    """
     if not (path / CHECKSUMS).is_file():
-        return 'its save was cut short'
-    # Compared as whole lines, split at \n alone: no bit of the seal itself can change unseen.
+        return CUT_SHORT
+    # Whole lines, split at \n alone, are compared: a changed bit of SHA256SUMS itself shows too.
     lines = (path / CHECKSUMS).read_bytes().decode('utf-8', 'replace').split('\n')
     wanted = {line[66:]: line for line in lines if line[66:].startswith(item)}
     found = _checksum_lines(path, item)
+    if not item:
+        found[''] = ''  # after the last newline
     wrong = sorted(
         name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
     )
+    if not wrong:
+        return None
     more = f' (nor are {len(wrong) - 1} more)' if wrong[1:] else ''
-    return f'{wrong[0] or CHECKSUMS!r} is not as it was saved{more}' if wrong else None
+    return f'{wrong[0] or CHECKSUMS!r} is not as it was saved{more}'
 
 
 def quarantine(folder: Path) -> list[str]:
-    """Renames every checkpoint that is damaged or half-written to STEP.damaged; returns one line for each."""
+    """Renames each damaged or unfinished checkpoint to STEP.damaged; returns one line for each."""
     reports = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = re.fullmatch(r'(\d+)(\.orbax-checkpoint-tmp.*)?', path.name)
-        problem = match and ('its save was cut short' if match[2] else verify(path))
+        problem = match and (CUT_SHORT if match[2] else verify(path))
         if problem:
-            names = [f'{match[1]}.damaged'] + [f'{match[1]}.damaged.{i}' for i in range(2, 1000)]
-            aside = next(folder / name for name in names if not (folder / name).exists())
+            aside = _unused_name(folder, f'{match[1]}.damaged')
             path.rename(aside)
             reports.append(f'checkpoint {match[1]} cannot be used: {problem}; renamed to {aside}')
     return reports
+
+
+def _unused_name(folder: Path, name: str) -> Path:
+    """`name`, or `name`.2, .3, .. if files of this name exist."""
+    number, path = 1, folder / name
+    while path.exists():
+        number += 1
+        path = folder / f'{name}.{number}'
+    return path
+
+
+def _checksum_lines(path: Path, item: str = '') -> dict[str, str]:
+    """{path inside: line of SHA256SUMS} for the files of a checkpoint, or of one item of it."""
+    lines = {}
+    for file in sorted((path / item).rglob('*')):
+        if file.is_file() and file != path / CHECKSUMS:
+            name = str(file.relative_to(path))
+            lines[name] = f'{files.sha256(file)}  {name}'
+    return lines

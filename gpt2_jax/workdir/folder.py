@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, files that are whole or not there, logs that end where the run stands."""
+"""A run's folder: locked by one process, with whole files and logs that end at a checkpoint."""
 
 import contextlib
 import datetime
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from gpt2_jax.errors import UserError
 
-# Grow while a run trains; what they hold past the step a run goes on from is cut off.
+# They grow while a run trains. A resumed run cuts them back to its first step.
 LOGS = ('metrics.jsonl', 'samples.txt', 'tensorboard/*')
 
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process; the hold ends with the process, however that ends.
+    """Makes the folder and locks it for this process; the lock ends with the process in any case.
 
-    Raises UserError where another process holds it, where it holds the logs of something else, and where it cannot be
-    written, also later on.
+    Raises UserError if another process has locked the folder, if it holds logs that are not a
+    run's, or if it cannot be written, also later on.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,9 +27,10 @@ def claim(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
+                process = lock.read().strip() or 'unknown'
                 raise UserError(
-                    f'another run is using {folder} (process {lock.read().strip() or "unknown"}): wait for '
-                    'it, stop it, or choose another --workdir'
+                    f'another run is using {folder} (process {process}): wait for it, stop it, or '
+                    'choose another --workdir'
                 ) from None
             lock.truncate(0)
             lock.write(str(os.getpid()))
@@ -37,16 +38,16 @@ def claim(folder: Path) -> Iterator[None]:
             logs = sorted(log_sizes(folder))
             if logs and not is_run(folder):
                 raise UserError(
-                    f'{folder} is not the folder of a run, but has {logs[0]}, which a run would overwrite: '
-                    'choose another --workdir'
+                    f'{folder} is not the folder of a run, but has {logs[0]}, which a run would '
+                    'overwrite: choose another --workdir'
                 )
             yield
-    except BrokenPipeError:  # no matter of this folder
+    except BrokenPipeError:  # of the standard output: it says nothing about the folder
         raise
     except OSError as error:
         raise UserError(
-            f'the run cannot write {error.filename or folder}: {error.strerror or error}; put it right and '
-            'the same command goes on from the last checkpoint, or choose another --workdir'
+            f'the run cannot write {error.filename or folder}: {error.strerror or error}; remove '
+            'the cause and run the same command to resume, or choose another --workdir'
         ) from None
 
 
@@ -56,13 +57,13 @@ def is_run(folder: Path) -> bool:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Renames a run's folder so that a fresh one can take its name; returns where it went, None if there was none.
+    """Renames a run's folder so that a fresh run can take its name; returns the new path.
 
-    Raises UserError as `claim` does.
+    Returns None if the folder holds no run. Raises UserError as `claim` does.
     """
     if not is_run(folder):
         return None
-    folder = folder.resolve()  # '.' has no name that could be changed
+    folder = folder.resolve()  # '.' has no name to change
     with claim(folder):
         aside = folder.with_name(f'{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S-%f}')
         folder.rename(aside)
@@ -70,7 +71,7 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def log_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each log file, to be kept with a checkpoint; see `cut_back`."""
+    """Bytes of each log file, to be saved with a checkpoint: see `cut_back`."""
     return {
         str(path.relative_to(folder)): path.stat().st_size
         for pattern in LOGS
@@ -80,7 +81,7 @@ def log_sizes(folder: Path) -> dict[str, int]:
 
 
 def cut_back(folder: Path, sizes: dict[str, int]) -> None:
-    """Puts the logs back to what they were at a checkpoint, so that every step gets one record."""
+    """Truncates the logs to their sizes at a checkpoint, so that every step gets one record."""
     for name, size in log_sizes(folder).items():
         if name not in sizes:
             (folder / name).unlink()

@@ -1,4 +1,4 @@
-"""What a run tells: the console, metrics.jsonl, samples.txt and TensorBoard events."""
+"""What a run reports: the console, metrics.jsonl, samples.txt and TensorBoard events."""
 
 import contextlib
 import json
@@ -8,18 +8,14 @@ import time
 from pathlib import Path
 
 from rich import progress
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 
-# tensorboardX loads torch where that is installed, for what is not used here: up to seven seconds of a start.
-if _hides := 'torch' not in sys.modules:
-    sys.modules['torch'] = None
-from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
+# Not a SummaryWriter of any library: these load TensorFlow or torch where it is installed, for
+# seconds.
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-if _hides:
-    del sys.modules['torch']
-
-PLAIN_SECONDS = 5  # between lines where the output is no terminal: a log stays readable
+PLAIN_SECONDS = 5  # between progress lines if the output is not a terminal, to keep a log short
 
 
 def duration(seconds: float) -> str:
@@ -34,26 +30,14 @@ class Logger:
     """Everything a run writes while it trains. Use as a context manager."""
 
     def __init__(self, folder: Path, start: int, steps: int):
+        name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
         (folder / 'tensorboard').mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._metrics = stack.enter_context(
-                open(folder / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)
-            )
-            self._samples = stack.enter_context(
-                open(folder / 'samples.txt', 'a', encoding='utf-8', buffering=1)
-            )
-            # Not tensorboardX's SummaryWriter: it writes from a thread of its own, and what it was given is not in the
-            # file when its flush returns.
-            self._events = stack.enter_context(
-                contextlib.closing(
-                    RecordWriter(
-                        str(
-                            folder
-                            / 'tensorboard'
-                            / f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
-                        )
-                    )
-                )
+            texts = {'mode': 'a', 'encoding': 'utf-8', 'buffering': 1}
+            self._metrics = stack.enter_context(open(folder / 'metrics.jsonl', **texts))
+            self._samples = stack.enter_context(open(folder / 'samples.txt', **texts))
+            self._events = RecordWriter(
+                stack.enter_context(open(folder / 'tensorboard' / name, 'ab'))
             )
             self._event(file_version='brain.Event:2')
             self._close = stack.pop_all().close
@@ -78,11 +62,8 @@ class Logger:
             self._live.stop()
         self._close()
 
-    def _event(self, **fields) -> None:
-        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
-
     def say(self, text: str) -> None:
-        """A message on the console, above the progress line where there is one."""
+        """Prints a message on the console, above the progress line if there is one."""
         if self._live:
             self._live.console.print(
                 text, markup=False, emoji=False, highlight=False, soft_wrap=True
@@ -91,23 +72,21 @@ class Logger:
             print(text, flush=True)
 
     def record(self, step: int, split: str, values: dict[str, float | None]) -> None:
-        """One line of metrics.jsonl, and the same figures as TensorBoard events. None stands for unknown."""
-        self._metrics.write(
-            json.dumps({'step': step, 'split': split, **values}, allow_nan=False) + '\n'
-        )
-        self._event(
-            step=step,
-            summary=Summary(
-                value=[
-                    Summary.Value(tag=f'{split}/{name}', simple_value=value)
-                    for name, value in values.items()
-                    if value is not None
-                ]
-            ),
-        )
+        """Writes a line of metrics.jsonl and the same figures as TensorBoard events.
+
+        None stands for an unknown figure. Raises ValueError for a figure that is not finite.
+        """
+        record = {'step': step, 'split': split, **values}
+        self._metrics.write(json.dumps(record, allow_nan=False) + '\n')
+        figures = [
+            Summary.Value(tag=f'{split}/{name}', simple_value=value)
+            for name, value in values.items()
+            if value is not None
+        ]
+        self._event(step=step, summary=Summary(value=figures))
 
     def sample(self, step: int, text: str) -> None:
-        """A sampled text, in samples.txt and on the console."""
+        """Writes a sampled text to samples.txt and to the console."""
         self._samples.write(f'=== step {step} ===\n{text}\n\n')
         self.say(f'--- sample at step {step} ---\n{text.strip()}\n---')
 
@@ -119,7 +98,7 @@ class Logger:
         tokens_per_second: float | None,
         seconds_left: float | None,
     ):
-        """The state of training: the live line, or now and then a plain one."""
+        """Shows the state of training in the live line, or in a plain line every PLAIN_SECONDS."""
         rate = f'{tokens_per_second:,.0f} tokens/s' if tokens_per_second else 'compiled'
         if self._live:
             self._live.update(self._task, completed=step, description=f'loss {loss:.3f}, {rate}')
@@ -129,6 +108,9 @@ class Logger:
             print(f'step {step}/{steps}: loss {loss:.3f}, {rate}{left}', flush=True)
 
     def flush(self) -> None:
-        """Everything told so far is in the files when this returns."""
+        """Writes out all buffers: the files hold everything reported so far when this returns."""
         for file in (self._metrics, self._samples, self._events):
             file.flush()
+
+    def _event(self, **fields) -> None:
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())

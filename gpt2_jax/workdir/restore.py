@@ -1,4 +1,4 @@
-"""TODO."""
+"""The model in a run's folder, for sampling, evaluation and fine-tuning."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ from gpt2_jax.workdir.checksums import FOLDER, METRICS, best_step, committed_ste
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A model as sampling and evaluation need it; `params` are numpy arrays."""
+    """A model as sampling and evaluation need it. `params` are numpy arrays."""
 
     step: int
     model: GPT2
@@ -32,55 +32,57 @@ class Restored:
     meta: dict[str, Any]
 
 
-def load(run: Path, which: str) -> Restored:
-    """The model of a run's folder: which='best', 'latest' or a step. Reads that folder alone, and changes nothing.
+def load(run: Path, step: str) -> Restored:
+    """The model of a run's folder at `step`: 'best', 'latest' or a number. Changes nothing.
 
-    Where no checkpoint was evaluated, the latest is the best. Without an NVIDIA GPU the kernels made for one are left
-    for the open model. Raises UserError where there is no such checkpoint, or it is damaged.
+    If no checkpoint was evaluated, the latest counts as the best. Without an NVIDIA GPU the model
+    uses the 'xla' kernels, whatever it was trained with. Raises UserError if there is no such
+    checkpoint, or if it is damaged.
     """
     folder = run / FOLDER
-    sealed = committed_steps(folder)
-    if not sealed:
+    number = choose_step(run, step)
+    with open_manager(folder, read_only=True) as manager:
+        meta = restore_items(manager, number, meta=ocp.args.JsonRestore()).meta
+        config = config_lib.from_json(meta['config'])
+        tokenizer = tokenizers.from_json(meta['tokenizer'])
+        asked = GPT2Config(**config.model, vocab_size=tokenizer.vocab_size)
+        cfg = usable(asked, jax.default_backend())
+        config.model.update(kernels=cfg.kernels, attention=cfg.attention)
+        shapes = jax.eval_shape(lambda: init_params(cfg, 0))
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        params = restore_items(manager, number, params=ocp.args.StandardRestore(zeros)).params
+    model = GPT2(cfg, training_ops(cfg.attention))
+    return Restored(number, model, params, tokenizer, config, meta)
+
+
+def choose_step(run: Path, step: str) -> int:
+    """The number of an undamaged checkpoint: 'best', 'latest' or a number as text. See `load`."""
+    folder = run / FOLDER
+    steps = committed_steps(folder)
+    if not steps:
         raise UserError(
             f'{run} holds no checkpoint: expected the folder of a run, with {FOLDER}/STEP inside; '
-            'train one with scripts/train.py --workdir=DIR'
+            'train a model with scripts/train.py --workdir=DIR'
         )
-    if which not in ('best', 'latest') and which not in map(str, sealed):
+    if step not in ('best', 'latest', *map(str, steps)):
         raise UserError(
-            f'{folder} has no checkpoint {which!r}: it has {", ".join(map(str, sealed))}; '
+            f'{folder} has no checkpoint {step!r}: it has {", ".join(map(str, steps))}; '
             "or give 'best' or 'latest'"
         )
 
-    def check(step: int, item: str = '') -> None:
-        if problem := verify(folder / str(step), item):
-            others = ' or '.join(f'--step={other}' for other in sealed if other != step)
+    def check(number: int, item: str = '') -> None:
+        if problem := verify(folder / str(number), item):
+            others = ' or '.join(f'--step={other}' for other in steps if other != number)
+            remedy = f'try {others}' if others else 'there is no other checkpoint'
             raise UserError(
-                f'checkpoint {folder / str(step)} cannot be used: {problem}; '
-                + (f'try {others}' if others else 'there is no other')
+                f'checkpoint {folder / str(number)} cannot be used: {problem}; {remedy}'
             )
 
-    if which == 'best':
-        for step in sealed:  # the choice rests on the figures of all
-            check(step, METRICS)
-    step = (
-        int(which) if which.isdigit() else (which == 'best' and best_step(folder)[0]) or sealed[-1]
-    )
-    check(step)
-    with open_manager(folder, read_only=True) as manager:
-        meta = restore_items(manager, step, meta=ocp.args.JsonRestore()).meta
-        config = config_lib.from_json(meta['config'])
-        tokenizer = tokenizers.from_json(meta['tokenizer'])
-        cfg = usable(
-            GPT2Config(**config.model, vocab_size=tokenizer.vocab_size), jax.default_backend()
-        )
-        config.model.update(kernels=cfg.kernels, attention=cfg.attention)
-        model = GPT2(cfg, training_ops(cfg.attention))
-        shapes = jax.eval_shape(lambda: init_params(model.cfg, 0))
-        params = restore_items(
-            manager,
-            step,
-            params=ocp.args.StandardRestore(
-                jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-            ),
-        ).params
-    return Restored(step, model, params, tokenizer, config, meta)
+    if step == 'best':
+        for number in steps:  # the choice depends on the metrics of all of them
+            check(number, METRICS)
+        number = best_step(folder)[0] or steps[-1]
+    else:
+        number = steps[-1] if step == 'latest' else int(step)
+    check(number)
+    return number
