@@ -109,8 +109,12 @@ class Save:
 
     def due(self, step: int) -> bool:
         self.checkpoints.check()
+        if step == 0:
+            return self.checkpoints.kept.includes(0) and not self.checkpoints.committed()
         is_best = self.meter.progress.best_step == step
-        return is_best or bool(self.interrupt.seen) or is_due(step, self.every, self.meter.steps)
+        is_kept = self.checkpoints.kept.keep == 'log' and self.checkpoints.kept.includes(step)
+        regular = is_due(step, self.every, self.meter.steps)
+        return is_best or is_kept or bool(self.interrupt.seen) or regular
 
     def __call__(self, step: int, state: TrainState) -> None:
         progress = self.meter.progress

@@ -56,7 +56,8 @@ def train(
     with folder.claim(workdir), memory_errors('train'):
         for report in quarantine(workdir / FOLDER):
             print(report, flush=True)
-        with Checkpoints(workdir / FOLDER) as checkpoints, compiling() as pool:
+        keep = config.checkpoint.keep, config.checkpoint.keep_every
+        with Checkpoints(workdir / FOLDER, *keep) as checkpoints, compiling() as pool:
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
 
 
@@ -82,6 +83,11 @@ def run_in_folder(
     if start:
         print(f'resuming from checkpoint {start:,} in {workdir}', flush=True)
 
+    size = checkpoints.describe(
+        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
+    )
+    if size:
+        print(size, flush=True)
     update = train_step(setup, pool)
     evaluate = make_evaluate(setup, pool=pool)
     if start:
@@ -113,6 +119,8 @@ def run_in_folder(
         sampling = Sample(config.eval.every, setup, log)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
+        if start == 0 and saving.due(0):
+            saving(0, state)
         done = loop.run(
             update,
             state,

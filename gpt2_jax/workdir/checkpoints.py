@@ -3,12 +3,14 @@
 A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (step and optimizer
 state), `meta` (JSON: configuration, tokenizer, and what the loop needs to resume) and, if the step
 was evaluated, `metrics`. Orbax writes the folder and moves it into place in one piece. After this,
-SHA256SUMS commits it (checksums.py). The latest two checkpoints and the best one are kept. A folder
-without SHA256SUMS, or one that does not match it, is never restored.
+SHA256SUMS commits it (checksums.py). The latest two checkpoints and the best one are kept, and more
+if checkpoint.keep says so. A folder without SHA256SUMS, or one that does not match it, is never
+restored.
 """
 
 import concurrent.futures
 import contextlib
+import math
 import re
 import shutil
 from pathlib import Path
@@ -26,10 +28,31 @@ def _val_loss(metrics) -> float:
     return metrics['val_loss']
 
 
-def open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+def is_log_spaced(step: int, every: int) -> bool:
+    """Whether `step` is one of 0, 1, 2, 4, .. 512, or a later multiple of `every`."""
+    return step & (step - 1) == 0 if step <= 512 else step % every == 0
+
+
+class Kept(policies.PreservationPolicy):
+    """Keeps the checkpoints that checkpoint.keep names, beside the latest and the best."""
+
+    def __init__(self, keep: str, every: int):
+        self.keep, self.every = keep, every
+
+    def includes(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept for good."""
+        return self.keep == 'all' or (self.keep == 'log' and is_log_spaced(step, self.every))
+
+    def should_preserve(self, checkpoints, *, context):
+        """Orbax's question, for all checkpoints at once."""
+        return [self.includes(checkpoint.step) for checkpoint in checkpoints]
+
+
+def open_manager(folder: Path, read_only: bool, kept: Kept | None = None) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a folder; use it as a context manager."""
     keep = policies.AnyPreservationPolicy(
         [
+            kept or Kept('latest', 1),
             # Two, so that one is left if the newest turns out to be damaged.
             policies.LatestN(2),
             # reverse=True: the lowest loss is the best.
@@ -50,9 +73,9 @@ class Checkpoints:
     Use as a context manager: leaving it waits until the last save is committed.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._orbax = open_manager(folder, read_only=False)
+    def __init__(self, folder: Path, keep: str = 'latest', keep_every: int = 1):
+        self.folder, self.kept = folder, Kept(keep, keep_every)
+        self._orbax = open_manager(folder, read_only=False, kept=self.kept)
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._pending = None  # (step, future) of the save in progress
 
@@ -95,6 +118,24 @@ class Checkpoints:
     def committed(self) -> list[int]:
         """The steps whose save was finished, in order."""
         return committed_steps(self.folder)
+
+    def describe(self, state, steps: int, every: int, eval_every: int) -> str | None:
+        """How many checkpoints a run will keep and how large they are; None if only the latest.
+
+        `state` may be abstract. Every `every` steps are saved, and the best evaluations.
+        """
+        if self.kept.keep == 'latest':
+            return None
+        if self.kept.keep == 'all':
+            saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)}
+        else:
+            saved = set(filter(self.kept.includes, range(steps + 1)))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        n, free = len(saved | {steps}), shutil.disk_usage(self.folder).free
+        return (
+            f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
+            f'{n * size / 2**30:,.2f} GiB; the disk has {free / 2**30:,.1f} GiB left'
+        )
 
     def check(self) -> None:
         """Raises UserError if the save in progress has failed already; waits for nothing."""
