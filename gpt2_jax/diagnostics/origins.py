@@ -53,6 +53,11 @@ class TokenBytes:
             )
         return joined.tobytes(), ends_N
 
+    def texts(self, ids: np.ndarray) -> list[str]:
+        """The text of each token (N,); U+FFFD for part of a character."""
+        spans = zip(self.starts_V[ids].tolist(), self.lengths_V[ids].tolist(), strict=True)
+        return [self.data[at : at + n].tobytes().decode('utf-8', 'replace') for at, n in spans]
+
 
 class Origin(NamedTuple):
     """A place in a file. Lines and records count from 1, bytes from 0.

@@ -153,14 +153,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract):
         """The state saved at `step`; `abstract` gives shape, dtype and sharding of each leaf."""
-        train = {'step': abstract.step, 'opt_state': abstract.opt_state}
-        items = restore_items(
-            self._orbax,
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            train=ocp.args.StandardRestore(train),
-        )
-        return abstract.replace(params=items.params, **items.train)
+        return restore_state(self._orbax, step, abstract)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON that was saved beside the state."""
@@ -193,6 +186,18 @@ class Checkpoints:
             f'checkpoint {step} could not be saved in {self.folder}: {reason}; {left}. '
             'Remove the cause, then run the same command to resume'
         )
+
+
+def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
+    """The state saved at `step`: see Checkpoints.restore."""
+    train = {'step': abstract.step, 'opt_state': abstract.opt_state}
+    items = restore_items(
+        manager,
+        step,
+        params=ocp.args.StandardRestore(abstract.params),
+        train=ocp.args.StandardRestore(train),
+    )
+    return abstract.replace(params=items.params, **items.train)
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):

@@ -23,6 +23,17 @@ def read_config(run: Path) -> ConfigDict:
         ) from None
 
 
+def config_at(run: Path, step: int) -> ConfigDict:
+    """The configuration that update `step` ran with: an extended run has had several.
+
+    It is saved with the first checkpoint at or after the step; without one, it is config.json.
+    """
+    later = [saved for saved in committed_steps(run / FOLDER) if saved >= step]
+    if not later:
+        return read_config(run)
+    return config_lib.from_json(_read_meta(run, later[0])['config'])
+
+
 def read_records(run: Path, split: str) -> list[dict[str, Any]]:
     """The records of metrics.jsonl of one split, 'train' or 'val', in order.
 
@@ -66,12 +77,19 @@ def read_corpus(run: Path) -> dict[str, Any] | None:
     steps = committed_steps(run / FOLDER)
     if not steps:
         return None
-    # The JSON item of a checkpoint, as Orbax writes it.
-    path = run / FOLDER / str(steps[-1]) / 'meta' / 'metadata'
-    return json.loads(path.read_text('utf-8'))['corpus']
+    return _read_meta(run, steps[-1])['corpus']
 
 
 def steps_done(run: Path) -> int:
     """The last update that the folder shows: by a checkpoint or by a record."""
     last = [record['step'] for record in read_records(run, 'train')[-1:]]
     return max([0, *committed_steps(run / FOLDER), *last])
+
+
+def _read_meta(run: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state: the JSON item, as Orbax writes it."""
+    path = run / FOLDER / str(step) / 'meta' / 'metadata'
+    try:
+        return json.loads(path.read_text('utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'cannot read {path}: {error}') from None
