@@ -1,0 +1,133 @@
+"""What is looked at: a model with its parameters, and a text as tokens, both checked here.
+
+Every function of the package takes as its first argument one of:
+
+    'runs/quickstart'          the folder of a run or of a converted model: its best checkpoint
+    gpt2_jax.load(..)          anything with .model and .params, and .tokenizer for texts
+    (model, params)            a GPT2 or a GPT2Config, and its parameters
+
+and as its second a text (str), or tokens: int (T,) or (B, T). A folder is read again at every call.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.errors import UserError
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.ops import PLAIN
+from gpt2_jax.model.params import init_params
+from gpt2_jax.workdir import restore
+
+
+class Subject(NamedTuple):
+    """A model to look into: `cfg` without remat, which changes no value; `params` on the device."""
+
+    cfg: GPT2Config
+    params: Any
+    tokenizer: Tokenizer | None
+
+
+def as_subject(source) -> Subject:
+    """The model that `source` stands for. Raises UserError if the parameters do not fit it."""
+    if isinstance(source, Subject):
+        return source
+    if isinstance(source, str | Path):
+        source = restore.load(Path(source), 'best')
+    if isinstance(source, tuple):
+        (model, params), tokenizer = source, None
+    elif hasattr(source, 'model') and hasattr(source, 'params'):
+        model, params = source.model, source.params
+        tokenizer = getattr(source, 'tokenizer', None)
+    else:
+        raise UserError(
+            f'cannot look into {type(source).__name__}: expected the folder of a run, the result '
+            'of gpt2_jax.load, or (model, params)'
+        )
+    cfg = dataclasses.replace(model if isinstance(model, GPT2Config) else model.cfg, remat=False)
+    check_params(cfg, params)
+    return Subject(cfg, jax.device_put(params), tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
+    return leaf_shapes(jax.eval_shape(lambda: init_params(cfg, 0)))
+
+
+def leaf_shapes(params) -> dict[str, tuple[int, ...]]:
+    """{'h_0/attn/c_attn/kernel': (D, 3, H, K), ..}."""
+    return {
+        '/'.join(str(getattr(key, 'key', key)) for key in path): tuple(np.shape(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def check_params(cfg: GPT2Config, params) -> None:
+    """Raises UserError unless `params` has exactly the leaves of the model, with their shapes."""
+    expected, found = _shapes(cfg), leaf_shapes(params)
+    for name in [*expected, *found]:
+        if name not in found:
+            raise UserError(f'the parameters lack {name}, which this model needs')
+        if name not in expected:
+            raise UserError(f'the parameters hold {name}, which this model does not have')
+        if found[name] != expected[name]:
+            raise UserError(
+                f'the parameter {name} has the shape {found[name]}: this model needs '
+                f'{expected[name]}'
+            )
+
+
+def as_tokens(subject: Subject, text, *, least: int = 1) -> np.ndarray:
+    """The tokens of a text, int32 (B, T); a single text is a batch of one.
+
+    Raises UserError for a text of fewer than `least` tokens or more than n_positions, and for
+    tokens outside the vocabulary.
+    """
+    cfg = subject.cfg
+    if isinstance(text, str):
+        if subject.tokenizer is None:
+            raise UserError('bare parameters have no tokenizer: give tokens in place of a text')
+        text = subject.tokenizer.encode(text)
+    tokens = np.asarray(text)
+    if tokens.dtype.kind not in 'iu' or tokens.ndim not in (1, 2):
+        raise UserError(
+            f'tokens must be integers of shape (T,) or (B, T); got {tokens.dtype} {tokens.shape}'
+        )
+    tokens_BT = np.atleast_2d(tokens)
+    T = tokens_BT.shape[1]
+    if not least <= T <= cfg.n_positions or not tokens_BT.size:
+        raise UserError(
+            f'a text of {T} tokens: expected {least} to {cfg.n_positions}, the context of the model'
+        )
+    outside = (tokens_BT < 0) | (tokens_BT >= cfg.vocab_size)
+    if outside.any():
+        b, t = np.argwhere(outside)[0]
+        raise UserError(
+            f'token {tokens_BT[b, t]} at position {t} is outside the vocabulary '
+            f'[0, {cfg.vocab_size})'
+        )
+    return tokens_BT.astype(np.int32)
+
+
+def run(cfg: GPT2Config, params, tokens_BT, tap=None):
+    """The logits (B, T, V) of the plain model, with `tap` called at every named activation."""
+    return GPT2(cfg, PLAIN._replace(tap=tap)).apply({'params': params}, tokens_BT)
+
+
+def next_token_losses(logits_BTV, tokens_BT):
+    """The loss of each next token in nats, -log softmax(logits at t)[token t + 1]: (B, T - 1)."""
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1], axis=-1)
+    return -jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+
+
+def as_numpy(x) -> np.ndarray:
+    """A numpy array of its own; bfloat16 is widened to float32, exactly."""
+    x = np.asarray(x)
+    return np.array(x, np.float32) if x.dtype.name in ('bfloat16', 'float16') else np.array(x)

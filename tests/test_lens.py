@@ -1,0 +1,538 @@
+"""Inside a pass: activations, gradients, edits and readings against a GPT-2 in fp64 numpy."""
+
+import dataclasses
+import functools
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import rough_params, tiny, tokens
+
+from gpt2_jax import lens
+from gpt2_jax.data.tokenizers import CharTokenizer
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.lens import readings, sites
+from gpt2_jax.lens.subject import as_subject, run
+from gpt2_jax.model import gpt2 as gpt2_lib
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.ops import FAST
+from gpt2_jax.training.step import plain_value_and_grad
+
+CLOSE = dict(rtol=2e-5, atol=2e-5)  # fp32 against fp64, for values about 1
+
+
+def numpy_gpt2(params, cfg, tokens_BT, tap=lambda name, x: x):
+    """The logits of GPT-2 in fp64, with every activation handed through `tap`."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def linear(x, at, axes):
+        y = np.tensordot(x, at['kernel'], axes)
+        return y + at['bias'] if cfg.bias else y
+
+    def norm(x, at):
+        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return n * at['scale'] + (at['bias'] if cfg.bias else 0)
+
+    T = tokens_BT.shape[1]
+    visible_TS = np.tril(np.ones((T, T), bool))
+    wte_VD = params['wte']['embedding']
+    x = tap('embed', wte_VD[tokens_BT]) + tap('pos_embed', params['wpe']['embedding'][:T])
+    for i in range(cfg.n_layer):
+        block = params[f'h_{i}']
+        named = functools.partial(lambda i, name, x: tap(f'h_{i}.{name}', x), i)
+        x = named('resid_pre', x)
+        y = named('ln_1', norm(x, block['ln_1']))
+        qkv = linear(y, block['attn']['c_attn'], 1)
+        q, k, v = (named(name, qkv[:, :, j]) for j, name in enumerate('qkv'))
+        scores = np.einsum('BTHK,BSHK->BHTS', q, k) / math.sqrt(cfg.head_dim)
+        scores = named('attn_scores', np.where(visible_TS, scores, -np.inf))
+        e = np.exp(scores - scores.max(-1, keepdims=True))
+        pattern = named('pattern', e / e.sum(-1, keepdims=True))
+        z = named('z', np.einsum('BHTS,BSHK->BTHK', pattern, v))
+        x = named('resid_mid', x + named('attn_out', linear(z, block['attn']['c_proj'], 2)))
+        y = named('ln_2', norm(x, block['ln_2']))
+        h = named('mlp_pre', linear(y, block['mlp']['c_fc'], 1))
+        h = h / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        h = named('mlp_post', h)
+        x = named('resid_post', x + named('mlp_out', linear(h, block['mlp']['c_proj'], 1)))
+    return tap('logits', tap('ln_f', norm(x, params['ln_f'])) @ wte_VD.T)
+
+
+def numpy_losses(logits_BTV, tokens_BT):
+    """-log softmax(logits)[next token], fp64: (B, T - 1)."""
+    logits_BTV = logits_BTV[:, :-1] - logits_BTV[:, :-1].max(-1, keepdims=True)
+    log_probs_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
+
+
+@pytest.fixture(scope='module')
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope='module')
+def params(model):
+    return rough_params(model)
+
+
+@pytest.fixture(scope='module')
+def text(model):
+    return tokens(model, batch=2, length=9)
+
+
+def losses_if(change, params, cfg, tokens_BT):
+    """The losses in fp64 with change(name, x) in the place of each activation."""
+    return numpy_losses(numpy_gpt2(params, cfg, tokens_BT, change), tokens_BT)
+
+
+# Capturing
+
+
+@pytest.mark.parametrize('changes', [{}, dict(bias=False, n_head=4, n_inner=24, n_layer=3)])
+def test_activations_equal_numpy_name_by_name(changes):
+    model = tiny(**changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
+    params, tokens_BT = rough_params(model), tokens(model, batch=2, length=9)
+    expected = {}
+    numpy_gpt2(params, model.cfg, tokens_BT, lambda name, x: expected.setdefault(name, x))
+    captured = lens.capture((model, params), tokens_BT)
+    assert list(captured) == sites.all_names(model.cfg)
+    assert captured.keys() == expected.keys()
+    for name, x in captured.items():
+        assert x.shape == expected[name].shape
+        assert x.dtype == np.float32
+        np.testing.assert_allclose(x, expected[name], **CLOSE, err_msg=name)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(remat=True), dict(dtype='bfloat16')])
+def test_capturing_changes_no_logit(changes):
+    """Bit for bit, with remat and in bfloat16."""
+    model = tiny(n_embd=32, **changes)
+    params, tokens_BT = rough_params(model, std=0.1), tokens(model)
+    logits_BTV = jax.jit(model.apply)({'params': params}, tokens_BT)
+    captured = lens.capture((model, params), tokens_BT)
+    np.testing.assert_array_equal(captured['logits'], logits_BTV)
+
+
+def test_the_wing_costs_nothing_when_off(model, monkeypatch):
+    """The compiled training step is the same if `tap` does not exist."""
+
+    def step():
+        gradient = plain_value_and_grad(GPT2(model.cfg, FAST))
+        batch = {name: jnp.zeros((2, 12), jnp.int32) for name in ('inputs', 'targets')}
+        return jax.jit(gradient).lower(rough_params(model), batch, None, 24).as_text()
+
+    with_tap = step()
+    monkeypatch.setattr(gpt2_lib, 'tap', lambda module, name, x: x)
+    assert with_tap == step()
+
+
+def test_patterns_are_causal_and_sum_to_one(model, params, text):
+    for pattern_BHTS in lens.capture((model, params), text, 'pattern').values():
+        np.testing.assert_allclose(pattern_BHTS.sum(-1), 1, rtol=1e-6)
+        assert (np.triu(pattern_BHTS, 1) == 0).all()
+        assert (np.tril(pattern_BHTS)[..., np.tril_indices(9)[0], np.tril_indices(9)[1]] > 0).all()
+
+
+def test_addresses(model, params, text):
+    whole = lens.capture((model, params), text)
+    for address, expected in {
+        'h_1.attn.0': whole['h_1.z'][:, :, 0],
+        'h_1.pattern.1': whole['h_1.pattern'][:, 1],
+        'h_0.mlp.17': whole['h_0.mlp_post'][:, :, 17],
+        'h_0.mlp': whole['h_0.mlp_out'],
+        'h_0.attn': whole['h_0.attn_out'],
+        'h_0.resid_pre@5': whole['h_0.resid_pre'][:, 5],
+        'h_0.resid_pre@2:4': whole['h_0.resid_pre'][:, 2:4],
+        'h_1.pattern.1@3': whole['h_1.pattern'][:, 1, 3],
+        'pos_embed@3': whole['pos_embed'][3],
+        'logits.4': whole['logits'][:, :, 4],
+    }.items():
+        ((found, x),) = lens.capture((model, params), text, address).items()
+        assert found == address
+        np.testing.assert_array_equal(x, expected)
+    assert list(lens.capture((model, params), text, 'h_*.attn.*')) == sites.all_heads(model.cfg)
+    assert list(lens.capture((model, params), text, ['ln_f@-1', 'h_1.q'])) == ['ln_f@8', 'h_1.q']
+    assert len(lens.capture((model, params), text, 'h_0.resid_pre@*')) == 9
+
+
+@pytest.mark.parametrize(
+    ('address', 'said'),
+    [
+        ('h_2.q', 'blocks are h_0 to h_1'),
+        ('h_0.nothing', "'h_0.nothing'"),
+        ('h_0.attn.2', 'there is no 2 among 2'),
+        ('h_0.q@9', 'the text has 9 tokens'),
+        ('h_0.q@4:4', 'is empty'),
+        ('h_0 q', "'h_0 q'"),
+    ],
+)
+def test_an_address_that_names_nothing_is_reported(model, params, text, address, said):
+    with pytest.raises(UsageError, match=said):
+        lens.capture((model, params), text, address)
+
+
+# Gradients
+
+
+def test_gradients_equal_finite_differences_in_fp64(model, params, text):
+    """In a random direction through every activation, and for some elements one by one."""
+    gradients = lens.gradients((model, params), text)
+    rng, h = np.random.default_rng(0), 1e-5
+    assert list(gradients) == sites.all_names(model.cfg)
+    for name, gradient in gradients.items():
+        direction = rng.normal(size=gradient.shape)
+
+        def loss(step, name=name, direction=direction):
+            def change(at, x):
+                return x + step * direction if at == name else x
+
+            return losses_if(change, params, model.cfg, text).mean()
+
+        expected = (loss(h) - loss(-h)) / (2 * h)
+        found = (gradient * direction).sum()
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-6), name
+        assert np.abs(gradient).max() > 1e-5, name
+
+
+def test_gradient_of_one_position_is_causal_and_equal_to_finite_differences(model, params, text):
+    gradients = lens.gradients((model, params), text, ['h_*.resid_pre', 'h_0.attn.1'], at=-4)
+    for name in ('h_0.resid_pre', 'h_1.resid_pre'):
+        assert (gradients[name][:, 6:] == 0).all()
+        assert (np.abs(gradients[name][:, :6]).sum(-1) > 0).all()
+
+    def loss(step):
+        def change(name, x):
+            return x + step * np.eye(16)[3] * (np.arange(9) == 2)[:, None] if name == at else x
+
+        return losses_if(change, params, model.cfg, text)[:, 5].sum()
+
+    at = 'h_1.resid_pre'
+    expected = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert gradients[at][:, 2, 3].sum() == pytest.approx(expected, rel=2e-4)
+    assert gradients['h_0.attn.1'].shape == (2, 9, 8)
+
+
+def test_gradients_of_parameters_equal_those_of_training(model, params, text):
+    batch = {'inputs': text[:, :-1], 'targets': text[:, 1:]}
+    n_targets = batch['targets'].size
+    _, expected = jax.jit(plain_value_and_grad(model))(params, batch, None, n_targets)
+    found = lens.gradients((model, params), text, '*/*')
+    assert len(found) == len(jax.tree.leaves(params))
+    for name, gradient in found.items():
+        leaf = functools.reduce(lambda node, key: node[key], name.split('/'), expected)
+        np.testing.assert_allclose(gradient, leaf, rtol=1e-4, atol=1e-6)
+
+
+def test_any_loss_can_be_differentiated(model, params, text):
+    def third_logit(logits_BTV, tokens_BT):
+        return logits_BTV[:, -1, 3].sum()
+
+    (gradient,) = lens.gradients((model, params), text, 'logits', loss=third_logit).values()
+    expected = np.zeros((2, 9, 11))
+    expected[:, -1, 3] = 1
+    np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize('at', [8, -1, 9, -10])
+def test_a_position_without_a_loss_is_reported(model, params, text, at):
+    with pytest.raises(UsageError, match='a loss at positions 0 to 7'):
+        lens.gradients((model, params), text, 'embed', at=at)
+
+
+# Edits
+
+
+def test_replacing_an_activation_by_itself_changes_nothing(model, params, text):
+    """To rounding if the value comes from outside: XLA fuses differently around it."""
+    captured = lens.capture((model, params), text)
+    logits_BTV = captured['logits']
+    same = lens.edit((model, params), text, dict.fromkeys(captured, lambda x: x))['logits']
+    np.testing.assert_array_equal(same, logits_BTV)
+    for name in ('h_0.resid_pre', 'h_1.pattern'):
+        replaced = lens.edit((model, params), text, {name: captured[name]})['logits']
+        np.testing.assert_allclose(replaced, logits_BTV, rtol=0, atol=5e-6)
+    losses = lens.token_losses((model, params), text)
+    for loss in lens.patch((model, params), text, text, '*').values():
+        np.testing.assert_allclose(loss, losses, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ('address', 'name', 'index'),
+    [
+        ('h_1.attn.1', 'h_1.z', np.s_[:, :, 1]),
+        ('h_0.mlp.5@3', 'h_0.mlp_post', np.s_[:, 3, 5]),
+        ('h_0.pattern.0@2:5', 'h_0.pattern', np.s_[:, 0, 2:5]),
+        ('h_1.resid_mid', 'h_1.resid_mid', np.s_[:]),
+        ('pos_embed@4', 'pos_embed', np.s_[4]),
+    ],
+)
+@pytest.mark.parametrize('change', [0.25, lambda x: 0.5 * x])
+def test_edits_equal_numpy(model, params, text, address, name, index, change):
+    def in_numpy(at, x):
+        if at == name:
+            x = x.copy()
+            x[index] = change(x[index]) if callable(change) else change
+        return x
+
+    taken = lens.edit((model, params), text, {address: change}, ['logits', 'h_1.q'])
+    expected = numpy_gpt2(params, model.cfg, text, in_numpy)
+    np.testing.assert_allclose(taken['logits'], expected, **CLOSE)
+    assert np.abs(expected - numpy_gpt2(params, model.cfg, text)).max() > 1e-3
+    assert taken['h_1.q'].shape == (2, 9, 2, 8)
+
+
+def test_an_edit_of_a_wrong_shape_is_reported(model, params, text):
+    with pytest.raises(UserError, match=r'h_0.attn.1 has the shape \(3,\): expected \(2, 9, 8\)'):
+        lens.edit((model, params), text, {'h_0.attn.1': np.zeros(3)})
+
+
+@pytest.mark.parametrize('by', ['zero', 'mean'])
+def test_ablation_equals_numpy(model, params, text, by):
+    addresses = ['h_*.attn.*', 'h_1.mlp', 'h_0.mlp.3', 'pos_embed']
+    found = lens.ablate((model, params), text, addresses, by=by)
+    assert [*found][:4] == sites.all_heads(model.cfg)
+    for address, name, index in (
+        ('h_1.attn.0', 'h_1.z', np.s_[:, :, 0]),
+        ('h_1.mlp', 'h_1.mlp_out', np.s_[:]),
+        ('h_0.mlp.3', 'h_0.mlp_post', np.s_[:, :, 3]),
+        ('pos_embed', 'pos_embed', np.s_[:]),
+    ):
+
+        def change(at, x, name=name, index=index):
+            if at == name:
+                x = x.copy()
+                axes = tuple(range(x[index].ndim - (name != 'h_0.mlp_post')))
+                x[index] = x[index].mean(axes) if by == 'mean' else 0
+            return x
+
+        expected = losses_if(change, params, model.cfg, text)
+        np.testing.assert_allclose(found[address], expected, **CLOSE, err_msg=address)
+    plain = lens.token_losses((model, params), text)
+    np.testing.assert_allclose(plain, losses_if(lambda _, x: x, params, model.cfg, text), **CLOSE)
+    assert np.abs(found['h_1.attn.0'] - plain).max() > 1e-3
+
+
+def test_patching_everything_gives_the_other_text(model, params, text):
+    """From another text and from another checkpoint; one position gives that position alone."""
+    other = (text + 1) % 11
+    subject = model, params
+    both = {'measure': lambda logits_BTV, tokens_BT: logits_BTV}
+    patched = lens.patch(subject, text, other, ['h_0.resid_pre', 'h_1.resid_post@3'], **both)
+    theirs = lens.capture(subject, other, 'logits')['logits']
+    ours = lens.capture(subject, text, 'logits')['logits']
+    np.testing.assert_array_equal(patched['h_0.resid_pre'], theirs)
+    np.testing.assert_array_equal(patched['h_1.resid_post@3'][:, 3], theirs[:, 3])
+    rest = [t for t in range(9) if t != 3]
+    np.testing.assert_array_equal(patched['h_1.resid_post@3'][:, rest], ours[:, rest])
+    donor = model, rough_params(model, seed=5)
+    patched = lens.patch(subject, text, text, 'ln_f', donor=donor, **both)
+    last = lens.capture(donor, text, 'ln_f')['ln_f']
+    np.testing.assert_allclose(patched['ln_f'], last @ params['wte']['embedding'].T, **CLOSE)
+    assert [*lens.patch(subject, text, text, 'h_*.attn.*')] == sites.all_heads(model.cfg)
+
+
+def test_texts_and_models_that_do_not_fit_are_reported(model, params, text):
+    with pytest.raises(UserError, match='9 tokens cannot be patched from one of 8'):
+        lens.patch((model, params), text, text[:, :-1], 'embed')
+    wide = tiny(n_embd=32)
+    with pytest.raises(UserError, match='embed of the donor has the shape'):
+        lens.patch((model, params), text, text, 'embed', donor=(wide, rough_params(wide)))
+
+
+# Readings
+
+
+def test_the_last_layer_of_the_logit_lens_is_the_model(model, params, text):
+    logits_LBTV = lens.logit_lens((model, params), text)
+    assert logits_LBTV.shape == (3, 2, 9, 11)
+    captured = lens.capture((model, params), text)
+    np.testing.assert_array_equal(logits_LBTV[-1], captured['logits'])
+    stream = captured['h_0.resid_post']
+    skipped = lens.edit((model, params), text, {'h_1.resid_post': stream})
+    np.testing.assert_allclose(logits_LBTV[1], skipped['logits'], **CLOSE)
+    assert np.abs(logits_LBTV[0] - logits_LBTV[1]).max() > 0.1
+
+
+def test_jacobian_lens_equals_jacfwd():
+    model = tiny(n_embd=8, n_inner=8)
+    params, text, cfg = rough_params(model), tokens(model, batch=2, length=5), model.cfg
+    jacobians_LDD = lens.jacobian_lens((model, params), text)
+    names = ['h_0.resid_pre', 'h_0.resid_post', 'h_1.resid_post']
+
+    def last_stream(layer, x_BTD):
+        taken = {}
+
+        def tap(name, x):
+            x = x_BTD if name == names[layer] else x
+            taken[name] = x
+            return x
+
+        run(cfg, params, text, tap)
+        return taken['h_1.resid_post']
+
+    stream = lens.capture((model, params), text, names)
+    for layer, name in enumerate(names):
+        jacfwd = jax.jit(jax.jacfwd(functools.partial(last_stream, layer)))
+        full = jacfwd(jnp.asarray(stream[name]))
+        # (B, T', D, B, T, D): both texts apart, summed over the later positions, mean over the
+        # others.
+        expected_DD = np.einsum('bpibqj->ij', full) / text.size
+        np.testing.assert_allclose(jacobians_LDD[layer], expected_DD, rtol=1e-4, atol=1e-5)
+    through = lens.logit_lens((model, params), text, jacobians_LDD)
+    plain = lens.logit_lens((model, params), text)
+    np.testing.assert_allclose(through[-1], plain[-1], **CLOSE)
+    carried = np.einsum('ed,btd->bte', jacobians_LDD[1], stream['h_0.resid_post'])
+    np.testing.assert_allclose(through[1], readings.unembed((model, params), carried), **CLOSE)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_attributions_sum_to_the_logit(bias):
+    model = tiny(bias=bias, vocab_size=23)
+    params, tokens_BT = rough_params(model), tokens(model, batch=2, length=7)
+    source = model, params
+    logits_BTV = lens.capture(source, tokens_BT, 'logits')['logits']
+    chosen = np.array([3, 1, 4, 1, 5, 9, 2])
+    for targets, against in ((None, None), (chosen, None), (chosen, chosen[::-1])):
+        terms = lens.attribution(source, tokens_BT, targets, against)
+        total_BT = sum(term.reshape(2, 7, -1).sum(-1) for term in terms.values())
+        if targets is None:
+            targets = np.append(tokens_BT[:, 1:], logits_BTV[:, -1:].argmax(-1), 1)
+        targets = np.broadcast_to(targets, (2, 7))
+        expected_BT = np.take_along_axis(logits_BTV, targets[..., None], -1)[..., 0]
+        if against is not None:
+            expected_BT = expected_BT - logits_BTV[:, np.arange(7), against]
+        np.testing.assert_allclose(total_BT, expected_BT, rtol=0, atol=1e-5)
+    assert terms['h_1.attn'].shape == (2, 7, 2)
+    assert terms['h_1.mlp'].shape == (2, 7, 64)
+    assert ('ln_f.bias' in terms) == bias
+
+
+def test_the_attribution_of_a_head_is_what_it_adds(model, params, text):
+    """Without that head's output, the LayerNorm's scale held, the logit lacks its term."""
+    source = model, params
+    taken = lens.capture(source, text, ['h_1.resid_post', 'h_1.z'])
+    stream, z = np.float64(taken['h_1.resid_post']), taken['h_1.z']
+    written = np.einsum('btk,kd->btd', z[:, :, 1], params['h_1']['attn']['c_proj']['kernel'][1])
+    scale = params['ln_f']['scale']
+
+    def logit(x):  # of token 4
+        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(stream.var(-1, keepdims=True) + 1e-5)
+        return (n * scale + params['ln_f']['bias']) @ params['wte']['embedding'][4]
+
+    terms = lens.attribution(source, text, np.full(9, 4))
+    np.testing.assert_allclose(
+        terms['h_1.attn'][:, :, 1], logit(stream) - logit(stream - written), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_head_scores_find_the_head_they_are_made_for():
+    """Patterns made by hand: to the token before, to the same token, to the one after it."""
+    model = tiny(n_head=4, n_layer=1, n_positions=12)
+    half, T = 6, 12
+    patterns = np.zeros((1, 4, T, T), np.float32)
+    for head, back in enumerate([1, half, half - 1]):
+        patterns[:, head, np.arange(T), (np.arange(T) - back).clip(0)] = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readings, 'capturing', lambda *_: lambda *_: {'h_0.pattern': patterns})
+        scores = lens.head_scores((model, rough_params(model)))
+    np.testing.assert_array_equal(scores.previous, [[1, 0, 0, 0]])
+    np.testing.assert_array_equal(scores.duplicate, [[0, 1, 0, 0]])
+    np.testing.assert_array_equal(scores.induction, [[0, 0, 1, 0]])
+    repeated = readings.repeated_tokens(model.cfg, rows=3)
+    assert repeated.shape == (3, 12)
+    np.testing.assert_array_equal(repeated[:, :6], repeated[:, 6:])
+
+
+# Curvature
+
+
+def test_curvature_equals_the_full_hessian():
+    model = tiny(n_layer=1, n_embd=4, n_head=2, n_positions=5, vocab_size=5, n_inner=6)
+    params, text = rough_params(model, std=0.5), tokens(model, batch=1)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+
+    def loss(flat):
+        logits_BTV = GPT2(model.cfg).apply({'params': unravel(flat)}, text)
+        return -jnp.take_along_axis(
+            jax.nn.log_softmax(logits_BTV[:, :-1]), text[:, 1:, None], -1
+        ).mean()
+
+    hessian = np.asarray(jax.jit(jax.hessian(loss))(flat), np.float64)
+    hessian = (hessian + hessian.T) / 2
+    found = lens.curvature((model, params), text, tolerance=1e-6, most=200)
+    assert list(found) == ['all', *sorted(params)]
+    start = 0
+    for name, ends in found.items():
+        if name == 'all':
+            block = hessian
+        else:
+            size = sum(leaf.size for leaf in jax.tree.leaves(params[name]))
+            block = hessian[start : start + size, start : start + size]
+            start += size
+        eigenvalues, _ = np.linalg.eigh(block)
+        radius = np.abs(eigenvalues).max()
+        assert ends.top == pytest.approx(eigenvalues[-1], abs=1e-4 * radius), name
+        assert ends.bottom == pytest.approx(eigenvalues[0], abs=1e-4 * radius), name
+    assert list(lens.curvature((model, params), text, by_layer=False, most=3)) == ['all']
+
+    vector = rough_params(model, seed=3)
+    product = lens.hessian_vector((model, params), text, vector)
+    expected = hessian @ jax.flatten_util.ravel_pytree(vector)[0]
+    np.testing.assert_allclose(
+        jax.flatten_util.ravel_pytree(product)[0], expected, rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(UserError, match='the leaves and the shapes of the parameters'):
+        lens.hessian_vector((model, params), text, {'wte': 0})
+
+
+# Models and texts
+
+
+def test_every_kind_of_model_is_accepted(model, params, text):
+    with_tokenizer = SimpleNamespace(
+        model=model, params=params, tokenizer=CharTokenizer('abcdefghijk')
+    )
+    expected = lens.token_losses((model, params), text[:1])
+    word = ''.join('abcdefghijk'[i] for i in text[0])
+    for source, given in (
+        ((model.cfg, params), text[0]),
+        (with_tokenizer, word),
+        (as_subject(with_tokenizer), text[:1]),
+        ((dataclasses.replace(model.cfg, remat=True), params), text[:1]),
+    ):
+        np.testing.assert_array_equal(lens.token_losses(source, given), expected)
+
+
+@pytest.mark.parametrize(
+    ('given', 'said'),
+    [
+        ([0, 1, 11], r'token 11 at position 2 is outside the vocabulary \[0, 11\)'),
+        ([0, -1], 'token -1 at position 1'),
+        (np.zeros(13, int), 'a text of 13 tokens: expected 2 to 12'),
+        ([1], 'a text of 1 tokens: expected 2'),
+        (np.zeros((2, 2, 2), int), r'shape \(T,\) or \(B, T\)'),
+        ([0.5, 1.0], 'tokens must be integers'),
+        ('abc', 'bare parameters have no tokenizer'),
+    ],
+)
+def test_a_text_that_does_not_fit_is_reported(model, params, given, said):
+    with pytest.raises(UserError, match=said):
+        lens.token_losses((model, params), given)
+
+
+def test_parameters_that_do_not_fit_are_reported(model, params):
+    def rejected(changed, said):
+        with pytest.raises(UserError, match=said):
+            lens.token_losses((model, changed), [0, 1])
+
+    rejected({k: v for k, v in params.items() if k != 'h_1'}, 'lack h_1/attn/c_attn/bias')
+    rejected(params | {'h_2': params['h_1']}, 'hold h_2/')
+    rejected(
+        params | {'wte': {'embedding': np.zeros((11, 8))}},
+        r'wte/embedding has the shape \(11, 8\): this model needs \(11, 16\)',
+    )
+    with pytest.raises(UserError, match='cannot look into int'):
+        lens.token_losses(3, [0, 1])
