@@ -32,6 +32,8 @@ class Progress:
     seconds_to_first_step: float | None = None
     train_seconds: float = 0.0
     train_steps: int = 0
+    # [step, train.steps until then] of each --extend: the schedule of a step depends on it.
+    extensions: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class Meter:

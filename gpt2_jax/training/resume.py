@@ -74,9 +74,10 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
             f'the run in {workdir} has another configuration: {fields}{hint}; give the same settings '
             'to resume, another --workdir for a new run, or --fresh to move the old one aside'
         )
+    progress = Progress(**meta['progress'])
     if extend and longer:
         print(_describe_extension(old, config, start))
-    progress = Progress(**meta['progress'])
+        progress.extensions.append([start, old.train.steps])
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
     return Start(start, progress, meta['log_sizes'])

@@ -24,14 +24,15 @@ def read_config(run: Path) -> ConfigDict:
 
 
 def config_at(run: Path, step: int) -> ConfigDict:
-    """The configuration that update `step` ran with: an extended run has had several.
-
-    It is saved with the first checkpoint at or after the step; without one, it is config.json.
-    """
-    later = [saved for saved in committed_steps(run / FOLDER) if saved >= step]
-    if not later:
-        return read_config(run)
-    return config_lib.from_json(_read_meta(run, later[0])['config'])
+    """The configuration that update `step` ran with: an extended run has had several."""
+    config, steps = read_config(run), committed_steps(run / FOLDER)
+    progress = _read_meta(run, steps[-1])['progress'] if steps else {}
+    for extended_at, planned in progress.get('extensions', []):
+        if step <= extended_at:
+            with config.unlocked():
+                config.train.steps = planned
+            break
+    return config
 
 
 def read_records(run: Path, split: str) -> list[dict[str, Any]]:
