@@ -62,7 +62,8 @@ LAYERS = (
     'inference.lambada',
     # diagnostics: what a run is, what happened in it, and how fast
     'diagnostics.describe diagnostics.benchmark diagnostics.origins',
-    'diagnostics.ledger',
+    'diagnostics.ledger diagnostics.report',
+    'diagnostics.replay',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare',
     'train',
