@@ -21,6 +21,7 @@ setup(
     long_description_content_type='text/markdown',
     license='MIT',
     packages=find_packages(include=['gpt2_jax', 'gpt2_jax.*']),
+    package_data={'gpt2_jax.diagnostics': ['pages/*']},
     python_requires='>=3.11',
     install_requires=[
         f'jax{JAX_VERSIONS}',

@@ -173,6 +173,12 @@ SETTINGS = {
         SWITCH,
         'keep the optimizer state of that checkpoint too, under a new schedule',
     ),
+    'train.probe': (
+        0,
+        at_least(0),
+        'probe the model at steps 0, 1, 2, 4, .. 512, then every so many updates, into probes.npz; '
+        '0: no probes',
+    ),
     # -- optimizer
     'optim.implementation': (
         'optax',
@@ -250,6 +256,7 @@ RENAMED_VALUES = {
 
 # A run may resume with other values of these: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
+RESUMABLE_KEYS = ('train.probe',)
 
 
 def default_config() -> ConfigDict:
@@ -394,5 +401,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key] and key.split('.')[0] not in RESUMABLE_SECTIONS
+        if old[key] != new[key]
+        and key.split('.')[0] not in RESUMABLE_SECTIONS
+        and key not in RESUMABLE_KEYS
     }

@@ -3,8 +3,8 @@
     python tests/kill_runs.py --runs=20
 
 Half of the kills come at a random moment, half of them while a checkpoint is being saved. The exit
-code is 1 if any run differs in its parameters, optimizer state, metrics, samples, summary or
-TensorBoard events.
+code is 1 if any run differs in its parameters, optimizer state, metrics, probes, samples, summary
+or TensorBoard events.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300  # for one start of a run
+SETTINGS = runs.SETTINGS | {'train.probe': 20}
 
 
-def start(workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS) -> subprocess.Popen:
+def start(workdir: Path, text: Path, cache: Path, settings=SETTINGS) -> subprocess.Popen:
     """Starts the run as a user would. The compilation cache only saves time."""
     config = text.with_name('defaults.py')
     config.write_text('from gpt2_jax.config import default_config as get_config\n')
@@ -121,7 +122,7 @@ def main() -> int:
     began = time.monotonic()
     finish(start(reference, text, cache))
     seconds = time.monotonic() - began
-    print(f'uninterrupted: {runs.SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
+    print(f'uninterrupted: {SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
     bad = kills = in_saves = 0
     for number in range(1, args.runs + 1):
         workdir, moments = folder / f'run_{number}', []

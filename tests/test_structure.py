@@ -63,7 +63,7 @@ LAYERS = (
     # diagnostics: what a run is, what happened in it, and how fast
     'diagnostics.describe diagnostics.benchmark diagnostics.origins',
     'diagnostics.ledger diagnostics.report',
-    'diagnostics.replay',
+    'diagnostics.replay diagnostics.probes',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare',
     'train',

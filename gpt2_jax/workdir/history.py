@@ -1,14 +1,18 @@
 """Reads what a run left in its folder, finished or not. Changes nothing, and needs no JAX."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
 from gpt2_jax.errors import UserError
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
+
+PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
 
 
 def read_config(run: Path) -> ConfigDict:
@@ -65,6 +69,20 @@ def read_samples(run: Path) -> dict[int, str]:
         elif step is not None:
             samples[step].append(line)
     return {step: '\n'.join(lines).removesuffix('\n\n') for step, lines in samples.items()}
+
+
+def read_probes(run: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of probes.npz; None if there is none."""
+    path = run / PROBES
+    if not path.exists():
+        return None
+    try:
+        with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f'{path} is damaged: {error}; move it away, and the run records probes from here on'
+        ) from None
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
