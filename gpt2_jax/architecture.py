@@ -1,26 +1,26 @@
-"""The numbers that make a GPT-2: sizes, rates, activation, precision. No arrays, and no JAX."""
+"""The settings that make a GPT-2: sizes, rates, activation, precision. Imports no JAX."""
 
 import dataclasses
 from typing import NamedTuple
 
 
 class Precision(NamedTuple):
-    """How a value of `dtype` computes: the dtype of activations, and the rounding of matrix products."""
+    """What a setting of `dtype` means for activations and, in JAX's words, for matrix products."""
 
     compute_dtype: str
     matmul_precision: str
     meaning: str
 
 
-# 'highest' keeps every bit of fp32 on a GPU too, where JAX's default is TF32 (10 mantissa bits).
+# 'highest' keeps every bit of fp32 on GPUs too: JAX's default there is TF32 (10 mantissa bits).
 PRECISIONS = {
     'float32': Precision('float32', 'highest', 'full fp32 matrix products'),
     'tf32': Precision('float32', 'high', 'TF32 matrix products, where the device has them'),
     'bfloat16': Precision('bfloat16', 'default', 'bf16 matrix products, accumulated in fp32'),
 }
 
-# activation_function -> the function of flax.linen, and its arguments. GPT-2 was trained with the tanh
-# approximation, 'gelu_new'; 'gelu' is exact, as in nanoGPT.
+# activation_function -> the function of flax.linen, and its arguments. GPT-2 was trained with the
+# tanh approximation, 'gelu_new'; 'gelu' is exact, as in nanoGPT.
 ACTIVATIONS = {
     'gelu_new': ('gelu', {'approximate': True}),
     'gelu': ('gelu', {'approximate': False}),
@@ -34,16 +34,16 @@ PRESETS = {
     'gpt2-xl': {'n_layer': 48, 'n_head': 25, 'n_embd': 1600},
 }
 
-# Fast matrix products need sizes that are multiples of 8, and 50,257 is odd: where the vocabulary is
-# padded, it grows to a multiple of this.
+# Tensor cores need sizes that are multiples of 8, and 50,257 is odd: a padded vocabulary grows to a
+# multiple of this.
 VOCAB_MULTIPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """The architecture in the names of the published config.json; the defaults are GPT-2's (124M).
+    """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
-    `attention` and `kernels` choose what computes it; the modules of model/gpt2.py read neither.
+    `attention` and `kernels` choose an implementation; the modules of model/gpt2.py read neither.
     """
 
     vocab_size: int = 50257
@@ -59,7 +59,7 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     bias: bool = True
-    # fp32 is right on every device, and the faster one on CPUs. GPU configurations ask for bfloat16.
+    # fp32 works on every device and is the faster choice on CPUs. GPU configurations set bfloat16.
     dtype: str = 'float32'
     remat: bool = False
     attention: str = 'xla'

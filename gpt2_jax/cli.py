@@ -1,5 +1,6 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import logging
@@ -8,22 +9,25 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import UsageError, UserError
 
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
+MAX_PROMPT_BYTES = 1 << 30
+MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
 
@@ -72,7 +76,7 @@ def no_more(arguments: list[str]) -> None:
 
 
 def refuse(unused: Iterable[flags.FlagHolder], context: str) -> None:
-    """Raises UsageError if a flag is given that means nothing here: `context` is 'with --lambada'."""
+    """Raises UsageError if a flag is given that means nothing here (context: 'with --lambada')."""
     for flag in unused:
         if flag.present:
             raise UsageError(f'--{flag.name} means nothing {context}: leave it out')
@@ -95,9 +99,13 @@ def read_prompt(path: str | None) -> str:
                 file=sys.stderr,
             )
             return ''
-    data = sys.stdin.buffer.read() if path in (None, '-') else Path(path).read_bytes()
+    data = (
+        sys.stdin.buffer.read()
+        if path in (None, '-')
+        else foreign.read_bytes(files.user_path(path), MAX_PROMPT_BYTES)
+    )
     try:
-        return ''.join(files.decode_utf8([data], path or 'standard input'))
+        return ''.join(foreign.decode_utf8([data], path or 'standard input'))
     except UserError as error:
         raise UsageError(str(error)) from None
 
@@ -129,7 +137,23 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     if message:
-        print('error:', ' '.join(message.splitlines()), file=sys.stderr)
+        line = foreign.escape(' '.join(message.splitlines()))
+        print('error:', line[:MAX_MESSAGE] + '..' * (len(line) > MAX_MESSAGE), file=sys.stderr)
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with an exit code; after an error, without waiting for threads.
+
+    Orbax's threads wait 300 s for each other if the folder of a save could not be made, and a
+    compilation that nobody needs any more may take minutes.
+    """
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    if code and len(threads) > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -7,12 +7,14 @@ it back.
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from gpt2_jax import foreign
 from gpt2_jax.architecture import ACTIVATIONS, PRECISIONS, GPT2Config
 from gpt2_jax.errors import UsageError
 
@@ -62,7 +64,7 @@ GPT2 = GPT2Config()  # the defaults of the model section
 # left open.
 SETTINGS = {
     # -- model: names and numbers of the published config.json
-    'model.n_layer': (GPT2.n_layer, at_least(1), 'number of blocks (L)'),
+    'model.n_layer': (GPT2.n_layer, below(1, 10_000), 'number of blocks (L)'),
     'model.n_head': (GPT2.n_head, at_least(1), 'attention heads in a block (H)'),
     'model.n_embd': (GPT2.n_embd, at_least(1), 'width of the residual stream (D)'),
     'model.n_inner': (
@@ -124,7 +126,7 @@ SETTINGS = {
         'tinyshakespeare',
         NAME,
         'a corpus name, a text file, a folder made by scripts/prepare.py, or GPT-2 tokens of llm.c '
-        "or nanoGPT as a pattern that ends in .bin (files with 'val' in the name: validation)",
+        "or nanoGPT as a pattern that ends in .bin ('val' as a word of a name: validation)",
     ),
     'data.tokenizer': (
         'char',
@@ -280,7 +282,11 @@ def describe(key: str) -> str:
     """One setting in words: its type, allowed values, and meaning."""
     default, allowed, meaning = SETTINGS[key]
     kind = default if isinstance(default, type) else type(default)
-    return f'{key} ({kind.__name__}, {allowed.words}): {meaning}'
+    return f'{key} ({_kind_words(kind)}, {allowed.words}): {meaning}'
+
+
+def _kind_words(kind: type) -> str:
+    return 'finite float' if kind is float else kind.__name__
 
 
 def check_key(key: str) -> None:
@@ -312,10 +318,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
+        if kind is float and right_type and not math.isfinite(value):
+            right_type = False
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {kind.__name__}, {allowed.words} '
-                f'({meaning})'
+                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train
     with config.unlocked():
@@ -373,22 +381,24 @@ def from_json(text: str) -> ConfigDict:
     value that is not allowed.
     """
     config, renamed = default_config(), []
-    for section, values in json.loads(text).items():
+    sections = foreign.parse_json(text, 'the configuration', {str: {}})
+    for section, values in sections.items():
         for name, value in values.items():
             old_key = f'{section}.{name}'
             key = RENAMED_KEYS.get(old_key, old_key)
             check_key(key)
             if key != old_key:
                 renamed.append(f'{old_key} is now {key}')
-            new_value = RENAMED_VALUES.get((key, str(value)), value)
-            if new_value != value:
+            new_value = value
+            if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+                new_value = RENAMED_VALUES[key, value]
                 renamed.append(f'{key} = {value!r} is now {new_value!r}')
             new_section, new_name = key.split('.')
             try:
                 config[new_section][new_name] = new_value
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UsageError(
-                    f'{key} = {value!r} is not allowed; expected {describe(key)}'
+                    f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
                 ) from None
     if renamed:
         print(f'[settings of an older version: {"; ".join(renamed)}]', file=sys.stderr)

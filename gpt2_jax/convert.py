@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from gpt2_jax import config as config_lib
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.architecture import VOCAB_MULTIPLE, GPT2Config
 from gpt2_jax.data import tokenizers, vocabulary
 from gpt2_jax.data.dataset import Dataset, Tokens
@@ -25,6 +25,14 @@ from gpt2_jax.workdir import checksums, restore
 
 # Not `tokenizer.json`: transformers would read that in a form of its own.
 OUR_TOKENIZER = 'gpt2_jax_tokenizer.json'
+# In the tokenizer.json of transformers each merge is 'left right', or a pair.
+MERGE = foreign.Check(
+    'a merge of two tokens',
+    lambda v: (
+        isinstance(v, str)
+        or (isinstance(v, list) and len(v) == 2 and all(isinstance(part, str) for part in v))
+    ),
+)
 MAX_PADDING = VOCAB_MULTIPLE - 1  # rows of wte that may belong to no token
 HUB_FILES = (huggingface.CONFIG, huggingface.WEIGHTS, 'vocab.json', 'merges.txt')
 HUB_SECONDS = 10  # to wait for an answer
@@ -41,8 +49,9 @@ def from_hf(
     The tokenizer comes from `tokenizer_file`, or from the published folder. Raises UserError for
     weights, a configuration or a tokenizer that cannot be read or do not fit each other.
     """
-    is_name = not Path(source).exists() and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source)
-    folder = download(source) if is_name else Path(source)
+    folder = files.user_path(source)
+    is_name = not folder.exists() and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source)
+    folder = download(source) if is_name else folder
     published, tensors = huggingface.read_folder(folder)
     settings = huggingface.config_from_hf(published)
     vocab_size, tokenizer = settings.pop('vocab_size'), _read_tokenizer(folder, tokenizer_file)
@@ -138,7 +147,7 @@ def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
     """The tokenizer in `file`, ours as JSON or GPT-2's merges, or else the one in `folder`."""
     names = [OUR_TOKENIZER, *vocabulary.NAMES, 'tokenizer.json']
     path = (
-        Path(file)
+        files.user_path(file)
         if file
         else next((folder / name for name in names if (folder / name).exists()), None)
     )
@@ -149,17 +158,14 @@ def _read_tokenizer(folder: Path, file: str | None) -> Tokenizer:
         )
     if path.suffix != '.json':
         return Gpt2Tokenizer(vocabulary.read_merges(path))
-    try:
-        content = json.loads(path.read_text('utf-8'))
-        if 'model' not in content:
-            return tokenizers.from_json(json.dumps(content))
-        # In the form of transformers each merge is 'left right', or a pair.
-        merges = ''.join(
-            f'{merge if isinstance(merge, str) else " ".join(merge)}\n'
-            for merge in content['model']['merges']
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is not a tokenizer: {type(error).__name__}: {error}') from None
+    text = foreign.read_text(path)
+    content = foreign.parse_json(text, path, {'model': foreign.Maybe({'merges': [MERGE]})})
+    if content.get('model') is None:
+        return tokenizers.from_json(text, path)
+    merges = ''.join(
+        f'{merge if isinstance(merge, str) else " ".join(merge)}\n'
+        for merge in content['model']['merges']
+    )
     if hashlib.sha256(merges.encode()).hexdigest() != vocabulary.MERGES_SHA256:
         raise UserError(f"{path} does not hold GPT-2's merges: it is another tokenizer")
     return Gpt2Tokenizer(merges)

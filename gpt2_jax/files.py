@@ -1,26 +1,29 @@
-"""Files that appear whole or not at all, their SHA-256, their text, and where published files are.
+"""Files that appear whole or not at all, their SHA-256, and where published files are.
 
 The files of a published NAME are looked for in three folders, in this order: `data/NAME` below the
 current folder, `$GPT2_JAX_DATA_DIR/NAME`, and `gpt2_jax/NAME` in the user's cache
 (`$XDG_CACHE_HOME`, by default ~/.cache). A download goes to that cache. No file found is changed.
 """
 
-import codecs
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import http.client
-import itertools
 import os
+import re
 import secrets
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from gpt2_jax.errors import UserError
+from gpt2_jax import foreign
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.progress import Progress
 
 BLOCK_BYTES = 1 << 16  # of a download, at once
 TIMEOUT_SECONDS = 10  # of silence; a slow download that keeps moving is not cut off
@@ -30,7 +33,7 @@ TIMEOUT_SECONDS = 10  # of silence; a slow download that keeps moving is not cut
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which takes its name, replacing an older file, once it is complete.
 
-    If the block raises, nothing is left. Raises OSError.
+    If the block raises, nothing is left. Raises OSError that names the file.
     """
     part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
     try:
@@ -39,6 +42,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and str(error.filename) in ('None', str(part)):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -53,8 +60,9 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write in, which takes its name once everything is written.
 
-    If the block raises, nothing is left. Raises UserError if something is at `path` already, other
-    than an empty folder, and if the disk refuses to write.
+    If the block raises, nothing is left; what a killed process left is removed by the next one that
+    writes the same folder. Raises UserError if something is at `path` already, other than an empty
+    folder, and if the disk refuses to write.
     """
     path = path.absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -64,8 +72,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.partial')
     try:
         partial.mkdir(parents=True)
-        yield partial
-        partial.rename(path)
+        with _locked(partial):  # in use, until this process ends
+            _remove_leftovers(path)
+            yield partial
+            partial.rename(path)
     except OSError as error:
         name = str(error.filename or path).replace(str(partial), str(path))
         raise UserError(f'cannot write {name}: {error.strerror or error}') from None
@@ -73,29 +83,66 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder; False if another process holds it, or the disk has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the unfinished folders of `path` that belong to no running process."""
+    for leftover in path.parent.glob(f'.{glob.escape(path.name)}.*.partial'):
+        ours = re.fullmatch(rf'\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial', leftover.name)
+        if ours and leftover.is_dir() and not leftover.is_symlink():
+            with _locked(leftover) as held:
+                if held:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    print(f'removed {leftover}, which a killed process left', file=sys.stderr)
+
+
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hex. Raises OSError."""
-    with open(path, 'rb') as file:
+    """SHA-256 of a regular file's bytes, in hex. Raises UserError."""
+    with foreign.open_file(path) as file, foreign.parsing(path, 'a file'):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def decode_utf8(blocks: Iterable[bytes], source: str | os.PathLike) -> Iterator[str]:
-    """The text of UTF-8 bytes, one piece for each block; no newline is translated.
+def user_path(path: str | os.PathLike) -> Path:
+    """The path that a user wrote, with ~ for the home folder. Raises UsageError for an address."""
+    text = os.fspath(path)
+    if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', text):
+        raise UsageError(
+            f'{foreign.escape(text)} is an address: expected a path on this machine; copy what is '
+            f'there to a folder first, {scheme[0]} is not supported'
+        )
+    return Path(os.path.expanduser(text))
 
-    A block may end inside a character. Raises UserError with the first wrong byte and its offset.
+
+def matching(pattern: str) -> list[Path]:
+    """The paths that match a pattern (*, ?, [ab], ** for folders of any depth), sorted.
+
+    A name that exists as it is written is taken as it is, and not as a pattern: `runs[1]/*.bin`
+    finds the files in the folder `runs[1]`, if there is such a folder.
     """
-    decoder, n_bytes = codecs.getincrementaldecoder('utf-8')(), 0
-    for block in itertools.chain(blocks, [b'']):
-        n_held = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f'{source} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset '
-                f'{n_bytes - n_held + error.start}; convert it first, for instance with iconv'
-            ) from None
-        yield text
-        n_bytes += len(block)
+    path = user_path(pattern)
+    for i in range(len(path.parts), -1, -1):
+        fixed = Path(*path.parts[:i])
+        if i == len(path.parts) and os.path.lexists(fixed):
+            return [path]
+        if os.path.isdir(fixed):
+            rest = os.path.join(*path.parts[i:])
+            with foreign.parsing(pattern, 'a pattern'):
+                names = glob.glob(rest, root_dir=fixed, recursive=True)
+            return [fixed / name for name in sorted(names)]
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,15 +190,16 @@ def _download(name: str, source: Source, file: BinaryIO) -> str:
         flush=True,
     )
     digest, n_bytes = hashlib.sha256(), 0
-    with urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response:
+    with (
+        urllib.request.urlopen(source.url, timeout=TIMEOUT_SECONDS) as response,
+        Progress('downloaded', source.n_bytes) as progress,
+    ):
         while block := response.read(min(BLOCK_BYTES, source.n_bytes + 1 - n_bytes)):
             file.write(block)
             digest.update(block)
             n_bytes += len(block)
             if n_bytes > source.n_bytes:
                 raise OSError(f'the server sent more than the expected {source.n_bytes:,} bytes')
-            if sys.stderr.isatty():
-                progress = f'\r{n_bytes / 1e6:.1f} MB, {n_bytes / source.n_bytes:.0%} '
-                print(progress, end='', file=sys.stderr, flush=True)
-    print(f'\rdownloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
+            progress.add(len(block))
+    print(f'downloaded {n_bytes / 1e6:.1f} MB', file=sys.stderr, flush=True)
     return digest.hexdigest()

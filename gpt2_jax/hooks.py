@@ -11,7 +11,7 @@ import jax
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
-from gpt2_jax.inference.streaming import default_prompt, stream_text
+from gpt2_jax.inference.streaming import encode_prompt, stream_text
 from gpt2_jax.training.loop import Interrupt
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.setup import Setup
@@ -81,7 +81,7 @@ class Sample:
         chunks = generate(
             setup.model,
             params,
-            default_prompt(tokenizer),
+            encode_prompt(tokenizer, ''),
             max_new_tokens=setup.config.eval.sample_tokens,
             seed=setup.config.train.seed,
             sampling=EVAL_SAMPLING,

@@ -1,28 +1,83 @@
 """From text of any size to a prepared folder.
 
-The folder (see data/shards.py) appears whole or not at all. The last characters of each file go to
-validation; they are split off before tokenizing. The tokenizer's separator, if it has one, stands
-between two documents.
+The folder (see data/shards.py) appears whole or not at all. The tokenizer's separator, if it has
+one, stands between two documents. What goes to validation is the last part of the corpus, the last
+part of each file, or whole documents, evenly spread; text is split before it is tokenized.
 """
 
 import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
 import itertools
 import json
+import math
 import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.data import documents, tokenizers
 from gpt2_jax.data.dataset import SPLITS, n_train_characters
-from gpt2_jax.data.shards import FORMAT, MANIFEST, MARK, TOKENIZER
+from gpt2_jax.data.shards import FORMAT, INPUTS, MANIFEST, MARK, TOKENIZER
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.progress import Progress
+
+SPLIT_BY = ('corpus', 'document', 'file')
+MAX_HELD = 1 << 24  # characters without a place to cut
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file of the corpus, as the first pass found it."""
+
+    path: str
+    documents: int
+    characters: int
+    bytes: int
+    sha256: str
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends the work arrived; the argument is the signal."""
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
+
+    def stop(number, frame):
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # let what was begun be removed
+        raise _Stopped(signal.Signals(number))
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
+        error = UserError(f'stopped by {number.name}: nothing was written')
+        error.exit_code = 128 + number
+        raise error from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_stopped_by_signals()
 def prepare(
     inputs: list[str],
     out_dir: str,
@@ -31,13 +86,16 @@ def prepare(
     val_fraction: float,
     shard_tokens: int,
     text_field: str = 'text',
-) -> dict:
-    """Writes the documents in files (see documents.py), in order, as a prepared folder.
+    split_by: str = 'corpus',
+    special_tokens: bool = False,
+) -> dict[str, Any]:
+    """Writes the documents in files (see documents.find_files), in order, as a prepared folder.
 
     Returns its manifest. Two passes over the files, one block at a time: the first pass counts and
-    collects the alphabet, the second pass encodes. Raises UserError for a file that cannot be
-    read, is empty or changes between the passes, and if `out_dir` holds anything: nothing is
-    overwritten.
+    collects the alphabet, the second pass encodes. With `special_tokens`, <|endoftext|> in a text
+    is the token of that name, else ordinary text. Raises UserError for a file that cannot be read
+    or changes between the passes, for texts that are all empty, if `out_dir` holds anything, and
+    for Ctrl-C, SIGTERM and SIGHUP; then nothing is written.
     """
     if shard_tokens < 1:
         raise UsageError(f'shard_tokens is {shard_tokens}: expected at least 1')
@@ -45,85 +103,137 @@ def prepare(
     learns_alphabet = tokenizer_name == 'char'
     # A missing vocabulary, too, is an error before the first pass.
     tokenizer = None if learns_alphabet else tokenizers.make_tokenizer(tokenizer_name, '')
-    with files.new_folder(Path(out_dir).resolve()) as folder:
-        sources, alphabet = _count(inputs, text_field, learns_alphabet)
+    if special_tokens and getattr(tokenizer, 'separator', None) is None:
+        raise UsageError(
+            f'the {tokenizer_name} tokenizer has no special tokens: leave the option out'
+        )
+    paths, left_out = documents.find_files(inputs)
+    folder = files.user_path(out_dir).resolve()
+    with files.new_folder(folder) as partial:
+        sources, alphabet = _count(paths, text_field, learns_alphabet)
+        totals = _totals(sources)
+        if split_by == 'document' and 0 < val_fraction * totals['documents'] < 1:
+            raise UserError(
+                f'val_fraction = {val_fraction} of {totals["documents"]} documents is less than '
+                'one document: use a larger fraction, or split by corpus'
+            )
         tokenizer = tokenizer or tokenizers.make_tokenizer(tokenizer_name, alphabet)
-        return _write(folder, sources, text_field, tokenizer, val_fraction, shard_tokens)
+        encode = tokenizer.encode
+        if special_tokens:
+            encode = functools.partial(tokenizers.encode_special, tokenizer)
+        # tiktoken and numpy encode outside the interpreter lock.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            writers = [
+                _SplitWriter(partial, split, tokenizer, encode, shard_tokens, pool)
+                for split in SPLITS
+            ]
+            _encode(sources, writers, text_field, split_by, val_fraction)
+            splits = {writer.split: writer.finish() for writer in writers}
+        left_out['empty files'] += len(paths) - len(sources)
+        manifest = {
+            'format': FORMAT,
+            'tokenizer': {
+                'name': tokenizer.name,
+                'vocab_size': tokenizer.vocab_size,
+                'sha256': tokenizers.fingerprint(tokenizer),
+            },
+            'dtype': writers[0].dtype.name,
+            'val_fraction': val_fraction,
+            'split_by': split_by,
+            'special_tokens': special_tokens,
+            'splits': splits,
+            'inputs': totals | {'left_out': {reason: n for reason, n in left_out.items() if n}},
+        }
+        lines = (json.dumps(dataclasses.asdict(source)) + '\n' for source in sources)
+        files.write_text(partial / INPUTS, ''.join(lines))
+        files.write_text(partial / TOKENIZER, tokenizers.to_json(tokenizer))
+        files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+    return manifest
+
+
+def _totals(sources: list[Source]) -> dict[str, int]:
+    return {
+        'files': len(sources),
+        'documents': sum(source.documents for source in sources),
+        'characters': sum(source.characters for source in sources),
+        'bytes': sum(source.bytes for source in sources),
+    }
 
 
 def _count(
-    inputs: list[str], text_field: str, learns_alphabet: bool
-) -> tuple[list[tuple[str, dict]], set[str]]:
-    """The first pass: each path with its entry of the manifest, and the alphabet, if asked for."""
+    paths: list[str], text_field: str, learns_alphabet: bool
+) -> tuple[list[Source], set[str]]:
+    """The first pass: the files that are not empty, and the alphabet, if asked for."""
     sources, alphabet = [], set()
-    for path in inputs:
-        sha256, n_documents, n_characters = _input_sha256(path), 0, 0
-        for document in documents.read(path, text_field):
-            n_documents += 1
-            for block in document:
-                n_characters += len(block)
-                if learns_alphabet:
-                    alphabet.update(block)
-        if not n_characters:
-            raise UserError(f'the text {path} is empty: expected at least one character')
-        about = {
-            'documents': n_documents,
-            'characters': n_characters,
-            'bytes': os.path.getsize(path),
-            'sha256': sha256,
-        }
-        sources.append((path, about))
+    with Progress('pass 1 of 2: read', sum(map(os.path.getsize, paths))) as progress:
+        for path in paths:
+            digest, n_bytes, n_documents, n_characters = hashlib.sha256(), 0, 0, 0
+
+            def observe(block, digest=digest):
+                nonlocal n_bytes
+                n_bytes += len(block)
+                digest.update(block)
+                progress.add(len(block))
+
+            for document in documents.read(path, text_field, observe):
+                n_documents += 1
+                for block in document:
+                    n_characters += len(block)
+                    if learns_alphabet:
+                        alphabet.update(block)
+            if n_characters:
+                about = n_documents, n_characters, n_bytes, digest.hexdigest()
+                sources.append(Source(path, *about))
+    if not sources:
+        what = f'{paths[0]} is' if len(paths) == 1 else f'all {len(paths)} files are'
+        raise UserError(f'the text {what} empty: expected at least one character')
     return sources, alphabet
 
 
-def _write(
-    folder: Path,
-    sources: list[tuple[str, dict]],
+def _encode(
+    sources: list[Source],
+    writers: list['_SplitWriter'],
     text_field: str,
-    tokenizer: Tokenizer,
+    split_by: str,
     val_fraction: float,
-    shard_tokens: int,
-) -> dict:
-    """The second pass: writes every file of a prepared folder; returns its manifest."""
-    # tiktoken and numpy encode outside the interpreter lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        train, val = (
-            _SplitWriter(folder, split, tokenizer, shard_tokens, pool) for split in SPLITS
-        )
-        for number, (path, about) in enumerate(sources):
-            left = n_train_characters(about['characters'], val_fraction)
-            is_record = documents.holds_records(path)
-            for line, byte, blocks in documents.read_placed(path, text_field):
+) -> None:
+    """The second pass: hands every document, or its two parts, to the writers of the splits."""
+    train, val = writers
+    numbers, share = itertools.count(), Fraction(str(val_fraction))
+    # The characters that go to training before the next go to validation.
+    left = n_train_characters(sum(source.characters for source in sources), val_fraction)
+    with Progress('pass 2 of 2: encoded', sum(source.bytes for source in sources)) as progress:
+        for file, source in enumerate(sources):
+            digest = hashlib.sha256()
+            is_record = documents.file_kind(source.path) != documents.TEXT
+
+            def observe(block, digest=digest):
+                digest.update(block)
+                progress.add(len(block))
+
+            if split_by == 'file':
+                left = n_train_characters(source.characters, val_fraction)
+            found = documents.read_placed(source.path, text_field, observe)
+            for line, byte, blocks in found:
                 train.begin_document()
                 val.begin_document()
-                place = Place(is_record, number, line, -1 if byte is None else byte, 0)
+                place = Place(is_record, file, line, -1 if byte is None else byte, 0)
+                if split_by == 'document':
+                    left = 0 if _is_val(next(numbers), share) else sys.maxsize
                 for block in blocks:
                     train.add(block[:left], place)
                     place = place.after(block[:left])
                     val.add(block[left:], place)
                     place = place.after(block[left:])
                     left = max(0, left - len(block))
-            if _input_sha256(path) != about['sha256']:
-                raise UserError(
-                    f'the text {path} changed while it was read: run again when nothing '
-                    'writes to it'
-                )
-        splits = {'train': train.finish(), 'val': val.finish()}
-    manifest = {
-        'format': FORMAT,
-        'tokenizer': {
-            'name': tokenizer.name,
-            'vocab_size': tokenizer.vocab_size,
-            'sha256': tokenizers.fingerprint(tokenizer),
-        },
-        'dtype': train.buffer.dtype.name,
-        'val_fraction': val_fraction,
-        'splits': splits,
-        'inputs': [{'file': Path(path).name, **about} for path, about in sources],
-    }
-    files.write_text(folder / TOKENIZER, tokenizers.to_json(tokenizer))
-    files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-    return manifest
+            if digest.hexdigest() != source.sha256:
+                remedy = 'run again when nothing writes to it'
+                raise foreign.error(source.path, 'changed while it was read', remedy)
+
+
+def _is_val(number: int, share: Fraction) -> bool:
+    """Whether document `number` is for validation: `share` of the documents, evenly spread."""
+    return math.floor((number + 1) * share) > math.floor(number * share)
 
 
 class Place(NamedTuple):
@@ -151,15 +261,6 @@ class _Encoded(NamedTuple):
     marks: list[tuple[int, Place]]
 
 
-def _encode(tokenizer: Tokenizer, texts: list[tuple[Place | None, str]]) -> _Encoded:
-    """Encodes each text by itself. A text without a place is the separator."""
-    separator = np.array([tokenizer.separator or 0], np.min_scalar_type(tokenizer.vocab_size - 1))
-    ids = [tokenizer.encode(text) if place else separator for place, text in texts]
-    starts = itertools.accumulate(map(len, ids), initial=0)
-    marks = [(start, place) for start, (place, _) in zip(starts, texts, strict=False) if place]
-    return _Encoded(np.concatenate(ids), sum(len(text.encode()) for _, text in texts), marks)
-
-
 class _SplitWriter:
     """Encodes the documents of one split in the threads of `pool`, and writes them in shards."""
 
@@ -168,18 +269,22 @@ class _SplitWriter:
         folder: Path,
         split: str,
         tokenizer: Tokenizer,
+        encode: Callable[[str], np.ndarray],
         shard_tokens: int,
         pool: ThreadPoolExecutor,
     ):
         self.folder, self.split, self.tokenizer, self.pool = folder, split, tokenizer, pool
-        self.buffer = np.empty(shard_tokens, np.min_scalar_type(tokenizer.vocab_size - 1))
+        self.encode = encode
+        self.dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        self.separator = np.array([tokenizer.separator or 0], self.dtype)
+        self.buffer = np.empty(shard_tokens, self.dtype)
         self.filled = self.n_bytes = 0
         self.shards, self.marks, self.n_tokens = [], [], 0
         self.split_is_empty = self.document_is_empty = True
         self.held = []  # blocks of the current document that are not in `texts` yet
         self.held_from = None  # the place of the first of them
         self.n_held = 0  # characters in `held` and in `texts`
-        self.texts = []  # (place, text) to be encoded, each by itself: see `_encode`
+        self.texts = []  # (place, text) to be encoded, each by itself; None is a separator
         self.encoding = collections.deque()  # futures, in order
 
     def begin_document(self):
@@ -194,7 +299,7 @@ class _SplitWriter:
             return
         is_first = self.document_is_empty and not self.split_is_empty
         if is_first and self.tokenizer.separator is not None:
-            self.texts.append((None, ''))
+            self.texts.append(None)
         self.split_is_empty = self.document_is_empty = False
         if not self.held:
             self.held_from = place
@@ -209,14 +314,31 @@ class _SplitWriter:
 
     def _submit(self):
         if self.texts:
-            self.encoding.append(self.pool.submit(_encode, self.tokenizer, self.texts))
+            self.encoding.append(self.pool.submit(self._encode, self.texts))
             self.texts, self.n_held = [], sum(map(len, self.held))
+        elif self.n_held > MAX_HELD:
+            raise UserError(
+                f'a document has no visible character before a space or newline in {MAX_HELD:,} '
+                'characters, so it cannot be tokenized in parts: break its lines'
+            )
         while len(self.encoding) > 2 * (os.cpu_count() or 1):
             self._store(self.encoding.popleft().result())
 
+    def _encode(self, texts: list[tuple[Place, str] | None]) -> _Encoded:
+        """Encodes each text by itself; None is the separator."""
+        pieces = [self.separator if text is None else self.encode(text[1]) for text in texts]
+        ids, n_bytes = np.concatenate(pieces), sum(len(text[1].encode()) for text in texts if text)
+        if self.tokenizer.separator is not None:  # a special token in a text is no text
+            n_special = int(np.count_nonzero(ids == self.separator)) - texts.count(None)
+            n_bytes -= n_special * len(tokenizers.END_OF_TEXT)
+        starts = itertools.accumulate(map(len, pieces), initial=0)
+        marks = [(at, text[0]) for at, text in zip(starts, texts, strict=False) if text]
+        return _Encoded(ids, n_bytes, marks)
+
     def _store(self, encoded: _Encoded):
         ids = encoded.ids
-        self.marks += [(self.n_tokens + start, *place[1:]) for start, place in encoded.marks]
+        marks = [(self.n_tokens + start, *place[1:]) for start, place in encoded.marks]
+        self.marks.append(np.array(marks, MARK))
         self.n_tokens += len(ids)
         self.n_bytes += encoded.n_bytes
         while len(ids):
@@ -231,31 +353,53 @@ class _SplitWriter:
         """Writes the tokens in the buffer, if there are any, as the next shard."""
         if self.filled:
             path = self.folder / f'{self.split}_{len(self.shards):05d}.npy'
-            np.save(path, self.buffer[: self.filled], allow_pickle=False)
+            ids = self.buffer[: self.filled]
+            with files.new_file(path) as file:
+                header = np.lib.format.header_data_from_array_1_0(ids)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(ids.data)
             self.shards.append(
-                {'file': path.name, 'tokens': self.filled, 'sha256': files.sha256(path)}
+                {'file': path.name, 'tokens': len(ids), 'sha256': files.sha256(path)}
             )
             self.filled = 0
 
-    def finish(self) -> dict:
+    def finish(self) -> dict[str, Any]:
         """Encodes and writes the rest; returns this split's entry of the manifest."""
         self.begin_document()
         self._submit()
         while self.encoding:
             self._store(self.encoding.popleft().result())
         self._flush()
-        marks = self.folder / f'{self.split}_marks.npy'
-        np.save(marks, np.array(self.marks, MARK), allow_pickle=False)
+        path = self.folder / f'{self.split}_marks.npy'
+        with files.new_file(path) as file:
+            np.save(file, np.concatenate([np.zeros(0, MARK), *self.marks]), allow_pickle=False)
         return {
             'tokens': sum(shard['tokens'] for shard in self.shards),
             'bytes': self.n_bytes,
             'shards': self.shards,
-            'marks': {'file': marks.name, 'sha256': files.sha256(marks)},
+            'marks': {'file': path.name, 'sha256': files.sha256(path)},
         }
 
 
-def _input_sha256(path: str) -> str:
-    try:
-        return files.sha256(path)
-    except OSError as error:
-        raise UserError(f'cannot read the text {path}: {error.strerror}') from None
+def describe(manifest: dict[str, Any]) -> list[str]:
+    """What a prepared folder holds, in lines for people."""
+    lines = [f'{"split":<8}{"tokens":>16}{"bytes":>16}{"shards":>8}']
+    for split, about in manifest['splits'].items():
+        tokens, n_bytes = about['tokens'], about['bytes']
+        lines.append(f'{split:<8}{tokens:>16,}{n_bytes:>16,}{len(about["shards"]):>8}')
+    tokenizer, inputs = manifest['tokenizer'], manifest['inputs']
+    kept = {
+        'corpus': 'the last {:.4g} % of the characters of the corpus',
+        'document': '{:.4g} % of the documents, evenly spread over the corpus',
+        'file': 'the last {:.4g} % of the characters of each file',
+    }[manifest['split_by']].format(100 * manifest['val_fraction'])
+    special = 'a token' if manifest['special_tokens'] else 'ordinary text'
+    left_out = ', '.join(f'{n:,} {reason}' for reason, n in inputs['left_out'].items())
+    return [
+        *lines,
+        f'validation: {kept}',
+        f'tokenizer {tokenizer["name"]}, vocabulary {tokenizer["vocab_size"]:,}, '
+        f'{manifest["dtype"]}; <|endoftext|> in a text is {special}',
+        f'read {inputs["files"]:,} files, {inputs["documents"]:,} documents, '
+        f'{inputs["bytes"] / 1e6:.1f} MB; left out: {left_out or "nothing"}',
+    ]

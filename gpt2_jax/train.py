@@ -54,11 +54,18 @@ def train(
     if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
 
-    with folder.claim(workdir), memory_errors('train'):
+    with folder.claim(workdir) as check_claim, memory_errors('train'):
         for report in quarantine(workdir / FOLDER):
             print(report, flush=True)
-        keep = config.checkpoint.keep, config.checkpoint.keep_every
-        with Checkpoints(workdir / FOLDER, *keep) as checkpoints, compiling() as pool:
+        with (
+            Checkpoints(
+                workdir / FOLDER,
+                check_claim,
+                keep=config.checkpoint.keep,
+                keep_every=config.checkpoint.keep_every,
+            ) as checkpoints,
+            compiling() as pool,
+        ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
 
 
@@ -164,7 +171,8 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
 
 def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str, int]) -> None:
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
-    folder.cut_back(workdir, log_sizes)
+    for report in folder.cut_back(workdir, log_sizes):
+        print(report, flush=True)
     probes.cut_back(workdir, start)
     (workdir / 'summary.json').unlink(missing_ok=True)
     files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))

@@ -10,11 +10,9 @@ fine-tuning. Weights of nanoGPT, saved as safetensors, are read too. --to_hf wri
 transformers loads. Nothing is overwritten.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _FROM_HF = flags.DEFINE_string(
@@ -44,9 +42,9 @@ def main(arguments: list[str]) -> None:
 
     devices.select_platform('cpu')  # arrays are only copied
     if _FROM_HF.value is not None:
-        convert.from_hf(_FROM_HF.value, Path(_CKPT_DIR.value), _TOKENIZER.value)
+        convert.from_hf(_FROM_HF.value, files.user_path(_CKPT_DIR.value), _TOKENIZER.value)
     else:
-        convert.to_hf(Path(_CKPT_DIR.value), _STEP.value, Path(_TO_HF.value))
+        convert.to_hf(files.user_path(_CKPT_DIR.value), _STEP.value, files.user_path(_TO_HF.value))
 
 
 if __name__ == '__main__':

@@ -15,11 +15,9 @@ a pattern. --stride=32 gives each target more context.
 --lambada predicts the last word of each passage.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import detokenizers
 
@@ -29,6 +27,9 @@ _CKPT_DIR = flags.DEFINE_string(
 _STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _SPLIT = flags.DEFINE_enum(
     'split', None, ['val', 'train'], 'The split of a corpus or prepared folder; val by default.'
+)
+_CORPUS = flags.DEFINE_string(
+    'corpus', None, "Where the checkpoint's own corpus is now, if it was moved since training."
 )
 _TEXT = flags.DEFINE_string(
     'text', None, "A text or tokens to score instead of the checkpoint's own corpus."
@@ -65,12 +66,14 @@ def main(arguments: list[str]) -> None:
     """Calls the library once and prints the figures."""
     cli.no_more(arguments)
     context, unused = '', []
-    for flag in (_TEXT, _LAMBADA):
+    for flag in (_TEXT, _LAMBADA, _CORPUS):
         if flag.value == '':
             raise UsageError(f'--{flag.name} is empty: expected a file')
     if _LAMBADA.value is not None:
-        context, unused = 'with --lambada', [_TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
-    elif _TEXT.value is None:
+        context, unused = 'with --lambada', [_CORPUS, _TEXT, _SPLIT, _STRIDE, _DETOKENIZER]
+    elif _TEXT.value is not None:
+        context, unused = 'with --text', [_CORPUS]
+    else:
         context, unused = 'without --text', [_DETOKENIZER, _TEXT_FIELD]
     cli.refuse(unused, context)
     from gpt2_jax.inference import lambada, score
@@ -78,7 +81,9 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.workdir import restore
 
     devices.select_platform(_PLATFORM.value)
-    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
+    restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
+    if _CORPUS.value is not None:
+        restored.config.data.corpus = _CORPUS.value
     options = {'context': _CONTEXT.value, **({'rows': _ROWS.value} if _ROWS.present else {})}
     if _LAMBADA.value is not None:
         result = lambada.score_lambada(

@@ -5,11 +5,10 @@ echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _CKPT_DIR = flags.DEFINE_string(
@@ -17,7 +16,9 @@ _CKPT_DIR = flags.DEFINE_string(
 )
 _STEP = flags.DEFINE_string('step', 'best', "The checkpoint: 'best', 'latest' or a number.")
 _PROMPT = flags.DEFINE_string(
-    'prompt', None, 'The text to continue; a newline by default. See --prompt_file.'
+    'prompt',
+    None,
+    'The text to continue. By default <|endoftext|> or a newline. See --prompt_file.',
 )
 _PROMPT_FILE = flags.DEFINE_string(
     'prompt_file',
@@ -35,7 +36,12 @@ _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0
 _TOP_P = flags.DEFINE_float(
     'top_p', 1.0, 'Draw from the fewest tokens with this total probability; 1: from all tokens.'
 )
-_STOP = flags.DEFINE_string('stop', '', 'End before the first occurrence of this text.')
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], 'End before the first occurrence of this text; may be given several times.'
+)
+_SPECIAL_TOKENS = flags.DEFINE_bool(
+    'special_tokens', False, 'Read <|endoftext|> in the prompt as the token, not as text.'
+)
 _SEED = flags.DEFINE_integer(
     'seed', 0, 'The same seed gives the same texts.', lower_bound=0, upper_bound=2**32 - 1
 )
@@ -71,18 +77,19 @@ def main(arguments: list[str]) -> None:
     from gpt2_jax.inference.sampling import Sampling
     from gpt2_jax.inference.streaming import print_samples
     from gpt2_jax.parallel import devices, faults
+    from gpt2_jax.terminal import printable
     from gpt2_jax.workdir import restore
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
-    restored = restore.load(Path(_CKPT_DIR.value), _STEP.value)
+    restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
-    print(
+    about = (
         f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
-        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]',
-        file=sys.stderr,
+        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]'
     )
+    print(printable(about, sys.stderr), file=sys.stderr)
     with faults.memory_errors('sample'):
         print_samples(
             model,
@@ -93,6 +100,7 @@ def main(arguments: list[str]) -> None:
             max_new_tokens=_MAX_NEW_TOKENS.value,
             sampling=sampling,
             stop=_STOP.value,
+            special_tokens=_SPECIAL_TOKENS.value,
             seed=_SEED.value,
             strict_context=_STRICT.value,
             notify=lambda text: print(f'[{text}]', file=sys.stderr),

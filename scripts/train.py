@@ -12,11 +12,10 @@ import time
 
 STARTED = time.monotonic()  # before all other imports, which are part of the start
 
-from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from gpt2_jax import cli  # noqa: E402
+from gpt2_jax import cli, files  # noqa: E402
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> int:
     devices.select_platform(_PLATFORM.value)
     return train(
         _CONFIG.value,
-        Path(_WORKDIR.value or f'runs/{cli.config_name()}'),
+        files.user_path(_WORKDIR.value or f'runs/{cli.config_name()}'),
         extend=_EXTEND.value,
         fresh=_FRESH.value,
         started=STARTED,

@@ -111,6 +111,8 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
         with (
             open(os.devnull) as nothing,
             warnings.catch_warnings(),
+            # It may end this process, without waiting for threads of other tests.
+            mock.patch('gpt2_jax.cli.end_process', sys.exit),
             mock.patch.multiple(
                 sys,
                 argv=argv,

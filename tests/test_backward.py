@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tiny import tiny
 
-from gpt2_jax.model.gpt2 import LayerNorm, activate, causal_attention
+from gpt2_jax.model.gpt2 import LayerNorm, causal_attention
+from gpt2_jax.model.ops import activate
 from gpt2_jax.training.step import token_losses
 
 B, T, H, K, D, V = 3, 24, 4, 16, 64, 97

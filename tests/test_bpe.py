@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.corpora import CorpusNotFound, find_text
 from gpt2_jax.data.dataset import from_text
-from gpt2_jax.data.tokenizers import Gpt2Tokenizer, fingerprint, from_json, to_json
+from gpt2_jax.data.tokenizers import (
+    ByteTokenizer,
+    Gpt2Tokenizer,
+    encode_special,
+    fingerprint,
+    from_json,
+    to_json,
+)
 from gpt2_jax.errors import UserError
 
 # As OpenAI published it with GPT-2; tiktoken has a faster one.
@@ -83,6 +91,32 @@ def test_a_cut_changes_no_id(before, text, after):
         assert (
             np.concatenate([left, right]).tolist() == SMALL.encode(before + text + after).tolist()
         )
+
+
+@quick
+@given(hard_texts)
+def test_blanks_apart_change_no_id(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, 'LONG_BLANKS', re.compile(tokenizers.BLANKS + '{2,}'))
+        assert SMALL._encode_blanks_apart(text).tolist() == SMALL.encode(text).tolist()
+
+
+@pytest.mark.parametrize('blank', [' ', '\n', '\u3000'])
+def test_a_million_blanks(blank):
+    run, text = blank * 1_000_001, f'the{blank * 1_000_001}the {blank * 1_000_001}'
+    ids = SMALL.encode(text)
+    parts = ['the', run[1:], f'{blank}the', f' {run}']
+    assert ids.tolist() == np.concatenate([SMALL.encode(part) for part in parts]).tolist()
+    assert SMALL.decode(ids) == text
+
+
+def test_special_tokens_where_asked_for():
+    text, end = 'the<|endoftext|><|endoftext|> the<|endof', [SMALL.separator]
+    the = [SMALL.encode(part).tolist() for part in ('the', ' the<|endof')]
+    assert encode_special(SMALL, text).tolist() == [*the[0], *end, *end, *the[1]]
+    assert encode_special(SMALL, text).dtype == SMALL.encode(text).dtype
+    for tokenizer, plain in ((SMALL, 'the'), (ByteTokenizer(), text)):
+        assert encode_special(tokenizer, plain).tolist() == tokenizer.encode(plain).tolist()
 
 
 @pytest.mark.parametrize(

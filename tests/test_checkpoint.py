@@ -1,9 +1,11 @@
 """Checkpoints: each changed byte is found, the latest two and the best stay, nan is never saved."""
 
+import hashlib
 import json
 import random
 import re
 import shutil
+import subprocess
 import time
 
 import jax
@@ -14,10 +16,11 @@ import runs
 from runs import make_config
 
 from gpt2_jax import train as train_lib
-from gpt2_jax.errors import DivergedError, UserError
+from gpt2_jax.errors import DivergedError, UsageError, UserError
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.training.step import TrainState
-from gpt2_jax.workdir import checkpoints, checksums
+from gpt2_jax.workdir import checkpoints as checkpoints_lib
+from gpt2_jax.workdir import checksums, storage
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import (
     CHECKSUMS,
@@ -82,32 +85,221 @@ def test_a_change_in_any_file_of_a_checkpoint_is_found(run):
                 flip(file, draw.randrange(8 * len(data)))
             else:
                 file.write_bytes(data[:-1])
-            told = verify(path)
-            assert told, f'{change} {name}'
-            assert (
-                change == 'delete'
-                or name == CHECKSUMS
-                or told == f'{name!r} is not as it was saved'
-            )
+            problem = verify(path)
+            if name == CHECKSUMS:
+                assert problem in (f'{name!r} is not as it was saved', 'its save was cut short')
+            else:
+                state = 'missing' if change == 'delete' else 'not as it was saved'
+                assert problem == f'{name!r} is {state}', f'{change} {name}'
             file.write_bytes(data)
-    (path / 'params/added').write_bytes(b'')
-    assert verify(path) == "'params/added' is not as it was saved"
+    assert verify(path) is None
+
+
+def test_added_files_do_not_damage_a_checkpoint(text, finished, run):
+    """Desktops, editors and synchronisers leave files anywhere."""
+    for step in all_steps(run / FOLDER):
+        for name in ('.DS_Store', 'params/Thumbs.db', 'train/d/.nfs0001', 'meta/.x.tmp/y'):
+            file = run / FOLDER / str(step) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text('x')
+        assert verify(run / FOLDER / str(step)) is None
+    for name in ('.DS_Store', '²', '٣', '007', '-5', '1_000', '5 ', 'notes.txt'):
+        (run / FOLDER / name).mkdir()
+    assert load(run, 'latest').step == STEPS
+    shutil.rmtree(newest(run))
+    code, printed = runs.quiet_train(make_config(text), run)
+    assert code == 0
+    assert 'resuming from checkpoint 15 ' in printed
+    assert 'renamed' not in printed
+    assert runs.differences(run, finished) == []
+
+
+@pytest.mark.parametrize('how', ['flip', 'no checksums'])
+def test_if_every_checkpoint_is_damaged_nothing_is_changed(how, text, run):
+    steps = all_steps(run / FOLDER)
+    for step in steps:
+        if how == 'flip':
+            flip(run / FOLDER / str(step) / 'meta/metadata', 9)
+        else:
+            (run / FOLDER / str(step) / CHECKSUMS).unlink()
+    before = sorted(run.rglob('*'))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r'every checkpoint in \S+ is damaged \(.*--fresh'):
+            runs.quiet_train(make_config(text), run)
+    assert sorted(run.rglob('*')) == before
+
+
+def test_a_renamed_checkpoint_gets_its_name_back(text, finished, run):
+    """Under the name of another step it would be resumed from, and updates would be left out."""
+    folder = run / FOLDER
+    shutil.rmtree(newest(run))
+    (folder / '15').rename(folder / '17')
+    assert verify(folder / '17') == 'it is the checkpoint of step 15 under another name'
+    with pytest.raises(UserError, match='17 cannot be used: it is the checkpoint of step 15'):
+        load(run, '17')
+    shutil.copytree(folder / '17', folder / '16')
+    code, printed = runs.quiet_train(make_config(text), run)
+    assert code == 0
+    assert 'checkpoint 16 gets its name back: it is the checkpoint of step 15' in printed
+    assert 'checkpoint 17 cannot be used: it is the checkpoint of step 15' in printed
+    assert 'resuming from checkpoint 15 ' in printed
+    assert runs.differences(run, finished) == []
+
+
+def test_checkpoints_of_an_older_version(text, run):
+    """Their checksums have no step, so the step in the state is compared."""
+    path = newest(run)
+    sums = path / CHECKSUMS
+    sums.write_text(''.join(sums.read_text().splitlines(keepends=True)[1:]))
+    assert verify(path) is None
+    assert load(run, 'latest').step == STEPS
+    path.rename(path.with_name('21'))
+    with pytest.raises(UserError, match=r'/21 holds the state of step 18: .* Rename it to 18'):
+        load(run, '21')
+    with pytest.raises(UserError, match=r'/21 holds the state of step 18'):
+        runs.quiet_train(make_config(text, train__steps=30), run, extend=True)
+
+
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        (lambda meta: [], 'expected an object'),
+        (lambda meta: {}, "it has no 'config'"),
+        (lambda meta: meta | {'config': 5}, 'config is 5, expected a text'),
+        (lambda meta: meta | {'corpus': {'name': 'x'}}, "'corpus' has no 'sha256'"),
+        (lambda meta: meta | {'log_sizes': {'x': -1}}, 'log_sizes.x is -1, expected an integer'),
+        (lambda meta: meta | {'config': '['}, 'the configuration cannot be read as JSON'),
+        (lambda meta: meta | {'config': '[' * 5000}, 'the configuration cannot be read as JSON'),
+        (lambda meta: meta | {'config': '[]'}, 'the configuration is damaged'),
+        (lambda meta: meta | {'config': '{"train": 5}'}, 'the configuration is damaged'),
+        (lambda meta: meta | {'config': '{"train": {"steps": {}}}'}, 'train.steps = an object'),
+        (lambda meta: meta | {'config': '{"optim": {"eps": 1%s}}' % ('0' * 401)}, 'optim.eps = 1'),
+        (lambda meta: meta | {'progress': {'x': 1}}, 'progress'),
+    ],
+)
+def test_a_checkpoint_with_metadata_of_another_form(change, problem, text, run):
+    """Its checksums are right: it was written by another program."""
+    file = newest(run) / 'meta/metadata'
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    checksums.write_checksums(newest(run))
+    with pytest.raises(UserError, match=problem):
+        runs.quiet_train(make_config(text), run)
+    if problem != 'progress':
+        with pytest.raises(UserError, match=problem):
+            load(run, 'latest')
+
+
+@pytest.mark.parametrize(
+    'metrics', ['', '[', '[' * 5000, '{}', '[]', '{"val_loss": "x"}', '{"val_loss": NaN}']
+)
+def test_a_checkpoint_with_metrics_of_another_form(metrics, run):
+    (newest(run) / 'metrics/metrics').write_text(metrics)
+    checksums.write_checksums(newest(run))
+    with pytest.raises(UserError, match=r'metrics/metrics (cannot be read as JSON|is damaged): '):
+        load(run, 'best')
+
+
+@pytest.mark.parametrize('name', ['p[1]', '[!a]', 'a*b?', '[v2]/{x}', 'ü 日本'])
+def test_the_name_of_a_folder_is_no_pattern(name, text, finished, tmp_path):
+    """Orbax finds the parts of a checkpoint by a pattern that begins with the folder's path."""
+    run = tmp_path / name
+    assert runs.quiet_train(make_config(text), run)[0] == 0
+    assert load(run, 'best').step == load(finished, 'best').step
+    assert runs.differences(run, finished) == []
+
+
+@pytest.mark.parametrize('name', ['back\\slash', 'not utf-8 \udcff'])
+def test_a_folder_that_could_not_be_read_back_is_refused_before_training(name, text, tmp_path):
+    with pytest.raises(UsageError, match='could not be read back: its name'):
+        runs.quiet_train(make_config(text), tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize('item', ['params', 'train', 'meta'])
+def test_a_checkpoint_that_cannot_be_read_back_is_not_committed(item, tmp_path, monkeypatch):
+    """As if Orbax had left out the last step of a save, without an error."""
+    read_back = storage.read_back
+
+    def incomplete(path, step, items):
+        file = path / item / ('metadata' if item == 'meta' else 'manifest.ocdbt')
+        file.rename(tmp_path / 'lost')
+        read_back(path, step, items)
+
+    with Checkpoints(tmp_path / 'c') as checkpoints:
+        checkpoints.save(1, small_state(1), META, None)
+        checkpoints.wait()
+        monkeypatch.setattr(storage, 'read_back', incomplete)
+        checkpoints.save(2, small_state(2), META, None)
+        with pytest.raises(UserError, match=r'2 could not be saved .* cannot be read'):
+            checkpoints.wait()
+        assert all_steps(tmp_path / 'c') == [1]
+        monkeypatch.setattr(storage, 'read_back', read_back)
+        with pytest.raises(UserError, match=r'3 could not be saved .* it holds step 4'):
+            checkpoints.save(3, small_state(4), META, None)
+            checkpoints.wait()
+
+
+def test_every_leaf_is_read_back(tmp_path, monkeypatch):
+    """A state is read in groups: of one leaf, of some, of all."""
+    tree = {'step': jnp.int32(1), 'opt_state': [jnp.zeros(n) for n in range(1, 9)]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(
+            1, TrainState(tree['step'], {'w': jnp.ones(3)}, tree['opt_state']), META, 1
+        )
+        checkpoints.wait()
+    for n_bytes in (1, 40, 10000):
+        read, original = [], storage._read
+        monkeypatch.setattr(storage, 'READ_BACK_BYTES', n_bytes)
+
+        def note(path, like, read=read, original=original, **options):
+            result = original(path, like, **options)
+            read += [leaf.size for leaf in jax.tree.leaves(result) if leaf is not ...]
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, '_read', note)
+            storage.read_back(tmp_path / '1', 1, {'train': tree})
+        assert sorted(read) == [1, 1, 2, 3, 4, 5, 6, 7, 8], n_bytes
 
 
 def test_a_change_of_any_bit_of_the_checksums_is_found(tmp_path):
+    path = tmp_path / '12'
+    path.mkdir()
     for name in ('one', 'two'):
-        (tmp_path / name).write_text(name)
-    checksums.write_checksums(tmp_path)
-    for bit in range(8 * (tmp_path / CHECKSUMS).stat().st_size):
-        flip(tmp_path / CHECKSUMS, bit)
-        assert verify(tmp_path), bit
-        flip(tmp_path / CHECKSUMS, bit)
-    assert verify(tmp_path) is None
+        (path / name).write_text(name)
+    checksums.write_checksums(path)
+    data = (path / CHECKSUMS).read_bytes()
+    assert verify(path) is None
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        sums = checksums.parse_checksums(changed)
+        assert sums is None or sums.step != 12, bit
+    for length in range(len(data)):
+        assert checksums.parse_checksums(data[:length]) is None, length
+    flip(path / CHECKSUMS, 999)
+    assert verify(path) == f'{CHECKSUMS!r} is not as it was saved'
+
+
+def test_checksums_that_name_a_file_elsewhere_are_damaged(tmp_path):
+    path = tmp_path / '12'
+    path.mkdir()
+    (tmp_path / 'outside').write_text('x')
+    (path / 'link').symlink_to(tmp_path / 'outside')
+    digest = hashlib.sha256(b'x').hexdigest()
+    for name in ('../outside', str(tmp_path / 'outside'), 'link', 'a/../../outside', '.'):
+        (path / CHECKSUMS).write_text(f'{digest}  {name}\n')
+        assert verify(path), name
 
 
 def test_checksums_have_the_format_of_sha256sum(run):
-    lines = (newest(run) / CHECKSUMS).read_text().splitlines()
+    """It skips the first line, a comment."""
+    first, *lines = (newest(run) / CHECKSUMS).read_text().splitlines()
+    assert first.startswith(f'# checkpoint of step {STEPS}; ')
     assert all(re.fullmatch(r'[0-9a-f]{64}  \S+', line) for line in lines)
+    if shutil.which('sha256sum'):
+        check = ['sha256sum', '--check', '--strict', '--quiet', CHECKSUMS]
+        subprocess.run(check, cwd=newest(run), check=True)
 
 
 @pytest.mark.parametrize('kind', ['damaged', 'unsealed', 'temporary'])
@@ -148,6 +340,15 @@ def test_renamed_checkpoints_get_different_names(tmp_path):
     ]
 
 
+META = {
+    'config': '',
+    'tokenizer': '',
+    'corpus': {'name': '', 'sha256': '', 'fallback': False},
+    'progress': {},
+    'log_sizes': {'metrics.jsonl': 3},
+}
+
+
 def small_state(step):
     return TrainState(jnp.int32(step), {'w': jnp.full(3, step, jnp.float32)}, {'m': jnp.zeros(2)})
 
@@ -170,7 +371,7 @@ def small_state(step):
 def test_latest_two_and_best_are_kept(losses, kept, reopened, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step, (loss, expected) in enumerate(zip(losses, kept, strict=True), 1):
-        checkpoints.save(step, small_state(step), {'step': step}, loss)
+        checkpoints.save(step, small_state(step), META | {'config': str(step)}, loss)
         checkpoints.wait()
         assert tuple(committed_steps(tmp_path)) == expected
         best, least = best_step(tmp_path)
@@ -183,7 +384,8 @@ def test_latest_two_and_best_are_kept(losses, kept, reopened, tmp_path):
         restored = checkpoints.restore(step, jax.eval_shape(lambda: small_state(0)))
         assert restored.step == step
         assert np.array_equal(restored.params['w'], np.full(3, step))
-        assert checkpoints.read_meta(step) == {'step': step}
+        meta = checkpoints_lib.read_meta(tmp_path / str(step))
+        assert meta == META | {'config': str(step)}
     checkpoints.__exit__(None, None, None)
 
 
@@ -193,7 +395,7 @@ def test_a_damaged_best_checkpoint_is_reported_and_training_resumes(text, finish
     (folder / '9/metrics/metrics').write_text('{"val_loss": 0.5}')
     checksums.write_checksums(folder / '9')
     assert best_step(folder) == (9, 0.5)
-    assert load(run, 'best').step == 9
+    assert verify(folder / '9') is None
     flip(folder / '9/params/_METADATA', 99)
     with pytest.raises(
         UserError,
@@ -285,7 +487,7 @@ def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, 
         time.sleep(0.1 if state.step >= 7 else 0)
         return state
 
-    monkeypatch.setattr(checkpoints, 'write_checksums', fails)
+    monkeypatch.setattr(checkpoints_lib, 'write_checksums', fails)
     runs.before_updates(monkeypatch, slowly)
     with pytest.raises(
         UserError, match=r'checkpoint 7 could not be saved .* No space left'
@@ -301,10 +503,10 @@ def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, 
 
 def test_saving_an_existing_or_earlier_step_is_an_error(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, small_state(5), {}, None)
+        checkpoints.save(5, small_state(5), META, None)
         for step in (5, 4):
             with pytest.raises(
                 UserError, match=rf'checkpoint {step} could not be saved .* step exists: \[5\]'
             ):
-                checkpoints.save(step, small_state(step), {}, None)
+                checkpoints.save(step, small_state(step), META, None)
         assert committed_steps(tmp_path) == [5]

@@ -133,13 +133,24 @@ def test_the_kth_largest(name):
 
 
 @pytest.mark.parametrize(
-    'sampling', [Sampling(0), Sampling(), Sampling(0.5, 3), Sampling(1.0, 7), Sampling(1.0, 99)]
+    'sampling',
+    [
+        Sampling(0),
+        Sampling(),
+        Sampling(0.5, 3),
+        Sampling(1.0, 7),
+        Sampling(1.0, 59),
+        Sampling(1.0, 99),
+        Sampling(1e-38),
+        Sampling(1e-38, 3),
+        Sampling(3.0, 1),
+    ],
 )
 def test_choices_equal_the_open_ones(sampling):
-    logits_BV = np.stack([np.resize(x, 60) for x in rows().values()] * 4)
+    logits_BV = jnp.stack([np.resize(x, 60) for x in rows().values()] * 4)
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
     keys_CB = jnp.stack([keys_B[::-1], keys_B])
-    pick = sample.chooser(keys_CB, 60, sampling.temperature, sampling.top_k)
+    pick = sample.make_sampler(keys_CB, 60, sampling.divisor, sampling.top_k)
     got = pick(logits_BV, jnp.full(keys_CB.shape, -1), 1)
     assert np.all(got[0] == -1)
     assert np.array_equal(got[1], sample_token(logits_BV, keys_B, sampling))
@@ -211,7 +222,7 @@ def test_lowers_for_a_gpu(batch):
             text = traced.lower(lowering_platforms=('cuda',)).as_text()
         jax.clear_caches()
     assert text.count('_attend_kernel')
-    assert text.count('_choose_kernel')
+    assert text.count('_sample_kernel')
     assert (
         text.count('custom_call @__gpu$xla.gpu.triton') == 7
     )  # five a layer, the head, and the choice

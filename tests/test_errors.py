@@ -235,7 +235,11 @@ ROWS = {
     ),
     'damaged shard': (train(corpus='shard_damaged'), 1, ['train_00001.npy is damaged', 'SHA-256']),
     'missing shard': (train(corpus='shard_missing'), 1, ['val_00000.npy is missing']),
-    'damaged manifest': (train(corpus='manifest_damaged'), 1, ['manifest.json is damaged']),
+    'damaged manifest': (
+        train(corpus='manifest_damaged'),
+        1,
+        ['manifest.json cannot be read as JSON'],
+    ),
     'shards of another tokenizer': (
         train('--config.data.tokenizer=byte', corpus='shards'),
         2,
@@ -412,7 +416,7 @@ ROWS = {
     'damaged passages': (
         evaluate('--lambada={made}/passages.jsonl'),
         1,
-        ['passages.jsonl, line 2 is not JSON'],
+        ['passages.jsonl, line 2 cannot be read as JSON'],
     ),
     'passages of an unknown format': (
         evaluate('--lambada={made}/text.txt'),

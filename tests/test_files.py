@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from gpt2_jax import files
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 
 
 def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
@@ -22,6 +25,16 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     files.write_text(path, 'né\r\n')
     assert path.read_bytes() == 'né\r\n'.encode()
     assert os.listdir(tmp_path) == ['a.json']
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match='No space') as caught, files.new_file(tmp_path / 'a') as file:
+        assert file.name != str(tmp_path / 'a')
+        raise OSError(28, 'No space left on device')
+    assert caught.value.filename == str(tmp_path / 'a')
+    with pytest.raises(OSError, match='No such file') as caught:
+        files.write_text(tmp_path / 'none/a', '')
+    assert caught.value.filename == str(tmp_path / 'none/a')
 
 
 def test_a_new_file_replaces_a_link_and_not_its_target(tmp_path):
@@ -70,27 +83,74 @@ def test_the_file_that_cannot_be_written_is_named(tmp_path):
         (folder / 'a/b').write_text('b')
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path, capsys):
+    program = (
+        'import os, pathlib, signal, sys\nfrom gpt2_jax import files\n'
+        'with files.new_folder(pathlib.Path(sys.argv[1])) as folder:\n'
+        '    (folder / "a").write_text("a")\n'
+        '    print(folder, flush=True)\n'
+        '    sys.stdin.read() if sys.argv[2:] else os.kill(os.getpid(), signal.SIGKILL)\n'
+    )
+    command = [sys.executable, '-c', program, tmp_path / 'out[1]']
+    root = Path(files.__file__).parents[1]
+    subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL)
+    (leftover,) = tmp_path.iterdir()
+    others = [tmp_path / '.out[1].1234.partial', tmp_path / '.out1.12345678.partial']
+    for other in others:
+        other.mkdir()
+    with subprocess.Popen(
+        [*command, 'wait'], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        in_use = Path(running.stdout.readline().strip())
+        assert not leftover.exists()
+        with files.new_folder(tmp_path / 'out[1]') as folder:
+            assert in_use.exists()  # it belongs to a process that runs
+            assert {in_use, folder, *others} == set(tmp_path.iterdir())
+        running.stdin.close()
+        running.wait()
+    assert set(tmp_path.iterdir()) == {tmp_path / 'out[1]', *others}
+
+
 def test_sha256(tmp_path):
     (tmp_path / 'a').write_bytes(b'abc' * 99999)
     assert files.sha256(tmp_path / 'a') == hashlib.sha256(b'abc' * 99999).hexdigest()
 
 
-def blocks(data, size):
-    return [data[start : start + size] for start in range(0, len(data), size)]
+@pytest.mark.parametrize('name', ['/dev/zero', 'pipe', 'folder'])
+def test_only_regular_files_have_a_sha256(tmp_path, name):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(UserError, match='cannot be read'):
+        files.sha256(tmp_path / name)
 
 
-@pytest.mark.parametrize('size', [1, 2, 3, 5, 100])
-def test_utf8_in_blocks(size):
-    text = 'né\r\n漢🎭\ufeff'
-    assert ''.join(files.decode_utf8(blocks(text.encode(), size), 'x')) == text
-    assert ''.join(files.decode_utf8([], 'x')) == ''
-    for data, byte, offset in (
-        (b'abc\xe9', 0xE9, 3),
-        (b'abcd\xc3\xa9\xe2\x82x', 0xE2, 6),
-        (b'a\xff\xff', 0xFF, 1),
-        ('é🎭'.encode()[:-1], 0xF0, 2),
+def test_a_name_that_exists_is_not_a_pattern(tmp_path, monkeypatch):
+    for name in ('[v2]/a.bin', '[v2]/b.bin', 'v/c.bin', '2/d.bin', '[v2]/x[1].bin', '[v2]/x1.bin'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for pattern, names in (
+        ('[v2]/?.bin', ['[v2]/a.bin', '[v2]/b.bin']),
+        ('[v2]/x[1].bin', ['[v2]/x[1].bin']),
+        ('[v2]/x[12].bin', ['[v2]/x1.bin']),
+        ('[v3]/*.bin', ['v/c.bin']),
+        ('**/?.bin', ['2/d.bin', '[v2]/a.bin', '[v2]/b.bin', 'v/c.bin']),
+        ('[v2]/none.bin', []),
     ):
-        with pytest.raises(
-            UserError, match=f'x is not UTF-8 text: byte {byte:#x} at offset {offset};'
-        ):
-            ''.join(files.decode_utf8(blocks(data, size), 'x'))
+        expected = [tmp_path / name for name in names]
+        assert files.matching(f'{tmp_path}/{pattern}') == files.matching(f'~/{pattern}') == expected
+        monkeypatch.chdir(tmp_path)
+        assert files.matching(pattern) == [Path(name) for name in names]
+
+
+@pytest.mark.parametrize('address', ['gs://b/r', 's3://b', 'HTTPS://x', 'file:///etc/passwd'])
+def test_addresses_are_refused(address):
+    with pytest.raises(UsageError, match=f'{address} is an address: expected a path on this mach'):
+        files.user_path(address)
+
+
+def test_user_paths(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert files.user_path('~/a') == Path('/home/me/a')
+    for path in ('a', './~/a', 'C:/a', 'a:b', Path('a//b')):
+        assert files.user_path(path) == Path(path)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bpe import SMALL
 from tiny import rough_params, tiny
 
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
@@ -13,7 +14,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import decoding
 from gpt2_jax.inference.decoding import CHUNK, generate
 from gpt2_jax.inference.sampling import Sampling, sample_token
-from gpt2_jax.inference.streaming import default_prompt, print_samples, stream_text
+from gpt2_jax.inference.streaming import encode_prompt, print_samples, stream_text
 
 CONTEXT, HALF = 20, 10
 MODEL = tiny(n_positions=CONTEXT, n_layer=2)
@@ -41,9 +42,9 @@ def text(prompt=PROMPT, **options):
 
 def without_cache(prompt, n, pick=lambda logits_V, i: logits_V.argmax()):
     """Each token by a full forward pass over a window, which restarts from its half when full."""
-    window, out = list(prompt), []
+    window, out = list(prompt[-CONTEXT:]), []
     for i in range(n):
-        if len(window) >= CONTEXT:
+        if len(window) > CONTEXT:
             window = window[-HALF:]
         padded = np.array([window + [0] * (CONTEXT - len(window))])
         window.append(int(pick(forward({'params': PARAMS}, padded)[0, len(window) - 1], i)))
@@ -81,7 +82,7 @@ def test_few_compilations_for_all_lengths():
     decoding.decode.clear_cache()
     for length in (1, 2, 11, 19, 20, 21, 50):
         text([1] * length, max_new_tokens=length, sampling=GREEDY)
-    # 4, 16 and the context: a prompt of 20 tokens is cut to 10.
+    # 4, 16 and the context.
     assert decoding.prefill._cache_size() == 3
     assert decoding.decode._cache_size() == 1
 
@@ -111,24 +112,32 @@ def test_chunks():
         sampling=LIVELY,
         notify=lambda note: None,
     )
-    # The prompt of 3 tokens and 17 new ones fill the context.
-    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 17 - CHUNK), (3, 21 - 17)]
+    # The prompt of 3 tokens and 17 new ones fill the context; one more is drawn from it.
+    assert [chunk.shape for chunk in chunks] == [(3, CHUNK), (3, 18 - CHUNK), (3, 21 - 18)]
 
 
 def test_a_full_context_is_reported_once():
     notes = []
-    text(max_new_tokens=CONTEXT - 3, sampling=GREEDY, strict_context=True, notify=notes.append)
+    text(max_new_tokens=CONTEXT - 2, sampling=GREEDY, strict_context=True, notify=notes.append)
     assert notes == []
-    text(max_new_tokens=CONTEXT - 2, sampling=GREEDY, notify=notes.append)
+    text(max_new_tokens=CONTEXT - 1, sampling=GREEDY, notify=notes.append)
     text(max_new_tokens=45, sampling=GREEDY, notify=notes.append)
     assert notes == ['the context of 20 tokens is full: continuing from its last 10'] * 2
-    for prompt, n in ((PROMPT, CONTEXT - 2), ([1] * 21, 1)):
+    for prompt, n in ((PROMPT, CONTEXT - 1), ([1] * 21, 1)):
         with pytest.raises(
             UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'
         ):
             text(prompt, max_new_tokens=n, strict_context=True)
     with pytest.raises(UsageError, match='the prompt is empty'):
         text([], max_new_tokens=1)
+
+
+def test_a_prompt_longer_than_the_context_is_reported():
+    notes = []
+    text([1] * 20, max_new_tokens=1, notify=notes.append)
+    assert notes == []
+    text([1] * 21, max_new_tokens=1, notify=notes.append)
+    assert notes == ['the prompt has 21 tokens: the model sees its last 20 only']
 
 
 def test_a_context_of_one_token():
@@ -204,9 +213,44 @@ def test_sampling_without_chance_takes_the_likeliest():
     assert not np.array_equal(sample_token(logits_BV, keys_B, Sampling()), best_B)
 
 
+@pytest.mark.parametrize(
+    'sampling', [Sampling(1e-38), Sampling(1e-300), Sampling(1e-3), Sampling(top_p=1e-38)]
+)
+def test_small_temperature_and_top_p_take_the_likeliest(sampling):
+    assert draw(sampling).tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+def test_a_temperature_divides_differences_of_logits(scale):
+    """Logits of any size and a temperature of the same size give the same distribution."""
+    expected = draw(Sampling(0.7))
+    assert np.array_equal(draw(Sampling(0.7 * scale), LOGITS * np.float32(scale)), expected)
+
+
+@pytest.mark.parametrize(
+    ('sampling', 'kept'),
+    [
+        (Sampling(top_k=1), [0]),
+        (Sampling(top_k=3), [0, 1, 2]),
+        (Sampling(top_p=0.1), [0]),
+        (Sampling(top_p=0.3), [0, 1, 2]),
+        (Sampling(top_k=4, top_p=0.5), [0, 1]),
+        (Sampling(1e-38, top_k=3), [0, 1, 2]),
+    ],
+)
+def test_the_first_of_equal_logits_are_kept(sampling, kept):
+    assert np.flatnonzero(draw(sampling, np.ones(8, np.float32))).tolist() == kept
+
+
+def test_a_tie_for_the_last_kept_token():
+    tie = np.float32([0, 5, 9, 5, 5, 0])
+    assert np.flatnonzero(draw(Sampling(3.0, top_k=3), tie)).tolist() == [1, 2, 3]
+
+
 def test_wrong_sampling_is_refused():
     for wrong in (
         dict(temperature=-1.0),
+        dict(temperature=math.inf),
         dict(top_k=-1),
         dict(top_p=0.0),
         dict(top_p=1.1),
@@ -259,12 +303,28 @@ def test_bytes_that_are_not_utf8():
 def test_stop_strings_never_leak(whole, stop):
     tokenizer = ByteTokenizer()
     for chunks in all_chunkings(tokenizer.encode(whole), 2):
-        assert ''.join(stream_text(chunks, tokenizer, stop=stop)) == whole.split(stop)[0]
+        assert ''.join(stream_text(chunks, tokenizer, stop=[stop])) == whole.split(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ('whole', 'stops', 'expected'),
+    [
+        ('one. two! three', ['!', '.'], 'one'),
+        ('one. two! three', ['three', '!'], 'one. two'),
+        ('abc and more', ['abc', 'b'], 'a'),  # b is complete first
+        ('xabc', ['bc', 'abc'], 'x'),  # both are complete at c
+        ('no end', ['END', ''], 'no end'),
+        ('nearly: sto', ['stop', 'st'], 'nearly: '),
+    ],
+)
+def test_the_stop_string_that_is_complete_first_counts(whole, stops, expected):
+    for chunks in all_chunkings(ByteTokenizer().encode(whole), 2):
+        assert ''.join(stream_text(chunks, ByteTokenizer(), stop=stops)) == expected
 
 
 def test_stopping_stops_decoding():
     chunks = iter(np.split(ByteTokenizer().encode('one. two. three')[None], 15, axis=1))
-    assert ''.join(stream_text(chunks, ByteTokenizer(), stop='. t')) == 'one'
+    assert ''.join(stream_text(chunks, ByteTokenizer(), stop=['. t'])) == 'one'
     assert len(list(chunks)) == 15 - len('one. t')
 
 
@@ -277,20 +337,36 @@ def test_rows_are_streamed_separately():
     ]
 
 
-def test_default_prompt():
-    assert default_prompt(make_tokenizer('char', 'ab\n')).tolist() == [0]
-    assert default_prompt(ByteTokenizer()).tolist() == [10]
-    assert default_prompt(make_tokenizer('char', 'ab')).tolist() == [0]
+def test_without_a_prompt_text_starts_as_a_document_does():
+    assert encode_prompt(make_tokenizer('char', 'ab\n'), '').tolist() == [0]
+    assert encode_prompt(ByteTokenizer(), '').tolist() == [10]
+    assert encode_prompt(make_tokenizer('char', 'ab'), '').tolist() == [0]
+    assert encode_prompt(SMALL, '').tolist() == [SMALL.separator]
+
+
+def test_special_tokens_in_a_prompt():
+    text, end = 'the<|endoftext|>x', SMALL.separator
+    as_text = encode_prompt(SMALL, text).tolist()
+    assert as_text == SMALL.encode(text).tolist()
+    assert end not in as_text
+    the, x = SMALL.encode('the').tolist(), SMALL.encode('x').tolist()
+    assert encode_prompt(SMALL, text, special_tokens=True).tolist() == [*the, end, *x]
+    alone = encode_prompt(SMALL, '<|endoftext|>', special_tokens=True)
+    assert alone.tolist() == [end]
+    assert np.issubdtype(alone.dtype, np.integer)
+    assert encode_prompt(SMALL, 'the', special_tokens=True).tolist() == the
+    with pytest.raises(UsageError, match='the byte tokenizer has no special tokens'):
+        encode_prompt(ByteTokenizer(), 'the', special_tokens=True)
 
 
 def test_printed_samples(capsys):
     tokenizer = make_tokenizer('char', 'abcdefghijk')
     options = dict(max_new_tokens=21, seed=7, sampling=LIVELY, notify=lambda note: None)
     rows = [tokenizer.decode(row) for row in text(num_samples=3, **options)]
-    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, stop='', **options)
+    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, stop=[], **options)
     assert capsys.readouterr().out == f'dbe{rows[0]}\n'
     stop = rows[2][5:7]
-    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=stop, **options)
+    print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=[stop], **options)
     assert capsys.readouterr().out == ''.join(
         f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1)
     )

@@ -545,9 +545,9 @@ def test_the_tokenizer_must_fit(tmp_path, monkeypatch):
         convert_fixture(FIXTURE, **options)
     for content, words in (
         ('{}', 'damaged'),
-        ('{', 'not a tokenizer: JSONDecodeError'),
-        ('3', 'not a tokenizer: TypeError'),
-        ('{"model": {}}', "not a tokenizer: KeyError: 'merges'"),
+        ('{', 'cannot be read as JSON'),
+        ('3', 'it is 3, expected an object'),
+        ('{"model": {}}', "'model' has no 'merges'"),
         ('{"model": {"merges": ["a b", ["c", "d"]]}}', "does not hold GPT-2's merges"),
     ):
         options['tokenizer_file'].write_text(content)

@@ -223,9 +223,9 @@ def test_where_the_kernels_do_not_go(tmp_path):
     for key, value, says in (
         ('model__dtype', 'float32', 'bfloat16'),
         ('model__activation_function', 'gelu', 'gelu_new'),
-        ('model__n_embd', 96, 'n_embd / n_head = 48, that is a power of two'),
-        ('train__seq_len', 96, 'seq_len = 96 to be a multiple of 64'),
-        ('train__batch_size', 24, '24 rows x 128 tokens .* multiple of 2,048'),
+        ('model__n_embd', 96, 'a head width n_embd / n_head = 16, 32, 64 or 128, not 48'),
+        ('train__seq_len', 96, 'seq_len to be a multiple of 64, not 96'),
+        ('train__batch_size', 24, 'a multiple of 2,048 tokens, not 24 rows x 128'),
         ('mesh__data', 2, 'one device'),
     ):
         assert re.search(says, needs(**{key: value})[0])

@@ -18,11 +18,10 @@ from gpt2_jax.model.gpt2 import (
     MLP,
     CausalSelfAttention,
     LayerNorm,
-    activate,
     causal_attention,
     init_cache,
 )
-from gpt2_jax.model.ops import matmul_rows
+from gpt2_jax.model.ops import activate, matmul_rows
 from gpt2_jax.model.params import count_params, flops_per_token, init_params
 from gpt2_jax.training.step import token_losses
 

@@ -22,7 +22,7 @@ from gpt2_jax.config import default_config
 from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
-from gpt2_jax.model.gpt2 import GPT2, activate
+from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.huggingface import (
     ACTIVATIONS,
     config_from_hf,
@@ -32,6 +32,7 @@ from gpt2_jax.model.huggingface import (
     read_folder,
     write_folder,
 )
+from gpt2_jax.model.ops import activate
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import init_state, make_train_step, token_losses

@@ -212,7 +212,9 @@ def test_probes_are_in_tensorboard(probed):
 def test_a_damaged_file_is_named(probed, tmp_path):
     run = shutil.copytree(probed[0], tmp_path / 'run')
     (run / 'probes.npz').write_bytes((run / 'probes.npz').read_bytes()[:-100])
-    with pytest.raises(UserError, match=r'probes\.npz is damaged: .*move it away'):
+    with pytest.raises(
+        UserError, match=r'probes\.npz cannot be read as the probes of a run: .*move it away'
+    ):
         read_probes(run)
 
 

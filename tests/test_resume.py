@@ -1,6 +1,8 @@
 """A stopped run resumes as if it had never been stopped, or says why it cannot resume."""
 
+import fcntl
 import json
+import os
 import random
 import re
 import shutil
@@ -13,6 +15,7 @@ import runs
 from runs import make_config
 
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checksums import all_steps
 
 STEPS = runs.SMALL['train.steps']
@@ -113,8 +116,10 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('number', 'at'), [(signal.SIGTERM, 7), (signal.SIGINT, 9)]
-)  # 7 is evaluated, 10 is saved
+    ('number', 'at'),
+    # 7 is evaluated, 10 is saved
+    [(signal.SIGTERM, 7), (signal.SIGINT, 9), (signal.SIGUSR1, 8), (signal.SIGHUP, 9)],
+)
 def test_a_signal_saves_and_ends_the_run(number, at, text, reference, tmp_path):
     # A shell ignores Ctrl-C in its background jobs.
     before = signal.signal(number, signal.default_int_handler)
@@ -127,6 +132,16 @@ def test_a_signal_saves_and_ends_the_run(number, at, text, reference, tmp_path):
     assert runs.different_states(tmp_path, reference) == []
     steps = [record['step'] for record in runs.metrics(tmp_path) if record['split'] == 'train']
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_under_nohup_the_loss_of_the_terminal_is_ignored(text, reference, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hooks = [SignalAt(9, signal.SIGHUP)]
+        assert runs.quiet_train(make_config(text), tmp_path, hooks=hooks)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert runs.differences(tmp_path, reference) == []
 
 
 def test_the_interval_of_evaluations_changes_no_parameter(text, reference, tmp_path):
@@ -200,7 +215,6 @@ def test_other_settings_may_not_change(text, stopped):
 
 
 def test_a_changed_text_is_refused(text, stopped, tmp_path):
-    other = tmp_path / 'text.txt'  # another text under the same path
     shutil.copy(text, tmp_path / 'kept')
     words = text.read_text()
     try:
@@ -209,9 +223,15 @@ def test_a_changed_text_is_refused(text, stopped, tmp_path):
             runs.quiet_train(make_config(text), stopped)
     finally:
         shutil.copy(tmp_path / 'kept', text)
-    shutil.copy(text, other)  # the same text under another path
-    with pytest.raises(UsageError, match=r'data\.corpus: '):
-        runs.quiet_train(make_config(other), stopped)
+
+
+def test_the_same_text_may_move(text, reference, stopped, tmp_path):
+    moved = shutil.copy(text, tmp_path / 'moved.txt')
+    code, printed = runs.quiet_train(make_config(moved), stopped)
+    assert code == 0
+    assert f'data.corpus is now {moved}: the text is the same as in {text}' in printed
+    assert runs.different_states(stopped, reference) == []
+    assert runs.metrics(stopped) == runs.metrics(reference)
 
 
 def test_train_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):
@@ -272,6 +292,89 @@ def test_logs_are_cut_back_to_the_checkpoint(text, reference, stopped):
     assert runs.differences(stopped, reference) == []
 
 
+def test_logs_that_were_lost_before_a_resume_are_reported(text, reference, stopped):
+    """The run goes on with logs that can be read."""
+    metrics = stopped / 'metrics.jsonl'
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    (stopped / 'samples.txt').unlink()
+    code, printed = runs.quiet_train(make_config(text), stopped)
+    assert code == 0
+    assert re.search(r'metrics\.jsonl was cut short: 20 of the [\d,]+ bytes', printed), printed
+    assert 'samples.txt is missing: its records up to the checkpoint are lost' in printed
+    assert runs.different_states(stopped, reference) == []
+    records = runs.metrics(stopped)
+    lost = [record for record in runs.metrics(reference) if record not in records]
+    assert [record['step'] for record in lost] == [12]
+
+
+def test_a_folder_that_is_moved_stops_the_run(text, reference, tmp_path):
+    """Another run may have begun in its place: nothing may be written there."""
+    run, moved = tmp_path / 'run', tmp_path / 'run.old'
+
+    class Move:
+        def due(self, step):
+            return step == 12
+
+        def __call__(self, step, state):
+            while not (run / 'checkpoints/10/SHA256SUMS').exists():
+                time.sleep(0.01)
+            run.rename(moved)
+            run.mkdir()
+            (run / '.lock').touch()
+
+    with pytest.raises(UserError, match=r'run was moved, or its file \.lock was removed'):
+        runs.quiet_train(make_config(text), run, hooks=[Move()])
+    assert sorted(path.name for path in run.rglob('*')) == ['.lock']
+    assert runs.quiet_train(make_config(text), moved)[0] == 0
+    assert runs.differences(moved, reference) == []
+
+
+def test_a_lock_that_is_removed_stops_the_run(text, tmp_path):
+    class Remove:
+        def due(self, step):
+            return step == 12
+
+        def __call__(self, step, state):
+            (tmp_path / '.lock').unlink()
+
+    with pytest.raises(UserError, match=r'file \.lock was removed'):
+        runs.quiet_train(make_config(text), tmp_path, hooks=[Remove()])
+    assert runs.quiet_train(make_config(text), tmp_path)[0] == 0
+
+
+def test_a_folder_that_is_moved_before_it_is_locked(tmp_path, monkeypatch):
+    """As --fresh of another process may: the lock is taken in the folder that has the name now."""
+    run, flock = tmp_path / 'run', fcntl.flock
+    run.mkdir()
+
+    def late(descriptor, operation):
+        if not (tmp_path / 'old').exists():
+            run.rename(tmp_path / 'old')
+            run.mkdir()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, 'flock', late)
+    with folder.claim(run) as check:
+        check()
+        assert (run / '.lock').read_text() == str(os.getpid())
+    assert (tmp_path / 'old/.lock').read_text() == ''
+
+
+def test_links_are_not_followed(text, tmp_path):
+    """A link in the place of a file that a run writes would have its target overwritten."""
+    target, run = tmp_path / 'precious', tmp_path / 'run'
+    target.write_text('mine')
+    run.mkdir()
+    for name in ('config.json.part', 'config.json', 'tokenizer.json', 'summary.json'):
+        (run / name).symlink_to(target)
+    assert runs.quiet_train(make_config(text, train__steps=2), run)[0] == 0
+    (run / '.lock').unlink()
+    (run / '.lock').symlink_to(target)
+    with pytest.raises(UserError, match=r'cannot write \S+/\.lock: '):
+        runs.quiet_train(make_config(text, train__steps=2), run)
+    assert target.read_text() == 'mine'
+
+
 def test_logs_that_are_not_of_a_run_are_not_touched(text, tmp_path):
     (tmp_path / 'metrics.jsonl').write_text('mine\n')
     with pytest.raises(UserError, match=r'not the folder of a run, but has metrics\.jsonl'):
@@ -298,6 +401,6 @@ def test_sampling_needs_only_the_folder(text, reference, tmp_path, monkeypatch):
     assert len(out) == 43
     moved = shutil.copytree(reference, tmp_path / 'else where')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('gpt2_jax.data.load.load_dataset', None)  # no text is looked for
+    monkeypatch.setattr('gpt2_jax.data.load.load_dataset', None)  # the text is not read
     assert runs.script('sample', f'--ckpt_dir={moved}', *options)[1] == out
     assert runs.script('sample', f'--ckpt_dir={moved}', *options[:-1], '--seed=8')[1] != out

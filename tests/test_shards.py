@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -18,7 +19,7 @@ from gpt2_jax.data import documents, load, shards, tokenizers
 from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.prepare import prepare
+from gpt2_jax.prepare import SPLIT_BY, prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -32,13 +33,14 @@ def texts(tmp_path):
     return [str(path) for path in paths]
 
 
-def write(texts, out_dir, *, tokenizer_name='char', val_fraction=0.1, shard_tokens=37):
+def write(texts, out_dir, *, tokenizer_name='char', val_fraction=0.1, shard_tokens=37, **options):
     return prepare(
         texts,
         str(out_dir),
         tokenizer_name=tokenizer_name,
         val_fraction=val_fraction,
         shard_tokens=shard_tokens,
+        **options,
     )
 
 
@@ -81,13 +83,12 @@ def test_streaming_equals_memory(texts, tmp_path, monkeypatch, name, block_bytes
     dataset = open_shards(tmp_path / 'out')
     assert dataset.tokenizer == tokenizers.make_tokenizer(name, FIRST + SECOND)
     assert dataset.name == 'out'
-    for split, tokens, parts in zip(
+    for split, tokens, text in zip(
         SPLITS,
         (dataset.train, dataset.val),
-        zip(cut(FIRST, '0.25'), cut(SECOND, '0.25'), strict=True),
+        cut(FIRST + SECOND, '0.25'),
         strict=True,
     ):
-        text = ''.join(parts)
         assert dataset.tokenizer.decode(all_of(tokens)) == text
         about = manifest['splits'][split]
         assert about['tokens'] == len(tokens) == len(dataset.tokenizer.encode(text))
@@ -96,25 +97,30 @@ def test_streaming_equals_memory(texts, tmp_path, monkeypatch, name, block_bytes
             len(about['shards']) - 1
         )
         assert len(about['shards']) == len(tokens.arrays) == math.ceil(len(tokens) / 37)
-    assert all(
-        isinstance(array.base, np.memmap) and array.dtype == np.uint8
-        for array in dataset.train.arrays
-    )
+    assert all(ids.dtype == np.uint8 for ids in dataset.train.arrays)
 
 
 def test_manifest_and_files(texts, tmp_path):
     manifest = write(texts, tmp_path / 'out')
     assert manifest == json.loads((tmp_path / 'out/manifest.json').read_text())
-    assert manifest['inputs'] == [
+    lines = (tmp_path / 'out/inputs.jsonl').read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
         {
-            'file': name,
+            'path': path,
             'documents': 1,
             'characters': len(text),
             'bytes': len(text.encode()),
             'sha256': hashlib.sha256(text.encode()).hexdigest(),
         }
-        for name, text in (('first.txt', FIRST), ('second.txt', SECOND))
+        for path, text in zip(texts, (FIRST, SECOND), strict=True)
     ]
+    assert manifest['inputs'] == {
+        'files': 2,
+        'documents': 2,
+        'characters': len(FIRST + SECOND),
+        'bytes': len((FIRST + SECOND).encode()),
+        'left_out': {},
+    }
     listed = {
         shard['file']: shard['sha256']
         for split in manifest['splits'].values()
@@ -122,6 +128,7 @@ def test_manifest_and_files(texts, tmp_path):
     }
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {
         *listed,
+        'inputs.jsonl',
         'train_marks.npy',
         'val_marks.npy',
         'manifest.json',
@@ -160,9 +167,31 @@ def write_documents(folder):
     return [folder / 'd.jsonl', folder / 'd.jsonl.gz']
 
 
+def split_by_hand(split_by, texts, val_fraction):
+    """The training and the validation part of each document, of files that are lists of texts."""
+    flat = [text for file in texts for text in file]
+    if split_by == 'document':
+        share = Fraction(val_fraction)
+        chosen = [int((i + 1) * share) > int(i * share) for i in range(len(flat))]
+        pairs = [
+            ('', text) if is_val else (text, '') for text, is_val in zip(flat, chosen, strict=True)
+        ]
+    else:
+        pairs = []
+        for file in texts if split_by == 'file' else [flat]:
+            left = len(cut(''.join(file), val_fraction)[0])
+            for text in file:
+                pairs.append((text[:left], text[left:]))
+                left = max(0, left - len(text))
+    return zip(*pairs, strict=True)
+
+
 @pytest.mark.parametrize('block_bytes', [1, 9, 1 << 20])
+@pytest.mark.parametrize('split_by', SPLIT_BY)
 @pytest.mark.parametrize('kind', [0, 1, 'parquet'])
-def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, block_bytes):
+def test_documents_are_split_and_separated(
+    tmp_path, monkeypatch, small_vocabulary, kind, split_by, block_bytes
+):
     monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
     if kind == 'parquet':
         import pyarrow
@@ -179,28 +208,97 @@ def test_documents_are_separated(tmp_path, monkeypatch, small_vocabulary, kind, 
         [str(path), str(tmp_path / 'plain.txt')],
         str(tmp_path / 'out'),
         tokenizer_name='gpt2',
-        val_fraction=0.1,
+        val_fraction=0.3,
         shard_tokens=10,
         text_field='body',
+        split_by=split_by,
     )
-    left = len(cut(''.join(DOCUMENTS), '0.1')[0])
-    train, val = [], []
-    for text in DOCUMENTS:
-        train.append(text[:left])
-        val.append(text[left:])
-        left = max(0, left - len(text))
-    train.append('the plain te')
-    val.append('xt')
     dataset = open_shards(tmp_path / 'out')
     for split, tokens, parts in zip(
-        SPLITS, (dataset.train, dataset.val), (train, val), strict=True
+        SPLITS,
+        (dataset.train, dataset.val),
+        split_by_hand(split_by, [DOCUMENTS, ['the plain text']], '0.3'),
+        strict=True,
     ):
         parts = [SMALL.encode(part).tolist() for part in parts if part]
         expected = [token for part in parts for token in [SMALL.separator, *part]][1:]
         assert all_of(tokens).tolist() == expected
         assert manifest['splits'][split]['bytes'] == SMALL.byte_lengths[expected].sum()
-    assert [about['documents'] for about in manifest['inputs']] == [len(DOCUMENTS), 1]
-    assert manifest['inputs'][0]['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = (tmp_path / 'out/inputs.jsonl').read_text().splitlines()
+    inputs = [json.loads(line) for line in lines]
+    assert [about['documents'] for about in inputs] == [len(DOCUMENTS), 1]
+    assert inputs[0]['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest['split_by'] == split_by
+
+
+def test_too_few_documents_to_split(texts, tmp_path):
+    with pytest.raises(UserError, match=r'val_fraction = 0.4 of 2 documents is less than one'):
+        write(texts, tmp_path / 'out', val_fraction=0.4, split_by='document')
+    write(texts, tmp_path / 'out', val_fraction=0.5, split_by='document')
+    dataset = open_shards(tmp_path / 'out')
+    assert dataset.tokenizer.decode(all_of(dataset.val)) == SECOND
+
+
+@pytest.mark.parametrize('block_bytes', [1, 3, 1 << 20])
+def test_the_special_token_is_a_choice(tmp_path, monkeypatch, small_vocabulary, block_bytes):
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
+    text = 'the<|endoftext|> the\n<|endoftext|><|endoftext|>the <|endof'
+    (tmp_path / 'a.txt').write_text(text)
+    for special, ids in (
+        (False, SMALL.encode(text).tolist()),
+        (
+            True,
+            [
+                *SMALL.encode('the').tolist(),
+                SMALL.separator,
+                *SMALL.encode(' the\n').tolist(),
+                SMALL.separator,
+                SMALL.separator,
+                *SMALL.encode('the <|endof').tolist(),
+            ],
+        ),
+    ):
+        out = tmp_path / f'{special}'
+        manifest = write(
+            [str(tmp_path / 'a.txt')],
+            out,
+            tokenizer_name='gpt2',
+            val_fraction=0.0,
+            special_tokens=special,
+        )
+        assert all_of(open_shards(out).train).tolist() == ids
+        assert manifest['special_tokens'] == special
+        assert manifest['splits']['train']['bytes'] == SMALL.byte_lengths[ids].sum()
+    with pytest.raises(UsageError, match='the byte tokenizer has no special tokens'):
+        write([str(tmp_path / 'a.txt')], tmp_path / 'b', tokenizer_name='byte', special_tokens=True)
+
+
+def test_a_document_that_cannot_be_cut(tmp_path, monkeypatch, small_vocabulary):
+    monkeypatch.setattr(documents, 'BLOCK_BYTES', 3)
+    monkeypatch.setattr('gpt2_jax.prepare.MAX_HELD', 20)
+    for text, fits in (('the ' * 99, True), ('a' * 20 + ' ', True), ('a' * 99, False)):
+        (tmp_path / 'a.txt').write_text(text)
+        if fits:
+            write([str(tmp_path / 'a.txt')], tmp_path / text[:21], tokenizer_name='gpt2')
+        else:
+            with pytest.raises(UserError, match='no visible character before a space or newline'):
+                write([str(tmp_path / 'a.txt')], tmp_path / 'out', tokenizer_name='gpt2')
+            write([str(tmp_path / 'a.txt')], tmp_path / 'out', tokenizer_name='char')
+
+
+def test_empty_files_are_left_out_and_counted(texts, tmp_path):
+    for name in ('c.txt', 'd.jsonl', 'e.png'):
+        (tmp_path / name).touch()
+    (tmp_path / 'f.txt').write_bytes(b'\xef\xbb\xbf')  # a byte order mark alone
+    manifest = write([str(tmp_path / '*.*')], tmp_path / 'a')
+    assert manifest['inputs']['left_out'] == {'empty files': 3, '.png files': 1}
+    write(texts, tmp_path / 'b')
+    a, b = (open_shards(tmp_path / name) for name in 'ab')
+    assert a.sha256 == b.sha256
+    with pytest.raises(UserError, match=r'the text .*c\.txt is empty: expected at least one char'):
+        write([str(tmp_path / 'c.txt')], tmp_path / 'c')
+    with pytest.raises(UserError, match='all 2 files are empty'):
+        write([str(tmp_path / 'c.txt'), str(tmp_path / 'f.txt')], tmp_path / 'c')
 
 
 def test_documents_are_joined_if_the_tokenizer_has_no_separator(tmp_path):
@@ -312,6 +410,42 @@ def edit_manifest(change):
     return damage
 
 
+def edit_shard(**changes):
+    return edit_manifest(lambda m: m['splits']['train']['shards'][0].update(changes))
+
+
+def edit_bytes(data):
+    """Another first shard, with a manifest that agrees."""
+
+    def damage(folder):
+        (folder / 'train_00000.npy').write_bytes(data)
+        edit_shard(sha256=hashlib.sha256(data).hexdigest())(folder)
+
+    return damage
+
+
+def reseal(change):
+    def damage(folder):
+        path = folder / 'train_00000.npy'
+        np.save(path, change(np.load(path)))
+        edit_bytes(path.read_bytes())(folder)
+
+    return damage
+
+
+def npy(header):
+    return b'\x93NUMPY\x01\x00v\x00' + header.encode().ljust(117) + b'\n'
+
+
+def link(target):
+    def damage(folder):
+        os.mkfifo(folder / 'pipe')
+        (folder / 'train_00000.npy').unlink()
+        (folder / 'train_00000.npy').symlink_to(target)
+
+    return damage
+
+
 def flip_one_bit(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -332,15 +466,18 @@ def flip_one_bit(path):
             lambda f: (f / 'train_00001.npy').replace(f / 'train_00000.npy'),
             r'train_00000.npy is damaged',
         ),
-        (lambda f: (f / 'tokenizer.json').unlink(), r'cannot read .*tokenizer.json'),
-        (lambda f: (f / 'tokenizer.json').write_bytes(b'{'), r'tokenizer.json: .*damaged'),
-        (lambda f: (f / 'tokenizer.json').write_bytes(b'\xff'), r'cannot read .*tokenizer.json'),
+        (lambda f: (f / 'tokenizer.json').unlink(), r'tokenizer.json cannot be read: No such'),
+        (
+            lambda f: (f / 'tokenizer.json').write_bytes(b'{'),
+            r'tokenizer.json cannot be read as JSON',
+        ),
+        (lambda f: (f / 'tokenizer.json').write_bytes(b'\xff'), r'tokenizer.json is not UTF-8'),
         (
             lambda f: (f / 'tokenizer.json').write_text('{"name": "byte"}'),
             r'tokenizer.json is not the tokenizer',
         ),
-        (lambda f: (f / 'manifest.json').unlink(), r'cannot read .*manifest.json'),
-        (lambda f: os.truncate(f / 'manifest.json', 99), r'manifest.json is damaged'),
+        (lambda f: (f / 'manifest.json').unlink(), r'manifest.json cannot be read: No such'),
+        (lambda f: os.truncate(f / 'manifest.json', 99), r'manifest.json cannot be read as JSON'),
         (lambda f: (f / 'manifest.json').write_text('[]'), r'manifest.json is damaged'),
         (edit_manifest(lambda m: m.pop('splits')), r'manifest.json is damaged'),
         (
@@ -349,11 +486,43 @@ def flip_one_bit(path):
         ),
         (
             edit_manifest(lambda m: m.update(dtype='uint16')),
-            r'train_00000.npy holds \(37,\) tokens of uint8',
+            r'train_00000.npy holds 37 tokens of uint8, the manifest says 37 of uint16',
         ),
         (
             edit_manifest(lambda m: m['splits']['val']['shards'][0].update(tokens=5)),
             r'val_00000.npy holds',
+        ),
+        (edit_manifest(lambda m: m.update(dtype='float64')), "dtype is 'float64', expected one of"),
+        (edit_shard(file='../first.txt'), r"file is '\.\./first\.txt', expected the plain name"),
+        (edit_shard(file='/etc/hostname'), 'expected the plain name'),
+        (edit_shard(file='..'), 'expected the plain name'),
+        (edit_shard(file='train\0'), 'expected the plain name'),
+        (edit_shard(file=5), 'file is 5, expected the plain name'),
+        (edit_shard(tokens=-1), 'tokens is -1, expected an integer from 1'),
+        (edit_shard(tokens=10**30), 'expected an integer from 1'),
+        (edit_shard(sha256='\x1b]0;x'), r"sha256 is '\\x1b\]0;x', expected 64 hexadecimal digits"),
+        (link('/dev/zero'), 'train_00000.npy cannot be read: it is a device'),
+        (link('pipe'), 'train_00000.npy cannot be read: it is a device, a pipe'),
+        (link('.'), 'train_00000.npy cannot be read: Is a directory'),
+        (reseal(lambda ids: ids + 99), r'train_00000.npy holds token \d+ at position 0, outside'),
+        (
+            reseal(lambda ids: ids.astype(np.float64)),
+            'train_00000.npy is damaged: it is not a .npy',
+        ),
+        (reseal(lambda ids: ids[None]), 'train_00000.npy is damaged: it is not a .npy'),
+        (reseal(lambda ids: ids[1:]), 'train_00000.npy holds 36 tokens'),
+        (edit_bytes(b''), 'train_00000.npy is damaged: it is not a .npy'),
+        (edit_bytes(b'PK\x03\x04' + bytes(99)), 'train_00000.npy is damaged: it is not a .npy'),
+        (edit_bytes(npy('(' * 100)), 'train_00000.npy is damaged: it is not a .npy'),
+        (
+            edit_bytes(
+                npy("{'descr': '|u1', 'fortran_order': False, 'shape': (" + '9' * 400 + ',), }')
+            ),
+            'train_00000.npy is damaged: it is not a .npy',
+        ),
+        (
+            edit_bytes(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (37,), }")),
+            'train_00000.npy is damaged: it has 128 bytes, expected 165',
         ),
     ],
 )
@@ -391,10 +560,9 @@ def test_wrong_settings_write_nothing(texts, tmp_path, monkeypatch, change, erro
 @pytest.mark.parametrize(
     ('content', 'named'),
     [
-        (b'', 'bad.txt is empty'),
         (b'abc\xe9', 'bad.txt is not UTF-8 text: byte 0xe9 at offset 3'),
         (b'abcd\xc3\xa9\xe2\x82x', 'byte 0xe2 at offset 6'),
-        (None, 'cannot read the text .*bad.txt'),
+        (None, 'bad.txt cannot be read: No such file'),
     ],
 )
 @pytest.mark.parametrize('block_bytes', [1, 3, 4, 1 << 20])
@@ -419,20 +587,44 @@ def test_nothing_is_overwritten(texts, tmp_path):
     assert Path(texts[0]).read_bytes() == FIRST.encode()
 
 
-@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()])
-def test_interrupted_writing_leaves_nothing(texts, tmp_path, monkeypatch, error):
-    def save(path, array, **_):
-        if path.name == 'train_00002.npy':
-            raise error
-        path.write_bytes(b'')
+def limit_files(kilobytes):
+    """A limit on the size of any file stands in for a full disk."""
+    code = (
+        f'import os, resource, signal, sys; size = {kilobytes} * 1024; '
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); '
+        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])'
+    )
+    return [sys.executable, '-c', code]
 
-    monkeypatch.setattr(np, 'save', save)
-    before = sorted(tmp_path.iterdir())
-    expected = {OSError: UserError, KeyboardInterrupt: KeyboardInterrupt}[type(error)]
-    with pytest.raises(expected):
+
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / 'a.txt').write_text('to be or not ' * 4000)
+    done = run_script(
+        f'--input={tmp_path}/a.txt',
+        f'--out_dir={tmp_path}/deep/out',
+        '--shard_tokens=40000',
+        prefix=limit_files(20),
+    )
+    expected = f'error: cannot write {tmp_path}/deep/out/train_00000.npy: File too large\n'
+    assert (done.returncode, done.stderr) == (1, expected)
+    assert not any((tmp_path / 'deep').iterdir())
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_and_says_so(texts, tmp_path, monkeypatch, number):
+    make, before = tokenizers.make_tokenizer, signal.getsignal(number)
+
+    def interrupt(*args):
+        assert any((tmp_path / 'deep').iterdir())
+        os.kill(os.getpid(), number)
+        return make(*args)
+
+    monkeypatch.setattr(tokenizers, 'make_tokenizer', interrupt)
+    with pytest.raises(UserError, match=f'stopped by {number.name}: nothing was written') as caught:
         write(texts, tmp_path / 'deep/out')
-    (tmp_path / 'deep').rmdir()  # empty: no part of the folder stayed
-    assert sorted(tmp_path.iterdir()) == before
+    assert caught.value.exit_code == 128 + number
+    assert not any((tmp_path / 'deep').iterdir())
+    assert signal.getsignal(number) is before
 
 
 def test_text_that_changes_between_the_passes(texts, tmp_path, monkeypatch):
@@ -448,10 +640,10 @@ def test_text_that_changes_between_the_passes(texts, tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
-def run_script(*arguments):
+def run_script(*arguments, prefix=()):
     root = Path(__file__).parents[1]
     return subprocess.run(
-        [sys.executable, root / 'scripts/prepare.py', *arguments],
+        [*prefix, sys.executable, root / 'scripts/prepare.py', *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {'PYTHONPATH': str(root)},
@@ -474,7 +666,7 @@ def test_script(texts, tmp_path):
     a, b = open_shards(tmp_path / 'a'), open_shards(tmp_path / 'b')
     assert np.array_equal(all_of(a.train), all_of(b.train))
     assert len(b.train.arrays) > len(a.train.arrays) == 1
-    assert a.tokenizer.decode(all_of(a.val)) == cut(FIRST, '0.2')[1] + cut(SECOND, '0.2')[1]
+    assert a.tokenizer.decode(all_of(a.val)) == cut(FIRST + SECOND, '0.2')[1]
     again = run_script('--input', *texts, '--out_dir', tmp_path / 'a')
     assert again.returncode == 1
     assert again.stderr.startswith('error: ')
@@ -511,3 +703,15 @@ def test_parts_of_tokens_are_views():
     assert [array.base is whole for array, whole in zip(part.arrays, arrays, strict=True)] == [
         True
     ] * 3
+
+
+def test_a_shard_cut_short_while_it_is_used(texts, tmp_path):
+    write(texts, tmp_path / 'out')
+    train = open_shards(tmp_path / 'out').train
+    before = all_of(train)
+    os.truncate(tmp_path / 'out/train_00001.npy', 130)
+    assert np.array_equal(train.read(0, 37), before[:37])
+    with pytest.raises(
+        UserError, match=r'train_00001.npy was cut short while it was in use; restore'
+    ):
+        train.read(30, 60)

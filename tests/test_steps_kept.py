@@ -10,9 +10,9 @@ from tiny import flat
 from gpt2_jax.config import resolve
 from gpt2_jax.training.programs import new_state
 from gpt2_jax.training.setup import build
-from gpt2_jax.workdir.checkpoints import is_log_spaced
 from gpt2_jax.workdir.checksums import FOLDER, all_steps, committed_steps
 from gpt2_jax.workdir.restore import load
+from gpt2_jax.workdir.storage import is_log_spaced
 
 
 @pytest.fixture(scope='module', autouse=True)

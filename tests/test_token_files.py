@@ -1,6 +1,7 @@
 """Token files of other projects: read with and without a header, and every damage is named."""
 
 import glob
+import os
 
 import numpy as np
 import pytest
@@ -43,9 +44,6 @@ def test_llm_c_files(folder, monkeypatch, backwards):
     assert (dataset.name, dataset.tokenizer) == ('web', SMALL)
     assert dataset.train.read(0, 700).tolist() == IDS[:700].tolist()
     assert dataset.val.read(0, 300).tolist() == IDS[700:].tolist()
-    assert all(
-        isinstance(array.base, np.memmap) for array in dataset.train.arrays + dataset.val.arrays
-    )
 
 
 def test_headerless_files(tmp_path, monkeypatch):
@@ -102,16 +100,16 @@ def test_identity(folder):
             'its header says 10 tokens of 2 bytes, and 21 bytes',
         ),
         (header(-1) + IDS[:10].tobytes(), 'its header says -1 tokens'),
-        (header(0), '0 bytes: expected one or more tokens'),
-        (header(10, version=2) + IDS[:10].tobytes(), 'header of llm.c in version 2: expected 1'),
+        (header(0), 'holds 0 bytes of tokens; expected GPT-2 tokens of 16 bits'),
+        (header(10, version=2) + IDS[:10].tobytes(), 'header of llm.c in version 2, expected 1'),
         (header(10)[:1000], 'damaged: it ends within the header'),
         (header(10)[:4], 'it ends within the header'),
         (
             header(10, magic=20240801, version=7) + IDS[:20].tobytes(),
-            'token 55713 at position 0, outside',
+            'another header of llm.c, magic 20240801, version 7; expected GPT-2 tokens',
         ),
         (header(10)[2:], 'token 308 at position 0'),
-        (IDS[:9].tobytes() + b'x', '19 bytes: expected one or more tokens'),
+        (IDS[:9].tobytes() + b'x', 'holds 19 bytes of tokens'),
         (b'x', '1 bytes'),
         (b'', '0 bytes'),
         (
@@ -143,5 +141,64 @@ def test_patterns_without_a_match(folder, monkeypatch):
     ):
         load.load_dataset(corpus=f'{folder}/*.bin', **SETTINGS | {'tokenizer': 'char'})
     (folder / 'web_train_1.bin').mkdir()
-    with pytest.raises(UserError, match=r'cannot read .*web_train_1.bin: Is a directory'):
+    with pytest.raises(UserError, match=r'web_train_1.bin cannot be read: Is a directory'):
+        open_token_files(f'{folder}/*.bin', SMALL)
+
+
+def test_val_is_a_word_of_the_name(tmp_path):
+    names = {
+        'train': ['medieval_train_1.bin', 'interval.bin', 'valley.bin', 'retrieval-2.bin', 'a.bin'],
+        'val': [
+            'web_val_000.bin',
+            'val.bin',
+            'VAL1.bin',
+            'x-valid.bin',
+            'a.validation.bin',
+            'eval.bin',
+        ],
+    }
+    for split in ('train', 'val'):
+        for name in names[split]:
+            put(tmp_path / name, IDS[:100] if split == 'train' else IDS[:10])
+    dataset = open_token_files(f'{tmp_path}/*.bin', SMALL)
+    assert len(dataset.train) == 100 * len(names['train'])
+    assert len(dataset.val) == 10 * len(names['val'])
+
+
+def test_tokens_of_another_vocabulary_of_nanogpt(folder):
+    put(folder / 'train.bin', IDS % 65, head=False)
+    open_token_files(f'{folder}/*.bin', SMALL)
+    (folder / 'meta.pkl').write_bytes(b'never read')
+    with pytest.raises(
+        UserError, match=r'train.bin lies beside meta.pkl, .*; prepare the text itself'
+    ):
+        open_token_files(f'{folder}/*.bin', SMALL)
+    (folder / 'train.bin').unlink()
+    open_token_files(f'{folder}/*.bin', SMALL)  # llm.c's header says whose tokens they are
+
+
+def test_a_folder_whose_name_is_a_pattern(folder):
+    folder = folder.rename(folder.with_name('[v2]'))
+    assert len(open_token_files(f'{folder}/*.bin', SMALL).train) == 700
+
+
+def test_a_file_cut_short_while_it_is_used(folder):
+    dataset = open_token_files(f'{folder}/*.bin', SMALL)
+    path = folder / 'web_train_000002.bin'
+    os.truncate(path, 1024 + 2 * 200)
+    assert dataset.train.read(0, 500).tolist() == IDS[:500].tolist()
+    for start in (450, 600):
+        with pytest.raises(
+            UserError, match=r'000002.bin was cut short while it was in use; restore'
+        ):
+            dataset.train.read(start, 650)
+
+
+@pytest.mark.parametrize('target', ['/dev/zero', 'pipe', '/none'])
+def test_only_regular_files_are_opened(folder, target):
+    os.mkfifo(folder / 'pipe')
+    (folder / 'web_train_000009.bin').symlink_to(target)
+    with pytest.raises(
+        UserError, match=r'web_train_000009.bin cannot be read: (it is a dev|No such)'
+    ):
         open_token_files(f'{folder}/*.bin', SMALL)

@@ -105,17 +105,20 @@ def test_fingerprints_differ():
 @pytest.mark.parametrize(
     ('text', 'named'),
     [
-        ('{"name": "char", "alph', 'damaged'),
+        ('{"name": "char", "alph', 'cannot be read as JSON'),
         ('[]', 'damaged'),
         ('{"alphabet": "abc"}', 'damaged'),
         ('{"name": "char"}', 'damaged'),
         ('{"name": "byte", "alphabet": "ab"}', 'damaged'),
         ('{"name": "wordpiece"}', "unknown kind 'wordpiece'"),
-        ('{"name": ["char"]}', 'unknown kind'),
+        ('{"name": ["char"]}', 'name is a list of 1, expected a text'),
         ('{"name": "char", "alphabet": ""}', 'empty'),
         ('{"name": "char", "alphabet": "aab"}', 'distinct'),
         ('{"name": "char", "alphabet": "ba"}', 'order'),
-        ('{"name": "char", "alphabet": ["a", "b"]}', 'order'),
+        ('{"name": "char", "alphabet": ["a", "b"]}', 'alphabet is a list of 2, expected a text'),
+        ('{"name": "gpt2", "merges": 5}', 'merges is 5, expected a text'),
+        ('[' * 100_000, 'nested too deeply'),
+        ('{"name": "char", "alphabet": "\\ud800"}', 'surrogates not allowed'),
     ],
 )
 def test_damaged_json(text, named):

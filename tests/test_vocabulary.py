@@ -88,9 +88,7 @@ def test_another_vocabulary_is_refused_and_kept(place, data):
 
 def test_unreadable(monkeypatch):
     Path('data/gpt2/vocab.bpe').mkdir(parents=True)
-    with pytest.raises(
-        UserError, match=r'cannot read the vocabulary data/gpt2/vocab.bpe: Is a directory'
-    ):
+    with pytest.raises(UserError, match=r'data/gpt2/vocab.bpe cannot be read: Is a directory'):
         vocabulary.find_merges()
 
 
@@ -124,3 +122,11 @@ def test_no_network_names_each_way_out():
     ):
         assert way in message
     assert os.listdir('cache/gpt2_jax/gpt2') == []
+
+
+def test_a_file_over_the_limit_is_not_read():
+    Path('data/gpt2').mkdir(parents=True)
+    with open('data/gpt2/vocab.bpe', 'wb') as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r'vocab.bpe has 1,099,511,627,776 bytes: expected at most'):
+        vocabulary.find_merges()

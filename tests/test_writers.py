@@ -1,7 +1,23 @@
-"""The logs of a run, and what their library must not load."""
+"""The logs of a run: whole whatever happens to them, readable on a terminal, light to load."""
 
+import io
+import json
+import shutil
 import subprocess
 import sys
+
+import pytest
+import runs
+
+from gpt2_jax.terminal import printable
+from gpt2_jax.workdir.log import Logger
+
+
+class Terminal(io.StringIO):
+    """A standard output that is a terminal."""
+
+    def isatty(self):
+        return True
 
 
 def test_the_logs_load_neither_torch_nor_tensorflow(tmp_path):
@@ -13,3 +29,65 @@ def test_the_logs_load_neither_torch_nor_tensorflow(tmp_path):
         "sys.exit(bool({'torch', 'tensorflow'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, '-c', program], check=True)
+
+
+@pytest.mark.parametrize('how', ['removed', 'replaced'])
+def test_a_log_that_is_removed_while_it_is_written(how, tmp_path, capsys):
+    with Logger(tmp_path, 0, 9) as log:
+        log.record(1, 'train', {'loss': 1.0})
+        log.sample(1, 'text')
+        shutil.rmtree(tmp_path / 'tensorboard')
+        for name in ('metrics.jsonl', 'samples.txt'):
+            (tmp_path / name).unlink()
+            if how == 'replaced':
+                (tmp_path / name).write_text('other')
+        log.record(2, 'train', {'loss': 2.0})
+        log.flush()
+        log.record(3, 'train', {'loss': 3.0})
+        log.flush()
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == [1, 2, 3]
+    assert (tmp_path / 'samples.txt').read_text() == '=== step 1 ===\ntext\n\n'
+    assert runs.events(tmp_path) == {('train/loss', step): 1 for step in (1, 2, 3)}
+    assert capsys.readouterr().out.count('it is written again, complete') == 3
+
+
+def test_a_log_that_is_cut_short_while_it_is_written(tmp_path, capsys):
+    with Logger(tmp_path, 0, 9) as log:
+        log.record(1, 'train', {'loss': 1.0})
+        (tmp_path / 'metrics.jsonl').write_text('')
+        log.record(2, 'train', {'loss': 2.0})
+        log.flush()
+        log.flush()
+    assert json.loads((tmp_path / 'metrics.jsonl').read_text())['step'] == 2
+    assert capsys.readouterr().out.count('metrics.jsonl was cut short by another program') == 1
+
+
+def test_in_a_folder_that_was_moved_no_log_is_written_again(tmp_path):
+    (tmp_path / 'run').mkdir()
+    with Logger(tmp_path / 'run', 0, 9) as log:
+        (tmp_path / 'run').rename(tmp_path / 'old')
+        (tmp_path / 'run').mkdir()
+        log.record(1, 'train', {'loss': 1.0})
+    assert not any((tmp_path / 'run').iterdir())
+    assert (tmp_path / 'old/metrics.jsonl').read_text()
+
+
+@pytest.mark.parametrize('tail', ['\x1b]0;title\x07', '\x1b[2J', '\x9b31m', '\r', '\u202e'])
+def test_a_terminal_does_not_obey_a_sample(tail, tmp_path, monkeypatch):
+    """The file keeps the text as it is."""
+    text = f'To be,\n\tor ü {tail} not'
+    monkeypatch.setattr(sys, 'stdout', Terminal())
+    with Logger(tmp_path, 0, 9) as log:
+        log.sample(1, text)
+    assert (tmp_path / 'samples.txt').read_bytes().decode() == f'=== step 1 ===\n{text}\n\n'
+    shown = sys.stdout.getvalue()
+    assert text.replace(tail, tail.encode('unicode_escape').decode()).expandtabs() in shown
+    assert tail not in shown or tail == '\r'  # rich moves the cursor itself
+
+
+def test_text_is_changed_for_a_terminal_alone():
+    text = '\x1b[2J\n\t\u3000a\u00a0b \N{FAMILY}\u200d'
+    assert printable(text, io.StringIO()) == text
+    assert printable(text, None) == text
+    assert printable(text, Terminal()) == text.replace('\x1b', r'\x1b')

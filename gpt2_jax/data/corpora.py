@@ -9,7 +9,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from gpt2_jax import files
+from gpt2_jax import files, foreign
+from gpt2_jax.data import documents
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import Source
 
@@ -21,12 +22,13 @@ CORPORA = {
         n_bytes=1_115_394,
     ),
 }
+MAX_CHARACTERS = 1 << 30  # of a text held in memory
 EMBEDDED = 'python-topics'  # needs no file: the English help texts that come with CPython
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text and its identity: the SHA-256 of its UTF-8. `path` is None if there is no file."""
+    """A text, and the SHA-256 of its file; `path` is None if there is no file."""
 
     name: str
     path: Path | None
@@ -45,7 +47,7 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
     for a local copy that is not the published text, and for a file that is empty, unreadable or
     not UTF-8.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, path = str(name_or_path), files.user_path(name_or_path)
     if os.path.exists(path) and not os.path.isdir(path):
         return _read(path.stem, path)
     if name == EMBEDDED:
@@ -54,17 +56,23 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
         found = next((path for path in _places(name) if os.path.exists(path)), None)
         return _read(name, found or _download(name), CORPORA[name].sha256)
     if os.path.isdir(path):
-        raise UserError(
-            f'{name} is a folder, and not a prepared one (it has no manifest.json): '
-            f'give a text file, or a folder written by scripts/prepare.py'
+        raise foreign.error(
+            name, 'is a folder, and not a prepared one (it has no manifest.json)', _remedy(path)
         )
     known = [*CORPORA, EMBEDDED]
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
     raise UserError(
-        f'no text file and no corpus called {name!r}: {hint}'
+        f'no text file and no corpus called {foreign.show(name)}: {hint}'
         f'give a text file, a prepared folder or one of {", ".join(known)}'
     )
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with a folder that is not prepared."""
+    if any(name.endswith('.bin') for name in os.listdir(folder)):
+        return f'for its files of GPT-2 tokens give the pattern {foreign.escape(str(folder))}/*.bin'
+    return f'scripts/prepare.py --input {foreign.escape(str(folder))} makes one of the texts in it'
 
 
 def _places(name: str) -> list[Path]:
@@ -74,20 +82,24 @@ def _places(name: str) -> list[Path]:
 
 def _read(name: str, path: Path, sha256: str | None = None) -> Corpus:
     """The text of a file, no newline translated. Its SHA-256 must be `sha256`, if given."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f'cannot read the text {path}: {error.strerror}') from None
-    digest = hashlib.sha256(data).hexdigest()
-    if sha256 and digest != sha256:
-        raise UserError(
-            f'{path} is not the published {name}: its SHA-256 is {digest}, expected {sha256}; move '
-            'it away to get the published text, or give its path as data.corpus to use it as it is'
-        )
-    text = ''.join(files.decode_utf8([data], path))
-    if not text:
-        raise UserError(f'the text {path} is empty: expected at least one character')
-    return Corpus(name, path, text, digest)
+    if sha256 and (found := files.sha256(path)) != sha256:
+        problem = f'is not the published {name}: SHA-256 {found[:12]}.., expected {sha256[:12]}..'
+        remedy = 'move it away, or give its path as data.corpus to use it as it is'
+        raise foreign.error(path, problem, remedy)
+    if documents.file_kind(path) != documents.TEXT:
+        remedy = 'give scripts/prepare.py this file, and data.corpus the folder that it writes'
+        raise foreign.error(path, 'holds documents, not one text', remedy)
+    digest, blocks, n_characters = hashlib.sha256(), [], 0
+    for document in documents.read(str(path), '', digest.update):
+        for block in document:
+            blocks.append(block)
+            n_characters += len(block)
+            if n_characters > MAX_CHARACTERS:
+                problem = f'has over {MAX_CHARACTERS:,} characters, too many to hold in memory'
+                raise foreign.error(path, problem, 'prepare it by scripts/prepare.py')
+    if not n_characters:
+        raise foreign.error(path, 'is empty', 'expected at least one character')
+    return Corpus(name, path, ''.join(blocks), digest.hexdigest())
 
 
 def _embedded() -> Corpus:

@@ -6,22 +6,100 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import weakref
 from fractions import Fraction
+from typing import BinaryIO
 
 import numpy as np
 
+from gpt2_jax import foreign
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 
 SPLITS = ('train', 'val')
+BLOCK_TOKENS = 1 << 22  # read at once to verify a file
+
+
+class KeptFile:
+    """A file for reading that stays open until nothing refers to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.name, self.descriptor = file.name, os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IdsInFile:
+    """`n` ids in a file, `offset` bytes from its beginning, read when they are used.
+
+    They are read, not memory-mapped. If the file is cut short during a run, a read fails with one
+    line, while a map would end the process with a bus error.
+    """
+
+    file: KeptFile
+    dtype: np.dtype
+    offset: int
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, part: slice) -> 'IdsInFile':
+        start, stop, _ = part.indices(self.n)
+        offset = self.offset + start * self.dtype.itemsize
+        return dataclasses.replace(self, offset=offset, n=stop - start)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        ids = np.empty(self.n, self.dtype)
+        view, offset = memoryview(ids).cast('B'), self.offset
+        while view:
+            with foreign.parsing(self.file.name, 'tokens'):
+                n_bytes = os.preadv(self.file.descriptor, [view], offset)
+            if not n_bytes:
+                remedy = 'restore it from a copy; the same command resumes'
+                raise foreign.error(self.file.name, 'was cut short while it was in use', remedy)
+            view, offset = view[n_bytes:], offset + n_bytes
+        return ids
+
+
+def verify_ids(
+    ids: IdsInFile, vocab_size: int, *, sha256: str | None = None, remedy: str = ''
+) -> str:
+    """Reads all of the file of `ids`; returns the SHA-256 of its bytes, in hex.
+
+    Raises UserError if that is not `sha256`, when one is given, and for an id outside the
+    vocabulary.
+    """
+    path, outside = ids.file.name, None
+    digest = hashlib.sha256(os.pread(ids.file.descriptor, ids.offset, 0))
+    for start in range(0, len(ids), BLOCK_TOKENS):
+        block = np.asarray(ids[start : start + BLOCK_TOKENS])
+        digest.update(block)
+        if outside is None and block.max() >= vocab_size:
+            at = int((block >= vocab_size).argmax())
+            problem = (
+                f'holds token {block[at]} at position {start + at}, outside the vocabulary '
+                f'[0, {vocab_size})'
+            )
+            outside = foreign.error(path, problem, remedy)
+            if sha256 is None:
+                break
+    found = digest.hexdigest()
+    if sha256 is not None and found != sha256:
+        problem = f'is damaged: its SHA-256 is {found[:12]}.., the manifest says {sha256[:12]}..'
+        raise foreign.error(path, problem, remedy)
+    if outside:
+        raise outside
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """One sequence of N token ids, kept in one or more arrays."""
+    """One sequence of N token ids, kept in one or more arrays, in memory or in files."""
 
-    arrays: tuple[np.ndarray, ...]
+    arrays: tuple[np.ndarray | IdsInFile, ...]
     # ends[i] is the number of tokens in arrays[:i + 1].
     ends: tuple[int, ...] = dataclasses.field(init=False, repr=False)
 
@@ -45,8 +123,11 @@ class Tokens:
         return Tokens(tuple(pieces))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start .. stop - 1, at least one, (stop - start,); a view if one array holds them."""
-        pieces = self.part(start, stop).arrays
+        """Ids start .. stop - 1, at least one, (stop - start,); a view if one array holds them.
+
+        Raises UserError if a file was cut short since it was opened.
+        """
+        pieces = [np.asarray(piece) for piece in self.part(start, stop).arrays]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 

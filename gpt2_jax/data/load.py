@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from gpt2_jax import files
 from gpt2_jax.data import bin_files, corpora, shards
 from gpt2_jax.data.dataset import Dataset, from_text, hold_out
 from gpt2_jax.data.tokenizers import make_tokenizer
@@ -32,15 +33,16 @@ def load_dataset(
 def _load(
     corpus: str, tokenizer: str, val_fraction: float, fallback: str, notify: Callable[[str], None]
 ) -> Dataset:
-    if corpus.endswith('.bin'):
+    path = str(files.user_path(corpus))
+    if path.endswith('.bin'):
         if tokenizer != 'gpt2':
             raise UsageError(
                 f'{corpus} names files of GPT-2 tokens, but data.tokenizer is {tokenizer!r}: set '
                 '--config.data.tokenizer=gpt2'
             )
         return bin_files.open_token_files(corpus, make_tokenizer(tokenizer, ''))
-    if shards.is_prepared(corpus):
-        dataset = shards.open_shards(corpus)
+    if shards.is_prepared(path):
+        dataset = shards.open_shards(path)
         if dataset.tokenizer.name != tokenizer:
             raise UsageError(
                 f'{corpus} was prepared with the tokenizer {dataset.tokenizer.name!r}, but '

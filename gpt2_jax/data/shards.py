@@ -1,32 +1,59 @@
-"""A prepared folder: token shards on disk, verified and memory-mapped when they are opened.
+"""A prepared folder: token shards on disk, verified when they are opened, read when they are used.
 
-The folder holds `tokenizer.json`, the token ids as `train_00000.npy`, ... and `val_00000.npy`,
-..., where they came from as `train_marks.npy` and `val_marks.npy`, and `manifest.json`: counts, the
+The folder holds `tokenizer.json`, the token ids as `train_00000.npy`, ... and `val_00000.npy`, ...,
+where they came from as `train_marks.npy` and `val_marks.npy`, and `manifest.json`: counts, the
 fingerprint of the tokenizer, and the SHA-256 of every shard. prepare.py writes it. N is a number of
 tokens.
 """
 
-import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, sha256_of
-from gpt2_jax.data.documents import holds_records
+from gpt2_jax.data.dataset import (
+    SPLITS,
+    Dataset,
+    IdsInFile,
+    KeptFile,
+    Tokens,
+    sha256_of,
+    verify_ids,
+)
 from gpt2_jax.data.tokenizers import Tokenizer
-from gpt2_jax.errors import UserError
+from gpt2_jax.foreign import PLAIN_NAME, SHA256, Maybe, integer, one_of
 
 FORMAT = 1  # of manifest.json; other formats are refused
 MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
+DTYPES = ('uint8', 'uint16', 'uint32')  # of ids
+SCHEMA = {
+    'dtype': one_of(*DTYPES),
+    'tokenizer': {'sha256': SHA256},
+    'splits': {
+        split: {
+            'shards': [{'file': PLAIN_NAME, 'tokens': integer(1), 'sha256': SHA256}],
+            'marks': Maybe({'file': PLAIN_NAME, 'sha256': SHA256}),  # none before version 0.2
+        }
+        for split in SPLITS
+    },
+}
+AGAIN = 'prepare the folder again from its texts'
+RESTORE = 'restore it from a copy, or prepare the folder again'
+# As np.save writes it: magic, version 1.0, the length of the header, the header. Not evaluated.
+NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(?s:..)\{'descr': '[<|](u[124])', 'fortran_order': False, "
+    rb"'shape': \((\d{1,18}),\), \} *\n"
+)
 
-# Where tokens came from: token `token` of a split begins at `byte` of file `file` of the manifest's
-# inputs, in line `line`. In JSON Lines and Parquet, line and byte are of the record (byte -1:
-# unknown), and `within` counts the bytes of its text before the token. One mark for each document,
-# and for each block of about a megabyte in it.
+INPUTS = 'inputs.jsonl'  # the files that were read, one a line
+# Where tokens came from: token `token` of a split begins at `byte` of input `file`, in line `line`.
+# In JSON Lines and Parquet, line and byte are of the record (byte -1: unknown), and `within` counts
+# the bytes of its text before the token. One mark for each document, and for each block of about a
+# megabyte in it.
 MARK = np.dtype(
     [('token', '<i8'), ('file', '<i4'), ('line', '<i8'), ('byte', '<i8'), ('within', '<i8')]
 )
@@ -38,37 +65,33 @@ def is_prepared(path: str | os.PathLike) -> bool:
 
 
 def open_shards(folder: str | os.PathLike) -> Dataset:
-    """Memory-maps a prepared folder after checking each of its files against the manifest.
+    """Opens a prepared folder after reading each of its files and checking it against the manifest.
 
-    Raises UserError naming the file that is missing, damaged, of another format or of another
-    tokenizer.
+    Raises UserError naming the file that is missing, damaged, of another format or tokenizer, or
+    that holds an id outside the vocabulary. Nothing outside the folder is opened.
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text('utf-8'))
-        if manifest['format'] != FORMAT:
-            raise UserError(
-                f'{path} has format {manifest["format"]}, expected {FORMAT}: prepare it again'
-            )
-        dtype, fingerprint = np.dtype(manifest['dtype']), manifest['tokenizer']['sha256']
-        shards = [
-            (split, shard['file'], shard['tokens'], shard['sha256'])
-            for split in SPLITS
-            for shard in manifest['splits'][split]['shards']
-        ]
-    except OSError as error:
-        raise UserError(
-            f'cannot read {path}: {error.strerror}; a prepared folder is written by '
-            f'scripts/prepare.py'
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{path} is damaged: prepare the folder again from its texts') from None
+    manifest = foreign.read_json(path, {'format': integer(0)}, AGAIN)
+    if manifest['format'] != FORMAT:
+        raise foreign.error(path, f'has format {manifest["format"]}, expected {FORMAT}', AGAIN)
+    foreign.check(manifest, SCHEMA, path, AGAIN)
+    dtype, fingerprint = np.dtype(manifest['dtype']), manifest['tokenizer']['sha256']
+    shards = [
+        (split, shard['file'], shard['tokens'], shard['sha256'])
+        for split in SPLITS
+        for shard in manifest['splits'][split]['shards']
+    ]
     tokenizer = _open_tokenizer(folder / TOKENIZER, fingerprint)
+
+    def open_shard(shard):
+        _, file, n_tokens, sha256 = shard
+        ids = _open_shard(folder / file, dtype, n_tokens)
+        verify_ids(ids, tokenizer.vocab_size, sha256=sha256, remedy=RESTORE)
+        return ids
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
-        opened = list(
-            pool.map(lambda shard: _open_shard(folder / shard[1], dtype, *shard[2:]), shards)
-        )
+        opened = list(pool.map(open_shard, shards))
     arrays = {split: [] for split in SPLITS}
     for (split, *_), ids in zip(shards, opened, strict=True):
         arrays[split].append(ids)
@@ -82,67 +105,58 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
 
 
 def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
-    try:
-        tokenizer = tokenizers.from_json(path.read_text('utf-8'))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read {path}: {error}') from None
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from None
-    if tokenizers.fingerprint(tokenizer) != fingerprint:
-        raise UserError(
-            f'{path} is not the tokenizer these shards were written with: its SHA-256 is '
-            f'{tokenizers.fingerprint(tokenizer)}, the manifest says {fingerprint}; restore it, or '
-            f'prepare the folder again'
+    tokenizer = tokenizers.from_json(foreign.read_text(path), path)
+    found = tokenizers.fingerprint(tokenizer)
+    if found != fingerprint:
+        problem = (
+            f'is not the tokenizer of these shards: its SHA-256 is {found[:12]}.., '
+            f'the manifest says {fingerprint[:12]}..'
         )
+        raise foreign.error(path, problem, RESTORE)
     return tokenizer
 
 
-def _open_shard(path: Path, dtype: np.dtype, n_tokens: int, sha256: str) -> np.ndarray:
-    """A shard's ids, memory-mapped: (n_tokens,) of `dtype`."""
-    try:
-        digest = files.sha256(path)
-        if digest != sha256:
-            raise UserError(
-                f'{path} is damaged: its SHA-256 is {digest}, the manifest says {sha256}; restore '
-                'it from a copy, or prepare the folder again'
-            )
-        ids = np.load(path, mmap_mode='r', allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(
-            f'{path} is missing, and the manifest names it: restore it, or prepare the folder again'
-        ) from None
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from None
-    if ids.shape != (n_tokens,) or ids.dtype != dtype:
-        raise UserError(
-            f'{path} holds {ids.shape} tokens of {ids.dtype}, the manifest says ({n_tokens},) of '
-            f'{dtype}: prepare the folder again'
-        )
-    return np.asarray(ids)  # a plain array: the memmap subclass costs time at every slice
+def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
+    """A shard's ids (n_tokens,) of `dtype`, not verified yet."""
+    if not os.path.exists(path):
+        raise foreign.error(path, 'is missing, and the manifest names it', RESTORE)
+    with foreign.open_file(path) as file, foreign.parsing(path, 'token ids'):
+        n_bytes = os.fstat(file.fileno()).st_size
+        header = NPY.match(os.pread(file.fileno(), 256, 0))
+        kept = KeptFile(file)
+    if not header:
+        raise foreign.error(path, 'is damaged: it is not a .npy file of token ids', RESTORE)
+    found = np.dtype(f'<{header[1].decode()}'), int(header[2])
+    if found != (dtype, n_tokens):
+        problem = f'holds {found[1]} tokens of {found[0]}, the manifest says {n_tokens} of {dtype}'
+        raise foreign.error(path, problem, RESTORE)
+    expected = header.end() + n_tokens * dtype.itemsize
+    if n_bytes != expected:
+        problem = f'is damaged: it has {n_bytes:,} bytes, expected {expected:,}'
+        raise foreign.error(path, problem, RESTORE)
+    return IdsInFile(kept, found[0], header.end(), n_tokens)
 
 
 def open_marks(
     folder: str | os.PathLike, split: str = 'train'
-) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray] | None:
-    """Where the tokens of a split came from: file names, 'text' or 'records' for each, and MARKs.
+) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """Where the tokens of a split came from: the names of the inputs, and MARKs.
 
-    None if the folder was prepared before marks existed. Raises UserError if they are damaged.
+    None if the folder was prepared before there were marks. Raises UserError if they are damaged.
     """
     folder = Path(folder)
-    manifest = json.loads((folder / MANIFEST).read_text('utf-8'))
+    manifest = foreign.read_json(folder / MANIFEST, SCHEMA, AGAIN)
     about = manifest['splits'][split].get('marks')
     if about is None:
         return None
     path = folder / about['file']
-    try:
+    with foreign.open_file(path) as file, foreign.parsing(path, 'marks', RESTORE):
         if files.sha256(path) != about['sha256']:
-            raise UserError(
-                f'{path} is damaged: its SHA-256 is not the one in the manifest; restore it from a '
-                'copy, or prepare the folder again'
-            )
-        marks = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}') from None
-    names = tuple(source['file'] for source in manifest['inputs'])
-    kinds = tuple('records' if holds_records(name) else 'text' for name in names)
-    return names, kinds, marks
+            raise foreign.error(path, "is damaged: its SHA-256 is not the manifest's", RESTORE)
+        marks = np.load(file, allow_pickle=False)
+    if marks.dtype != MARK or marks.ndim != 1 or not len(marks):
+        raise foreign.error(path, 'is damaged: it holds no marks', RESTORE)
+    lines = foreign.read_text(folder / INPUTS).splitlines()
+    schema = {'path': str}
+    names = [foreign.parse_json(line, folder / INPUTS, schema, RESTORE)['path'] for line in lines]
+    return tuple(names), marks

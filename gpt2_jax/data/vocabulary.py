@@ -8,6 +8,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.files import Source, download, local_folders
 
@@ -17,6 +18,7 @@ SOURCE = Source(
     sha256='1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     n_bytes=456_318,
 )
+MAX_BYTES = 1 << 20  # of a file with merges
 # Of the merges alone: some copies have another version line, or carriage returns.
 MERGES_SHA256 = 'ac33235097fe06d4a8fff0feac994644809e6eb6ab70669e1e9fd40ae032428e'
 
@@ -45,17 +47,14 @@ def find_merges() -> str:
 
 def read_merges(path: Path) -> str:
     """The merges in a file. Raises UserError if it does not hold GPT-2's merges."""
-    try:
-        data = path.read_bytes().replace(b'\r\n', b'\n')
-    except OSError as error:
-        raise UserError(f'cannot read the vocabulary {path}: {error.strerror}') from None
+    data = foreign.read_bytes(path, MAX_BYTES).replace(b'\r\n', b'\n')
     merges = data.partition(b'\n')[2] if data.startswith(b'#version') else data
     digest = hashlib.sha256(merges).hexdigest()
     if digest != MERGES_SHA256:
-        raise UserError(
-            f"{path} does not hold GPT-2's merges: their SHA-256 is {digest}, expected "
-            f'{MERGES_SHA256}; move it away to get the published file'
+        problem = (
+            f"does not hold GPT-2's merges: SHA-256 {digest[:12]}.., not {MERGES_SHA256[:12]}.."
         )
+        raise foreign.error(path, problem, 'move it away to get the published file')
     return merges.decode('utf-8')
 
 

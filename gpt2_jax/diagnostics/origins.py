@@ -4,17 +4,16 @@ A mark says that a token begins at some place of a file. Between two marks the p
 the tokens themselves: their bytes, and the line ends among them. No JAX.
 """
 
-import glob
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.data import corpora, shards
+from gpt2_jax import files
+from gpt2_jax.data import bin_files, corpora, documents, shards
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.shards import MARK
-from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.data.tokenizers import END_OF_TEXT, Tokenizer
 from gpt2_jax.errors import UsageError
 
 NEWLINE = ord('\n')
@@ -97,7 +96,10 @@ class Origins(NamedTuple):
         n_bytes = n_lines = 0
         for begin in range(start, position, BLOCK):
             ids = tokens.read(begin, min(begin + BLOCK, position))
-            n_bytes += int(token_bytes.lengths_V[ids].sum())
+            # The tokenizer's separator has no bytes. Between a mark and the next document it comes
+            # from a text in which it was written out.
+            written_out = int((token_bytes.lengths_V[ids] == 0).sum())
+            n_bytes += int(token_bytes.lengths_V[ids].sum()) + written_out * len(END_OF_TEXT)
             n_lines += int(token_bytes.newlines_V[ids].sum())
         line, byte = int(mark['line']), int(mark['byte'])
         if kind == 'records':
@@ -173,20 +175,25 @@ def open_origins(corpus: str, fallback: str, dataset: Dataset) -> Origins:
     shard and the token in it. Raises UserError as loading the data set does.
     """
     if corpus.endswith('.bin'):
-        paths = sorted(glob.glob(os.path.expanduser(corpus), recursive=True))
-        return _token_files([p for p in paths if 'val' not in Path(p).name], dataset)
+        paths = files.matching(corpus)
+        return _token_files(
+            [str(p) for p in paths if not bin_files.VALIDATION.search(p.name)], dataset
+        )
     if shards.is_prepared(corpus):
         found = shards.open_marks(corpus)
         if found is None:
-            names = sorted(p.name for p in Path(corpus).glob('train_*.npy'))
+            names = sorted(path.name for path in Path(corpus).glob('train_*.npy'))
             return _token_files(names, dataset)
-        return Origins(*found)
+        names, marks = found
+        is_text = [documents.file_kind(name) == documents.TEXT for name in names]
+        return Origins(names, tuple('text' if text else 'records' for text in is_text), marks)
     try:
         found = corpora.find_text(corpus)
     except corpora.CorpusNotFound:
         found = corpora.find_text(fallback)
+    byte = next(documents.read_placed(str(found.path), '')).byte if found.path else 0
     name = str(found.path or found.name)
-    return Origins((name,), ('text',), np.array([(0, 0, 1, 0, 0)], MARK))
+    return Origins((name,), ('text',), np.array([(0, 0, 1, byte, 0)], MARK))
 
 
 def _token_files(names: list[str], dataset: Dataset) -> Origins:

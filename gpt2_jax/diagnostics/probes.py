@@ -24,9 +24,9 @@ arrays, A activations; 41 bins:
     rms, kurtosis (P, A)  of the elements of an activation; the kurtosis of a normal one is 3
     dead (P, L)           the share of MLP units whose input to the activation function is never
                           above 0
-    curvature (P,)        the largest eigenvalue of the Hessian of the loss on up to 64 tokens of the
-                          probe text, by six steps of Lanczos' method: a lower bound, as a rule a few
-                          percent below
+    curvature (P,)        the largest eigenvalue of the Hessian of the loss on up to 64 tokens of
+                          the probe text, by six steps of Lanczos' method: a lower bound, as a rule
+                          a few percent below
     weight_bins, gradient_bins (P, N, 41), activation_bins (P, A, 41)
                           how many of up to 65,536 evenly spaced elements lie in each bin
     edges (40,)           of the bins, in units of the rms of the elements; the first and the last
@@ -53,9 +53,9 @@ from gpt2_jax.model.ops import FAST
 from gpt2_jax.training.programs import compile_in_background
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
-from gpt2_jax.workdir.checkpoints import is_log_spaced
 from gpt2_jax.workdir.history import PROBES, read_probes
 from gpt2_jax.workdir.log import Logger
+from gpt2_jax.workdir.storage import is_log_spaced
 
 ROWS, MOST_TOKENS = 4, 128  # of the probe text, and of the random repeated text
 CURVATURE_TOKENS, CURVATURE_PRODUCTS = 64, 6

@@ -28,7 +28,8 @@ from gpt2_jax.training.optim import as_parameters
 from gpt2_jax.training.setup import Setup, build
 from gpt2_jax.training.step import TrainState, split_rows, token_losses
 from gpt2_jax.workdir import checksums, history
-from gpt2_jax.workdir.checkpoints import open_manager, restore_state
+from gpt2_jax.workdir.checkpoints import restore_state
+from gpt2_jax.workdir.storage import open_manager
 
 METRICS = ('loss', 'grad_norm', 'learning_rate', 'update_norm', 'param_norm')
 # Relative difference between recorded and replayed metrics that counts as rounding, if the two were

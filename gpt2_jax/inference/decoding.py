@@ -107,7 +107,9 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
 
         step = functools.partial(decode.next_logits, model.cfg, weights)
         if sampling.top_p == 1 and logits_BV.shape[1] <= sample.MAX_VOCAB:
-            pick = sample.chooser(keys_CB, logits_BV.shape[1], sampling.temperature, sampling.top_k)
+            pick = sample.make_sampler(
+                keys_CB, logits_BV.shape[1], sampling.divisor, sampling.top_k
+            )
 
     def one(i, carry):
         logits_BV, cache, tokens_CB = carry
@@ -121,28 +123,30 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
 
 def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
     """Yields (tokens_BC, n): a chunk that the device may still compute, and its valid columns."""
-    context = model.cfg.n_positions
+    context, half = model.cfg.n_positions, max(model.cfg.n_positions // 2, 1)
     params, weights = cast_params(model, params)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_samples))
-    text = [(np.tile(np.asarray(prompt, np.int32), (num_samples, 1)), len(prompt))]
+    if len(prompt) > context:
+        notify(f'the prompt has {len(prompt)} tokens: the model sees its last {context} only')
+    text_BT = np.tile(np.asarray(prompt[-context:], np.int32), (num_samples, 1))
+    text = [(text_BT, text_BT.shape[1])]
     pos, done, notified = context + 1, 0, False  # no cache yet
     while done < max_new_tokens:
-        if pos >= context:
+        if pos > context:  # the last token of the text has no position
             text_BT = np.concatenate([np.asarray(part)[:, :n] for part, n in text], axis=1)
-            if text_BT.shape[1] >= context:
-                text_BT = text_BT[:, -max(context // 2, 1) :]
+            if text_BT.shape[1] > context:
+                text_BT = text_BT[:, -half:]
                 if not notified:
                     notify(
-                        f'the context of {context} tokens is full: continuing from its last '
-                        f'{text_BT.shape[1]}'
+                        f'the context of {context} tokens is full: continuing from its last {half}'
                     )
                     notified = True
             pos = text_BT.shape[1]
             text = [(text_BT, pos)]
             padding = min(max(2 ** (pos - 1).bit_length(), MIN_PREFILL), context) - pos
             logits_BV, cache = prefill(model, params, np.pad(text_BT, ((0, 0), (0, padding))), pos)
-        # At least one token: a context of a single token is full at once, and restarts for each.
-        n = max(1, min(CHUNK, max_new_tokens - done, context - pos))
+        # One more than there are positions: the last token is drawn from a full context.
+        n = min(CHUNK, max_new_tokens - done, context - pos + 1)
         tokens_BC, logits_BV, cache = decode(
             model, weights, logits_BV, cache, pos, keys_B, done, sampling
         )
@@ -165,15 +169,16 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continues `prompt` (T,) `num_samples` times; yields chunks, int32 (num_samples, n).
 
-    Sample i depends on (params, prompt, sampling, seed, i) alone. GPT-2's learned positions
-    cannot slide, so when the context is full, generation restarts from its last half with a fresh
-    prefill, and reports this once through `notify`. Raises UsageError for an empty prompt and,
-    with `strict_context`, if prompt and new tokens do not fit the context.
+    Sample i depends on (params, prompt, sampling, seed, i) alone. Every token is drawn from all
+    tokens before it, of a long prompt the last n_positions. GPT-2's learned positions cannot slide,
+    so a token that has no position left restarts the context from its last half with a fresh
+    prefill; `notify` is called the first time. Raises UsageError for an empty prompt and, with
+    `strict_context`, if the context would restart.
     """
     context = model.cfg.n_positions
     if not len(prompt):
         raise UsageError('the prompt is empty: give at least one token to continue from')
-    if strict_context and len(prompt) + max_new_tokens > context:
+    if strict_context and len(prompt) + max_new_tokens > context + 1:
         raise UsageError(
             f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
             f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it '

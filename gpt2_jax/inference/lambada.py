@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.data import documents
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.inference import score, texts
+from gpt2_jax.inference import score
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.parallel import faults, mesh, partition
 from gpt2_jax.training.step import Batch, token_losses
@@ -58,13 +59,14 @@ class LambadaScore(NamedTuple):
 
 
 def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Passage]:
-    """The passages of a .jsonl, .jsonl.gz or .parquet file, each split at its last space.
+    """The passages of a JSON Lines or Parquet file, each split at its last space.
 
     Raises UserError naming the passage that cannot be split or encoded.
     """
-    if not path.endswith(texts.DOCUMENTS):
+    path = str(files.user_path(path))
+    if documents.file_kind(path) == documents.TEXT:
         raise UsageError(
-            f'{path} is not a file of passages: expected {", ".join(texts.DOCUMENTS)}, with a '
+            f'{path} is not a file of passages: expected {", ".join(documents.KINDS)}, with a '
             f'passage in the field {text_field!r} of each line or row'
         )
     passages = []

@@ -5,13 +5,13 @@ import dataclasses
 
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.data import bin_files, corpora, documents, shards
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Gpt2Tokenizer, Tokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.detokenizers import make_detokenizer
 
-DOCUMENTS = ('.jsonl', '.jsonl.gz', '.parquet')  # files that hold many texts
 BLOCK = 1 << 20  # tokens decoded at once
 
 
@@ -39,7 +39,8 @@ def open_text(
     that is None. Raises UserError for a source that cannot be read, or that holds the tokens of
     another tokenizer.
     """
-    dataset = _prepared(source, tokenizer, split or 'val')
+    path = str(files.user_path(source))
+    dataset = _prepared(path, tokenizer, split or 'val')
     if dataset:
         if detokenizer != 'none':
             raise UsageError(
@@ -54,8 +55,8 @@ def open_text(
         )
     texts = (
         [corpora.find_text(source).text]
-        if not source.endswith(DOCUMENTS)
-        else [''.join(document) for document in documents.read(source, text_field)]
+        if documents.file_kind(path) == documents.TEXT
+        else [''.join(document) for document in documents.read(path, text_field)]
     )
     detokenize = make_detokenizer(detokenizer)
     pieces = [tokenizer.encode(detokenize(text)) for text in texts if text]

@@ -1,4 +1,4 @@
-"""The loss of the tied head, whose logits are the largest of all arrays; see triton_call.py."""
+"""The loss of the tied head, with the gradient of the logits, the largest of all arrays."""
 
 import functools
 
@@ -8,24 +8,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from gpt2_jax.architecture import padded_vocab
 from gpt2_jax.kernels.launch import LOG2_E, call
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
-PADDING = 128  # the vocabulary is padded to a multiple of it: products are several times slower where it is odd
 
 
 def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
-    """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - onehot(target)."""
-    target, padded = targets_ref[...], V + -V % PADDING
-    hit = logits_ref[target].astype(jnp.float32)  # before any thread overwrites it
-    blocks, whole = (
-        logits_ref.shape[0] // columns,
-        V // (columns * UNROLL) * UNROLL,
-    )  # of these none has padding
+    """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - one_hot(target).
+
+    Each lane has its own running softmax (m, l as in attention.py), merged after the loop.
+    """
+    target, padded = targets_ref[...], padded_vocab(V)
+    target_logit = logits_ref[target].astype(jnp.float32)  # read before any thread overwrites it
+    blocks = logits_ref.shape[0] // columns
+    whole = V // (columns * UNROLL) * UNROLL  # this many blocks have no padding
 
     def block(j, masked):
-        """The columns of block j, and which of them are in the array: a mask, or None for all."""
+        """The columns of block j, and which of them the array has: a mask, or None for all."""
         column = j * columns + jnp.arange(columns)
         return column, pl.ds(j * columns, columns), column < padded if masked else None
 
@@ -33,30 +34,26 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
         column, here, inside = block(j, masked)
         if not masked:
             return logits_ref[here].astype(jnp.float32) * LOG2_E
-        # A mask that ended at V, and not at a multiple of 128, would have each thread load one number at a time.
+        # If the mask ended at V, no multiple of 128, each thread would load one number at a time.
         logits = plgpu.load(logits_ref.at[here], mask=inside, other=-jnp.inf).astype(jnp.float32)
         return jnp.where(column < V, logits * LOG2_E, -jnp.inf)
 
     def scan(masked, several, carry):
-        most, total = carry
+        m, l = carry
         parts = [load(j, masked) for j in several]
-        most_now = functools.reduce(jnp.maximum, parts, most)
-        return most_now, total * jnp.exp2(most - most_now) + sum(
-            jnp.exp2(logits - most_now) for logits in parts
-        )
+        m_new = functools.reduce(jnp.maximum, parts, m)
+        return m_new, l * jnp.exp2(m - m_new) + sum(jnp.exp2(logits - m_new) for logits in parts)
+
+    def scan_whole(i, carry):
+        return scan(False, [i * UNROLL + u for u in range(UNROLL)], carry)
 
     zero = jnp.zeros(columns, jnp.float32)
-    # Lanes of padding alone begin finite, so that no -inf - -inf is met.
-    carry = lax.fori_loop(
-        0,
-        whole // UNROLL,
-        lambda i, carry: scan(False, [i * UNROLL + u for u in range(UNROLL)], carry),
-        (zero - 1e30, zero),
-    )
-    most, total = scan(True, range(whole, blocks), carry)
-    top = most.max(0)
-    lse = top + jnp.log2((total * jnp.exp2(most - top)).sum(0))
-    nats_ref[...] = lse / LOG2_E - hit
+    # m starts finite, so that a lane of padding alone does not compute -inf - -inf.
+    carry = lax.fori_loop(0, whole // UNROLL, scan_whole, (zero - 1e30, zero))
+    m, l = scan(True, range(whole, blocks), carry)
+    m_row = m.max(0)
+    lse = m_row + jnp.log2((l * jnp.exp2(m - m_row)).sum(0))
+    nats_ref[...] = lse / LOG2_E - target_logit
 
     def write(masked, j, _):
         column, here, inside = block(j, masked)
@@ -69,7 +66,7 @@ def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, 
 
 
 def _softmax_gradient(logits_NV, targets_N, V):
-    """(gradient of the logits, in their memory; nats_N). Columns from V on are padding: gradient 0."""
+    """(the gradient of the logits, in their memory, and 0 from column V on; nats_N)."""
     N, padded = logits_NV.shape
     columns = min(COLUMNS, pl.next_power_of_2(padded))
     row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
@@ -90,24 +87,24 @@ def _softmax_gradient(logits_NV, targets_N, V):
 
 
 def head_loss(x_ND, wte_VD, targets_N, scale):
-    """Cross-entropy in nats, fp32, of each target under softmax(x wte^T), and the gradients of scale times their sum.
+    """The loss of each target under softmax(x wte^T), and the gradients of `scale` times their sum.
 
-    (N, D), fp32 (V, D), (N,) -> (N,); of x (N, D), in its dtype; of wte, fp32, with rows of 0 after the V-th: a copy of
-    the others alone would cost 0.14 ms for the 124M model on an H100.
+    (N, D), fp32 (V, D), (N,) -> nats_N fp32; dx (N, D) in the dtype of x; dwte fp32, with rows of 0
+    after the V-th, because copying the rows before would take 0.14 ms (124M, H100).
 
-    The logits are written once, in the dtype of x, and then overwritten by their own gradient; what is left of the
-    backward pass is two matrix products. Left to XLA, an fp32 copy of this largest of all arrays goes through memory
-    six times.
+    The logits are written once, in the dtype of x, and then overwritten by their own gradient. The
+    rest of the backward pass is two matrix products. XLA would move an fp32 copy of the logits
+    through memory six times.
 
-    So in bf16 a logit has 8 bits: of the 100 that all logits of a published model may have in common, none would be
-    left. Softmax does not see that common part, and neither do the gradients, whose sum over V is 0: it is taken out
-    beforehand, as the embedding's mean.
+    A bf16 logit has 8 bits. All logits of a published model share an offset of about -100, which
+    would take all of them. Softmax ignores a shared offset, and so does the gradient, whose sum
+    over V is 0. So the offset is removed beforehand, as the mean of the embeddings.
     """
     (V, _), dtype = wte_VD.shape, x_ND.dtype
-    head_VD = jnp.pad((wte_VD - wte_VD.mean(0)).astype(dtype), ((0, -V % PADDING), (0, 0)))
+    centred_VD = (wte_VD - wte_VD.mean(0)).astype(dtype)
+    head_VD = jnp.pad(centred_VD, ((0, padded_vocab(V) - V), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
-    multiply = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.float32
-    )  # bf16 has too few bits for the scale
-    dx_ND = (multiply('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
-    return nats_N, dx_ND, multiply('NV,ND->VD', dlogits_NV, x_ND) * scale
+    # Products are scaled in fp32: bf16 has too few bits for the scale.
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx_ND = (product('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
+    return nats_N, dx_ND, product('NV,ND->VD', dlogits_NV, x_ND) * scale

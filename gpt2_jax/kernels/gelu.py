@@ -1,4 +1,4 @@
-"""GPT-2's GELU with the bias before it; see triton_call.py."""
+"""GPT-2's GELU, with the bias before it."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from gpt2_jax.kernels.launch import LOG2_E, call, only
+from gpt2_jax.kernels.launch import LOG2_E, call, only, row_programs
 from gpt2_jax.kernels.support import ROWS_MULTIPLE
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -17,8 +17,8 @@ GELU_ROWS, GELU_COLUMNS, GELU_WARPS = 4, 512, 4
 GELU_PROGRAMS = ROWS_MULTIPLE // GELU_ROWS  # of the backward pass, for each block of columns
 
 
-def _gelu_parts(x):
-    """x, and the sigmoid s with gelu_new(x) = x s: (1 + tanh(u)) / 2 is the sigmoid of 2 u, one exponential."""
+def _gelu_gate(x):
+    """The gate s with gelu_new(x) = x s: (1 + tanh(u)) / 2 = sigmoid(2 u), by one exponential."""
     return 1 / (1 + jnp.exp2((-2 * LOG2_E * GELU_SCALE) * (x + GELU_CUBE * x * x * x)))
 
 
@@ -26,7 +26,7 @@ def _gelu_kernel(ins, outs):
     x = ins['x'][...].astype(jnp.float32)
     if ins['bias'] is not None:
         x += ins['bias'][...][None, :]
-    outs['h'][...] = (x * _gelu_parts(x)).astype(outs['h'].dtype)
+    outs['h'][...] = (x * _gelu_gate(x)).astype(outs['h'].dtype)
 
 
 def _gelu_backward_kernel(ins, outs):
@@ -38,7 +38,7 @@ def _gelu_backward_kernel(ins, outs):
         x = ins['x'][here].astype(jnp.float32)
         if bias is not None:
             x += bias
-        s = _gelu_parts(x)
+        s = _gelu_gate(x)
         slope = s + x * s * (1 - s) * (2 * GELU_SCALE) * (1 + 3 * GELU_CUBE * x * x)
         dx = ins['dh'][here].astype(jnp.float32) * slope
         outs['dx'][here] = dx.astype(outs['dx'].dtype)
@@ -56,18 +56,21 @@ def _columns(F):
 
 @jax.custom_vjp
 def gelu(x_NF, bias_F):
-    """gelu_new(x + bias), (N, F); the bias may be None."""
+    """gelu_new(x + bias), (N, F), in fp32 and rounded once to the dtype of x. The bias may be None.
+
+    Raises ValueError unless N is a multiple of GELU_PROGRAMS * GELU_ROWS, or a smaller multiple of
+    GELU_ROWS.
+    """
     return _gelu_fwd(x_NF, bias_F)[0]
 
 
 @jax.jit
 def _gelu_fwd(x_NF, bias_F):
     N, F = x_NF.shape
+    row_programs('gelu', N, GELU_ROWS, GELU_PROGRAMS)  # what the backward pass needs
     columns = _columns(F)
-    block, vector = (
-        pl.BlockSpec((GELU_ROWS, columns), lambda i, j: (i, j)),
-        pl.BlockSpec((columns,), lambda i, j: (j,)),
-    )
+    block = pl.BlockSpec((GELU_ROWS, columns), lambda i, j: (i, j))
+    vector = pl.BlockSpec((columns,), lambda i, j: (j,))
     ins = {'x': x_NF, 'bias': bias_F}
     h_NF = call(
         _gelu_kernel,
@@ -85,11 +88,10 @@ def _gelu_fwd(x_NF, bias_F):
 def _gelu_bwd(saved, dh_NF):
     x_NF, bias_F = saved
     N, F = x_NF.shape
-    columns, programs = _columns(F), min(GELU_PROGRAMS, N // GELU_ROWS)
-    block, vector = (
-        pl.BlockSpec((N // programs, columns), lambda i, j: (i, j)),
-        pl.BlockSpec((columns,), lambda i, j: (j,)),
-    )
+    columns, programs = _columns(F), row_programs('gelu', N, GELU_ROWS, GELU_PROGRAMS)
+    block = pl.BlockSpec((N // programs, columns), lambda i, j: (i, j))
+    vector = pl.BlockSpec((columns,), lambda i, j: (j,))
+    partial = pl.BlockSpec((None, columns), lambda i, j: (i, j))
     ins = {'x': x_NF, 'bias': bias_F, 'dh': dh_NF}
     shapes = {
         'dx': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype),
@@ -101,9 +103,7 @@ def _gelu_bwd(saved, dh_NF):
         warps=GELU_WARPS,
         name='gelu_backward',
         in_specs=[only(ins, {'x': block, 'bias': vector, 'dh': block})],
-        out_specs=only(
-            shapes, {'dx': block, 'dbias': pl.BlockSpec((None, columns), lambda i, j: (i, j))}
-        ),
+        out_specs=only(shapes, {'dx': block, 'dbias': partial}),
         out_shape=shapes,
     )(ins)
     return outs['dx'], None if bias_F is None else outs['dbias'].sum(0)

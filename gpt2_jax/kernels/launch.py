@@ -1,17 +1,24 @@
-"""What the fused GPU kernels share. They are written in Pallas (Triton), with their backward passes:
+"""What the fused GPU kernels share. They are written in Pallas (Triton). For training:
 
-    attention_kernel    softmax(q k^T / sqrt(K), causal) v with the pattern's dropout
-    norm_kernel         x + dropout(branch + bias), and its LayerNorm
-    gelu_kernel         gelu_new(x + bias)
-    loss_kernel         the cross-entropy of the tied head, with the gradient of the logits made in the forward pass
-    adamw_kernel        the update of a parameter
+    attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
+    norm            x + dropout(branch + bias), and the LayerNorm of the sum
+    gelu            gelu_new(x + bias)
+    cross_entropy   the loss of the tied head, and the gradient of its logits
+    adamw           the update of a parameter
 
-They compute what model.py, step.py and optim.py spell out, in fewer passes over memory, which is where a small model's
-time goes: between two matrix products stands one kernel. On a CPU they run in Pallas' interpreter: slow, and only there
-to be tested against the open formulas.
+with their backward passes, and for decoding one token at a time:
 
-The gradient of a bias or scale is a sum over all rows: each program adds up its own, and XLA the few sums of programs.
-Each call is jitted by itself, so that the equal ones of all layers are traced and lowered once.
+    decode          LayerNorm, matrix product, GELU and residual in one; attention to the cache
+    sample          temperature, top_k and the draw of a token
+
+They compute what model/gpt2.py, training/step.py, training/optim.py and inference/sampling.py spell
+out, in fewer passes over memory, which take most of a small model's time: one kernel stands between
+two matrix products. On a CPU they run in Pallas' interpreter, slowly, so that tests can compare
+them with the plain formulas.
+
+The gradient of a bias or a scale is a sum over all rows: each program sums its own rows, and XLA
+adds up the programs. Each call is jitted by itself, so that the equal calls of all layers are
+traced once.
 """
 
 import math
@@ -23,20 +30,20 @@ from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = math.log2(math.e)
 
-# A kernel's part of model.dropout_seeds: None where it drops nothing.
+# The blocks of a dropout seed: see seed_inputs.
 SEED_SPECS = {
     'words': pl.BlockSpec((2,), lambda *grid: (0,)),
-    'place': pl.BlockSpec((1,), lambda *grid: (0,)),
+    'site': pl.BlockSpec((1,), lambda *grid: (0,)),
 }
 
 
 def interprets() -> bool:
-    """Whether kernels run in the interpreter, where there is no GPU."""
+    """True if kernels run in the interpreter: there is no GPU."""
     return jax.default_backend() != 'gpu'
 
 
 def call(kernel, *, warps, stages=2, **options):
-    """pallas_call on a GPU; in the interpreter elsewhere."""
+    """pallas_call on a GPU, or in the interpreter elsewhere."""
     return pl.pallas_call(
         kernel,
         interpret=interprets(),
@@ -46,22 +53,39 @@ def call(kernel, *, warps, stages=2, **options):
 
 
 def only(present, specs):
-    """`specs` with None for what is not there."""
+    """`specs` with None for each input or output that is None in `present`."""
     return {name: None if present[name] is None else spec for name, spec in specs.items()}
 
 
-def seed_inputs(seeds):
-    """The inputs of SEED_SPECS; `seeds` may be None."""
-    words_2, place = (None, None) if seeds is None else seeds
-    return {'words': words_2, 'place': None if place is None else jnp.reshape(place, 1)}
+def seed_inputs(seed):
+    """The inputs of SEED_SPECS from a seed of dropout.dropout_seeds, which may be None."""
+    words_2, site = (None, None) if seed is None else seed
+    return {'words': words_2, 'site': None if site is None else jnp.reshape(site, 1)}
 
 
-def seeds_of(ins):
-    """The seeds again, within a kernel."""
-    return (ins['words'][0], ins['words'][1]), ins['place'][0]
+def read_seed(ins):
+    """The seed within a kernel, as dropout.keep_mask takes it."""
+    return (ins['words'][0], ins['words'][1]), ins['site'][0]
 
 
-def column_blocks(D, most):
-    """Blocks, of a power of two, that D columns are cut into: their size, and how many. The last may hold padding."""
-    size = min(most, pl.next_power_of_2(D))
+def column_blocks(D, max_size):
+    """(size, number) of the blocks that D columns are cut into; the last one may hold padding.
+
+    The size is a power of two, at most `max_size`.
+    """
+    size = min(max_size, pl.next_power_of_2(D))
     return size, pl.cdiv(D, size)
+
+
+def row_programs(kernel, N, block, max_programs):
+    """The number of programs that share N rows equally, each in whole blocks of `block` rows.
+
+    Raises ValueError if at most `max_programs` programs cannot: rows would be left out.
+    """
+    programs = min(max_programs, N // block)
+    if not programs or N % (programs * block):
+        raise ValueError(
+            f'the kernel {kernel} got {N} rows; expected a multiple of {max_programs * block}, '
+            f'or a multiple of {block} below that'
+        )
+    return programs

@@ -1,4 +1,7 @@
-"""The residual stream between two products: a branch added, its dropout, the next LayerNorm; see triton_call.py."""
+"""The residual stream between two products: a branch with its dropout is added, then LayerNorm.
+
+A row is one token's D numbers, padded to a power of two within the kernels.
+"""
 
 import functools
 
@@ -8,39 +11,47 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gpt2_jax.kernels.launch import SEED_SPECS, call, only, seed_inputs, seeds_of
+from gpt2_jax.kernels.launch import (
+    SEED_SPECS,
+    call,
+    only,
+    read_seed,
+    row_programs,
+    seed_inputs,
+)
 from gpt2_jax.model.dropout import keep_mask
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
-NORM_ROWS, NORM_WARPS = 2, 2
-# Of the backward pass: programs, each with its share of all rows, of which it works on so many at a time.
+NORM_ROWS, NORM_WARPS = 2, 2  # rows of a program in the forward pass
+# In the backward pass: programs, which share the rows equally; rows processed at a time; warps.
 NORM_PROGRAMS, NORM_BACKWARD_ROWS, NORM_BACKWARD_WARPS = 1024, 2, 1
 
 
 def _rows(ref, index, D):
-    """Rows of a block whose last dimension is padded to a power of two, in fp32, with zeros for the padding."""
-    width = ref.shape[-1]
-    return plgpu.load(ref.at[index], mask=(jnp.arange(width) < D)[None, :], other=0.0).astype(
-        jnp.float32
-    )
+    """Rows of a block in fp32, with 0 in the padding after D."""
+    inside = (jnp.arange(ref.shape[-1]) < D)[None, :]
+    return plgpu.load(ref.at[index], mask=inside, other=0.0).astype(jnp.float32)
 
 
-def _row_index(row0, rows, D, width):
-    """The place of each element of `rows` rows from `row0` on in the whole array (N, D)."""
+def _element_index(row0, rows, D, width):
+    """The index of each element of `rows` rows from `row0` in the whole array (N, D)."""
     row = (row0 + jnp.arange(rows)).astype(jnp.uint32)
     return row[:, None] * jnp.uint32(D) + jnp.arange(width).astype(jnp.uint32)[None, :]
 
 
-def _dropped(x, ins, rate, row0, D):
-    """dropout(x) for rows from `row0` on."""
+def _dropout(x, ins, rate, row0, D):
+    """dropout(x) of the rows from `row0`."""
     if not rate:
         return x
-    keep = keep_mask(_row_index(row0, x.shape[0], D, x.shape[1]), seeds_of(ins), rate)
+    keep = keep_mask(_element_index(row0, x.shape[0], D, x.shape[1]), read_seed(ins), rate)
     return jnp.where(keep, x * (1 / (1 - rate)), 0.0)
 
 
 def _add_norm_kernel(ins, outs, *, D, rate, eps):
-    """x <- x + dropout(branch + bias), rounded as it is stored; y <- LayerNorm(x); and what that took from the rows."""
+    """x <- x + dropout(branch + bias), rounded to the dtype of x;  y <- LayerNorm(x).
+
+    Keeps the mean and 1 / std of each row for the backward pass.
+    """
     rows, width = outs['y'].shape
     inside = jnp.arange(width) < D
 
@@ -52,7 +63,7 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
         branch = _rows(ins['branch'], slice(None), D)
         if ins['branch_bias'] is not None:
             branch += vector('branch_bias')
-        branch = _dropped(branch, ins, rate, pl.program_id(0) * rows, D)
+        branch = _dropout(branch, ins, rate, pl.program_id(0) * rows, D)
         stored = (x + branch).astype(outs['x'].dtype)
         plgpu.store(outs['x'], stored, mask=inside[None, :])
         x = stored.astype(jnp.float32)
@@ -67,105 +78,92 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
 
 
 def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
-    """The gradients of x and of the branch, and this program's share of those of scale and biases: `summed`."""
+    """The gradients of x and of the branch.
+
+    Also this program's share of the gradients of `summed`: 'scale' and those biases that exist.
+    """
     (span, width), rows = ins['x'].shape, NORM_BACKWARD_ROWS
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
     def body(r, sums):
-        these = pl.ds(r * rows, rows)
-        here, mean, rstd = (
-            (these, slice(None)),
-            ins['mean'][these][:, None],
-            ins['rstd'][these][:, None],
-        )
-        x_hat = (_rows(ins['x'], here, D) - mean) * rstd
-        dy = _rows(ins['dy'], here, D)
-        g = dy * scale
-        dx = (
-            g - g.sum(-1, keepdims=True) / D - x_hat * ((g * x_hat).sum(-1, keepdims=True) / D)
-        ) * rstd
+        block = pl.ds(r * rows, rows)
+        here = block, slice(None)
+        mean, rstd = ins['mean'][block][:, None], ins['rstd'][block][:, None]
+        n, dy = (_rows(ins['x'], here, D) - mean) * rstd, _rows(ins['dy'], here, D)
+        dn = dy * scale
+        mean_dn = dn.sum(-1, keepdims=True) / D
+        dx = (dn - mean_dn - n * ((dn * n).sum(-1, keepdims=True) / D)) * rstd
         if ins['dx'] is not None:
             dx += _rows(ins['dx'], here, D)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
-        dbranch = _dropped(dx, ins, rate, row0 + r * rows, D)
+        dbranch = _dropout(dx, ins, rate, row0 + r * rows, D)
         if outs['dbranch'] is not None:
-            plgpu.store(
-                outs['dbranch'].at[here],
-                dbranch.astype(outs['dbranch'].dtype),
-                mask=inside[None, :],
-            )
-        terms = {'scale': dy * x_hat, 'bias': dy, 'branch_bias': dbranch}
+            stored = dbranch.astype(outs['dbranch'].dtype)
+            plgpu.store(outs['dbranch'].at[here], stored, mask=inside[None, :])
+        terms = {'scale': dy * n, 'bias': dy, 'branch_bias': dbranch}
         return {name: total + terms[name].sum(0) for name, total in sums.items()}
 
-    sums = lax.fori_loop(
-        0, span // rows, body, {name: jnp.zeros(width, jnp.float32) for name in summed}
-    )
+    sums = {name: jnp.zeros(width, jnp.float32) for name in summed}
+    sums = lax.fori_loop(0, span // rows, body, sums)
     for row, name in enumerate(summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
-def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
+def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps):
     N, D = x_ND.shape
-    width = pl.next_power_of_2(D)
-    rows, vector = (
-        pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0)),
-        pl.BlockSpec((width,), lambda i: (0,)),
-    )
-    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
-    both = branch_ND is not None
-    ins = seed_inputs(seeds) | {
+    row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)  # the backward pass needs more
+    width, adds = pl.next_power_of_2(D), branch_ND is not None
+    rows = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0))
+    row = pl.BlockSpec((NORM_ROWS,), lambda i: (i,))
+    vector = pl.BlockSpec((width,), lambda i: (0,))
+    ins = seed_inputs(seed) | {
         'x': x_ND,
         'branch': branch_ND,
         'branch_bias': branch_bias_D,
         'scale': scale_D,
         'bias': bias_D,
     }
-    row, of_rows = (
-        pl.BlockSpec((NORM_ROWS,), lambda i: (i,)),
-        jax.ShapeDtypeStruct((N,), jnp.float32),
-    )
+    in_specs = SEED_SPECS | {
+        'x': rows,
+        'branch': rows,
+        'branch_bias': vector,
+        'scale': vector,
+        'bias': vector,
+    }
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    statistic = jax.ShapeDtypeStruct((N,), jnp.float32)
+    shapes = {'x': like_x if adds else None, 'y': like_x, 'mean': statistic, 'rstd': statistic}
     outs = call(
         functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps),
         grid=(N // NORM_ROWS,),
         warps=NORM_WARPS,
         name='add_norm',
-        in_specs=[
-            only(
-                ins,
-                SEED_SPECS
-                | {
-                    'x': rows,
-                    'branch': rows,
-                    'branch_bias': vector,
-                    'scale': vector,
-                    'bias': vector,
-                },
-            )
-        ],
-        out_specs={'x': rows if both else None, 'y': rows, 'mean': row, 'rstd': row},
-        out_shape={'x': like_x if both else None, 'y': like_x, 'mean': of_rows, 'rstd': of_rows},
+        in_specs=[only(ins, in_specs)],
+        out_specs=only(shapes, {'x': rows, 'y': rows, 'mean': row, 'rstd': row}),
+        out_shape=shapes,
     )(ins)
-    return outs['x'] if both else x_ND, outs['y'], outs['mean'], outs['rstd']
-
-
-def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
-    x_ND, y_ND, *statistics = _add_norm_forward(
-        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps
-    )
-    present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
-    return (x_ND, y_ND), (x_ND, *statistics, scale_D, seeds, present)
+    return outs['x'] if adds else x_ND, outs['y'], outs['mean'], outs['rstd']
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps):
-    """x + dropout(branch + branch_bias), and the LayerNorm of that: (N, D), (N, D).
+def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps):
+    """x + dropout(branch + branch_bias), and the LayerNorm of the sum: (N, D), (N, D).
 
-    `branch` (and with it branch_bias), `branch_bias` alone, and `bias` may be None. N is a multiple of
-    NORM_PROGRAMS * NORM_BACKWARD_ROWS, or of NORM_BACKWARD_ROWS and less.
+    `branch` (with branch_bias), `branch_bias` alone, and `bias` may be None. Raises ValueError
+    unless N is a multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a smaller multiple of
+    NORM_BACKWARD_ROWS.
     """
-    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seeds, rate, eps)[:2]
+    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps)[:2]
+
+
+def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps):
+    x_ND, y_ND, *statistics = _add_norm_forward(
+        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps
+    )
+    present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
+    return (x_ND, y_ND), (x_ND, *statistics, scale_D, seed, present)
 
 
 def _add_norm_bwd(rate, _, saved, cotangents):
@@ -174,24 +172,17 @@ def _add_norm_bwd(rate, _, saved, cotangents):
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))
-def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seeds, dx_ND, dy_ND, present, rate):
-    both, branch_biased, biased = present
+def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, present, rate):
+    adds, has_branch_bias, has_bias = present
     N, D = x_ND.shape
-    width, programs = pl.next_power_of_2(D), min(NORM_PROGRAMS, N // NORM_BACKWARD_ROWS)
-    rows, vector = (
-        pl.BlockSpec((N // programs, width), lambda i: (i, 0)),
-        pl.BlockSpec((width,), lambda i: (0,)),
-    )
-    drops = both and rate > 0
-    summed = ('scale',) + ('bias',) * biased + ('branch_bias',) * branch_biased
-    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
-    shapes = {
-        'dx': like_x,
-        'dbranch': like_x if drops else None,
-        'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32),
-    }
-    mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
-    ins = seed_inputs(seeds if drops else None) | {
+    width = pl.next_power_of_2(D)
+    programs = row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)
+    drops = adds and rate > 0
+    summed = ('scale',) + ('bias',) * has_bias + ('branch_bias',) * has_branch_bias
+    rows = pl.BlockSpec((N // programs, width), lambda i: (i, 0))
+    row = pl.BlockSpec((N // programs,), lambda i: (i,))
+    vector = pl.BlockSpec((width,), lambda i: (0,))
+    ins = seed_inputs(seed if drops else None) | {
         'x': x_ND,
         'mean': mean_N,
         'rstd': rstd_N,
@@ -199,23 +190,31 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seeds, dx_ND, dy_ND, prese
         'dy': dy_ND,
         'scale': scale_D,
     }
-    row = pl.BlockSpec((N // programs,), lambda i: (i,))
+    in_specs = SEED_SPECS | {
+        'x': rows,
+        'mean': row,
+        'rstd': row,
+        'dx': rows,
+        'dy': rows,
+        'scale': vector,
+    }
+    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    shapes = {
+        'dx': like_x,
+        'dbranch': like_x if drops else None,
+        'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32),
+    }
+    mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
     outs = call(
-        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if both else 0, summed=summed),
+        functools.partial(_add_norm_backward_kernel, D=D, rate=rate if drops else 0, summed=summed),
         grid=(programs,),
         warps=NORM_BACKWARD_WARPS,
         name='add_norm_backward',
-        in_specs=[
-            only(
-                ins,
-                SEED_SPECS
-                | {'x': rows, 'mean': row, 'rstd': row, 'dx': rows, 'dy': rows, 'scale': vector},
-            )
-        ],
+        in_specs=[only(ins, in_specs)],
         out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}),
         out_shape=shapes,
     )(ins)
-    dbranch = (outs['dbranch'] if drops else outs['dx']) if both else None
+    dbranch = (outs['dbranch'] if drops else outs['dx']) if adds else None
     sums = dict(zip(summed, outs['sums'].sum(0), strict=True))
     return outs['dx'], dbranch, sums.get('branch_bias'), sums['scale'], sums.get('bias')
 

@@ -1,22 +1,25 @@
 """GPT-2 as a pure function of its parameters, in Flax linen.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), built on the
-decoder of Vaswani et al. 2017, "Attention Is All You Need". Names carry their shapes, one letter for
-each dimension:
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), builds on the
+decoder of Vaswani et al. 2017, "Attention Is All You Need". The name of an array ends in its shape,
+one letter for each dimension:
 
     B batch        T time (query position)      S source (key position)     D model width (n_embd)
-    H heads        K head width = D / H         F feed-forward width        V vocabulary     L layers
+    H heads        K head width = D / H         F feed-forward width        V vocabulary
+    L layers       P positions (n_positions)
 
 The parameter tree uses GPT-2's own names. Kernels are stored (in, out) as published, with the head
 axes kept apart, so that reading published weights takes a reshape and never a transpose:
 
-    wte/embedding (V, D)     wpe/embedding (n_positions, D)     ln_f/{scale, bias} (D,)
+    wte/embedding (V, D)     wpe/embedding (P, D)     ln_f/{scale, bias} (D,)
     h_i/ln_1, h_i/ln_2       {scale, bias} (D,)
-    h_i/attn/c_attn          kernel (D, 3, H, K), bias (3, H, K)    h_i/attn/c_proj  (H, K, D), (D,)
-    h_i/mlp/c_fc             kernel (D, F), bias (F,)               h_i/mlp/c_proj   (F, D), (D,)
+    h_i/attn/c_attn          kernel (D, 3, H, K), bias (3, H, K)
+    h_i/attn/c_proj          kernel (H, K, D), bias (D,)
+    h_i/mlp/c_fc             kernel (D, F), bias (F,)
+    h_i/mlp/c_proj           kernel (F, D), bias (D,)
 
-`ops` holds the arithmetic: `PLAIN` is one formula a line, and the default; training passes `FAST`,
-whose values are the same (see ops.py). `tap` names an activation for those who want to look at it.
+Every module takes `ops`, the arithmetic. The default, `PLAIN`, has one formula a line; training
+passes `FAST`, which computes the same values sooner (see ops.py).
 """
 
 import math
@@ -27,19 +30,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gpt2_jax.architecture import ACTIVATIONS, GPT2Config
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.ops import PLAIN, Ops
 
 # The keys and values of every position seen so far: one (k_BHSK, v_BHSK) for each layer. Heads come
-# before positions because decoding reads the keys of one head in one piece.
+# before positions, so that the keys of one head lie in one piece of memory.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
-class Linear(nn.Module):
-    """y = x W + b over the last dimensions of x, with W ~ N(0, std) and b = 0.
+def tap(module: nn.Module, name: str, x):
+    """Names the activation x: 'h_3.pattern' in block 3, 'logits' outside the blocks. Returns x.
 
-    (B, T, *inputs) -> (B, T, *outputs).
+    If `ops.tap` is set, it is called with that name and x, and its result takes the place of x.
+    """
+    if module.ops.tap is None:
+        return x
+    block = [part for part in module.path[:1] if part.startswith('h_')]
+    return module.ops.tap('.'.join([*block, name]), x)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last axes of x: (B, T, *inputs) -> (B, T, *outputs).
+
+    At first W ~ N(0, std) and b = 0.
     """
 
     cfg: GPT2Config
@@ -50,12 +64,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dtype, shape = self.cfg.compute_dtype, (*self.inputs, *self.outputs)
-        kernel = self.param('kernel', nn.initializers.normal(self.std), shape)
-        y = self.ops.matmul(
-            x.astype(dtype), kernel.astype(dtype), len(self.inputs), self.cfg.precision
-        )
-        if self.cfg.bias:
+        cfg, dtype = self.cfg, self.cfg.compute_dtype
+        init = nn.initializers.normal(self.std)
+        kernel = self.param('kernel', init, (*self.inputs, *self.outputs)).astype(dtype)
+        y = self.ops.matmul(x.astype(dtype), kernel, len(self.inputs), cfg.precision)
+        if cfg.bias:
             y = y + self.param('bias', nn.initializers.zeros, self.outputs).astype(dtype)
         return y
 
@@ -71,11 +84,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        scale_D = self.param('scale', nn.initializers.ones, x_BTD.shape[-1:])
+        D = x_BTD.shape[-1:]
         y_BTD = self.ops.normalize(x_BTD.astype(jnp.float32), self.cfg.layer_norm_epsilon)
-        y_BTD = y_BTD * scale_D
+        y_BTD = y_BTD * self.param('scale', nn.initializers.ones, D)
         if self.cfg.bias:
-            y_BTD = y_BTD + self.param('bias', nn.initializers.zeros, x_BTD.shape[-1:])
+            y_BTD = y_BTD + self.param('bias', nn.initializers.zeros, D)
         return y_BTD.astype(self.cfg.compute_dtype)
 
 
@@ -91,94 +104,30 @@ def causal_attention(
     ops=PLAIN,
     tap=lambda name, x: x,
 ):
-    """Causal scaled dot-product attention, every step in the open (Vaswani et al. 2017, eq. 1).
+    """Causal scaled dot-product attention, step by step (Vaswani et al. 2017, equation 1).
 
-        scores = q k^T / sqrt(K)     pattern = softmax(scores where s <= pos + t, else -inf)
+        scores = q k^T / sqrt(K), and -inf if the key comes after the query
+        pattern = softmax(scores)
         z = dropout(pattern) v
 
     Query t stands at position pos + t and sees the keys at positions s <= pos + t. Without a cache,
-    pos is 0 and S = T; with one, S is the whole cache, and the mask hides what lies beyond the query,
-    written or not. The softmax is in fp32. `rate` and `seed` are of the dropout. Returns z_BTHK.
+    pos is 0 and S = T. With a cache, S is all of it, and the mask hides the keys after the query.
+    Softmax and dropout, with its `rate` and `seed`, are in fp32. Returns z_BTHK.
     """
-    (T, K), S = (q_BTHK.shape[1], q_BTHK.shape[3]), k_BHSK.shape[2]
+    T, S, K = q_BTHK.shape[1], k_BHSK.shape[2], q_BTHK.shape[3]
     scores_BHTS = ops.scores(q_BTHK, k_BHSK, precision) / math.sqrt(K)
     visible_TS = jnp.arange(S) <= pos + jnp.arange(T)[:, None]
     scores_BHTS = tap('attn_scores', jnp.where(visible_TS, scores_BHTS, -jnp.inf))
     pattern_BHTS = tap('pattern', jax.nn.softmax(scores_BHTS, axis=-1))
-    pattern_BHTS = dropout(pattern_BHTS.astype(v_BHSK.dtype), seed, rate)
+    pattern_BHTS = dropout(pattern_BHTS, seed, rate).astype(v_BHSK.dtype)
     return ops.mix(pattern_BHTS, v_BHSK, precision)
 
 
 class CausalSelfAttention(nn.Module):
-    """q, k, v = x W_qkv;  out = concat_heads(attention(q, k, v)) W_o.
+    """q, k, v = x W_qkv;  out = concat_heads(attention(q, k, v)) W_o;  (B, T, D) -> (B, T, D).
 
-    Vaswani et al. 2017, section 3.2.2. With a cache, the new keys and values are written into it first.
-    """
-
-    cfg: GPT2Config
-    ops: Ops = PLAIN
-
-    @nn.compact
-    def __call__(self, x_BTD, layer_cache, pos, seeds_3):
-        cfg, ops, heads = self.cfg, self.ops, (self.cfg.n_head, self.cfg.head_dim)
-        qkv_BT3HK = Linear(
-            cfg, ops, (cfg.n_embd,), (3, *heads), cfg.initializer_range, name='c_attn'
-        )(x_BTD)
-        q_BTHK, k_BTHK, v_BTHK = (part.squeeze(2) for part in jnp.split(qkv_BT3HK, 3, axis=2))
-        q_BTHK, k_BTHK, v_BTHK = map(partial(tap, self), 'qkv', (q_BTHK, k_BTHK, v_BTHK))
-        if ops.attention and layer_cache is None:
-            z_BTHK = ops.attention(q_BTHK, k_BTHK, v_BTHK)
-        else:
-            k_BHSK, v_BHSK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
-            if layer_cache is not None:
-                k_BHSK, v_BHSK = layer_cache = write_cache(layer_cache, (k_BHSK, v_BHSK), pos)
-            z_BTHK = causal_attention(
-                q_BTHK,
-                k_BHSK,
-                v_BHSK,
-                pos,
-                precision=cfg.precision,
-                rate=cfg.attn_pdrop,
-                seed=seeds_3[0],
-                ops=ops,
-                tap=partial(tap, self),
-            )
-        z_BTHK = tap(self, 'z', z_BTHK)
-        out_BTD = Linear(cfg, ops, heads, (cfg.n_embd,), residual_std(cfg), name='c_proj')(z_BTHK)
-        return dropout(out_BTD, seeds_3[1], cfg.resid_pdrop), layer_cache
-
-
-def activate(name: str, x):
-    """The activation function of that name in architecture.ACTIVATIONS, elementwise."""
-    function, options = ACTIVATIONS[name]
-    return getattr(nn, function)(x, **options)
-
-
-class MLP(nn.Module):
-    """out = gelu(x W_fc + b_fc) W_proj + b_proj.
-
-    Vaswani et al. 2017, equation 2, with GELU (Hendrycks & Gimpel 2016) in fp32 in place of ReLU.
-    """
-
-    cfg: GPT2Config
-    ops: Ops = PLAIN
-
-    @nn.compact
-    def __call__(self, x_BTD, seed):
-        cfg, ops, D, F = self.cfg, self.ops, (self.cfg.n_embd,), (self.cfg.d_ff,)
-        h_BTF = tap(
-            self, 'mlp_pre', Linear(cfg, ops, D, F, cfg.initializer_range, name='c_fc')(x_BTD)
-        )
-        h_BTF = activate(cfg.activation_function, h_BTF.astype(jnp.float32))
-        h_BTF = tap(self, 'mlp_post', h_BTF.astype(cfg.compute_dtype))
-        out_BTD = Linear(cfg, ops, F, D, residual_std(cfg), name='c_proj')(h_BTF)
-        return dropout(out_BTD, seed, cfg.resid_pdrop)
-
-
-class Block(nn.Module):
-    """x = x + attn(ln_1(x));  x = x + mlp(ln_2(x)).
-
-    LayerNorm comes first, so that the residual stream itself is never normalised (GPT-2, section 2.3).
+    Vaswani et al. 2017, section 3.2.2. With a cache, the keys and values are written into it first.
+    Returns (out, the layer's cache).
     """
 
     cfg: GPT2Config
@@ -187,15 +136,69 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, layer_cache, pos, seeds_3):
         cfg, ops = self.cfg, self.ops
+        D, HK = (cfg.n_embd,), (cfg.n_head, cfg.head_dim)
+        qkv = Linear(cfg, ops, D, (3, *HK), cfg.initializer_range, name='c_attn')
+        parts = jnp.split(qkv(x_BTD), 3, axis=2)
+        q_BTHK, k_BTHK, v_BTHK = (
+            tap(self, name, part.squeeze(2)) for name, part in zip('qkv', parts, strict=True)
+        )
+        drops = cfg.attn_pdrop and seeds_3[0] is not None
+        if ops.attention and layer_cache is None and not drops:
+            z_BTHK = ops.attention(q_BTHK, k_BTHK, v_BTHK)
+        else:
+            k_BHSK, v_BHSK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
+            if layer_cache is not None:
+                k_BHSK, v_BHSK = layer_cache = write_cache(layer_cache, (k_BHSK, v_BHSK), pos)
+            options = dict(precision=cfg.precision, rate=cfg.attn_pdrop, seed=seeds_3[0], ops=ops)
+            z_BTHK = causal_attention(
+                q_BTHK, k_BHSK, v_BHSK, pos, tap=partial(tap, self), **options
+            )
+        z_BTHK = tap(self, 'z', z_BTHK)
+        out_BTD = Linear(cfg, ops, HK, D, residual_std(cfg), name='c_proj')(z_BTHK)
+        return dropout(out_BTD, seeds_3[1], cfg.resid_pdrop), layer_cache
+
+
+class MLP(nn.Module):
+    """out = gelu(x W_fc + b_fc) W_proj + b_proj;  (B, T, D) -> (B, T, D).
+
+    Vaswani et al. 2017, equation 2, with GELU (Hendrycks & Gimpel 2016), in fp32, in place of ReLU.
+    """
+
+    cfg: GPT2Config
+    ops: Ops = PLAIN
+
+    @nn.compact
+    def __call__(self, x_BTD, seed):
+        cfg, ops = self.cfg, self.ops
+        D, F = (cfg.n_embd,), (cfg.d_ff,)
+        h_BTF = Linear(cfg, ops, D, F, cfg.initializer_range, name='c_fc')(x_BTD)
+        h_BTF = ops.activate(cfg.activation_function, tap(self, 'mlp_pre', h_BTF))
+        h_BTF = tap(self, 'mlp_post', h_BTF)
+        out_BTD = Linear(cfg, ops, F, D, residual_std(cfg), name='c_proj')(h_BTF)
+        return dropout(out_BTD, seed, cfg.resid_pdrop)
+
+
+class Block(nn.Module):
+    """x = x + attn(ln_1(x));  x = x + mlp(ln_2(x)).
+
+    LayerNorm comes first, so that the residual stream x itself is never normalised (GPT-2, section
+    2.3). Returns (x, the layer's cache).
+    """
+
+    cfg: GPT2Config
+    ops: Ops = PLAIN
+
+    @nn.compact
+    def __call__(self, x_BTD, layer_cache, pos, seeds_3):
+        cfg, ops = self.cfg, self.ops
+        attn = CausalSelfAttention(cfg, ops, name='attn')
         x_BTD = tap(self, 'resid_pre', x_BTD)
         y_BTD = tap(self, 'ln_1', LayerNorm(cfg, ops, name='ln_1')(x_BTD))
-        attn_BTD, layer_cache = CausalSelfAttention(cfg, ops, name='attn')(
-            y_BTD, layer_cache, pos, seeds_3
-        )
-        x_BTD = tap(self, 'resid_mid', x_BTD + tap(self, 'attn_out', attn_BTD))
+        y_BTD, layer_cache = attn(y_BTD, layer_cache, pos, seeds_3)
+        x_BTD = tap(self, 'resid_mid', x_BTD + tap(self, 'attn_out', y_BTD))
         y_BTD = tap(self, 'ln_2', LayerNorm(cfg, ops, name='ln_2')(x_BTD))
-        mlp_BTD = tap(self, 'mlp_out', MLP(cfg, ops, name='mlp')(y_BTD, seeds_3[2]))
-        return tap(self, 'resid_post', x_BTD + mlp_BTD), layer_cache
+        y_BTD = tap(self, 'mlp_out', MLP(cfg, ops, name='mlp')(y_BTD, seeds_3[2]))
+        return tap(self, 'resid_post', x_BTD + y_BTD), layer_cache
 
 
 class GPT2(nn.Module):
@@ -224,13 +227,16 @@ class GPT2(nn.Module):
     def features(self, tokens_BT, cache: Cache | None = None, pos=0, dropout_key=None):
         """The final hidden states x_BTD, and the cache with the keys and values of these tokens.
 
-        With a cache the tokens stand at positions pos .. pos + T - 1 and see what was written before
-        them; without one, None is returned in its place. Raises ValueError if T exceeds n_positions.
+        With a cache, the tokens stand at positions pos .. pos + T - 1 and see all tokens before
+        them. Without one, the second result is None. Raises ValueError if the tokens end after
+        n_positions; a traced `pos` cannot be checked.
         """
         cfg, T = self.cfg, tokens_BT.shape[1]
-        if cfg.n_positions < T:
+        first = pos if isinstance(pos, int) else 0
+        if first + T > cfg.n_positions:
+            start = f', from position {first} on,' if first else ''
             raise ValueError(
-                f'a sequence of {T} tokens is longer than n_positions = {cfg.n_positions}'
+                f'a sequence of {T} tokens{start} is longer than n_positions = {cfg.n_positions}'
             )
         seeds = dropout_seeds(cfg, dropout_key)
         embed_BTD, pos_embed_TD = embed(self.wte.embedding, self.wpe.embedding, tokens_BT, pos)
@@ -248,20 +254,9 @@ class GPT2(nn.Module):
         return tap(self, 'logits', self.ops.logits(x_BTD, wte_VD, self.cfg.precision))
 
 
-def tap(module: nn.Module, name: str, x):
-    """Names an activation: 'h_3.pattern' in block 3, 'logits' outside the blocks. Returns x.
-
-    If `ops.tap` is set, it is called with that name and x, and what it returns takes the place of x.
-    """
-    if module.ops.tap is None:
-        return x
-    layer = [part for part in module.path[:1] if part.startswith('h_')]
-    return module.ops.tap('.'.join([*layer, name]), x)
-
-
 def embed(wte_VD, wpe_PD, tokens_BT, pos):
-    """Embeddings of tokens at positions pos, pos + 1, ..: wte[token] (B, T, D), wpe[position] (T, D)."""
-    wte_VD = jnp.asarray(wte_VD)  # numpy parameters cannot be indexed by traced tokens
+    """Embeddings of tokens at positions pos, pos + 1, ..: wte[token] BTD and wpe[position] TD."""
+    wte_VD = jnp.asarray(wte_VD)  # traced tokens cannot index numpy parameters
     return wte_VD[tokens_BT], lax.dynamic_slice_in_dim(wpe_PD, pos, tokens_BT.shape[1])
 
 

@@ -1,32 +1,37 @@
-"""The arithmetic of the model, twice: `PLAIN`, one formula a line, and `FAST`, the same values sooner.
+"""The arithmetic of the model, twice: `PLAIN` is one formula a line, `FAST` the same values sooner.
 
-A fast function computes the forward pass by its plain formula, and its gradient by hand in the order
-that XLA runs fastest; forward passes are equal bit for bit in fp32 (tests/test_ops.py). JAX cannot
-differentiate a hand-written gradient forward (`jvp`, `hessian`), so the plain ones are the default of
-`GPT2`, and training passes the fast ones. Each earns at least 2 % of a step somewhere; the docstring of
-each tells what and where: "CPU" is 2 cores, 4 layers, 128 wide, 12 x 64 in fp32; "GPU" is an H200,
-configs/shakespeare.py (character model) or GPT-2 124M at 12 x 1024 with cuDNN's attention, in bf16.
+A fast function computes its plain formula forwards, and its gradient by hand, in the order that XLA
+runs fastest. In full fp32 the forward passes are equal bit for bit, and the gradients to rounding
+(tests/test_ops.py). JAX cannot differentiate a hand-written gradient in forward mode (`jvp`,
+`hessian`), so `GPT2` takes the plain functions by default, and training passes the fast ones.
 
-N is any number of leading axes merged into one; `precision` is of the matrix products.
+Each fast function saves at least 2 % of a training step on some machine, and its docstring states
+how much. "CPU" is a model of 4 layers, 128 wide, on 12 x 64 tokens in fp32 (2 cores). "GPU" is an
+H200 in bf16 with configs/shakespeare.py or, if it says 124M, with GPT-2 124M on 12 x 1024 tokens
+and cuDNN's attention.
+
+N is all leading axes merged into one. `precision` is JAX's setting for matrix products.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gpt2_jax.architecture import padded_vocab
+from gpt2_jax.architecture import ACTIVATIONS, padded_vocab
 
 
 class Ops(NamedTuple):
-    """What the modules of gpt2.py call. A tuple of functions: hashable, so static under jit.
+    """The functions that the modules of gpt2.py call; hashable, so static under jit.
 
-    attention: replaces scores, softmax and mix where there is no cache and no dropout on the pattern;
-        (q_BTHK, k_BTHK, v_BTHK) -> z_BTHK. None: the steps of gpt2.causal_attention.
-    tap: (name, activation) -> activation, called at every named activation. None: nobody looks.
+    attention: (q_BTHK, k_BTHK, v_BTHK) -> z_BTHK, which replaces scores, softmax and mix if there
+        is no cache and no dropout on the pattern. None: the steps of gpt2.causal_attention.
+    tap: (name, activation) -> activation, called at every named activation. None: not called.
     """
 
     matmul: Callable
@@ -34,12 +39,13 @@ class Ops(NamedTuple):
     scores: Callable
     mix: Callable
     logits: Callable
+    activate: Callable
     attention: Callable | None = None
     tap: Callable | None = None
 
 
 def matmul(x, kernel, n_inputs: int, precision):
-    """x W, contracting the last `n_inputs` axes of x: (B, T, *inputs), (*inputs, *outputs)."""
+    """x W over the last `n_inputs` axes of x: (..., *inputs) -> (..., *outputs)."""
     return jnp.tensordot(x, kernel, n_inputs, precision=precision)
 
 
@@ -68,15 +74,21 @@ def logits(x_D, wte_VD, precision):
     )
 
 
-PLAIN = Ops(matmul, normalize, scores, mix, logits)
+def activate(name: str, x):
+    """The function of that name in architecture.ACTIVATIONS, in fp32, rounded once to x's dtype."""
+    function, options = ACTIVATIONS[name]
+    return getattr(nn, function)(x.astype(jnp.float32), **options).astype(x.dtype)
+
+
+PLAIN = Ops(matmul, normalize, scores, mix, logits, activate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_rows(x_N, kernel, precision):
     """x W over all axes of x but the first: (N, *inputs), (*inputs, *outputs) -> (N, *outputs).
 
-    Gradients: dx = dy W^T and dW = x^T dy. JAX would take (dy^T x)^T for dW, with transposed copies
-    where a side has several axes: a step takes 3 to 5 % longer (CPU), 4.4 % (GPU, character model).
+    Gradients: dx = dy W^T and dW = x^T dy. JAX would compute dW as (dy^T x)^T, with transposed
+    copies if a side has several axes, and a step would take 3 to 5 % longer (CPU), 4.4 % (GPU).
     """
     return matmul(x_N, kernel, x_N.ndim - 1, precision)
 
@@ -96,7 +108,7 @@ matmul_rows.defvjp(_matmul_rows_forward, _matmul_rows_backward)
 
 
 def fast_matmul(x, kernel, n_inputs: int, precision):
-    """`matmul` with all leading axes merged into one, for `matmul_rows`."""
+    """`matmul` by `matmul_rows`."""
     lead, inputs = x.shape[:-n_inputs], x.shape[-n_inputs:]
     y_N = matmul_rows(x.reshape(-1, *inputs), kernel, precision)
     return y_N.reshape(*lead, *kernel.shape[n_inputs:])
@@ -104,10 +116,10 @@ def fast_matmul(x, kernel, n_inputs: int, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def fast_normalize(x, epsilon: float):
-    """`normalize`. Gradient, for n = normalize(x), r = 1 / std: r (dn - mean(dn) - n mean(dn n)).
+    """`normalize`. With n = normalize(x) and r = 1 / std, dx = r (dn - mean(dn) - n mean(dn n)).
 
-    JAX goes back through each operation of the forward pass, in more passes over memory: a step takes
-    6 to 7 % longer (CPU), 3.3 % (GPU, character model).
+    JAX would differentiate operation by operation, in more passes over memory, and a step would
+    take 6 to 7 % longer (CPU), 3.3 % (GPU).
     """
     return normalize(x, epsilon)
 
@@ -130,7 +142,8 @@ fast_normalize.defvjp(_normalize_forward, _normalize_backward)
 def _sum_over_queries(a_BTHK, b_BHTS, precision):
     """sum_t a_tk b_ts, the gradient of the keys or the values: (B, H, S, K).
 
-    XLA's fast CPU matmuls contract the last axis of the left operand, so the smaller one is transposed.
+    XLA's fast CPU matmuls contract the last axis of the left operand, so the smaller operand, a, is
+    transposed.
     """
     a_BHKT = a_BTHK.transpose(0, 2, 3, 1)
     return jnp.einsum('BHKT,BHTS->BHKS', a_BHKT, b_BHTS, precision=precision).swapaxes(2, 3)
@@ -138,28 +151,36 @@ def _sum_over_queries(a_BTHK, b_BHTS, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fast_scores(q_BTHK, k_BHSK, precision):
-    """`scores`. The gradients are products in the dtype of the operands.
+    """`scores`. The gradients are matrix products in the dtype of the operands.
 
-    JAX multiplies the fp32 gradient of the scores with bf16 operands in fp32: a step takes 3.7 % longer
-    (GPU, character model).
+    JAX would multiply the fp32 gradient of the scores with bf16 operands in fp32, and a step would
+    take 3.7 % longer (GPU).
     """
     return scores(q_BTHK, k_BHSK, precision)
 
 
-def _scores_backward(precision, saved, g_BHTS):
+def _scores_forward(q_BTHK, k_BHSK, precision):
+    return scores(q_BTHK, k_BHSK, precision), (q_BTHK, k_BHSK)
+
+
+def _scores_backward(precision, saved, dscores_BHTS):
     q_BTHK, k_BHSK = saved
-    g_BHTS = g_BHTS.astype(q_BTHK.dtype)
-    dq_BHTK = jnp.einsum('BHTS,BHSK->BHTK', g_BHTS, k_BHSK, precision=precision)
-    return dq_BHTK.swapaxes(1, 2), _sum_over_queries(q_BTHK, g_BHTS, precision)
+    dscores_BHTS = dscores_BHTS.astype(q_BTHK.dtype)
+    dq_BHTK = jnp.einsum('BHTS,BHSK->BHTK', dscores_BHTS, k_BHSK, precision=precision)
+    return dq_BHTK.swapaxes(1, 2), _sum_over_queries(q_BTHK, dscores_BHTS, precision)
 
 
-fast_scores.defvjp(lambda q, k, precision: (scores(q, k, precision), (q, k)), _scores_backward)
+fast_scores.defvjp(_scores_forward, _scores_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fast_mix(pattern_BHTS, v_BHSK, precision):
-    """`mix`. Gradients with the axes in the order that is fast: a step takes 4.4 % longer without (CPU)."""
+    """`mix`. The gradients have their axes in the fast order: 4.4 % longer a step without (CPU)."""
     return mix(pattern_BHTS, v_BHSK, precision)
+
+
+def _mix_forward(pattern_BHTS, v_BHSK, precision):
+    return mix(pattern_BHTS, v_BHSK, precision), (pattern_BHTS, v_BHSK)
 
 
 def _mix_backward(precision, saved, dz_BTHK):
@@ -168,48 +189,82 @@ def _mix_backward(precision, saved, dz_BTHK):
     return dpattern_BHTS, _sum_over_queries(dz_BTHK, pattern_BHTS, precision)
 
 
-fast_mix.defvjp(lambda p, v, precision: (mix(p, v, precision), (p, v)), _mix_backward)
+fast_mix.defvjp(_mix_forward, _mix_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _logits_bf16_gradient(x_D, wte_VD, precision):
+def _logits(x_D, wte_VD, precision):
     """`logits`. The gradients are products in the dtype of the operands, as in `fast_scores`."""
     return logits(x_D, wte_VD, precision)
 
 
-def _logits_backward(precision, saved, g_V):
+def _logits_forward(x_D, wte_VD, precision):
+    return logits(x_D, wte_VD, precision), (x_D, wte_VD)
+
+
+def _logits_backward(precision, saved, dlogits_V):
     def same_dtype(x_D, wte_VD):
         return jnp.einsum('...D,VD->...V', x_D, wte_VD, precision=precision)
 
-    return jax.vjp(same_dtype, *saved)[1](g_V.astype(saved[0].dtype))
+    return jax.vjp(same_dtype, *saved)[1](dlogits_V.astype(saved[0].dtype))
 
 
-_logits_bf16_gradient.defvjp(
-    lambda x, wte, precision: (logits(x, wte, precision), (x, wte)), _logits_backward
-)
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def fast_logits(x_D, wte_VD, precision):
-    """`logits`, for a large vocabulary by a padded table: a step takes 15 % longer without (GPU, 124M).
+    """`logits`, with a padded table for tensor cores: 15 % longer a step without (GPU, 124M).
 
-    The table gets rows of zeros up to architecture.VOCAB_MULTIPLE, and their logits are cut off.
+    They need sizes that are multiples of 8. A table of more than 1,024 tokens gets rows of 0 up to
+    architecture.padded_vocab, and their logits are cut off. Full fp32 does not use tensor
+    cores, and padding would make the head and its gradient take a fifth longer (CPU) and change the
+    order of the sums.
     """
     V = wte_VD.shape[0]
-    padded = padded_vocab(V) if V > 1024 else V
+    padded = V if V <= 1024 or precision == 'highest' else padded_vocab(V)
     wte_VD = jnp.pad(wte_VD, ((0, padded - V), (0, 0)))
-    return _logits_bf16_gradient(x_D, wte_VD, precision)[..., :V]
+    return _logits(x_D, wte_VD, precision)[..., :V]
+
+
+@jax.custom_vjp
+def _gelu_new(x):
+    return activate('gelu_new', x)
+
+
+def _gelu_new_forward(x):
+    return activate('gelu_new', x), x
+
+
+def _gelu_new_backward(x, dh):
+    dtype, x, dh = x.dtype, x.astype(jnp.float32), dh.astype(jnp.float32)
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    s = jax.nn.sigmoid(2 * a * (x + b * x**3))
+    return ((dh * (s + x * s * (1 - s) * 2 * a * (1 + 3 * b * x**2))).astype(dtype),)
+
+
+_gelu_new.defvjp(_gelu_new_forward, _gelu_new_backward)
+
+
+def fast_activate(name: str, x):
+    """`activate`. The gradient of 'gelu_new' keeps x alone, in its dtype.
+
+    tanh GELU is x s(u) with s the sigmoid, u = 2 sqrt(2 / pi) (x + 0.044715 x^3), and its slope is
+    s + x s (1 - s) du/dx. JAX would keep several fp32 intermediates, and a step would take 2.6 %
+    longer (GPU), 1.1 % (GPU, 124M without cuDNN).
+    """
+    return _gelu_new(x) if name == 'gelu_new' else activate(name, x)
 
 
 def cudnn_attention(q_BTHK, k_BTHK, v_BTHK):
-    """Causal attention by cuDNN's kernel, which never stores the pattern. fp16 or bf16, NVIDIA GPUs."""
+    """Causal attention by cuDNN, which never stores the pattern. fp16 or bf16, on NVIDIA GPUs."""
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation='cudnn'
     )
 
 
-FAST = Ops(fast_matmul, fast_normalize, fast_scores, fast_mix, fast_logits)
+FAST = Ops(fast_matmul, fast_normalize, fast_scores, fast_mix, fast_logits, fast_activate)
 
 
 def training_ops(attention: str) -> Ops:
-    """The functions that training takes: `FAST`, and cuDNN's attention if the setting asks for it."""
+    """The functions for training: `FAST`, and cuDNN's attention if `attention` is 'cudnn'."""
     return FAST._replace(attention=cudnn_attention) if attention == 'cudnn' else FAST

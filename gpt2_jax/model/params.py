@@ -1,4 +1,4 @@
-"""The parameters of a model: drawn from a seed, counted, and what they cost in arithmetic."""
+"""The parameters of a model: initial values, their number, and the arithmetic they cost."""
 
 import dataclasses
 import math
@@ -14,20 +14,19 @@ from gpt2_jax.model.ops import PLAIN
 
 
 def init_params(cfg: GPT2Config, seed: int):
-    """Freshly drawn fp32 parameters: a pure function of the seed."""
+    """Initial parameters, fp32: a pure function of the seed."""
     ends_key, blocks_key = jax.random.split(jax.random.key(seed))
     ends = GPT2(dataclasses.replace(cfg, n_layer=0))
     params = ends.init(ends_key, jnp.zeros((1, 1), jnp.int32))['params']
     x_BTD = jnp.zeros((1, 1, cfg.n_embd), cfg.compute_dtype)
 
-    def draw_block(key):
+    def init_block(key):
         return Block(cfg, PLAIN).init(key, x_BTD, None, 0, (None,) * 3)['params']
 
-    # All blocks in one vmap: compiles in 3 s instead of 6 (H100, 6 layers). The barrier keeps XLA from
-    # drawing them again for each slice.
-    blocks = lax.optimization_barrier(
-        jax.vmap(draw_block)(jax.random.split(blocks_key, cfg.n_layer))
-    )
+    # All blocks in one vmap: compiling takes 3 s instead of 6 (H100, 6 layers). The barrier keeps
+    # XLA from initialising all blocks again for each slice.
+    keys = jax.random.split(blocks_key, cfg.n_layer)
+    blocks = lax.optimization_barrier(jax.vmap(init_block)(keys))
     return params | {
         f'h_{i}': jax.tree.map(operator.itemgetter(i), blocks) for i in range(cfg.n_layer)
     }
@@ -41,8 +40,8 @@ def count_params(params) -> int:
 def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:
     """Model FLOPs of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 for each weight that multiplies a token (the tied head counts, the two embedding lookups do not),
-    and 12 L D T for the two attention products, with no discount for the causal half.
+    6 for each weight that multiplies a token (the tied head counts, the embedding lookups do not),
+    and 12 L D T for the two products of attention, without a discount for the causal half.
     """
     D, F = cfg.n_embd, cfg.d_ff
     matmul_weights = cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from gpt2_jax import files
 from gpt2_jax.errors import UsageError
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
-from gpt2_jax.workdir import checkpoints as checkpoints_lib
-from gpt2_jax.workdir import checksums, restore
+from gpt2_jax.workdir import checksums, restore, storage
 
 # Settings that shape the parameters or give them their meaning. Dropout and precision may change.
 KEPT = (
@@ -31,7 +31,9 @@ def check(setup: Setup) -> None:
     """Raises UserError if `initial_state` would, before an old run's folder is moved aside."""
     train = setup.config.train
     if train.init_from:
-        _load_matching(setup, Path(train.init_from), train.init_step, train.init_optimizer)
+        _load_matching(
+            setup, files.user_path(train.init_from), train.init_step, train.init_optimizer
+        )
 
 
 def initial_state(setup: Setup) -> TrainState:
@@ -44,7 +46,7 @@ def initial_state(setup: Setup) -> TrainState:
         return programs.new_state(setup)
     return from_pretrained(
         setup,
-        Path(train.init_from),
+        files.user_path(train.init_from),
         step=train.init_step,
         keep_optimizer=train.init_optimizer,
     )
@@ -136,5 +138,5 @@ def _saved_optimizer(run: Path, step: int, like):
     """The optimizer state of a checkpoint, as numpy arrays; `like` gives structure and shapes."""
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     train = ocp.args.StandardRestore({'step': np.zeros((), np.int32), 'opt_state': like})
-    with checkpoints_lib.open_manager(run / checksums.FOLDER, read_only=True) as manager:
-        return checkpoints_lib.restore_items(manager, step, train=train).train['opt_state']
+    with storage.open_manager(run / checksums.FOLDER, read_only=True) as manager:
+        return storage.restore_items(manager, step, train=train).train['opt_state']

@@ -1,11 +1,12 @@
 """The training loop: an update, the meter, the hooks.
 
 A hook does something now and then: evaluating, sampling and saving are the first three (hooks.py).
-Checkpoint S means exactly S updates: the batch and the dropout masks of an update are functions of its
-number, so a resumed run computes what the run would have computed.
+Checkpoint S means exactly S updates: the batch and the dropout masks of an update are functions of
+its number, so a resumed run computes what the run would have computed.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
@@ -22,11 +23,11 @@ class Hook(Protocol):
         """Whether to call the hook now that `step` updates are done."""
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Sees the state after `step` updates. The next update overwrites it: copy what you keep."""
+        """Sees the state after `step` updates. The next update overwrites it: copy what to keep."""
 
 
 class Interrupt:
-    """The first SIGTERM or Ctrl-C, so that the loop can save and leave."""
+    """The first signal that asks the process to end, so that the loop can save and leave."""
 
     def __init__(self):
         self.arrived: signal.Signals | None = None
@@ -40,18 +41,29 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Notes the first SIGTERM or Ctrl-C; a second one ends the process as usual."""
-    interrupt = Interrupt()
+    """Notes the first signal that asks the process to end; a second one ends it as usual.
+
+    These are SIGTERM and Ctrl-C, SIGUSR1, by which Slurm warns of its time limit, and SIGHUP, which
+    comes when the terminal is closed. Under nohup SIGHUP stays ignored.
+    """
+    interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number, frame):
         interrupt.arrived = signal.Signals(number)
         restore()
+        if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for fd in terminals:
+                os.dup2(nowhere, fd)
 
     def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield interrupt
     finally:

@@ -1,9 +1,10 @@
-"""The optimizer of GPT-2's training: AdamW with masked decay, clipping by global norm, warmup and cosine.
+"""GPT-2's optimizer: AdamW with masked decay, clipping by global norm, a warmup and a cosine.
 
-Each in two implementations that compute the same: optax's, and one written out from the equations. A third is in
-fused.py.
+Two implementations compute the same: optax's, and one written out from the equations. A third,
+fused_step.py's, consists of GPU kernels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Leaves that weight decay pulls towards 0: the matrices. Biases and LayerNorm scales are left alone. By name and
-# not by rank: the bias of the fused q, k, v projection is (3, H, K).
+# Weight decay pulls these leaves, the matrices, towards 0, and leaves biases and LayerNorm scales
+# alone. Leaves are told apart by name and not by rank: the bias of the q, k, v projection is (3, H,
+# K).
 DECAYED = ('kernel', 'embedding')
 
 
 class FusedOptimizer(NamedTuple):
-    """An optimizer that changes parameters itself: update(grads, state, params) -> (params, state, norms)."""
+    """An optimizer that updates parameters: (grads, state, params) -> (params, state, norms)."""
 
     init: Callable
     update: Callable
@@ -39,20 +41,16 @@ def make_schedule(
     warmup_steps: int,
     steps: int,
 ) -> optax.Schedule:
-    """The learning rate of update s = 0, 1, ..: linear to the peak over `warmup_steps`, cosine to the end.
+    """The learning rate of update s = 0, 1, ..: linear over w = `warmup_steps`, then a cosine.
 
         s < w:   peak (s + 1) / (w + 1)
-        s >= w:  end + (peak - end) (1 + cos(pi (s - w) / (steps - w))) / 2          (Loshchilov & Hutter 2017, eq. 5)
+        s >= w:  end + (peak - end) (1 + cos(pi (s - w) / (steps - w))) / 2
 
-    The ramp starts at peak / (w + 1): starting at 0 would waste the first update.
-    A run with steps <= w is all ramp.
+    Loshchilov & Hutter 2017, equation 5. The ramp starts at peak / (w + 1), because a first update
+    at a rate of 0 would be wasted. A run with steps <= w is all ramp.
     """
-    peak, end, w, steps = (
-        learning_rate,
-        end_learning_rate,
-        warmup_steps,
-        max(steps, warmup_steps + 1),
-    )
+    peak, end, w = learning_rate, end_learning_rate, warmup_steps
+    steps = max(steps, w + 1)
     if implementation == 'optax':
         return optax.warmup_cosine_decay_schedule(
             init_value=peak / (w + 1),
@@ -64,9 +62,8 @@ def make_schedule(
 
     def schedule(s):
         ramp = peak * (s + 1) / (w + 1)
-        cosine = (
-            end + (peak - end) * (1 + jnp.cos(jnp.pi * jnp.minimum((s - w) / (steps - w), 1))) / 2
-        )
+        part = jnp.minimum((s - w) / (steps - w), 1)
+        cosine = end + (peak - end) * (1 + jnp.cos(jnp.pi * part)) / 2
         return jnp.where(s < w, ramp, cosine)
 
     return schedule
@@ -82,11 +79,15 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on gradients clipped to `clip_norm` (Pascanu et al. 2013).
+    """AdamW on clipped gradients (Loshchilov & Hutter 2019, algorithm 2; Pascanu et al. 2013).
 
-    g <- g min(1, clip_norm / ||g||)            over all leaves at once; 0 turns clipping off
-    m <- beta1 m + (1 - beta1) g                v <- beta2 v + (1 - beta2) g^2
-    p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)     decay where masked
+        g <- g min(1, clip_norm / ||g||)     over all leaves at once; clip_norm = 0: no clipping
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)
+
+    Update s = 1, 2, .. has the learning rate schedule(s - 1). Only the leaves of `decay_mask`
+    decay.
     """
     if implementation == 'optax':
         clip = optax.clip_by_global_norm(clip_norm)
@@ -100,28 +101,29 @@ def make_optimizer(
 
 
 def as_parameters(grads, params):
-    """Gradients in the parameters' shapes and dtypes: those of fused kernels may be bf16, and have rows of padding."""
+    """Gradients in the shapes and dtypes of the parameters.
+
+    Gradients of fused kernels may be bf16 and may have rows of padding after the last row.
+    """
     return jax.tree.map(lambda g, p: g[: len(p)].astype(p.dtype), grads, params)
 
 
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
-    """One update: (params, opt_state, norms), where norms has grad_norm (before clipping), update_norm and param_norm
-    (after the update)."""
+    """One update: (params, opt_state, norms).
+
+    The norms are grad_norm (before clipping), update_norm and param_norm (after the update).
+    """
     if isinstance(optimizer, FusedOptimizer):
         return optimizer.update(grads, opt_state, params)
     grads = as_parameters(grads, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    norm = optax.tree.norm
-    return (
-        params,
-        opt_state,
-        {'grad_norm': norm(grads), 'update_norm': norm(updates), 'param_norm': norm(params)},
-    )
+    trees = {'grad_norm': grads, 'update_norm': updates, 'param_norm': params}
+    return params, opt_state, {name: optax.tree.norm(tree) for name, tree in trees.items()}
 
 
 def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
-    """g <- g min(1, clip_norm / ||g||), where ||g||^2 sums the squares of all leaves; keeps no state."""
+    """g <- g min(1, clip_norm / ||g||), with ||g||^2 the sum of squares over all leaves."""
 
     def update(grads, state, params=None):
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
@@ -132,7 +134,7 @@ def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
 
 
 class AdamWState(NamedTuple):
-    """Updates done, and the running means of g and of g^2, which are laid out as the parameters are."""
+    """The number of updates done, and the running means of g and of g^2, as trees of parameters."""
 
     count: jax.Array
     m: optax.Params
@@ -144,26 +146,31 @@ def zero_moments(params) -> AdamWState:
     return AdamWState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
 
+def bias_correction(beta: float, s):
+    """1 - beta^s, the share of its final weight that a running mean has after s updates from 0.
+
+    By expm1, because the subtraction loses digits: at s = 1 and beta = 0.999 it is off by 1e-5.
+    """
+    return -jnp.expm1(jnp.float32(s) * math.log(beta)) if beta else jnp.float32(1)
+
+
 def explicit_adamw(
     schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """The other three lines of `make_optimizer`, which update s = 1, 2, .. adds to the parameters."""
+    """The last three lines of `make_optimizer`: what update s = 1, 2, .. adds to the parameters."""
 
     def update(grads, state, params):
-        s = state.count + 1
-        learning_rate = schedule(state.count)
+        # fp32 also under JAX_ENABLE_X64, so that parameters and moments keep their dtype.
+        learning_rate = jnp.float32(schedule(state.count))
+        correct1, correct2 = (bias_correction(beta, state.count + 1) for beta in (beta1, beta2))
         m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.m, grads)
         v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.v, grads)
 
         def step(m, v, p, decays):
-            m_hat = m / (
-                1 - beta1**s
-            )  # m and v start at 0: without this they are too small at first
-            v_hat = v / (1 - beta2**s)
-            return -learning_rate * (
-                m_hat / (jnp.sqrt(v_hat) + eps) + (weight_decay * p if decays else 0)
-            )
+            decay = weight_decay * p if decays else 0
+            return -learning_rate * (m / correct1 / (jnp.sqrt(v / correct2) + eps) + decay)
 
-        return jax.tree.map(step, m, v, params, decay_mask(params)), AdamWState(s, m, v)
+        updates = jax.tree.map(step, m, v, params, decay_mask(params))
+        return updates, AdamWState(state.count + 1, m, v)
 
     return optax.GradientTransformation(zero_moments, update)

@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
 from gpt2_jax.data import tokenizers
-from gpt2_jax.errors import UsageError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.workdir import folder
-from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checkpoints import Checkpoints, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, best_step, committed_steps
 
 
@@ -55,7 +55,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     if not saved:
         return Start(0, Progress(), {})
     start, config = saved[-1], setup.config
-    meta = checkpoints.read_meta(start)
+    meta = read_meta(checkpoints.folder / str(start))
     old = config_lib.from_json(meta['config'])
     longer = config.train.steps > old.train.steps
     differ = config_lib.differences(old, config)
@@ -66,6 +66,9 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         differ['data.corpus (its text)'] = tuple(
             f'{corpus["name"]} {corpus["sha256"][:12]}' for corpus in (theirs, ours)
         )
+    elif 'data.corpus' in differ:  # the text is the same, at another place
+        there, now = differ.pop('data.corpus')
+        print(f'data.corpus is now {now}: the text is the same as in {there}')
     if differ:
         fields = '; '.join(f'{key}: {a!r} there, {b!r} now' for key, (a, b) in differ.items())
         can_extend = 'train.steps' in differ and longer
@@ -74,13 +77,22 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
             f'the run in {workdir} has another configuration: {fields}{hint}; give the same settings '
             'to resume, another --workdir for a new run, or --fresh to move the old one aside'
         )
-    progress = Progress(**meta['progress'])
+    progress = _read_progress(meta, workdir)
     if extend and longer:
         print(_describe_extension(old, config, start))
         progress.extensions.append([start, old.train.steps])
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
     return Start(start, progress, meta['log_sizes'])
+
+
+def _read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
+    try:
+        return Progress(**meta['progress'])
+    except TypeError as error:
+        raise UserError(
+            f'the checkpoint in {workdir} has a progress of another form: {error}'
+        ) from None
 
 
 def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:

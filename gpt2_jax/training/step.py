@@ -1,6 +1,8 @@
-"""One update and one evaluation step: pure functions, no input and no output.
+"""One update and one evaluation step, as pure functions.
 
-train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
+    train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
+
+A batch holds `inputs` and `targets`, int (B, T), and in evaluation a `mask` (B, T).
 """
 
 from collections.abc import Callable
@@ -30,18 +32,20 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
 
 
 def token_losses(logits_BTV, targets_BT):
-    """Cross-entropy of each target in nats, -log softmax(logits)[target]: (B, T, V), (B, T) -> (B, T)."""
-    # A comparison instead of a gather: it fuses with the sum over V, and its gradient needs no scatter.
+    """-log softmax(logits)[target], the cross-entropy in nats: (B, T, V), (B, T) -> (B, T)."""
+    # A comparison in place of a gather fuses with the sum over V, and its gradient needs no
+    # scatter.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
     target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
 
 
 def plain_value_and_grad(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
-    """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads), by JAX from the model.
+    """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads): JAX differentiates.
 
-    The loss is the sum over the targets of `batch` divided by `n_targets`, those of all micro-batches.
-    `unshard` lays stored parameters out as the matrix products need them (see partition.make_unshard).
+    The loss is the sum over the targets of `batch`, a micro-batch, divided by `n_targets`, the
+    number of targets in all micro-batches. `unshard` gathers stored parameters as the matrix
+    products need them (see partition.make_unshard).
     """
 
     def loss(params, batch: Batch, dropout_key, n_targets):
@@ -59,12 +63,12 @@ def make_train_step(
     seed: int,
     grad_accum_steps: int,
 ) -> Callable:
-    """The function train_step(state, batch) -> (state, metrics), to be jitted with the state donated.
+    """The function train_step(state, batch) -> (state, metrics). Jit it with the state donated.
 
-    The B rows of the batch are processed in `grad_accum_steps` equal micro-batches (one lax.scan); the
-    gradient is that of the mean loss over all B T targets. Dropout keys are a function of (seed, step,
-    micro-batch) alone, so a restarted run draws the same ones. `value_and_grad` is as in
-    `plain_value_and_grad`.
+    The B rows of the batch are processed in `grad_accum_steps` equal micro-batches by one lax.scan,
+    and their gradients add up to the gradient of the mean loss over all B T targets. Dropout keys
+    are a function of (seed, step, micro-batch) alone, so a restarted run draws the same masks.
+    `value_and_grad` has the signature of `plain_value_and_grad`'s.
 
     Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm
     (before clipping), update_norm and param_norm (after the update).
@@ -97,15 +101,15 @@ def make_train_step(
 
 
 def split_rows(x, n: int):
-    """(B, ..) -> (n, B / n, ..), where micro-batch m has rows m, m + n, ..
+    """(B, ..) -> (n, B / n, ..): micro-batch m has the rows m, m + n, m + 2 n, ..
 
-    A device holds consecutive rows, so it has an equal share of each micro-batch.
+    A device holds consecutive rows, so it holds an equal share of each micro-batch.
     """
     return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
 
 def make_eval_step(model: GPT2, unshard: Callable = lambda params: params) -> Callable:
-    """The function eval_step(params, batch) -> nats_B: each row's summed loss over its unmasked targets."""
+    """The function eval_step(params, batch) -> nats_B: each row's loss, summed where mask is 1."""
 
     def eval_step(params, batch: Batch):
         logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])

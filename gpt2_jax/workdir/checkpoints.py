@@ -1,11 +1,11 @@
-"""Checkpoints: saved in the background, committed by checksums, restored.
+"""Checkpoints: saved in the background, read back, committed by checksums, restored.
 
 A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (step and optimizer
 state), `meta` (JSON: configuration, tokenizer, and what the loop needs to resume) and, if the step
-was evaluated, `metrics`. Orbax writes the folder and moves it into place in one piece. After this,
-SHA256SUMS commits it (checksums.py). The latest two checkpoints and the best one are kept, and more
-if checkpoint.keep says so. A folder without SHA256SUMS, or one that does not match it, is never
-restored.
+was evaluated, `metrics`. Orbax writes the folder and moves it into place in one piece. Then
+everything is read back from disk, and SHA256SUMS commits the checkpoint (checksums.py). The latest
+two checkpoints and the best one are kept, and more if checkpoint.keep says so. A folder without
+SHA256SUMS, or one that does not match it, is never restored.
 """
 
 import concurrent.futures
@@ -13,69 +13,47 @@ import contextlib
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
+from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import CHECKSUMS, all_steps, committed_steps, write_checksums
 
-
-def _val_loss(metrics) -> float:
-    return metrics['val_loss']
-
-
-def is_log_spaced(step: int, every: int) -> bool:
-    """Whether `step` is one of 0, 1, 2, 4, .. 512, or a later multiple of `every`."""
-    return step & (step - 1) == 0 if step <= 512 else step % every == 0
-
-
-class Kept(policies.PreservationPolicy):
-    """Keeps the checkpoints that checkpoint.keep names, beside the latest and the best."""
-
-    def __init__(self, keep: str, every: int):
-        self.keep, self.every = keep, every
-
-    def includes(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is kept for good."""
-        return self.keep == 'all' or (self.keep == 'log' and is_log_spaced(step, self.every))
-
-    def should_preserve(self, checkpoints, *, context):
-        """Orbax's question, for all checkpoints at once."""
-        return [self.includes(checkpoint.step) for checkpoint in checkpoints]
-
-
-def open_manager(folder: Path, read_only: bool, kept: Kept | None = None) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in a folder; use it as a context manager."""
-    keep = policies.AnyPreservationPolicy(
-        [
-            kept or Kept('latest', 1),
-            # Two, so that one is left if the newest turns out to be damaged.
-            policies.LatestN(2),
-            # reverse=True: the lowest loss is the best.
-            policies.BestN(
-                get_metric_fn=_val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
-    )
-    options = ocp.CheckpointManagerOptions(
-        best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+# The keys of `meta` that every run and every conversion writes: a schema of foreign.py.
+META = {
+    'config': str,
+    'tokenizer': str,
+    'corpus': {'name': str, 'sha256': str, 'fallback': bool},
+    'progress': {},
+    'log_sizes': {str: foreign.integer(0)},
+}
 
 
 class Checkpoints:
     """The checkpoints of a running training: saved in the background, one at a time.
 
-    Use as a context manager: leaving it waits until the last save is committed.
+    Use as a context manager: leaving it waits until the last save is committed. `check_claim`
+    raises UserError if the folder no longer belongs to this process: see folder.claim. `keep` and
+    `keep_every` are the settings of these names.
     """
 
-    def __init__(self, folder: Path, keep: str = 'latest', keep_every: int = 1):
-        self.folder, self.kept = folder, Kept(keep, keep_every)
-        self._orbax = open_manager(folder, read_only=False, kept=self.kept)
+    def __init__(
+        self,
+        folder: Path,
+        check_claim: Callable[[], None] = lambda: None,
+        *,
+        keep: str = 'latest',
+        keep_every: int = 1,
+    ):
+        self.folder, self.kept = folder, storage.Kept(keep, keep_every)
+        self._check_claim = check_claim
+        self._orbax = storage.open_manager(folder, read_only=False, kept=self.kept)
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._pending = None  # (step, future) of the save in progress
 
@@ -97,14 +75,18 @@ class Checkpoints:
         Raises UserError if it cannot be saved, or if the save before it failed.
         """
         self.wait()
+        self._check_claim()
+        items = {
+            'params': state.params,
+            'train': {'step': state.step, 'opt_state': state.opt_state},
+        }
         try:
             self._check_free_space(state)
             saved = self._orbax.save(
                 step,
                 metrics=None if val_loss is None else {'val_loss': val_loss},
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    train=ocp.args.StandardSave({'step': state.step, 'opt_state': state.opt_state}),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
@@ -113,7 +95,8 @@ class Checkpoints:
                 raise OSError(f'a checkpoint of the same or a later step exists: {steps}')
         except Exception as error:
             raise self._failed(step, error) from None
-        self._pending = step, self._pool.submit(self._finish, step)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items)
+        self._pending = step, self._pool.submit(self._finish, step, shapes)
 
     def committed(self) -> list[int]:
         """The steps whose save was finished, in order."""
@@ -152,12 +135,11 @@ class Checkpoints:
                 raise self._failed(step, error) from None
 
     def restore(self, step: int, abstract):
-        """The state saved at `step`; `abstract` gives shape, dtype and sharding of each leaf."""
-        return restore_state(self._orbax, step, abstract)
+        """The state saved at `step`; `abstract` gives shape, dtype and sharding of each leaf.
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """The JSON that was saved beside the state."""
-        return restore_items(self._orbax, step, meta=ocp.args.JsonRestore()).meta
+        Raises UserError if the state is not the state after `step` updates.
+        """
+        return restore_state(self._orbax, step, abstract)
 
     def _check_free_space(self, state) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -167,12 +149,17 @@ class Checkpoints:
                 f'it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left'
             )
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, shapes: dict[str, Any]) -> None:
+        """Runs in the background: waits for Orbax, reads back, commits."""
         self._orbax.wait_until_finished()
+        storage.read_back(self.folder / str(step), step, shapes)
+        read_meta(self.folder / str(step))
+        self._check_claim()
         write_checksums(self.folder / str(step))
 
     def _failed(self, step: int, error: Exception) -> UserError:
         """Removes the unfinished save, since the disk may be full; returns the error to raise."""
+        self._check_claim()  # in another run's folder nothing is removed
         for part in [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*'), self.folder / str(step)]:
             if not (part / CHECKSUMS).is_file():
                 shutil.rmtree(part, ignore_errors=True)
@@ -181,7 +168,7 @@ class Checkpoints:
         text = ' '.join(str(error).split())
         # TensorStore puts the system's message at the end of a chain of paths.
         system = re.search(r'([^:]+) \[os_error', text)
-        reason = system[1].strip() if system else text[:300]
+        reason = system[1].strip() if system else text[:200]
         return UserError(
             f'checkpoint {step} could not be saved in {self.folder}: {reason}; {left}. '
             'Remove the cause, then run the same command to resume'
@@ -191,24 +178,27 @@ class Checkpoints:
 def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
     """The state saved at `step`: see Checkpoints.restore."""
     train = {'step': abstract.step, 'opt_state': abstract.opt_state}
-    items = restore_items(
+    items = storage.restore_items(
         manager,
         step,
         params=ocp.args.StandardRestore(abstract.params),
         train=ocp.args.StandardRestore(train),
     )
+    check_step(Path(manager.directory) / str(step), int(items.train['step']))
     return abstract.replace(params=items.params, **items.train)
 
 
-def restore_items(manager: ocp.CheckpointManager, step: int, **items):
-    """The named items of a checkpoint. Raises UserError if they are not what this version saves."""
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:  # Orbax has no error class of its own
-        reason = ' '.join(str(error).split())[:300]
+def check_step(path: Path, step: int) -> None:
+    """Raises UserError if the state in the checkpoint at `path` has another number of updates."""
+    if step != int(path.name):
         raise UserError(
-            f'checkpoint {step} in {manager.directory} is undamaged, but this version of gpt2_jax '
-            f'saves another form: {reason}'
-        ) from None
+            f'{path} holds the state of step {step}: the folder was renamed. Rename it to {step}'
+        )
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON saved beside the state of the checkpoint at `path`; see resume.checkpoint_meta.
+
+    Raises UserError if it has another form.
+    """
+    return foreign.read_json(path / 'meta' / 'metadata', META, 'it was not written by a run')

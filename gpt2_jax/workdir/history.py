@@ -1,7 +1,5 @@
 """Reads what a run left in its folder, finished or not. Changes nothing, and needs no JAX."""
 
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +7,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
-from gpt2_jax.errors import UserError
+from gpt2_jax import foreign
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
 PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
+NOT_A_RUN = 'expected the folder of a run of scripts/train.py'
+MAX_LOG_BYTES = 1 << 30
+MAX_PROBES_BYTES = 1 << 32
+META = {'config': str, 'corpus': {'name': str, 'sha256': str}, 'progress': {}}
+RECORD = {'step': foreign.integer(0), 'split': str}
 
 
 def read_config(run: Path) -> ConfigDict:
     """The configuration of a run. Raises UserError if the folder holds none."""
     path = run / 'config.json'
-    try:
-        return config_lib.from_json(path.read_text('utf-8'))
-    except (OSError, UnicodeDecodeError, ValueError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else 'it is damaged'
-        raise UserError(
-            f'cannot read {path}: {reason}; expected the folder of a run of scripts/train.py'
-        ) from None
+    if not path.exists():
+        raise foreign.error(run, 'holds no config.json', NOT_A_RUN)
+    return config_lib.from_json(foreign.read_text(path))
 
 
 def config_at(run: Path, step: int) -> ConfigDict:
@@ -42,17 +41,17 @@ def config_at(run: Path, step: int) -> ConfigDict:
 def read_records(run: Path, split: str) -> list[dict[str, Any]]:
     """The records of metrics.jsonl of one split, 'train' or 'val', in order.
 
-    A last line that a running training has not finished writing is left out.
+    A last line that a running training has not finished writing is left out. Raises UserError.
     """
     path = run / 'metrics.jsonl'
     if not path.exists():
         return []
-    lines = path.read_text('utf-8', errors='replace').split('\n')[:-1]
-    try:
-        records = [json.loads(line) for line in lines]
-        return [record for record in records if record['split'] == split]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f'{path} is damaged: expected a JSON record in each line') from None
+    lines = foreign.read_text(path, MAX_LOG_BYTES).split('\n')[:-1]
+    records = [
+        foreign.parse_json(line, f'{path}, line {number}', RECORD)
+        for number, line in enumerate(lines, 1)
+    ]
+    return [record for record in records if record['split'] == split]
 
 
 def read_samples(run: Path) -> dict[int, str]:
@@ -61,9 +60,9 @@ def read_samples(run: Path) -> dict[int, str]:
     if not path.exists():
         return {}
     samples, step = {}, None
-    for line in path.read_text('utf-8', errors='replace').split('\n'):
+    for line in foreign.read_bytes(path, MAX_LOG_BYTES).decode('utf-8', 'replace').split('\n'):
         words = line.split()
-        if len(words) == 4 and words[::3] == ['===', '==='] and words[1] == 'step':
+        if len(words) == 4 and words[:2] == ['===', 'step'] and words[2].isdecimal():
             step = int(words[2])
             samples[step] = []
         elif step is not None:
@@ -72,31 +71,31 @@ def read_samples(run: Path) -> dict[int, str]:
 
 
 def read_probes(run: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of probes.npz; None if there is none."""
+    """The arrays of probes.npz; None if there is none. Raises UserError if it is damaged."""
     path = run / PROBES
     if not path.exists():
         return None
-    try:
-        with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f'{path} is damaged: {error}; move it away, and the run records probes from here on'
-        ) from None
+    remedy = 'move it away, and the run records its probes from here on'
+    with (
+        foreign.open_file(path) as file,
+        foreign.parsing(path, 'the probes of a run', remedy),
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        if sum(info.file_size for info in arrays.zip.infolist()) > MAX_PROBES_BYTES:
+            raise ValueError('it is too large')
+        return dict(arrays)
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
     """summary.json of a finished run; None if the run is not finished."""
     path = run / 'summary.json'
-    return json.loads(path.read_text('utf-8')) if path.exists() else None
+    return foreign.read_json(path, {}) if path.exists() else None
 
 
 def read_corpus(run: Path) -> dict[str, Any] | None:
     """The identity of the text that the run trained on; None before its first checkpoint."""
     steps = committed_steps(run / FOLDER)
-    if not steps:
-        return None
-    return _read_meta(run, steps[-1])['corpus']
+    return _read_meta(run, steps[-1])['corpus'] if steps else None
 
 
 def steps_done(run: Path) -> int:
@@ -107,8 +106,4 @@ def steps_done(run: Path) -> int:
 
 def _read_meta(run: Path, step: int) -> dict[str, Any]:
     """What a checkpoint keeps beside the state: the JSON item, as Orbax writes it."""
-    path = run / FOLDER / str(step) / 'meta' / 'metadata'
-    try:
-        return json.loads(path.read_text('utf-8'))
-    except (OSError, ValueError) as error:
-        raise UserError(f'cannot read {path}: {error}') from None
+    return foreign.read_json(run / FOLDER / str(step) / 'meta' / 'metadata', META, NOT_A_RUN)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 import socket
 import sys
 import time
@@ -15,6 +17,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 # seconds.
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from gpt2_jax import files
+from gpt2_jax.terminal import printable
+
 PLAIN_SECONDS = 5  # between progress lines if the output is not a terminal, to keep a log short
 
 
@@ -26,19 +31,66 @@ def duration(seconds: float) -> str:
     return f'{int(minutes)} min {int(seconds % 60)} s' if minutes >= 1 else f'{seconds:.0f} s'
 
 
+class GrowingFile:
+    """A binary file that only grows, and that is written again if another program removes it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, 'a+b')  # noqa: SIM115 (closed by `close`)
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def write(self, data: bytes) -> None:
+        """Appends to the file, or to its buffer."""
+        self._file.write(data)
+        self._size += len(data)
+
+    def flush(self) -> None:
+        """Writes out the buffer."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Writes out the buffer and closes the file."""
+        self._file.close()
+
+    def mend(self) -> str | None:
+        """Writes the file again if it was removed; returns one line if it was changed.
+
+        Call it after `flush`.
+        """
+        size = os.fstat(self._file.fileno()).st_size
+        lost, self._size = self._size - size, size
+        if lost > 0:
+            return f'{self._path} was cut short by another program: {lost:,} bytes are lost'
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                return None
+        self._path.parent.mkdir(exist_ok=True)
+        self._file.seek(0)  # the removed file exists as long as it is open
+        with files.new_file(self._path) as copy:
+            shutil.copyfileobj(self._file, copy)
+        self._file.close()
+        self._file = open(self._path, 'a+b')  # noqa: SIM115
+        return f'{self._path} was removed by another program: it is written again, complete'
+
+
 class Logger:
     """Everything a run writes while it trains. Use as a context manager."""
 
     def __init__(self, folder: Path, start: int, steps: int):
         name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
         (folder / 'tensorboard').mkdir(exist_ok=True)
+        self._folder, self._folder_stat = folder, os.stat(folder)
         with contextlib.ExitStack() as stack:
-            texts = {'mode': 'a', 'encoding': 'utf-8', 'buffering': 1}
-            self._metrics = stack.enter_context(open(folder / 'metrics.jsonl', **texts))
-            self._samples = stack.enter_context(open(folder / 'samples.txt', **texts))
-            self._events = RecordWriter(
-                stack.enter_context(open(folder / 'tensorboard' / name, 'ab'))
-            )
+            self._files = [
+                stack.enter_context(contextlib.closing(GrowingFile(path)))
+                for path in (
+                    folder / 'metrics.jsonl',
+                    folder / 'samples.txt',
+                    folder / 'tensorboard' / name,
+                )
+            ]
+            self._metrics, self._samples, events = self._files
+            self._events = RecordWriter(events)
             self._event(file_version='brain.Event:2')
             self._close = stack.pop_all().close
         self._last_line = 0.0
@@ -58,12 +110,16 @@ class Logger:
         return self
 
     def __exit__(self, *exc_info):
-        if self._live:
-            self._live.stop()
-        self._close()
+        try:
+            self.flush()
+        finally:
+            if self._live:
+                self._live.stop()
+            self._close()
 
     def say(self, text: str) -> None:
         """Prints a message on the console, above the progress line if there is one."""
+        text = printable(text, sys.stdout)
         if self._live:
             self._live.console.print(
                 text, markup=False, emoji=False, highlight=False, soft_wrap=True
@@ -77,7 +133,8 @@ class Logger:
         None stands for an unknown figure. Raises ValueError for a figure that is not finite.
         """
         record = {'step': step, 'split': split, **values}
-        self._metrics.write(json.dumps(record, allow_nan=False) + '\n')
+        self._metrics.write((json.dumps(record, allow_nan=False) + '\n').encode())
+        self._metrics.flush()
         self.figures(step, split, values)
 
     def figures(self, step: int, split: str, values: dict[str, float | None]) -> None:
@@ -91,7 +148,8 @@ class Logger:
 
     def sample(self, step: int, text: str) -> None:
         """Writes a sampled text to samples.txt and to the console."""
-        self._samples.write(f'=== step {step} ===\n{text}\n\n')
+        self._samples.write(f'=== step {step} ===\n{text}\n\n'.encode())
+        self._samples.flush()
         self.say(f'--- sample at step {step} ---\n{text.strip()}\n---')
 
     def progress(
@@ -112,9 +170,19 @@ class Logger:
             print(f'step {step}/{steps}: loss {loss:.3f}, {rate}{left}', flush=True)
 
     def flush(self) -> None:
-        """Writes out all buffers: the files hold everything reported so far when this returns."""
-        for file in (self._metrics, self._samples, self._events):
+        """Writes out all buffers: the files hold everything reported so far when this returns.
+
+        A file that another program removed is written again; says so.
+        """
+        for file in self._files:
             file.flush()
+        try:
+            moved = not os.path.samestat(os.stat(self._folder), self._folder_stat)
+        except FileNotFoundError:
+            moved = True
+        if not moved:  # else the files are where the folder is now
+            for report in filter(None, (file.mend() for file in self._files)):
+                self.say(report)
 
     def _event(self, **fields) -> None:
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())

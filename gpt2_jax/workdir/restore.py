@@ -16,7 +16,8 @@ from gpt2_jax.kernels.support import usable
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
-from gpt2_jax.workdir.checkpoints import open_manager, restore_items
+from gpt2_jax.workdir import storage
+from gpt2_jax.workdir.checkpoints import check_step, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, METRICS, best_step, committed_steps, verify
 
 
@@ -41,8 +42,9 @@ def load(run: Path, step: str) -> Restored:
     """
     folder = run / FOLDER
     number = choose_step(run, step)
-    with open_manager(folder, read_only=True) as manager:
-        meta = restore_items(manager, number, meta=ocp.args.JsonRestore()).meta
+    path = folder / str(number)
+    meta = read_meta(path)
+    with storage.open_manager(folder, read_only=True) as manager:
         config = config_lib.from_json(meta['config'])
         tokenizer = tokenizers.from_json(meta['tokenizer'])
         asked = GPT2Config(**config.model, vocab_size=tokenizer.vocab_size)
@@ -50,9 +52,10 @@ def load(run: Path, step: str) -> Restored:
         config.model.update(kernels=cfg.kernels, attention=cfg.attention)
         shapes = jax.eval_shape(lambda: init_params(cfg, 0))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        params = restore_items(manager, number, params=ocp.args.StandardRestore(zeros)).params
+        items = storage.restore_items(manager, number, params=ocp.args.StandardRestore(zeros))
+    check_step(path, storage.read_step(path))
     model = GPT2(cfg, training_ops(cfg.attention))
-    return Restored(number, model, params, tokenizer, config, meta)
+    return Restored(number, model, items.params, tokenizer, config, meta)
 
 
 def choose_step(run: Path, step: str) -> int:

@@ -1,0 +1,14 @@
+"""Text for a terminal, which obeys the control characters in it."""
+
+from typing import TextIO
+
+from gpt2_jax.foreign import escape
+
+
+def printable(text: str, stream: TextIO | None) -> str:
+    r"""The text with control characters shown as escapes, \x1b for one, if `stream` is a terminal.
+
+    A model may have learned sequences that set the title, clear the screen or fill the clipboard.
+    Newlines and tabs stay. In a file or a pipe the text stays as it is.
+    """
+    return escape(text, keep='\n\t') if stream and stream.isatty() else text
