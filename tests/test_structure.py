@@ -47,6 +47,11 @@ LAYERS = (
     'workdir.storage workdir.history',
     'workdir.checkpoints',
     'workdir.restore',
+    # lens: what happens inside one forward and backward pass
+    'lens.sites lens.subject',
+    'lens.activations',
+    'lens.interventions lens.readings lens.hessian lens.flow',
+    'lens.report lens.terminal',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
@@ -63,7 +68,8 @@ LAYERS = (
     'diagnostics.ledger diagnostics.report',
     'diagnostics.replay diagnostics.probes',
     # the roof: one file a script, and what a run does now and then
-    'hooks convert prepare',
+    'hooks convert prepare library',
+    'look',
     'train',
     'cli',
 )

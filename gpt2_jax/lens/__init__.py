@@ -11,6 +11,7 @@ or tokens. Activations are named as in sites.py: 'h_3.pattern', head 2 of block 
 """
 
 from gpt2_jax.lens.activations import capture, gradients
+from gpt2_jax.lens.flow import shape_flow
 from gpt2_jax.lens.hessian import curvature, hessian_vector
 from gpt2_jax.lens.interventions import ablate, edit, patch
 from gpt2_jax.lens.readings import (
@@ -33,5 +34,6 @@ __all__ = [
     'jacobian_lens',
     'logit_lens',
     'patch',
+    'shape_flow',
     'token_losses',
 ]

@@ -119,7 +119,7 @@ def gradients(
     if at is not None:
         if not -T <= at < T or at % T == T - 1:
             raise UsageError(
-                f'at = {at}: the text has {T} tokens, and a loss at positions 0 to {T - 2}, because '
+                f'at = {at}: the text has {T} tokens, and a loss at positions 0 to {T - 2}; '
                 'no token follows the last one'
             )
         loss = loss_at(at % T)

@@ -79,7 +79,7 @@ class Site(NamedTuple):
 
 
 def unit_axis(axes: str) -> str:
-    """The letter of the axis whose elements an address can name: H if there is one, else the last."""
+    """The letter of the axis whose elements an address can name: H if there, else the last."""
     return 'H' if 'H' in axes else axes[-1]
 
 
@@ -92,6 +92,14 @@ def all_names(cfg: GPT2Config) -> list[str]:
 def all_heads(cfg: GPT2Config) -> list[str]:
     """The addresses of all heads: 'h_0.attn.0', 'h_0.attn.1', .."""
     return [f'h_{i}.attn.{head}' for i in range(cfg.n_layer) for head in range(cfg.n_head)]
+
+
+def parse_head(address: str) -> tuple[int, int]:
+    """'h_3.attn.2' -> (3, 2). Raises UsageError for anything else."""
+    match = re.fullmatch(r'h_(\d+)\.attn\.(\d+)', address)
+    if not match:
+        raise UsageError(f'{address!r} is not a head: expected an address such as h_0.attn.2')
+    return int(match[1]), int(match[2])
 
 
 def axis_size(cfg: GPT2Config, axis: str, n_positions: int) -> int:

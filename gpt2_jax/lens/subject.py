@@ -11,6 +11,7 @@ and as its second a text (str), or tokens: int (T,) or (B, T). A folder is read 
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +36,23 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer | None
 
 
+def load(path: str | Path, step: str = 'best') -> restore.Restored:
+    """`restore.load` without the warnings of Orbax about choices that are made on purpose."""
+    logger = logging.getLogger('absl')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return restore.load(Path(path), step)
+    finally:
+        logger.setLevel(level)
+
+
 def as_subject(source) -> Subject:
     """The model that `source` stands for. Raises UserError if the parameters do not fit it."""
     if isinstance(source, Subject):
         return source
     if isinstance(source, str | Path):
-        source = restore.load(Path(source), 'best')
+        source = load(source)
     if isinstance(source, tuple):
         (model, params), tokenizer = source, None
     elif hasattr(source, 'model') and hasattr(source, 'params'):
@@ -131,3 +143,11 @@ def as_numpy(x) -> np.ndarray:
     """A numpy array of its own; bfloat16 is widened to float32, exactly."""
     x = np.asarray(x)
     return np.array(x, np.float32) if x.dtype.name in ('bfloat16', 'float16') else np.array(x)
+
+
+def token_text(subject: Subject, token: int) -> str:
+    """A token for people: its text, stray bytes as \\xe2, or <17> without a tokenizer."""
+    if subject.tokenizer is None:
+        return f'<{token}>'
+    data = subject.tokenizer.decode_bytes([token])
+    return data.decode('utf-8', 'backslashreplace') or f'<{token}>'

@@ -1,0 +1,95 @@
+// The data of the page: facts as JSON, and arrays unpacked from one compressed block.
+
+const FACTS = JSON.parse(document.getElementById('facts').textContent);
+const T = FACTS.tokens.length;
+const L = FACTS.layers;
+const H = FACTS.heads;
+const ARRAYS = {};
+const SHAPE = {};
+
+async function unpack() {
+  const packed = Uint8Array.from(atob(document.getElementById('arrays').textContent), c => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
+  const block = await new Response(stream).arrayBuffer();
+  for (const {name, kind, shape, start} of FACTS.arrays) {
+    const size = shape.reduce((a, b) => a * b, 1);
+    SHAPE[name] = shape;
+    if (kind === 'u1') ARRAYS[name] = new Uint8Array(block, start, size);
+    if (kind === 'u4') ARRAYS[name] = new Uint32Array(block, start, size);
+    if (kind === 'f4') ARRAYS[name] = new Float32Array(block, start, size);
+    if (kind === 'f2') { // the upper half of the bits of a float
+      const upper = new Uint16Array(block, start, size);
+      const bits = Uint32Array.from(upper, half => half << 16);
+      ARRAYS[name] = new Float32Array(bits.buffer);
+    }
+  }
+}
+
+const has = name => name in ARRAYS;
+
+// The element of an array at some indices: at('loss', p), at('logit.rank', layer, p).
+function at(name, ...indices) {
+  const shape = SHAPE[name];
+  let flat = 0;
+  indices.forEach((index, axis) => { flat = flat * shape[axis] + index; });
+  return ARRAYS[name][flat];
+}
+
+// Where the pair (p, s) with s <= p lies in a row of packed pairs.
+const pair = (p, s) => p * (p + 1) / 2 + s;
+
+// The square root of an attention weight, 0 to 1, as the page stores it; and the weight.
+function rootWeight(layer, head, p, s) {
+  return s > p ? 0 : at('pattern', layer, head, pair(p, s)) / FACTS.levels;
+}
+const weight = (layer, head, p, s) => rootWeight(layer, head, p, s) ** 2;
+
+// The norm of the gradient of the loss at position p in the residual stream at a layer and position s.
+const gradientNorm = (layer, p, s) => s > p ? 0 : at('gradient.resid', layer, pair(p, s));
+
+const tokenText = id => FACTS.text[id];
+const textAt = index => index < T ? tokenText(FACTS.tokens[index]) : '';
+const targetText = p => tokenText(at('target', p));
+
+// Spaces and ends of lines as signs that can be seen.
+const visible = text => text.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣').replace(/\r/g, '␍');
+
+const LAYER_NAMES = ['embed', ...Array.from({length: L}, (_, i) => `h_${i}`)];
+const partName = (layer, part) => part < H ? `h_${layer}.attn.${part}` : `h_${layer}.mlp`;
+
+function mean(values) {
+  let sum = 0;
+  for (const value of values) sum += value;
+  return values.length ? sum / values.length : 0;
+}
+
+// The losses of the text itself: of every token but the first.
+const textLosses = () => Array.from({length: T - 1}, (_, p) => at('loss', p));
+const lossChanges = (layer, part) => Array.from({length: T - 1}, (_, p) => at('ablation', layer, part, p));
+
+// What a head looks at in this text, averaged over the positions that have such a token.
+const LOOKS = {
+  previous: {name: 'the token before', find: p => p - 1},
+  itself: {name: 'itself', find: p => p},
+  first: {name: 'the first token', find: p => p > 0 ? 0 : -1},
+};
+function looksAt(kind, layer, head) {
+  const found = [];
+  for (let p = 1; p < T; p++) found.push(weight(layer, head, p, LOOKS[kind].find(p)));
+  return mean(found);
+}
+
+const SCORES = {
+  previous: 'the token before',
+  duplicate: 'the same token, earlier',
+  induction: 'what followed the same token (induction)',
+};
+
+// Numbers for people.
+function number(x, digits = 3) {
+  if (!Number.isFinite(x)) return '–';
+  if (x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3)) return x.toExponential(digits - 1);
+  return x.toFixed(Math.max(0, digits - Math.max(0, Math.floor(Math.log10(Math.abs(x) || 1)))));
+}
+const signed = (x, digits = 2) => (x < 0 ? '−' : '+') + Math.abs(x).toFixed(digits);
+const percent = x => x >= 0.0995 ? `${(100 * x).toFixed(0)}\u00a0%` : `${(100 * x).toFixed(1)}\u00a0%`;

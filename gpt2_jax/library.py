@@ -1,0 +1,92 @@
+"""A trained model in two lines of Python: load it, and use it.
+
+m = gpt2_jax.load('runs/quickstart')
+m.generate('ROMEO:')
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.inference.decoding import generate
+from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.inference.streaming import encode_prompt, stream_text
+from gpt2_jax.lens import activations, subject
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.params import count_params
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Loaded:
+    """A trained model with all that belongs to it. `params` are on the device."""
+
+    path: Path
+    step: int
+    model: GPT2
+    params: Any
+    tokenizer: Tokenizer
+    config: Any
+
+    def __repr__(self) -> str:
+        cfg, tokenizer = self.model.cfg, self.tokenizer
+        return (
+            f'<GPT-2 of {count_params(self.params):,} parameters: {cfg.n_layer} layers, '
+            f'{cfg.n_head} heads, width {cfg.n_embd}; {tokenizer.vocab_size:,} {tokenizer.name} '
+            f'tokens; step {self.step:,} of {self.path}>'
+        )
+
+    def generate(
+        self,
+        prompt: str = '',
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """The prompt and what the model writes after it; the same seed gives the same text.
+
+        temperature 0 always takes the likeliest token. Past the context, the text continues from
+        its last half. Raises UserError for a character that the tokenizer does not know.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+        chunks = generate(
+            self.model,
+            self.params,
+            ids,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            sampling=Sampling(temperature, top_k, top_p),
+            notify=lambda text: None,
+        )
+        return prompt + ''.join(stream_text(chunks, self.tokenizer))
+
+    def logits(self, text) -> np.ndarray:
+        """The logits of the next token at every position: text or tokens (B, T) -> (B, T, V).
+
+        Raises UserError for tokens outside the vocabulary, or more of them than the context.
+        """
+        return activations.capture(self, text, 'logits')['logits']
+
+
+def load(path: str | Path, step: str | int = 'best') -> Loaded:
+    """The model in the folder of a run or of converted weights.
+
+    `step` is 'best', 'latest' or a number.
+
+    Raises UserError if there is no such checkpoint, or it is damaged.
+    """
+    restored = subject.load(path, str(step))
+    return Loaded(
+        Path(path),
+        restored.step,
+        GPT2(restored.model.cfg),
+        jax.device_put(restored.params),
+        restored.tokenizer,
+        restored.config,
+    )
