@@ -60,14 +60,15 @@ def show() -> None:
     cli.refuse(FIND, 'with show')
     if _STEP.value is None:
         raise UsageError('show needs --step: the update to open, from 1')
-    from gpt2_jax.diagnostics import replay, report
+    from gpt2_jax.diagnostics import page, replay
     from gpt2_jax.parallel import devices
 
     devices.select_platform(_PLATFORM.value)
     steps = replay.Replay(Path(_WORKDIR.value), notify=lambda text: print(text, file=sys.stderr))
     found = replay.to_json(steps.run, steps.open(_STEP.value))
     if _OUT.value:
-        print(report.write_step(found, Path(_OUT.value)))
+        title = f'Step {found["step"]} of {found["run"]}'
+        print(page.write_page('step', title, found, Path(_OUT.value)))
     elif _FORMAT.value == 'json':
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:

@@ -117,7 +117,7 @@ class Origins(NamedTuple):
         """
         chosen = [i for i, name in enumerate(self.files) if file in (None, name, Path(name).name)]
         if len(chosen) != 1:
-            names = ', '.join(self.files[:5])
+            names = ', '.join(Path(name).name for name in self.files[:5])
             raise UsageError(
                 f'--line={line} needs --file: the training text comes from {names}'
                 if file is None

@@ -64,6 +64,7 @@ CURVATURE_TOKENS, CURVATURE_PRODUCTS = 64, 6
 DIFFERENCE = 2e-3
 EDGES = np.linspace(-5, 5, 40)
 BIN_ELEMENTS = 65_536
+SCORES = ('previous', 'duplicate', 'induction')
 
 
 def activation_names(n_layer: int) -> list[str]:

@@ -231,8 +231,8 @@ class Programs(NamedTuple):
     norms: Callable
 
 
-def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:
-    """The setup of a configuration, on this machine, and what replaying compiles.
+def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
+    """The setup of a run on this machine.
 
     Without the GPU that it was trained on, XLA computes what its kernels did.
     """
@@ -242,7 +242,13 @@ def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:
     )
     config = config.copy_and_resolve_references()
     config.model.update(kernels=cfg.kernels, attention=cfg.attention)
-    setup = build(config, run.dataset)
+    return build(config, run.dataset)
+
+
+def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:
+    """The setup of a configuration on this machine, and what replaying compiles."""
+    setup = setup_here(config, run)
+    config = setup.config
     n, unshard = config.train.grad_accum_steps, make_unshard(setup.mesh)
     value_and_grad = programs.make_value_and_grad(setup.model, unshard)
 

@@ -51,11 +51,13 @@ function visible(token) {
   return token.replace(/\n/g, '\u21b5').replace(/\t/g, '\u2192').replace(/\r/g, '\u240d').replace(/^ +$/, (s) => '\u00b7'.repeat(s.length));
 }
 
-/* A base64 array, as report.py packs it: {type: 'uint8', shape, data}. */
-function unpack(packed) {
+/* An array as page.py packs it: {type, shape, data}, gzip-compressed and in base64. */
+async function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.data), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
+  const block = await new Response(stream).arrayBuffer();
   const kinds = { uint8: Uint8Array, float32: Float32Array, int32: Int32Array };
-  return { shape: packed.shape, values: new kinds[packed.type](bytes.buffer) };
+  return { shape: packed.shape, values: new kinds[packed.type](block) };
 }
 
 /* A view of an unpacked array at leading indices. */
@@ -347,13 +349,14 @@ function heatMap(options) {
   const field = el('div', { class: 'field' }, canvas, line, box);
   const labels = el('div', { class: 'labels' });
   const most = options.mostLabels || rows.length, every = Math.ceil(rows.length / most);
-  labels.style.gridTemplateRows = `repeat(${rows.length}, 1fr)`;
+  labels.style.gridTemplateRows = `repeat(${rows.length}, minmax(0, 1fr))`;
   rows.forEach((row, i) => labels.append(el('span', {}, i % every === 0 ? String(row) : '')));
   const ticks = el('div', { class: 'ticks' });
   for (const i of options.columnTicks || []) {
     ticks.append(el('span', { style: { left: `${(100 * (i + 0.5)) / columns.length}%` } }, number(columns[i])));
   }
-  const node = el('div', { class: 'heat' }, labels, field, ticks);
+  const longest = rows.map(String).reduce((a, b) => (b.length > a.length ? b : a), '');
+  const node = el('div', { class: 'heat' }, el('div', { class: 'side', 'aria-hidden': 'true' }, el('b', {}, longest), labels), field, ticks);
 
   function paint() {
     const context = canvas.getContext('2d'), image = context.createImageData(columns.length, rows.length);
@@ -513,3 +516,9 @@ const section = (title, lead, ...content) =>
   append(el('section', {}, el('h2', {}, title), lead && el('p', { class: 'lead' }, lead)), content);
 
 const main = document.querySelector('main');
+
+/* Draws the page; body.dataset.ready says that it is complete. */
+async function start(draw) {
+  await draw();
+  document.body.dataset.ready = 'yes';
+}

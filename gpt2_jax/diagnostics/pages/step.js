@@ -121,7 +121,9 @@ function positionsSection() {
     }).node))));
 }
 
-heading();
-rowsSection();
-tensorsSection();
-positionsSection();
+start(() => {
+  heading();
+  rowsSection();
+  tensorsSection();
+  positionsSection();
+});
