@@ -95,6 +95,10 @@ def parsing(source: str | os.PathLike, expected: str, remedy: str = '') -> Itera
         raise error(source, f'cannot be read as {expected}: {reason}', remedy) from None
 
 
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def open_file(path: str | os.PathLike) -> BinaryIO:
     """A regular file, or a link to one, open for reading. Raises UserError.
 
@@ -104,7 +108,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
         if not stat.S_ISREG(os.stat(path).st_mode):
             _refuse_kind(path)
         # If the path has become a pipe since, O_NONBLOCK keeps this from waiting for its writer.
-        file = open(path, 'rb', opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))  # noqa: SIM115
+        file = open(path, 'rb', opener=_open_without_waiting)  # noqa: SIM115
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the path
         reason = getattr(failure, 'strerror', None) or str(failure)
         raise error(path, f'cannot be read: {reason}') from None
