@@ -37,7 +37,7 @@ if TINY:
     }
 # (kernels, attention). cuDNN's attention has no dropout on the pattern.
 PATHS = [('xla', 'xla'), ('fused', 'xla'), ('xla', 'cudnn'), ('fused', 'cudnn')]
-# Relative errors of a leaf's gradient. On an H100 and an H200 the medians were 0.007 to 0.014 and the
+# Relative errors of a leaf's gradient. On H100 and H200 the medians were 0.007 to 0.014 and the
 # worst leaf 0.017; with cuDNN's attention and no fused kernels, at 124M, 0.015 and 0.021.
 MAX_MEDIAN, MAX_WORST = 0.016, 0.024
 
