@@ -288,11 +288,13 @@ def check_key(key: str) -> None:
         full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])
     ]
     section = key.split('.')[0]
-    names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted(
-        {k.split('.')[0] for k in SETTINGS}
-    )
-    hint = f'the nearest is {describe(near[0])}; ' if near else ''
-    raise UsageError(f'there is no setting {key!r}; {hint}there are: {", ".join(names)}')
+    if near:
+        hint = f'the nearest is {describe(near[0])}'
+    elif names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
+        hint = f'{section} has {", ".join(names)}'
+    else:
+        hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
+    raise UsageError(f'there is no setting {foreign.show(key)}; {hint}')
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

@@ -21,9 +21,9 @@ import codecs
 import contextlib
 import itertools
 import json
-import math
 import os
 import stat
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -189,7 +189,7 @@ def one_of(*values: str) -> Check:
     return Check(words, lambda value: isinstance(value, str) and value in values)
 
 
-NUMBER = Check('a number', lambda v: type(v) in (int, float) and math.isfinite(v))
+NUMBER = Check('a number', lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max)
 SHA256 = Check(
     '64 hexadecimal digits',
     lambda v: isinstance(v, str) and len(v) == 64 and not v.strip('0123456789abcdef'),

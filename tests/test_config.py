@@ -259,16 +259,15 @@ def test_settings_that_do_not_fit_each_other(changes, named):
 def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
     with pytest.raises(UsageError) as caught:
         check_key(key)
-    assert f'no setting {key!r}; the nearest is {describe(nearest)}; ' in str(caught.value)
+    assert str(caught.value).endswith(f'no setting {key!r}; the nearest is {describe(nearest)}')
 
 
 def test_all_settings_are_listed_for_an_unknown_key():
-    with pytest.raises(
-        UsageError, match=r'there are: eval\.every, eval\.sample_tokens, eval\.tokens$'
-    ):
+    with pytest.raises(UsageError, match=r"'eval\.xyzzy'; eval has every, sample_tokens, tokens$"):
         check_key('eval.xyzzy')
     with pytest.raises(
-        UsageError, match=r'there are: checkpoint, data, eval, log, mesh, model, optim, train$'
+        UsageError,
+        match=r'the sections are checkpoint, data, eval, log, mesh, model, optim, train$',
     ):
         check_key('xyzzy.q')
 

@@ -107,10 +107,9 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
     """A shard's ids (n_tokens,) of `dtype`, not verified yet."""
     if not os.path.exists(path):
         raise foreign.error(path, 'is missing, and the manifest names it', RESTORE)
-    with foreign.open_file(path) as file, foreign.parsing(path, 'token ids'):
-        n_bytes = os.fstat(file.fileno()).st_size
-        header = NPY.match(os.pread(file.fileno(), 256, 0))
-        kept = KeptFile(file)
+    file = KeptFile(path)
+    with foreign.parsing(path, 'token ids'):
+        header = NPY.match(os.pread(file.descriptor, 256, 0))
     if not header:
         raise foreign.error(path, 'is damaged: it is not a .npy file of token ids', RESTORE)
     found = np.dtype(f'<{header[1].decode()}'), int(header[2])
@@ -118,7 +117,7 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
         problem = f'holds {found[1]} tokens of {found[0]}, the manifest says {n_tokens} of {dtype}'
         raise foreign.error(path, problem, RESTORE)
     expected = header.end() + n_tokens * dtype.itemsize
-    if n_bytes != expected:
-        problem = f'is damaged: it has {n_bytes:,} bytes, expected {expected:,}'
+    if file.n_bytes != expected:
+        problem = f'is damaged: it has {file.n_bytes:,} bytes, expected {expected:,}'
         raise foreign.error(path, problem, RESTORE)
-    return IdsInFile(kept, found[0], header.end(), n_tokens)
+    return IdsInFile(str(path), file.version, found[0], header.end(), n_tokens)
