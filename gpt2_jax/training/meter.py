@@ -150,10 +150,11 @@ class Meter:
         if not self._mark or step <= self._mark[1]:
             return None
         now, (began, first) = time.monotonic(), self._mark
-        seconds_per_step = (now - began) / (step - first)
-        self._fetch_every = min(self.every, max(1, int(FETCH_SECONDS / seconds_per_step)))
+        seconds_per_step = max(now - began, 1e-9) / (step - first)
         self._seconds += now - began
         self._steps += step - first
+        n_steps = int(FETCH_SECONDS * self._steps / max(self._seconds, 1e-9))
+        self._fetch_every = min(self.every, max(1, n_steps))
         self._announce(step)
         self.progress.train_seconds += now - began
         self.progress.train_steps += step - first
