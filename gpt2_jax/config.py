@@ -57,6 +57,10 @@ NAME = Allowed('a text that is not empty', bool)
 SWITCH = Allowed('True or False', lambda value: True)
 TEXT = Allowed('any text', lambda value: True)
 
+# An evaluation without eval.tokens. A forward pass takes a third of the work of an update, so the
+# evaluations take about a tenth of a run.
+MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 1 << 13, 1 << 17
+
 GPT2 = GPT2Config()  # the defaults of the model section
 
 # key -> (default, allowed values, meaning). The model's defaults are GPT-2's own (124M). The
@@ -214,10 +218,11 @@ SETTINGS = {
         'length of the sample printed at each evaluation; 0: none',
     ),
     'eval.tokens': (
-        1 << 17,
-        at_least(0),
+        int,
+        or_none(at_least(0)),
         'tokens of an evaluation: windows evenly spread over the split, the same ones each time; '
-        '0, or more than the split has: the whole split',
+        '0, or more than the split has: the whole split; left open: a third of the training tokens '
+        f'between two evaluations, at least {MIN_EVAL_TOKENS:,} and at most {MAX_EVAL_TOKENS:,}',
     ),
     # -- checkpoints
     'checkpoint.every': (
@@ -319,9 +324,18 @@ def resolve(config: ConfigDict) -> ConfigDict:
     with config.unlocked():
         model.n_inner = model.n_inner or 4 * model.n_embd
         train.seq_len = train.seq_len or model.n_positions
+        if config.eval.tokens is None:
+            config.eval.tokens = usual_eval_tokens(config)
     for problem in _conflicts(config):
         raise UsageError(problem)
     return config.lock()
+
+
+def usual_eval_tokens(config: ConfigDict) -> int:
+    """What eval.tokens is if it is left open; `config` is resolved otherwise."""
+    train = config.train
+    between = min(config.eval.every, train.steps) * train.batch_size * train.seq_len
+    return min(max(between // 3, MIN_EVAL_TOKENS), MAX_EVAL_TOKENS)
 
 
 def _conflicts(config: ConfigDict) -> Iterator[str]:

@@ -23,6 +23,7 @@ from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel import feed
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
+from gpt2_jax.progress import Progress
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
@@ -62,7 +63,9 @@ def train(
         print(f'the old run was moved to {aside}')
 
     with folder.claim(workdir) as check_claim, memory_errors('train'):
-        for report in quarantine(workdir / FOLDER):
+        with Progress('verifying the checkpoints'):
+            reports = quarantine(workdir / FOLDER)
+        for report in reports:
             print(report, flush=True)
         with (
             Checkpoints(workdir / FOLDER, check_claim) as checkpoints,
@@ -98,7 +101,8 @@ def run_in_folder(
     train_step = compile_train_step(setup, pool)
     evaluate = make_evaluate(setup, pool=pool)
     if start:
-        state = checkpoints.restore(start, abstract_state(setup))
+        with Progress(f'reading checkpoint {start:,}'):
+            state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = finetune.initial_state(setup)
     prepare_folder(setup, workdir, log_sizes)
@@ -114,6 +118,7 @@ def run_in_folder(
             **setup.batch_options,
         ) as batches,
     ):
+        log.work('compiling the update and the evaluation')
         meter = Meter(
             setup,
             log,
@@ -143,7 +148,8 @@ def run_in_folder(
                 hooks=[evaluation, sampling, *hooks, saving],
                 interrupt=interrupt,
             )
-    checkpoints.wait()
+    with Progress('saving the last checkpoint'):
+        checkpoints.wait()
 
     if interrupt.seen:
         name = interrupt.seen.name

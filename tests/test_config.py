@@ -272,6 +272,20 @@ def test_all_settings_are_listed_for_an_unknown_key():
         check_key('xyzzy.q')
 
 
+@pytest.mark.parametrize(
+    ('every', 'steps', 'tokens'),
+    [(50, 200, 17066), (1000, 200, 68266), (10, 200, 8192), (700, 2800, 1 << 17)],
+)
+def test_evaluations_are_a_tenth_of_the_work_of_a_run(every, steps, tokens):
+    """Unless there are many of them, or they are small. B T is 1,024."""
+    config = default_config()
+    config.train.update(batch_size=8, seq_len=128, steps=steps)
+    config.eval.every = every
+    assert resolve(config).eval.tokens == tokens
+    config.eval.tokens = 0
+    assert resolve(config).eval.tokens == 0
+
+
 def test_differences_are_the_settings_that_forbid_resuming():
     old = resolve(default_config())
     assert differences(old, old) == {}

@@ -25,6 +25,7 @@ from gpt2_jax.data.dataset import (
 )
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.foreign import PLAIN_NAME, SHA256, integer, one_of
+from gpt2_jax.progress import Progress
 
 FORMAT = 1  # of manifest.json; other formats are refused
 MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
@@ -77,11 +78,15 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
         verify_ids(ids, tokenizer.vocab_size, sha256=sha256, remedy=RESTORE)
         return ids
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
-        opened = list(pool.map(open_shard, shards))
+    n_bytes = dtype.itemsize * sum(n_tokens for _, _, n_tokens, _ in shards)
     arrays = {split: [] for split in SPLITS}
-    for (split, *_), ids in zip(shards, opened, strict=True):
-        arrays[split].append(ids)
+    with (
+        Progress('verified', n_bytes) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing runs outside the interpreter lock
+    ):
+        for (split, _, n_tokens, _), ids in zip(shards, pool.map(open_shard, shards), strict=True):
+            arrays[split].append(ids)
+            progress.add(dtype.itemsize * n_tokens)
     return Dataset(
         folder.resolve().name,
         tokenizer,

@@ -12,6 +12,7 @@ from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel.faults import warn_about_program
 from gpt2_jax.parallel.mesh import batch_sharding, one_at_a_time
 from gpt2_jax.parallel.partition import make_unshard
+from gpt2_jax.progress import Progress
 from gpt2_jax.training.setup import Setup, check_kernels
 from gpt2_jax.training.step import TrainState, init_state, make_train_step, plain_value_and_grad
 
@@ -30,7 +31,8 @@ def new_state(setup: Setup) -> TrainState:
     draw = jax.jit(
         lambda: init_state(init_params(cfg, seed), setup.optimizer), out_shardings=setup.layout
     )
-    return draw()
+    with Progress('compiling and drawing the parameters'):
+        return jax.block_until_ready(draw())
 
 
 def abstract_state(setup: Setup) -> TrainState:

@@ -61,6 +61,7 @@ def checkpoint_meta(setup: Setup, workdir: Path, progress: Progress) -> dict[str
 def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend: bool) -> Start:
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
+    An eval.tokens that was left open is set in the setup's configuration to what it was there.
     Raises UsageError naming every setting that keeps the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
@@ -73,6 +74,10 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     differ = config_lib.differences(old, config)
     if extend and longer:
         differ.pop('train.steps')
+    if 'eval.tokens' in differ and config.eval.tokens == config_lib.usual_eval_tokens(config):
+        # It was left open: keep the size, so that the losses compare.
+        config.eval.tokens, _ = differ.pop('eval.tokens')
+        print(f'eval.tokens stays {config.eval.tokens:,}, as at the start of this run')
     theirs, ours = meta['corpus'], corpus_identity(setup)
     if theirs['sha256'] != ours['sha256']:
         differ['data.corpus (its text)'] = tuple(
