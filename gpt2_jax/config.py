@@ -225,6 +225,17 @@ SETTINGS = {
         at_least(1),
         'updates between saves; improvements and the last update are saved too',
     ),
+    'checkpoint.keep': (
+        'latest',
+        one_of('latest', 'log', 'all'),
+        'latest: the last two checkpoints and the best; log: also steps 0, 1, 2, 4, .. 512, then '
+        'every keep_every; all: step 0 and every checkpoint',
+    ),
+    'checkpoint.keep_every': (
+        1000,
+        at_least(1),
+        "updates between the checkpoints that 'log' keeps after step 512",
+    ),
     # -- logging
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
     # -- devices: the mesh is data x fsdp x tensor
@@ -284,9 +295,11 @@ def check_key(key: str) -> None:
     if key in SETTINGS:
         return
     last = key.split('.')[-1]
-    near = difflib.get_close_matches(key, SETTINGS, n=1) or [
-        full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])
-    ]
+    near = (
+        [full for full in SETTINGS if full.split('.')[-1] == last]
+        or difflib.get_close_matches(key, SETTINGS, n=1)
+        or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
+    )
     section = key.split('.')[0]
     names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted(
         {k.split('.')[0] for k in SETTINGS}

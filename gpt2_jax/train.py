@@ -30,6 +30,7 @@ from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, quarantine
 from gpt2_jax.workdir.log import Logger, duration
+from gpt2_jax.workdir.storage import Kept
 
 
 def train(
@@ -58,11 +59,12 @@ def train(
     if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
 
+    kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
     with folder.claim(workdir) as check_claim, memory_errors('train'):
         for report in quarantine(workdir / FOLDER):
             print(report, flush=True)
         with (
-            Checkpoints(workdir / FOLDER, check_claim) as checkpoints,
+            Checkpoints(workdir / FOLDER, check_claim, kept) as checkpoints,
             compiling() as pool,
         ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
@@ -91,6 +93,10 @@ def run_in_folder(
         return 0
     if start:
         print(f'resuming from checkpoint {start:,} in {workdir}', flush=True)
+    for line in checkpoints.describe_kept(
+        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
+    ):
+        print(line, flush=True)
 
     train_step = compile_train_step(setup, pool)
     evaluate = make_evaluate(setup, pool=pool)
@@ -126,6 +132,8 @@ def run_in_folder(
         # A signal may have stopped the last process between an update and its evaluation or sample.
         # That work comes first. If a signal stops it again, nothing is trained.
         finish_last_step(start, state, evaluation, sampling, checkpoints)
+        if start == 0 and saving.due(0):
+            saving(0, state)
         done = start
         if not progress.unfinished:
             # For each batch: an update, the meter, then the hooks in this order. A signal ends the
