@@ -66,6 +66,9 @@ LAYERS = (
     # diagnostics: what a run is, what happened in it, and how fast
     'diagnostics.describe diagnostics.benchmark diagnostics.origins',
     'diagnostics.ledger',
+    'diagnostics.replay',
+    # reports: what was found, for people
+    'reports.step',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare library',
     'look',
@@ -83,6 +86,7 @@ PACKAGES = (
     'training',
     'inference',
     'diagnostics',
+    'reports',
 )
 NO_JAX = (
     'architecture',
