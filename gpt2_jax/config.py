@@ -175,6 +175,12 @@ SETTINGS = {
         SWITCH,
         'keep the optimizer state of that checkpoint too, under a new schedule',
     ),
+    'train.probe': (
+        0,
+        at_least(0),
+        'probe the model at steps 0, 1, 2, 4, .. 512, then every so many updates, into probes.npz; '
+        '0: no probes',
+    ),
     # -- optimizer
     'optim.implementation': (
         'optax',
@@ -260,6 +266,8 @@ RENAMED_VALUES = {
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 # Except this one: losses over other tokens would not tell which checkpoint is the best.
 NOT_RESUMABLE = ('eval.tokens',)
+# And with other values of these.
+RESUMABLE_KEYS = ('train.probe',)
 
 
 def default_config() -> ConfigDict:
@@ -412,6 +420,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key]
-        and (key.split('.')[0] not in RESUMABLE_SECTIONS or key in NOT_RESUMABLE)
+        if old[key] != new[key] and not _is_resumable(key)
     }
+
+
+def _is_resumable(key: str) -> bool:
+    if key in RESUMABLE_KEYS:
+        return True
+    return key.split('.')[0] in RESUMABLE_SECTIONS and key not in NOT_RESUMABLE

@@ -16,6 +16,7 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
+from gpt2_jax.diagnostics import probes
 from gpt2_jax.diagnostics.describe import describe
 from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
@@ -104,7 +105,7 @@ def run_in_folder(
         state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = finetune.initial_state(setup)
-    prepare_folder(setup, workdir, log_sizes)
+    prepare_folder(setup, workdir, start, log_sizes)
 
     with (
         Logger(workdir, start, config.train.steps) as log,
@@ -128,12 +129,15 @@ def run_in_folder(
         evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
         sampling = Sample(config.eval.every, setup, meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
+        probe = probes.Probe(setup, workdir, log, pool) if config.train.probe else None
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
         # A signal may have stopped the last process between an update and its evaluation or sample.
         # That work comes first. If a signal stops it again, nothing is trained.
         finish_last_step(start, state, evaluation, sampling, checkpoints)
         if start == 0 and saving.due(0):
             saving(0, state)
+        if probe:
+            probe.begin(start, state)
         done = start
         if not progress.unfinished:
             # For each batch: an update, the meter, then the hooks in this order. A signal ends the
@@ -144,10 +148,12 @@ def run_in_folder(
                 batches,
                 start=start,
                 meter=meter,
-                hooks=[evaluation, sampling, *hooks, saving],
+                hooks=[evaluation, sampling, *filter(None, [probe]), *hooks, saving],
                 interrupt=interrupt,
             )
     checkpoints.wait()
+    if probe and probe.count:
+        print(probe.cost(time.monotonic() - started))
 
     if interrupt.seen:
         name = interrupt.seen.name
@@ -178,10 +184,11 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
     next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))
 
 
-def prepare_folder(setup: Setup, workdir: Path, log_sizes: dict[str, int]) -> None:
+def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str, int]) -> None:
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
     for report in folder.cut_back(workdir, log_sizes):
         print(report, flush=True)
+    probes.cut_back(workdir, start)
     (workdir / 'summary.json').unlink(missing_ok=True)
     files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
     files.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))

@@ -20,7 +20,6 @@ from gpt2_jax.workdir.restore import load
 
 # With dropout and micro-batches. Every step is recorded, and every checkpoint kept.
 SETTINGS = {
-    'model__n_embd': 16,
     'train__grad_accum_steps': 2,
     'eval__every': 100,
     'eval__sample_tokens': 0,

@@ -64,9 +64,9 @@ LAYERS = (
     'inference.streaming inference.score',
     'inference.lambada inference.harness',
     # diagnostics: what a run is, what happened in it, and how fast
-    'diagnostics.describe diagnostics.benchmark diagnostics.origins',
+    'diagnostics.describe diagnostics.benchmark diagnostics.ngrams diagnostics.origins',
     'diagnostics.ledger',
-    'diagnostics.replay',
+    'diagnostics.replay diagnostics.probes',
     # reports: what was found, for people
     'reports.step',
     # the roof: one file a script, and what a run does now and then
@@ -103,6 +103,7 @@ NO_JAX = (
     'workdir.history',
     'diagnostics.origins',
     'diagnostics.ledger',
+    'diagnostics.ngrams',
     'kernels.support',
     *(name for name in PACKAGE if name.startswith('data.')),
 )

@@ -8,7 +8,7 @@ equal the recorded ones to the last digit; see `verdict` for other devices.
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
 from gpt2_jax.errors import UserError
 from gpt2_jax.kernels.support import usable
+from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.parallel.feed import Batch, train_batch
 from gpt2_jax.parallel.partition import make_unshard
 from gpt2_jax.training import finetune, programs
@@ -181,9 +182,9 @@ class Replay:
             before_BT=np.asarray(before_BT),
             after_BT=np.asarray(after_BT),
             tensors=[
-                Tensor(name, leaf.shape, *values, values[2] / values[0] if values[0] else None)
-                for (name, leaf), *values in zip(
-                    leaves_by_name(before).items(),
+                Tensor(name, shape, *values, values[2] / values[0] if values[0] else None)
+                for (name, shape), *values in zip(
+                    leaf_shapes(before).items(),
                     *(map(float, size) for size in sizes),
                     strict=True,
                 )
@@ -277,11 +278,3 @@ def micro_batches(batch: Batch, key, n: int) -> Iterator[tuple[Batch, jax.Array]
     parts = {name: split_rows(x, n) for name, x in batch.items()}
     for index in range(n):
         yield {name: x[index] for name, x in parts.items()}, jax.random.fold_in(key, index)
-
-
-def leaves_by_name(tree) -> dict[str, Any]:
-    """{'h_0/attn/c_attn/kernel': leaf, ..} in the order of JAX."""
-    return {
-        '/'.join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

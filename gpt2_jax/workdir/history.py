@@ -3,14 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
 from gpt2_jax import foreign
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
+PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
 NOT_A_RUN = 'expected the folder of a run of scripts/train.py'
 MAX_LOG_BYTES = 1 << 30
+MAX_PROBES_BYTES = 1 << 32
 META = {'config': str, 'corpus': {'name': str, 'sha256': str}, 'progress': {}}
 RECORD = {'step': foreign.integer(0), 'split': str}
 
@@ -65,6 +68,22 @@ def read_samples(run: Path) -> dict[int, str]:
         elif step is not None:
             samples[step].append(line)
     return {step: '\n'.join(lines).removesuffix('\n\n') for step, lines in samples.items()}
+
+
+def read_probes(run: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of probes.npz; None if there is none. Raises UserError if it is damaged."""
+    path = run / PROBES
+    if not path.exists():
+        return None
+    remedy = 'move it away, and the run records its probes from here on'
+    with (
+        foreign.open_file(path) as file,
+        foreign.parsing(path, 'the probes of a run', remedy),
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        if sum(info.file_size for info in arrays.zip.infolist()) > MAX_PROBES_BYTES:
+            raise ValueError('it is too large')
+        return dict(arrays)
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
