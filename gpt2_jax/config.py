@@ -179,6 +179,12 @@ SETTINGS = {
         SWITCH,
         'keep the optimizer state of that checkpoint too, under a new schedule',
     ),
+    'train.probe': (
+        0,
+        at_least(0),
+        'probe the model at steps 0, 1, 2, 4, .. 512, then every so many updates, into probes.npz; '
+        '0: no probes',
+    ),
     # -- optimizer
     'optim.implementation': (
         'optax',
@@ -230,6 +236,17 @@ SETTINGS = {
         at_least(1),
         'updates between saves; improvements and the last update are saved too',
     ),
+    'checkpoint.keep': (
+        'latest',
+        one_of('latest', 'log', 'all'),
+        'latest: the last two checkpoints and the best; log: also steps 0, 1, 2, 4, .. 512, then '
+        'every keep_every; all: step 0 and every checkpoint',
+    ),
+    'checkpoint.keep_every': (
+        1000,
+        at_least(1),
+        "updates between the checkpoints that 'log' keeps after step 512",
+    ),
     # -- logging
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
     # -- devices: the mesh is data x fsdp x tensor
@@ -254,6 +271,8 @@ RENAMED_VALUES = {
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 # Except this one: losses over other tokens would not tell which checkpoint is the best.
 NOT_RESUMABLE = ('eval.tokens',)
+# And with other values of these.
+RESUMABLE_KEYS = ('train.probe',)
 
 
 def default_config() -> ConfigDict:
@@ -289,9 +308,11 @@ def check_key(key: str) -> None:
     if key in SETTINGS:
         return
     last = key.split('.')[-1]
-    near = difflib.get_close_matches(key, SETTINGS, n=1) or [
-        full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])
-    ]
+    near = (
+        [full for full in SETTINGS if full.split('.')[-1] == last]
+        or difflib.get_close_matches(key, SETTINGS, n=1)
+        or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
+    )
     section = key.split('.')[0]
     if near:
         hint = f'the nearest is {describe(near[0])}'
@@ -415,6 +436,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key]
-        and (key.split('.')[0] not in RESUMABLE_SECTIONS or key in NOT_RESUMABLE)
+        if old[key] != new[key] and not _is_resumable(key)
     }
+
+
+def _is_resumable(key: str) -> bool:
+    if key in RESUMABLE_KEYS:
+        return True
+    return key.split('.')[0] in RESUMABLE_SECTIONS and key not in NOT_RESUMABLE

@@ -130,6 +130,8 @@ def test_manifest_and_files(texts, tmp_path):
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {
         *listed,
         'inputs.jsonl',
+        'train_marks.npy',
+        'val_marks.npy',
         'manifest.json',
         'tokenizer.json',
     }

@@ -95,9 +95,10 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
             'settings to resume, another --workdir for a new run, or --fresh to move the old one '
             'aside'
         )
+    progress = read_progress(meta, workdir)
     if extend and longer:
         print(_describe_extension(old, config, start))
-    progress = read_progress(meta, workdir)
+        progress.extensions.append([start, old.train.steps])
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
     return Start(start, progress, meta['log_sizes'])

@@ -112,6 +112,27 @@ def split_rows(x, n: int):
     return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
 
+def make_token_losses(
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
+) -> Callable:
+    """The function losses(params, batch, dropout_key=None) -> losses_BT, in nats per target.
+
+    `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
+    """
+
+    def losses(params, batch: Batch, dropout_key=None):
+        if chunk_targets:
+            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
+            precision = model.cfg.precision
+            return map_logits(
+                token_losses, x_BTD, wte_VD, batch['targets'], precision, chunk_targets
+            )
+        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
+        return token_losses(logits_BTV, batch['targets'])
+
+    return losses
+
+
 def make_eval_step(
     model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
@@ -119,20 +140,8 @@ def make_eval_step(
 
     `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
     """
-
-    def eval_step(params, batch: Batch):
-        if chunk_targets:
-            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'])
-            precision = model.cfg.precision
-            losses_BT = map_logits(
-                token_losses, x_BTD, wte_VD, batch['targets'], precision, chunk_targets
-            )
-        else:
-            logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
-            losses_BT = token_losses(logits_BTV, batch['targets'])
-        return (losses_BT * batch['mask']).sum(-1)
-
-    return eval_step
+    losses = make_token_losses(model, unshard, chunk_targets)
+    return lambda params, batch: (losses(params, batch) * batch['mask']).sum(-1)
 
 
 def head_inputs(model: GPT2, params, tokens_BT, dropout_key=None):

@@ -30,7 +30,30 @@ class LiteralPath(type(epath.Path('/'))):
         return (type(self)(path) for path in Path(self).glob(pattern))
 
 
-def open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+def is_log_spaced(step: int, every: int) -> bool:
+    """Whether `step` is one of 0, 1, 2, 4, .. 512, or a later multiple of `every`."""
+    return step & (step - 1) == 0 if step <= 512 else step % every == 0
+
+
+class Kept(policies.PreservationPolicy):
+    """Keeps the checkpoints that checkpoint.keep names, beside the latest and the best."""
+
+    def __init__(self, keep: str, every: int):
+        self.keep, self.every = keep, every
+
+    def includes(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept for good."""
+        return self.keep == 'all' or (self.keep == 'log' and is_log_spaced(step, self.every))
+
+    def should_preserve(self, checkpoints, *, context):
+        """Orbax's question, for all checkpoints at once."""
+        return [self.includes(checkpoint.step) for checkpoint in checkpoints]
+
+
+LATEST = Kept('latest', 1)
+
+
+def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a folder; use it as a context manager.
 
     Raises UsageError for a path that folder.check_path refuses.
@@ -38,6 +61,7 @@ def open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
     check_path(folder)
     keep = policies.AnyPreservationPolicy(
         [
+            kept,
             # Two, so that one is left if the newest turns out to be damaged.
             policies.LatestN(2),
             # reverse=True: the lowest loss is the best.
