@@ -294,7 +294,7 @@ def check_key(key: str) -> None:
         hint = f'{section} has {", ".join(names)}'
     else:
         hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
-    raise UsageError(f'there is no setting {foreign.show(key)}; {hint}')
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -312,7 +312,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
             right_type = False
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
                 f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train
