@@ -308,8 +308,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
-        if kind is float and right_type and not math.isfinite(value):
-            right_type = False
+        if right_type and kind in (int, float) and value is not None:
+            right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
         if not right_type or not allowed.test(value):
             raise UsageError(
                 f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
