@@ -320,7 +320,7 @@ def check_key(key: str) -> None:
         hint = f'{section} has {", ".join(names)}'
     else:
         hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
-    raise UsageError(f'there is no setting {foreign.show(key)}; {hint}')
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -334,11 +334,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
-        if kind is float and right_type and not math.isfinite(value):
-            right_type = False
+        if right_type and kind in (int, float) and value is not None:
+            right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
                 f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train

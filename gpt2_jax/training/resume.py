@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from gpt2_jax import config as config_lib
 from gpt2_jax import foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import UsageError
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.workdir import folder
@@ -106,14 +106,11 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
 
 def read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
     """The progress in the metadata of a checkpoint. Raises UserError if it has another form."""
-    saved = meta['progress']
-    foreign.check(saved, PROGRESS, f'the progress of the checkpoint in {workdir}')
-    try:
-        return Progress(**{name: value for name, value in saved.items() if value is not None})
-    except TypeError as error:
-        raise UserError(
-            f'the checkpoint in {workdir} has a progress of another form: {error}'
-        ) from None
+    source, saved = f'the progress of the checkpoint in {workdir}', meta['progress']
+    foreign.check(saved, PROGRESS, source)
+    for name in saved.keys() - PROGRESS.keys():
+        raise foreign.error(source, f'is of another form: it has {foreign.show(name)}')
+    return Progress(**{name: value for name, value in saved.items() if value is not None})
 
 
 def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:

@@ -56,7 +56,8 @@ LATEST = Kept('latest', 1)
 def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a folder; use it as a context manager.
 
-    Raises UsageError for a path that folder.check_path refuses.
+    Raises UsageError for a path that folder.check_path refuses, and UserError for a checkpoint
+    whose metadata Orbax cannot read.
     """
     check_path(folder)
     keep = policies.AnyPreservationPolicy(
@@ -73,7 +74,12 @@ def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.Chec
     options = ocp.CheckpointManagerOptions(
         best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
     )
-    return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
+    try:
+        return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
+    except OSError:
+        raise
+    except Exception as error:  # in metadata that another program wrote
+        raise _another_form(f'a checkpoint in {folder}', error) from None
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):

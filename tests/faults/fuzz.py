@@ -16,13 +16,13 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
 import resource
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import time
@@ -297,7 +297,8 @@ def make_checkpoint(folder: Path) -> None:
 def reseal_checkpoint(folder: Path) -> None:
     """The sums of the damaged checkpoint; those of a file that is none would not be read."""
     path = folder / 'checkpoints/1'
-    if all(stat.S_ISREG(os.lstat(path / name).st_mode) for name in listed(path)):
+    files = [path / name for name in listed(path)]
+    if all(file.is_file() and not file.is_symlink() for file in files):
         checksums.write_checksums(path)
 
 
@@ -500,6 +501,7 @@ def run(name: str, seed: int, inputs: int) -> bool:
     inputs = math.ceil(inputs * reader.inputs)
     vocabulary.MERGES_SHA256 = hashlib.sha256(MERGES.encode()).hexdigest()
     signal.signal(signal.SIGALRM, alarm)
+    logging.getLogger('absl').setLevel('ERROR')
     with tempfile.TemporaryDirectory() as parent:
         template, folder = Path(parent, 'template'), Path(parent, 'folder')
         template.mkdir()
