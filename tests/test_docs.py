@@ -1,5 +1,6 @@
 """The documentation holds: every command runs or says that it does not, and every name exists."""
 
+import ast
 import json
 import re
 import shlex
@@ -237,3 +238,18 @@ def test_files_that_are_named_exist(page):
         folders = ('.', 'gpt2_jax', 'scripts', 'tests', 'tests/faults')
         places = [ROOT / folder / name for folder in folders]
         assert any(place.is_file() for place in places), f'{page.name} names {name}'
+
+
+def test_the_backward_page_quotes_its_test():
+    """The code in its tables stands in tests/test_backward.py, and no line of a pass is left out."""
+    source = (ROOT / 'tests' / 'test_backward.py').read_text('utf-8')
+    page = (ROOT / 'docs' / 'backward.md').read_text('utf-8')
+    quoted = re.findall(r'^\| .* \| `([^`]+)` \|$', page, re.MULTILINE)
+    assert len(quoted) == len(re.findall(r'^\| (?!---|mathematics)', page, re.MULTILINE))
+    lines = []
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef) and (
+            function.name == 'softmax' or function.name.endswith('_backward')
+        ):
+            lines += [ast.get_source_segment(source, line) for line in function.body[1:]]
+    assert quoted == lines
