@@ -241,7 +241,7 @@ def test_files_that_are_named_exist(page):
 
 
 def test_the_backward_page_quotes_its_test():
-    """The code in its tables stands in tests/test_backward.py, and no line of a pass is left out."""
+    """Its tables hold every line of the passes by hand in tests/test_backward.py, and no other."""
     source = (ROOT / 'tests' / 'test_backward.py').read_text('utf-8')
     page = (ROOT / 'docs' / 'backward.md').read_text('utf-8')
     quoted = re.findall(r'^\| .* \| `([^`]+)` \|$', page, re.MULTILINE)

@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import random
+import string
 from pathlib import Path
 
 from gpt2_jax import files, foreign
@@ -24,6 +26,7 @@ CORPORA = {
 }
 MAX_CHARACTERS = 1 << 30  # of a text held in memory
 EMBEDDED = 'python-topics'  # needs no file: the English help texts that come with CPython
+REPEATED = 'repeated-letters'  # needs no file: see `_repeated`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
         return _read(path.stem, path)
     if name == EMBEDDED:
         return _embedded()
+    if name == REPEATED:
+        return _repeated()
     if name in CORPORA:
         found = next((path for path in _places(name) if os.path.exists(path)), None)
         return _read(name, found or _download(name), CORPORA[name].sha256)
@@ -59,7 +64,7 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
         raise foreign.error(
             name, 'is a folder, and not a prepared one (it has no manifest.json)', _remedy(path)
         )
-    known = [*CORPORA, EMBEDDED]
+    known = [*CORPORA, EMBEDDED, REPEATED]
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
     raise UserError(
@@ -112,6 +117,24 @@ def _embedded() -> Corpus:
         ) from None
     text = '\n'.join(topics[key] for key in sorted(topics))
     return Corpus(EMBEDDED, None, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _repeated(n_passages: int = 10_000, length: int = 32) -> Corpus:
+    """Random letters in passages of `length`, each of which repeats its beginning again and again.
+
+    Nothing but the repetition can be learned. In half of the passages the beginning is two letters
+    long, so that the next letter is the one before the last: they teach a head to look at the token
+    before. In the others it has a random length from a quarter to half of the passage, so that no
+    head can find the earlier letter by counting.
+    """
+    draw = random.Random(0)
+    passages = []
+    for _ in range(n_passages):
+        period = 2 if draw.random() < 0.5 else draw.randint(length // 4, length // 2)
+        beginning = ''.join(draw.choices(string.ascii_lowercase, k=period))
+        passages.append((beginning * length)[:length])
+    text = ''.join(passages)
+    return Corpus(REPEATED, None, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _download(name: str) -> Path:
