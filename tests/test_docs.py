@@ -58,6 +58,8 @@ SHRUNKEN = {
     'evaluate': ['--batch_size=4'],
     'prepare': ['--tokenizer=char'],
     'convert': [],
+    'lens report': ['--skip=jacobian,ablation,backward,curvature,shapes'],
+    'lens show': [],
 }
 
 
@@ -88,9 +90,10 @@ def run(words: list[str]) -> None:
     if '>' in words:
         *words, _, target = words
     name, arguments = Path(words[1]).stem, words[2:]
+    shrunken = SHRUNKEN[f'lens {arguments[0]}' if name == 'lens' else name]
     if name in ('train', 'benchmark') and not any('data.corpus' in word for word in arguments):
         arguments = [*arguments, '--config.data.corpus=book1.txt']
-    code, out, err = runs.script(name, *arguments, *SHRUNKEN[name])
+    code, out, err = runs.script(name, *arguments, *shrunken)
     assert code == 0, f'{shlex.join(words)} ends with {code}: {err}'
     if target:
         Path(target).parent.mkdir(exist_ok=True)

@@ -119,20 +119,20 @@ def _embedded() -> Corpus:
     return Corpus(EMBEDDED, None, text, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _repeated(n_passages: int = 10_000, length: int = 32) -> Corpus:
-    """Random letters in passages of `length`, each of which repeats its beginning again and again.
+def _repeated(n_passages: int = 65_000) -> Corpus:
+    """Random letters in passages of 24 to 40, each of which repeats its beginning again and again.
 
-    Nothing but the repetition can be learned. In half of the passages the beginning is two letters
-    long, so that the next letter is the one before the last: they teach a head to look at the token
-    before. In the others it has a random length from a quarter to half of the passage, so that no
-    head can find the earlier letter by counting.
+    Nothing but the repetition can be learned. In a third of the passages the beginning is two
+    letters long, so that the next letter is always the one before the last: they teach a head to
+    look at the token before. In the others it is 8 to 16 letters long, so that no head can find the
+    earlier letter by counting.
     """
     draw = random.Random(0)
     passages = []
     for _ in range(n_passages):
-        period = 2 if draw.random() < 0.5 else draw.randint(length // 4, length // 2)
+        period = 2 if draw.random() < 1 / 3 else draw.randint(8, 16)
         beginning = ''.join(draw.choices(string.ascii_lowercase, k=period))
-        passages.append((beginning * length)[:length])
+        passages.append((beginning * 20)[: draw.randint(24, 40)])
     text = ''.join(passages)
     return Corpus(REPEATED, None, text, hashlib.sha256(text.encode()).hexdigest())
 
