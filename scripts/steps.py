@@ -2,7 +2,7 @@
 
     python scripts/steps.py find --workdir=runs/quickstart --text='To be, or not'
     python scripts/steps.py find --workdir=runs/quickstart --line=1012 --by_step=500
-    python scripts/steps.py show --workdir=runs/quickstart --step=1234
+    python scripts/steps.py show --workdir=runs/quickstart --step=1234 --out=step.html
 
 `find` lists each place of a text, a line or a token, with its file, line and byte, and every step
 and row that trained on it. Nothing was logged for this: it is computed from the seed.
@@ -32,6 +32,7 @@ _BY_STEP = flags.DEFINE_integer(
     'by_step', None, 'find: count up to this step; by default all steps of the configuration.'
 )
 _STEP = flags.DEFINE_integer('step', None, 'show: the update, from 1, as in metrics.jsonl.')
+_OUT = flags.DEFINE_string('out', None, 'show: an HTML file to write in place of printing.')
 _LIMIT = flags.DEFINE_integer(
     'limit', 10, 'Places, steps or rows to print in text; JSON has all of them.', lower_bound=1
 )
@@ -43,7 +44,7 @@ FIND = (_TEXT, _TOKEN_OFFSET, _LINE, _FILE, _BY_STEP)
 
 def find() -> None:
     """The ledger; needs no JAX."""
-    cli.refuse([_STEP, _PLATFORM], 'with find')
+    cli.refuse([_STEP, _OUT, _PLATFORM], 'with find')
     from gpt2_jax.diagnostics import ledger
 
     options = {flag.name: flag.value for flag in FIND}
@@ -66,7 +67,9 @@ def show() -> None:
     devices.select_platform(_PLATFORM.value)
     replay = Replay(Path(_WORKDIR.value), notify=lambda text: print(text, file=sys.stderr))
     found = step.to_json(replay.run, replay.open(_STEP.value))
-    if _FORMAT.value == 'json':
+    if _OUT.value:
+        print(step.write(found, Path(_OUT.value)))
+    elif _FORMAT.value == 'json':
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
         print('\n'.join(step.to_lines(found, _LIMIT.value, color=sys.stdout.isatty())))

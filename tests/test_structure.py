@@ -68,7 +68,10 @@ LAYERS = (
     'diagnostics.ledger',
     'diagnostics.replay diagnostics.probes',
     # reports: what was found, for people
-    'reports.step',
+    'reports.html',
+    'reports.step reports.looks',
+    'reports.run',
+    'reports.compare',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare library',
     'look',
