@@ -18,7 +18,7 @@ from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics import probes
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish_last_step
+from gpt2_jax.hooks import Evaluate, ExplainSpikes, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.feed import train_batch, train_batches
@@ -118,13 +118,15 @@ def run_in_folder(
             **setup.batch_options,
         ) as batches,
     ):
+        spikes = ExplainSpikes(config.train.spike, workdir, log)
         meter = Meter(
             setup,
             log,
             progress,
             start=start,
             started=started,
-            diverged=functools.partial(diverged, checkpoints),
+            diverged=functools.partial(diverged, checkpoints, workdir),
+            watch=spikes.watch,
         )
         evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
         sampling = Sample(config.eval.every, setup, meter, log, interrupt)
@@ -148,7 +150,7 @@ def run_in_folder(
                 batches,
                 start=start,
                 meter=meter,
-                hooks=[evaluation, sampling, *filter(None, [probe]), *hooks, saving],
+                hooks=[evaluation, sampling, *filter(None, [probe]), spikes, *hooks, saving],
                 interrupt=interrupt,
             )
     checkpoints.wait()
