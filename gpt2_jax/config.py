@@ -57,6 +57,10 @@ NAME = Allowed('a text that is not empty', bool)
 SWITCH = Allowed('True or False', lambda value: True)
 TEXT = Allowed('any text', lambda value: True)
 
+# An evaluation without eval.tokens. A forward pass takes a third of the work of an update, so the
+# evaluations take about a tenth of a run.
+MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 1 << 13, 1 << 17
+
 GPT2 = GPT2Config()  # the defaults of the model section
 
 # key -> (default, allowed values, meaning). The model's defaults are GPT-2's own (124M). The
@@ -226,10 +230,11 @@ SETTINGS = {
         'length of the sample printed at each evaluation; 0: none',
     ),
     'eval.tokens': (
-        1 << 17,
-        at_least(0),
+        int,
+        or_none(at_least(0)),
         'tokens of an evaluation: windows evenly spread over the split, the same ones each time; '
-        '0, or more than the split has: the whole split',
+        '0, or more than the split has: the whole split; left open: a third of the training tokens '
+        f'between two evaluations, at least {MIN_EVAL_TOKENS:,} and at most {MAX_EVAL_TOKENS:,}',
     ),
     # -- checkpoints
     'checkpoint.every': (
@@ -315,11 +320,13 @@ def check_key(key: str) -> None:
         or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
     )
     section = key.split('.')[0]
-    names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted(
-        {k.split('.')[0] for k in SETTINGS}
-    )
-    hint = f'the nearest is {describe(near[0])}; ' if near else ''
-    raise UsageError(f'there is no setting {key!r}; {hint}there are: {", ".join(names)}')
+    if near:
+        hint = f'the nearest is {describe(near[0])}'
+    elif names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
+        hint = f'{section} has {", ".join(names)}'
+    else:
+        hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -333,20 +340,29 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
-        if kind is float and right_type and not math.isfinite(value):
-            right_type = False
+        if right_type and kind in (int, float) and value is not None:
+            right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
                 f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train
     with config.unlocked():
         model.n_inner = model.n_inner or 4 * model.n_embd
         train.seq_len = train.seq_len or model.n_positions
+        if config.eval.tokens is None:
+            config.eval.tokens = usual_eval_tokens(config)
     for problem in _conflicts(config):
         raise UsageError(problem)
     return config.lock()
+
+
+def usual_eval_tokens(config: ConfigDict) -> int:
+    """What eval.tokens is if it is left open; `config` is resolved otherwise."""
+    train = config.train
+    between = min(config.eval.every, train.steps) * train.batch_size * train.seq_len
+    return min(max(between // 3, MIN_EVAL_TOKENS), MAX_EVAL_TOKENS)
 
 
 def _conflicts(config: ConfigDict) -> Iterator[str]:

@@ -15,7 +15,6 @@ from gpt2_jax.errors import DivergedError, UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
-from gpt2_jax.progress import Progress
 from gpt2_jax.reports import autopsy
 from gpt2_jax.training.loop import Interrupt, Interrupted
 from gpt2_jax.training.meter import Meter
@@ -54,7 +53,7 @@ class Evaluate:
 
     def __call__(self, step: int, state: TrainState) -> None:
         progress = self.meter.progress
-        report = Progress('evaluated', self.meter.setup.eval_tokens, 'tokens', 1, self.log.say)
+        report = self.log.working('evaluated', self.meter.setup.eval_tokens, 'tokens')
 
         def on_batch(tokens):
             self.interrupt.check()
@@ -75,6 +74,7 @@ class Evaluate:
             progress.best_step, progress.best_val_loss = step, result.loss
         progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
         self.log.record(step, 'val', {**result._asdict(), 'seconds': self.meter.seconds()})
+        self.meter.n_evaluations += 1
         seconds = time.monotonic() - report.began
         self.log.say(
             f'step {step}: validation {result}, in {seconds:.1f} s'
@@ -102,6 +102,7 @@ class Sample:
 
     def __call__(self, step: int, state: TrainState) -> None:
         setup, tokenizer = self.setup, self.setup.dataset.tokenizer
+        self.log.work(f'step {step}: writing a sample')
         # One text at a time is too little work for a mesh.
         params = jax.device_put(state.params, setup.device)
         chunks = generate(

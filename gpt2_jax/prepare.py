@@ -111,7 +111,8 @@ def prepare(
         raise UsageError(
             f'the {tokenizer_name} tokenizer has no special tokens: leave the option out'
         )
-    paths, left_out = documents.find_files(inputs)
+    with Progress('looking for files'):
+        paths, left_out = documents.find_files(inputs)
     folder = files.user_path(out_dir).resolve()
     with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)
@@ -132,7 +133,8 @@ def prepare(
                 for split in SPLITS
             ]
             _encode(sources, writers, text_field, split_by, val_fraction)
-            splits = {writer.split: writer.finish() for writer in writers}
+            with Progress('encoding and writing the rest'):
+                splits = {writer.split: writer.finish() for writer in writers}
         left_out['empty files'] += len(paths) - len(sources)
         manifest = {
             'format': FORMAT,

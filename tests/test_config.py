@@ -259,18 +259,31 @@ def test_settings_that_do_not_fit_each_other(changes, named):
 def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
     with pytest.raises(UsageError) as caught:
         check_key(key)
-    assert f'no setting {key!r}; the nearest is {describe(nearest)}; ' in str(caught.value)
+    assert str(caught.value).endswith(f'no setting {key!r}; the nearest is {describe(nearest)}')
 
 
 def test_all_settings_are_listed_for_an_unknown_key():
+    with pytest.raises(UsageError, match=r"'eval\.qq'; eval has every, sample_tokens, tokens$"):
+        check_key('eval.qq')
     with pytest.raises(
-        UsageError, match=r'there are: eval\.every, eval\.sample_tokens, eval\.tokens$'
-    ):
-        check_key('eval.xyzzy')
-    with pytest.raises(
-        UsageError, match=r'there are: checkpoint, data, eval, log, mesh, model, optim, train$'
+        UsageError,
+        match=r'the sections are checkpoint, data, eval, log, mesh, model, optim, train$',
     ):
         check_key('xyzzy.q')
+
+
+@pytest.mark.parametrize(
+    ('every', 'steps', 'tokens'),
+    [(50, 200, 17066), (1000, 200, 68266), (10, 200, 8192), (700, 2800, 1 << 17)],
+)
+def test_evaluations_are_a_tenth_of_the_work_of_a_run(every, steps, tokens):
+    """Unless there are many of them, or they are small. B T is 1,024."""
+    config = default_config()
+    config.train.update(batch_size=8, seq_len=128, steps=steps)
+    config.eval.every = every
+    assert resolve(config).eval.tokens == tokens
+    config.eval.tokens = 0
+    assert resolve(config).eval.tokens == 0
 
 
 def test_differences_are_the_settings_that_forbid_resuming():

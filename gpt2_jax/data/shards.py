@@ -27,6 +27,7 @@ from gpt2_jax.data.dataset import (
 )
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.foreign import PLAIN_NAME, SHA256, Maybe, integer, one_of
+from gpt2_jax.progress import Progress
 
 FORMAT = 1  # of manifest.json; other formats are refused
 MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
@@ -108,11 +109,15 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
         verify_ids(ids, tokenizer.vocab_size, sha256=sha256, remedy=RESTORE)
         return ids
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
-        opened = list(pool.map(open_shard, shards))
+    n_bytes = dtype.itemsize * sum(n_tokens for _, _, n_tokens, _ in shards)
     arrays = {split: [] for split in SPLITS}
-    for (split, *_), ids in zip(shards, opened, strict=True):
-        arrays[split].append(ids)
+    with (
+        Progress('verified', n_bytes) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing runs outside the interpreter lock
+    ):
+        for (split, _, n_tokens, _), ids in zip(shards, pool.map(open_shard, shards), strict=True):
+            arrays[split].append(ids)
+            progress.add(dtype.itemsize * n_tokens)
     return Dataset(
         folder.resolve().name,
         tokenizer,
@@ -138,10 +143,9 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
     """A shard's ids (n_tokens,) of `dtype`, not verified yet."""
     if not os.path.exists(path):
         raise foreign.error(path, 'is missing, and the manifest names it', RESTORE)
-    with foreign.open_file(path) as file, foreign.parsing(path, 'token ids'):
-        n_bytes = os.fstat(file.fileno()).st_size
-        header = NPY.match(os.pread(file.fileno(), 256, 0))
-        kept = KeptFile(file)
+    file = KeptFile(path)
+    with foreign.parsing(path, 'token ids'):
+        header = NPY.match(os.pread(file.descriptor, 256, 0))
     if not header:
         raise foreign.error(path, 'is damaged: it is not a .npy file of token ids', RESTORE)
     found = np.dtype(f'<{header[1].decode()}'), int(header[2])
@@ -149,10 +153,10 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
         problem = f'holds {found[1]} tokens of {found[0]}, the manifest says {n_tokens} of {dtype}'
         raise foreign.error(path, problem, RESTORE)
     expected = header.end() + n_tokens * dtype.itemsize
-    if n_bytes != expected:
-        problem = f'is damaged: it has {n_bytes:,} bytes, expected {expected:,}'
+    if file.n_bytes != expected:
+        problem = f'is damaged: it has {file.n_bytes:,} bytes, expected {expected:,}'
         raise foreign.error(path, problem, RESTORE)
-    return IdsInFile(kept, found[0], header.end(), n_tokens)
+    return IdsInFile(str(path), file.version, found[0], header.end(), n_tokens)
 
 
 def open_marks(

@@ -258,11 +258,11 @@ def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:
     """The setup of a configuration on this machine, and what replaying compiles."""
     setup = setup_here(config, run)
     n, unshard = setup.config.train.grad_accum_steps, make_unshard(setup.mesh)
-    at_once = programs.targets_at_once(setup, training=True)
+    chunk_targets = programs.targets_at_once(setup, training=True)
     value_and_grad = jax.jit(
-        programs.make_value_and_grad(setup.model, unshard, at_once), static_argnums=3
+        programs.make_value_and_grad(setup.model, unshard, chunk_targets), static_argnums=3
     )
-    micro_losses = jax.jit(make_token_losses(setup.model, unshard, at_once))
+    micro_losses = jax.jit(make_token_losses(setup.model, unshard, chunk_targets))
 
     def gradient(params, batch, key):
         total = jax.tree.map(jnp.zeros_like, params)

@@ -15,6 +15,10 @@ from gpt2_jax.parallel.devices import describe_device, model_flops_utilisation
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import Logger, duration
 
+# Between fetches of metrics, about: a slow update is shown, and a signal answered, as soon.
+FETCH_SECONDS = 1
+ANNOUNCE_SECONDS = 4  # of training, until the time of the run is estimated
+
 
 @dataclasses.dataclass
 class Progress:
@@ -64,6 +68,10 @@ class Meter:
         self._pending = []  # (step, its metrics, still on the device)
         self._mark = None  # where the stretch under measurement began: (time, step)
         self._announced = False
+        self._fetch_every = 1  # updates; see FETCH_SECONDS
+        # Of this process: the time and the number of measured updates; of pauses and evaluations.
+        self._seconds = self._seconds_paused = 0.0
+        self._steps = self.n_evaluations = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a dispatched update. Raises DivergedError for earlier updates."""
@@ -73,8 +81,8 @@ class Meter:
             if step == 1:
                 self.progress.seconds_to_first_step = time.monotonic() - self._started
             self._mark = time.monotonic(), step
-        elif len(self._pending) > self.every:
-            self._fetch(self.every)
+        elif len(self._pending) > self._fetch_every:
+            self._fetch(self._fetch_every)
 
     def drain(self) -> None:
         """Fetches and records all that is pending. Raises DivergedError."""
@@ -85,8 +93,10 @@ class Meter:
     def paused(self, step: int) -> Iterator[None]:
         """Drains, and leaves what happens inside out of the measurement."""
         self.drain()
+        began = time.monotonic()
         yield
         self._mark = time.monotonic(), step
+        self._seconds_paused += self._mark[0] - began
 
     def seconds(self) -> float:
         """Since the run began, over all its processes."""
@@ -137,7 +147,7 @@ class Meter:
             if step == 1 or step % self.every == 0 or step == self.steps:
                 speed = {'tokens_per_second': rate, 'mfu': self.mfu(rate)}
                 self.log.record(step, 'train', values | speed)
-        left = (self.steps - step) * self.setup.tokens_per_step / rate if rate else None
+        left = sum(self._seconds_left(step)[:2]) if self._steps else None
         self.log.progress(step, self.steps, values['loss'], rate, left)
 
     def _measure(self, step: int) -> float | None:
@@ -145,27 +155,39 @@ class Meter:
         if not self._mark or step <= self._mark[1]:
             return None
         now, (began, first) = time.monotonic(), self._mark
-        seconds_per_step = (now - began) / (step - first)
-        self._announce(step, seconds_per_step)
+        seconds_per_step = max(now - began, 1e-9) / (step - first)
+        self._seconds += now - began
+        self._steps += step - first
+        n_steps = int(FETCH_SECONDS * self._steps / max(self._seconds, 1e-9))
+        self._fetch_every = min(self.every, max(1, n_steps))
+        self._announce(step)
         self.progress.train_seconds += now - began
         self.progress.train_steps += step - first
         self._mark = now, step
         return self.setup.tokens_per_step / seconds_per_step
 
-    def _announce(self, step: int, seconds_per_step: float) -> None:
-        """Reports once how long the run will take.
+    def _seconds_left(self, step: int) -> tuple[float, float, int]:
+        """Of training after `step`; of the evaluations after it, with all that pauses for them do;
+        and the number of these evaluations.
 
-        No evaluation was timed yet: its forward passes count as a third of an update's time.
+        Until one was timed, the forward pass of a token counts as a third of its update.
         """
-        if self._announced:
+        every, seconds_per_step = self.setup.config.eval.every, self._seconds / self._steps
+        n = math.ceil(self.steps / every) - (step - 1) // every
+        if self.n_evaluations:
+            evaluation = self._seconds_paused / self.n_evaluations
+        else:
+            evaluation = seconds_per_step / self.setup.tokens_per_step * self.setup.eval_tokens / 3
+        return (self.steps - step) * seconds_per_step, n * evaluation, n
+
+    def _announce(self, step: int) -> None:
+        """Reports once how long the run will take."""
+        is_early = self._steps < 3 or self._seconds < ANNOUNCE_SECONDS
+        if self._announced or (is_early and self._steps < self.every):
             return
         self._announced = True
-        every = self.setup.config.eval.every
-        left = (self.steps - step) * seconds_per_step
-        n = math.ceil(self.steps / every) - (step - 1) // every
-        seconds_per_token = seconds_per_step / self.setup.tokens_per_step
-        evaluating = n * self.setup.eval_tokens * seconds_per_token / 3
+        training, evaluating, n = self._seconds_left(step)
         self.log.say(
-            f'{seconds_per_step * 1e3:.1f} ms a step: about {duration(left)} of training to go, '
-            f'and {duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
+            f'{self._seconds / self._steps * 1e3:.1f} ms a step: about {duration(training)} of '
+            f'training to go, and {duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
         )
