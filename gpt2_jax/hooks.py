@@ -197,6 +197,10 @@ class ExplainSpikes:
         return bool(self.leaps)
 
     def __call__(self, step: int, state: TrainState) -> None:
+        self.explain()
+
+    def explain(self) -> None:
+        """Explains the updates that leapt since the last call."""
         leaps, self.leaps = dict(reversed(self.leaps)), []  # of two values, the loss
         for at in sorted(leaps):
             self.pages += 1

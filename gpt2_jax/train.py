@@ -162,6 +162,7 @@ def run_in_folder(
                 hooks=[evaluation, sampling, *filter(None, [probe]), spikes, *hooks, saving],
                 interrupt=interrupt,
             )
+        spikes.explain()  # metrics come late: what the last hooks fetched
     with Progress('saving the last checkpoint'):
         checkpoints.wait()
     if probe and probe.count:

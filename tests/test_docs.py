@@ -39,6 +39,7 @@ SIZES = {
     'train.steps': 2,
     'train.batch_size': 4,
     'train.grad_accum_steps': 1,
+    'train.probe': 0,
     'optim.implementation': 'optax',
     'optim.learning_rate': 1e-3,
     'optim.end_learning_rate': 1e-4,
@@ -57,6 +58,7 @@ SHRUNKEN = {
     'evaluate': ['--batch_size=4'],
     'prepare': ['--tokenizer=char'],
     'convert': [],
+    'steps': [],
 }
 
 

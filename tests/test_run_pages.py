@@ -136,6 +136,14 @@ def restored_tokens(found, restored):
 
 
 def test_wrong_questions_are_one_line(trained, folder):
+    for arguments, said in (
+        ((), 'expected a command, report or compare; got none'),
+        (('report',), "report needs --workdir: the run's folder"),
+        (('compare', 'a', '--steps=1'), '--steps means nothing with compare'),
+    ):
+        code, _, err = runs.script('runs', *arguments, f'--out={folder / "x.html"}')
+        assert code == 2
+        assert said in err
     with pytest.raises(UsageError, match='compare needs two runs or more, and got 1'):
         compare.write_comparison([trained], folder / 'x.html')
     with pytest.raises(UsageError, match='the text has 1 tokens: expected 2 to 16'):

@@ -6,6 +6,7 @@ equal the recorded ones to the last digit; see `verdict` for other devices.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -243,7 +244,8 @@ class Programs(NamedTuple):
 def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
     """The setup of a run on this machine.
 
-    Without the GPU that it was trained on, XLA computes what its kernels did.
+    Without the GPU that it was trained on, XLA computes what its kernels did. With fewer devices
+    than it was trained on, one computes all.
     """
     cfg = usable(
         GPT2Config(**config.model, vocab_size=run.dataset.tokenizer.vocab_size),
@@ -251,6 +253,8 @@ def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
     )
     config = config.copy_and_resolve_references()
     config.model.update(kernels=cfg.kernels, attention=cfg.attention)
+    if math.prod(config.mesh.values()) > jax.device_count():
+        config.mesh.update(dict.fromkeys(config.mesh, 1))
     return build(config, run.dataset)
 
 
