@@ -15,6 +15,7 @@ import pytest
 import runs
 from runs import make_config
 
+from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 from gpt2_jax.inference.evaluate import make_evaluate
@@ -460,6 +461,13 @@ def test_a_damaged_validation_loss_does_not_choose_the_best(run):
             flip(path, 100)
 
 
+@pytest.fixture
+def unexplained(monkeypatch):
+    """The explanation of a value that is not finite is left out: tests/test_autopsy.py has it."""
+    monkeypatch.setattr(hooks, 'explained', lambda workdir, step: f'Step {step} is explained')
+
+
+@pytest.mark.usefixtures('unexplained')
 def test_a_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, monkeypatch):
     run = tmp_path / 'run'
     with monkeypatch.context() as patch:
@@ -481,6 +489,7 @@ def test_a_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, mon
     assert runs.differences(run, finished) == []
 
 
+@pytest.mark.usefixtures('unexplained')
 def test_a_huge_learning_rate_ends_the_run_as_diverged(text, tmp_path):
     config = make_config(
         text, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup_steps=0
@@ -494,6 +503,7 @@ def test_a_huge_learning_rate_ends_the_run_as_diverged(text, tmp_path):
         json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
 
 
+@pytest.mark.usefixtures('unexplained')
 def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train_lib,

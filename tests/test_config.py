@@ -301,7 +301,7 @@ def test_differences_are_the_settings_that_forbid_resuming():
         other = others[type(value)](value)
         may_change = key.split('.')[0] in ('eval', 'checkpoint', 'log', 'mesh')
         may_change = may_change and key != 'eval.tokens'  # it decides which checkpoint is the best
-        may_change |= key == 'train.probe'
+        may_change |= key in ('train.probe', 'train.spike')
         new = changed(flatten(old) | {key: other})
         assert differences(old, new) == ({} if may_change else {key: (value, other)})
     assert set(RESUMABLE_SECTIONS) == {'eval', 'checkpoint', 'log', 'mesh'}

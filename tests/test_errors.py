@@ -110,7 +110,7 @@ ROWS = {
         [
             '--config.train.stepz',
             'the nearest is train.steps (int, at least 1)',
-            'train.batch_size, train.seq_len',
+            'train has steps, batch_size, seq_len',
         ],
     ),
     'mistyped section': (
@@ -118,7 +118,7 @@ ROWS = {
         2,
         ['the nearest is train.steps', 'data, eval, log, mesh'],
     ),
-    'section for a setting': (train('--config.train=3'), 2, ["no setting 'train'", 'train.steps']),
+    'section for a setting': (train('--config.train=3'), 2, ["no setting 'train'", 'train has steps']),
     'wrong type': (
         train('--config.train.steps=many'),
         2,

@@ -22,6 +22,7 @@ SCRIPTS = {
     'step': ('step.js',),
     'run': ('run.js', 'run_over_time.js'),
     'compare': ('compare.js',),
+    'autopsy': ('autopsy.js',),
 }
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax import lens
 from gpt2_jax.diagnostics import ledger, probes
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
+from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import residual_stream, unembed
 from gpt2_jax.lens.subject import load
 from gpt2_jax.reports.html import packed, plain
@@ -97,7 +97,7 @@ def looks_of(run: ledger.Run, models, tokens_T: np.ndarray) -> dict[str, Any]:
         subject = (loaded.model.cfg, jax.device_put(loaded.params))
         L = loaded.model.cfg.n_layer
         streams = residual_stream(loaded.model.cfg)
-        taken = lens.capture(subject, tokens_T, ['pattern', *streams])
+        taken = capture(subject, tokens_T, ['pattern', *streams])
         patterns = np.stack([taken[f'h_{i}.pattern'][0] for i in range(L)])
         root = np.sqrt(patterns[:, :, below[0], below[1]])
         found['pattern'].append(np.round(255 * root).astype(np.uint8))
