@@ -179,6 +179,12 @@ SETTINGS = {
         SWITCH,
         'keep the optimizer state of that checkpoint too, under a new schedule',
     ),
+    'train.probe': (
+        0,
+        at_least(0),
+        'probe the model at steps 0, 1, 2, 4, .. 512, then every so many updates, into probes.npz; '
+        '0: no probes',
+    ),
     # -- optimizer
     'optim.implementation': (
         'optax',
@@ -230,6 +236,17 @@ SETTINGS = {
         at_least(1),
         'updates between saves; improvements and the last update are saved too',
     ),
+    'checkpoint.keep': (
+        'latest',
+        one_of('latest', 'log', 'all'),
+        'latest: the last two checkpoints and the best; log: also steps 0, 1, 2, 4, .. 512, then '
+        'every keep_every; all: step 0 and every checkpoint',
+    ),
+    'checkpoint.keep_every': (
+        1000,
+        at_least(1),
+        "updates between the checkpoints that 'log' keeps after step 512",
+    ),
     # -- logging
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
     # -- devices: the mesh is data x fsdp x tensor
@@ -254,6 +271,8 @@ RENAMED_VALUES = {
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 # Except this one: losses over other tokens would not tell which checkpoint is the best.
 NOT_RESUMABLE = ('eval.tokens',)
+# And with other values of these.
+RESUMABLE_KEYS = ('train.probe',)
 
 
 def default_config() -> ConfigDict:
@@ -289,15 +308,19 @@ def check_key(key: str) -> None:
     if key in SETTINGS:
         return
     last = key.split('.')[-1]
-    near = difflib.get_close_matches(key, SETTINGS, n=1) or [
-        full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])
-    ]
-    section = key.split('.')[0]
-    names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted(
-        {k.split('.')[0] for k in SETTINGS}
+    near = (
+        [full for full in SETTINGS if full.split('.')[-1] == last]
+        or difflib.get_close_matches(key, SETTINGS, n=1)
+        or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
     )
-    hint = f'the nearest is {describe(near[0])}; ' if near else ''
-    raise UsageError(f'there is no setting {key!r}; {hint}there are: {", ".join(names)}')
+    section = key.split('.')[0]
+    if near:
+        hint = f'the nearest is {describe(near[0])}'
+    elif names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
+        hint = f'{section} has {", ".join(names)}'
+    else:
+        hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -311,11 +334,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
-        if kind is float and right_type and not math.isfinite(value):
-            right_type = False
+        if right_type and kind in (int, float) and value is not None:
+            right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
                 f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train
@@ -413,6 +436,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key]
-        and (key.split('.')[0] not in RESUMABLE_SECTIONS or key in NOT_RESUMABLE)
+        if old[key] != new[key] and not _is_resumable(key)
     }
+
+
+def _is_resumable(key: str) -> bool:
+    if key in RESUMABLE_KEYS:
+        return True
+    return key.split('.')[0] in RESUMABLE_SECTIONS and key not in NOT_RESUMABLE

@@ -126,9 +126,9 @@ class Sample:
 class Save:
     """Saves the state and everything that resuming needs.
 
-    Also saves when the state is the best so far, and when a signal has arrived. `meta()` gives
-    the data to keep beside the state; see resume.checkpoint_meta. Raises UserError if this save,
-    or the save before it, failed.
+    Also saves when the state is the best so far, when checkpoint.keep asks for this step, and when
+    a signal has arrived. `meta()` gives the data to keep beside the state; see
+    resume.checkpoint_meta. Raises UserError if this save, or the save before it, failed.
     """
 
     every: int
@@ -141,8 +141,13 @@ class Save:
 
     def due(self, step: int) -> bool:
         self.checkpoints.check()
+        kept = self.checkpoints.kept
+        if step == 0:
+            return kept.includes(0) and not self.checkpoints.committed()
         is_best = self.meter.progress.best_step == step
-        return is_best or bool(self.interrupt.seen) or is_due(step, self.every, self.meter.steps)
+        is_kept = kept.keep == 'log' and kept.includes(step)
+        is_regular = is_due(step, self.every, self.meter.steps)
+        return is_best or is_kept or is_regular or bool(self.interrupt.seen)
 
     def __call__(self, step: int, state: TrainState) -> None:
         progress = self.meter.progress

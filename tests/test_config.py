@@ -259,16 +259,15 @@ def test_settings_that_do_not_fit_each_other(changes, named):
 def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
     with pytest.raises(UsageError) as caught:
         check_key(key)
-    assert f'no setting {key!r}; the nearest is {describe(nearest)}; ' in str(caught.value)
+    assert str(caught.value).endswith(f'no setting {key!r}; the nearest is {describe(nearest)}')
 
 
 def test_all_settings_are_listed_for_an_unknown_key():
+    with pytest.raises(UsageError, match=r"'eval\.qq'; eval has every, sample_tokens, tokens$"):
+        check_key('eval.qq')
     with pytest.raises(
-        UsageError, match=r'there are: eval\.every, eval\.sample_tokens, eval\.tokens$'
-    ):
-        check_key('eval.xyzzy')
-    with pytest.raises(
-        UsageError, match=r'there are: checkpoint, data, eval, log, mesh, model, optim, train$'
+        UsageError,
+        match=r'the sections are checkpoint, data, eval, log, mesh, model, optim, train$',
     ):
         check_key('xyzzy.q')
 
@@ -300,6 +299,7 @@ def test_differences_are_the_settings_that_forbid_resuming():
         other = others[type(value)](value)
         may_change = key.split('.')[0] in ('eval', 'checkpoint', 'log', 'mesh')
         may_change = may_change and key != 'eval.tokens'  # it decides which checkpoint is the best
+        may_change |= key == 'train.probe'
         new = changed(flatten(old) | {key: other})
         assert differences(old, new) == ({} if may_change else {key: (value, other)})
     assert set(RESUMABLE_SECTIONS) == {'eval', 'checkpoint', 'log', 'mesh'}

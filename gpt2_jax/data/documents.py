@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
@@ -34,6 +35,18 @@ BLOCK_BYTES = 1 << 20  # of a text file, in memory at once
 PARQUET_ROWS = 100  # of a Parquet file, in memory at once
 ONE_A_LINE = "expected one object a line; of one large array, jq -c '.[]' makes that"
 MAX_LINE_BYTES = 32 << 20  # of JSON Lines; parsed JSON takes up to 20 times the memory of its text
+MARK_OF_UTF8 = b'\xef\xbb\xbf'  # the byte order mark, which is dropped
+
+
+class Placed(NamedTuple):
+    """A document and where its file has it: line or row (from 1), byte (from 0; None: unknown).
+
+    In a compressed file, the byte is one of its content.
+    """
+
+    line: int
+    byte: int | None
+    blocks: Iterable[str]
 
 
 def file_kind(path: str | os.PathLike) -> str:
@@ -101,7 +114,14 @@ def _below(folder: Path) -> Iterator[Path]:
 def read(
     path: str, text_field: str, observe: Callable[[bytes | memoryview], None] = lambda block: None
 ) -> Iterator[Iterable[str]]:
-    """Each document of a file, as blocks of its text.
+    """Each document of a file, as blocks of its text; see `read_placed`."""
+    return (document.blocks for document in read_placed(path, text_field, observe))
+
+
+def read_placed(
+    path: str, text_field: str, observe: Callable[[bytes | memoryview], None] = lambda block: None
+) -> Iterator[Placed]:
+    """Each document of a file, as blocks of its text, with its place.
 
     `text_field` is the field or the column that holds the text. `observe` is called with every byte
     of the file, in blocks, in order. Raises UserError naming the file, and the line or row in it.
@@ -118,7 +138,9 @@ def read(
             stream = gzip.GzipFile(fileobj=stream)
         expected = f'compressed {kind}' if compressed else kind
         if kind == TEXT:
-            yield _text(path, stream, expected)
+            with foreign.parsing(path, expected):
+                marked = stream.peek(3)[:3] == MARK_OF_UTF8
+            yield Placed(1, 3 if marked else 0, _text(path, stream, expected))
         else:
             with foreign.parsing(path, expected):
                 yield from _json_lines(path, stream, text_field)
@@ -144,25 +166,26 @@ def _text(path: str, stream, expected: str) -> Iterator[str]:
         yield from foreign.decode_utf8(iter(lambda: stream.read(BLOCK_BYTES), b''), path)
 
 
-def _json_lines(path: str, stream, text_field: str) -> Iterator[tuple[str]]:
-    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b'')
+def _json_lines(path: str, stream, text_field: str) -> Iterator[Placed]:
+    lines, end = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b''), 0
     for number, line in enumerate(lines, 1):
+        start, end = end, end + len(line)
         place = f'{path}, line {number}'
         if len(line) > MAX_LINE_BYTES:
             problem = f'has over {MAX_LINE_BYTES:,} bytes'
             raise foreign.error(place, problem, 'split the document, or give it as a text file')
         if number == 1:
-            line = line.removeprefix(b'\xef\xbb\xbf')
+            line = line.removeprefix(MARK_OF_UTF8)
         if not line.strip():
             continue
         with foreign.parsing(place, 'JSON', ONE_A_LINE):
             record = json.loads(line.decode())
         if not isinstance(record, dict):
             raise foreign.error(place, f'is {foreign.show(record)}', ONE_A_LINE)
-        yield _checked(record.get(text_field), place, text_field, record)
+        yield Placed(number, start, _checked(record.get(text_field), place, text_field, record))
 
 
-def _parquet(path: str, file, text_field: str) -> Iterator[tuple[str]]:
+def _parquet(path: str, file, text_field: str) -> Iterator[Placed]:
     try:
         from pyarrow import parquet  # an extra, and slow to import: only for a Parquet file
     except ImportError:
@@ -177,7 +200,8 @@ def _parquet(path: str, file, text_field: str) -> Iterator[tuple[str]]:
         batches = table.iter_batches(PARQUET_ROWS, columns=[text_field])
         texts = (text for batch in batches for text in batch.column(0).to_pylist())
         for number, text in enumerate(texts, 1):
-            yield _checked(text, f'{path}, row {number}', text_field, columns)
+            text = _checked(text, f'{path}, row {number}', text_field, columns)
+            yield Placed(number, None, text)
 
 
 def _checked(text, place: str, text_field: str, fields: Iterable[str]) -> tuple[str]:

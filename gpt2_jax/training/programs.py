@@ -78,14 +78,14 @@ def targets_at_once(setup: Setup, training: bool) -> int:
 
 
 def make_value_and_grad(
-    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
     """The loss and its gradient by model.kernels: see step.plain_value_and_grad and fused_step."""
     if model.cfg.kernels == 'fused':
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
         return fused_step.make_value_and_grad(model.cfg)
-    return plain_value_and_grad(model, unshard, max_targets)
+    return plain_value_and_grad(model, unshard, chunk_targets)
 
 
 def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:

@@ -7,13 +7,25 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
+from gpt2_jax import foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import UsageError
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checkpoints import Checkpoints, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, best_step, committed_steps
+
+# The fields of Progress, as JSON.
+PROGRESS = dict.fromkeys(
+    ('best_val_loss', 'final_val_loss', 'seconds', 'seconds_to_first_step', 'train_seconds'),
+    foreign.Maybe(foreign.NUMBER),
+) | {
+    'best_step': foreign.Maybe(foreign.integer(0)),
+    'val_tokens': foreign.Maybe(foreign.integer(0)),
+    'train_steps': foreign.Maybe(foreign.integer(0)),
+    'unfinished': foreign.Maybe([foreign.one_of('evaluation', 'sample')]),
+}
 
 
 class Start(NamedTuple):
@@ -83,21 +95,22 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
             'settings to resume, another --workdir for a new run, or --fresh to move the old one '
             'aside'
         )
+    progress = read_progress(meta, workdir)
     if extend and longer:
         print(_describe_extension(old, config, start))
-    progress = _read_progress(meta, workdir)
+        progress.extensions.append([start, old.train.steps])
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
     return Start(start, progress, meta['log_sizes'])
 
 
-def _read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
-    try:
-        return Progress(**meta['progress'])
-    except TypeError as error:
-        raise UserError(
-            f'the checkpoint in {workdir} has a progress of another form: {error}'
-        ) from None
+def read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
+    """The progress in the metadata of a checkpoint. Raises UserError if it has another form."""
+    source, saved = f'the progress of the checkpoint in {workdir}', meta['progress']
+    foreign.check(saved, PROGRESS, source)
+    for name in saved.keys() - PROGRESS.keys():
+        raise foreign.error(source, f'is of another form: it has {foreign.show(name)}')
+    return Progress(**{name: value for name, value in saved.items() if value is not None})
 
 
 def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:

@@ -149,12 +149,16 @@ class Logger:
         record = {'step': step, 'split': split, **values}
         self._metrics.write((json.dumps(record, allow_nan=False) + '\n').encode())
         self._metrics.flush()
-        figures = [
+        self.figures(step, split, values)
+
+    def figures(self, step: int, split: str, values: dict[str, float | None]) -> None:
+        """Writes figures as TensorBoard events alone."""
+        known = [
             Summary.Value(tag=f'{split}/{name}', simple_value=value)
             for name, value in values.items()
             if value is not None
         ]
-        self._event(step=step, summary=Summary(value=figures))
+        self._event(step=step, summary=Summary(value=known))
 
     def sample(self, step: int, text: str) -> None:
         """Writes a sampled text to samples.txt and to the console."""

@@ -1,0 +1,84 @@
+"""Opens a run's steps: the text of a step, the steps of a text, and what a step did.
+
+    python scripts/steps.py find --workdir=runs/quickstart --text='To be, or not'
+    python scripts/steps.py find --workdir=runs/quickstart --line=1012 --by_step=500
+    python scripts/steps.py show --workdir=runs/quickstart --step=1234
+
+`find` lists each place of a text, a line or a token, with its file, line and byte, and every step
+and row that trained on it. Nothing was logged for this: it is computed from the seed.
+
+`show` computes one update again, from the nearest kept checkpoint before it: its rows as text, the
+loss of every token before and after the update, what the update did to each parameter array, and
+whether its metrics equal the recorded ones.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from gpt2_jax import cli
+from gpt2_jax.errors import UsageError
+
+_WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
+_TEXT = flags.DEFINE_string('text', None, 'find: the text to look for.')
+_TOKEN_OFFSET = flags.DEFINE_integer(
+    'token_offset', None, 'find: the position of a training token, from 0.'
+)
+_LINE = flags.DEFINE_integer('line', None, 'find: a line of the text file, from 1.')
+_FILE = flags.DEFINE_string('file', None, 'find: the file of --line, if there are several.')
+_BY_STEP = flags.DEFINE_integer(
+    'by_step', None, 'find: count up to this step; by default all steps of the configuration.'
+)
+_STEP = flags.DEFINE_integer('step', None, 'show: the update, from 1, as in metrics.jsonl.')
+_LIMIT = flags.DEFINE_integer(
+    'limit', 10, 'Places, steps or rows to print in text; JSON has all of them.', lower_bound=1
+)
+_FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'How to print.')
+_PLATFORM = cli.platform_flag()
+
+FIND = (_TEXT, _TOKEN_OFFSET, _LINE, _FILE, _BY_STEP)
+
+
+def find() -> None:
+    """The ledger; needs no JAX."""
+    cli.refuse([_STEP, _PLATFORM], 'with find')
+    from gpt2_jax.diagnostics import ledger
+
+    options = {flag.name: flag.value for flag in FIND}
+    found = ledger.find(Path(_WORKDIR.value), **options)
+    if _FORMAT.value == 'json':
+        print(json.dumps(ledger.to_json(found), indent=1, ensure_ascii=False))
+    else:
+        print('\n'.join(ledger.to_lines(found, _LIMIT.value)))
+
+
+def show() -> None:
+    """The replay of one update."""
+    cli.refuse(FIND, 'with show')
+    if _STEP.value is None:
+        raise UsageError('show needs --step: the update to open, from 1')
+    from gpt2_jax.diagnostics.replay import Replay
+    from gpt2_jax.parallel import devices
+    from gpt2_jax.reports import step
+
+    devices.select_platform(_PLATFORM.value)
+    replay = Replay(Path(_WORKDIR.value), notify=lambda text: print(text, file=sys.stderr))
+    found = step.to_json(replay.run, replay.open(_STEP.value))
+    if _FORMAT.value == 'json':
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        print('\n'.join(step.to_lines(found, _LIMIT.value, color=sys.stdout.isatty())))
+
+
+def main(arguments: list[str]) -> None:
+    """One call of the library."""
+    commands = {'find': find, 'show': show}
+    if len(arguments) != 1 or arguments[0] not in commands:
+        raise UsageError(f'expected one command, find or show; got {" ".join(arguments) or "none"}')
+    commands[arguments[0]]()
+
+
+if __name__ == '__main__':
+    cli.run(main)
