@@ -185,6 +185,12 @@ SETTINGS = {
         'probe the model at steps 0, 1, 2, 4, .. 512, then every so many updates, into probes.npz; '
         '0: no probes',
     ),
+    'train.spike': (
+        0.0,
+        at_least(0),
+        'explain an update whose loss or gradient norm is more than so many standard deviations '
+        'above those before it, and continue; 0: never',
+    ),
     # -- optimizer
     'optim.implementation': (
         'optax',
@@ -272,7 +278,7 @@ RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 # Except this one: losses over other tokens would not tell which checkpoint is the best.
 NOT_RESUMABLE = ('eval.tokens',)
 # And with other values of these.
-RESUMABLE_KEYS = ('train.probe',)
+RESUMABLE_KEYS = ('train.probe', 'train.spike')
 
 
 def default_config() -> ConfigDict:
@@ -314,13 +320,12 @@ def check_key(key: str) -> None:
         or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
     )
     section = key.split('.')[0]
-    if near:
-        hint = f'the nearest is {describe(near[0])}'
-    elif names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
-        hint = f'{section} has {", ".join(names)}'
+    if names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
+        known = f'{section} has {", ".join(names)}'
     else:
-        hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
-    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}'))
+        known = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
+    hint = f'the nearest is {describe(near[0])}; ' if near else ''
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}{known}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

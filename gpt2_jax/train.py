@@ -20,7 +20,7 @@ from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics import probes
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish_last_step
+from gpt2_jax.hooks import Evaluate, ExplainSpikes, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel import feed
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
@@ -125,6 +125,7 @@ def run_in_folder(
             **setup.batch_options,
         ) as batches,
     ):
+        spikes = ExplainSpikes(config.train.spike, workdir, log)
         log.work('compiling the update and the evaluation')
         meter = Meter(
             setup,
@@ -132,7 +133,8 @@ def run_in_folder(
             progress,
             start=start,
             started=started,
-            diverged=functools.partial(diverged, checkpoints),
+            diverged=functools.partial(diverged, checkpoints, workdir),
+            watch=spikes.watch,
         )
         evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
         sampling = Sample(config.eval.every, setup, meter, log, interrupt)
@@ -157,9 +159,10 @@ def run_in_folder(
                 batches,
                 start=start,
                 meter=meter,
-                hooks=[evaluation, sampling, *filter(None, [probe]), *hooks, saving],
+                hooks=[evaluation, sampling, *filter(None, [probe]), spikes, *hooks, saving],
                 interrupt=interrupt,
             )
+        spikes.explain()  # metrics come late: what the last hooks fetched
     with Progress('saving the last checkpoint'):
         checkpoints.wait()
     if probe and probe.count:

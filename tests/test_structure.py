@@ -67,8 +67,12 @@ LAYERS = (
     'diagnostics.describe diagnostics.benchmark diagnostics.ngrams diagnostics.origins',
     'diagnostics.ledger',
     'diagnostics.replay diagnostics.probes',
+    'diagnostics.autopsy',
     # reports: what was found, for people
-    'reports.step',
+    'reports.html',
+    'reports.step reports.looks',
+    'reports.run reports.autopsy',
+    'reports.compare',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare library',
     'look',

@@ -17,16 +17,15 @@ arrays, A activations; 41 bins:
                           scores of lens.head_scores, on random repeated tokens
     tensors, sizes (N,)   names and sizes of the parameter arrays
     weight, gradient, update (P, N)
-                          Euclidean norms: of the parameters; of the gradient of the probe text's
-                          loss; of the update that led here (nan at step 0)
+                          Euclidean norms: of the parameters; of the gradient of the loss on up to
+                          64 tokens of the probe text; of the update that led here (nan at step 0)
     ratio (P, N)          update / weight
     activations (A,)      names, as in gpt2_jax.lens
     rms, kurtosis (P, A)  of the elements of an activation; the kurtosis of a normal one is 3
     dead (P, L)           the share of MLP units whose input to the activation function is never
                           above 0
-    curvature (P,)        the largest eigenvalue of the Hessian of the loss on up to 64 tokens of
-                          the probe text, by six steps of Lanczos' method: a lower bound, as a rule
-                          a few percent below
+    curvature (P,)        the largest eigenvalue of the Hessian of that loss, by four steps of
+                          Lanczos' method: a lower bound, as a rule up to a tenth below
     weight_bins, gradient_bins (P, N, 41), activation_bins (P, A, 41)
                           how many of up to 65,536 evenly spaced elements lie in each bin
     edges (40,)           of the bins, in units of the rms of the elements; the first and the last
@@ -43,11 +42,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from gpt2_jax import files
 from gpt2_jax.lens.hessian import lanczos
-from gpt2_jax.lens.readings import repeated_tokens
+from gpt2_jax.lens.readings import repeated_tokens, residual_stream
 from gpt2_jax.lens.subject import as_numpy, leaf_shapes, next_token_losses
 from gpt2_jax.model.gpt2 import GPT2, LayerNorm
 from gpt2_jax.model.ops import FAST
@@ -59,7 +57,8 @@ from gpt2_jax.workdir.log import Logger
 from gpt2_jax.workdir.storage import is_log_spaced
 
 ROWS, MOST_TOKENS = 4, 128  # of the probe text, and of the random repeated text
-CURVATURE_TOKENS, CURVATURE_PRODUCTS = 64, 6
+# Tokens of the gradient, and products with the Hessian for the curvature.
+GRADIENT_TOKENS, CURVATURE_PRODUCTS = 64, 4
 # A finite difference of gradients stands for the product with the Hessian, in fp32: a program with
 # second derivatives takes three times as long to compile. The vector has norm 1.
 DIFFERENCE = 2e-3
@@ -85,33 +84,32 @@ class Measure:
         # Rematerialisation changes no value, and a fused attention never writes its pattern.
         self.cfg = dataclasses.replace(setup.model.cfg, remat=False, attention='xla', kernels='xla')
         self.tokens_RT = probe_text(setup)
-        R, T = self.tokens_RT.shape
+        T = self.tokens_RT.shape[1]
         repeated = repeated_tokens(self.cfg, ROWS)[:, :T] if T >= 4 else self.tokens_RT
         self.half = repeated.shape[1] // 2
         # One program for both texts; what is padded comes after all that is looked at.
         padded = np.pad(repeated, ((0, 0), (0, T - repeated.shape[1])))
         self.all_tokens = np.concatenate([self.tokens_RT, padded])
-        rows = max(1, min(R, CURVATURE_TOKENS // T))
-        self.curvature_tokens = self.tokens_RT[:rows, :CURVATURE_TOKENS]
+        self.gradient_tokens = self.tokens_RT[: max(1, GRADIENT_TOKENS // T), :GRADIENT_TOKENS]
         # On a CPU, a program that runs a few times costs less if it is not optimised.
         options = {'xla_backend_optimization_level': 0} if setup.device.platform == 'cpu' else {}
         looking = jax.jit(self._look, compiler_options=options)
         gradient = jax.jit(self._gradient, compiler_options=options)
         params = setup.shapes.params
-        size = sum(leaf.size for leaf in jax.tree.leaves(params))
-        vector = jax.ShapeDtypeStruct((size,), jnp.float32)
         self._looking = compile_in_background(pool, looking, lambda: (params, self.all_tokens))
         self._gradient_at = compile_in_background(
-            pool, gradient, lambda: (params, vector, np.float32(0), self.curvature_tokens)
+            pool, gradient, lambda: (params, self.gradient_tokens)
         )
 
     def __call__(self, params) -> dict[str, np.ndarray]:
         """The arrays of one probe, without their first axis; see the head of this file."""
         # A probe is too little work for a mesh.
         params = jax.device_put(params, self.setup.device)
-        found, taken, gradients = self._looking(params, self.all_tokens)
+        found, taken = self._looking(params, self.all_tokens)
+        gradient = self._gradient_at(params, self.gradient_tokens)
+        curvature = self.curvature(params, gradient)
         weights = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-        gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
+        gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
         taken = [as_numpy(taken[name]) for name in activation_names(self.cfg.n_layer)]
         return {
             **{name: np.asarray(value) for name, value in found.items()},
@@ -119,26 +117,26 @@ class Measure:
             'gradient': norms(gradients),
             'rms': norms(taken) / np.sqrt([x.size for x in taken]),
             'kurtosis': np.array([kurtosis(x) for x in taken]),
-            'curvature': np.float64(self.curvature(params)),
+            'curvature': np.float64(curvature),
             'weight_bins': np.stack([bins(x) for x in weights]),
             'gradient_bins': np.stack([bins(x) for x in gradients]),
             'activation_bins': np.stack([bins(x) for x in taken]),
         }
 
-    def curvature(self, params) -> float:
+    def curvature(self, params, gradient) -> float:
         """The largest eigenvalue of the Hessian, from below; nan if the gradient is not finite."""
-        zero_P = jnp.zeros(sum(leaf.size for leaf in jax.tree.leaves(params)), jnp.float32)
-        tokens = self.curvature_tokens
-        gradient_P = self._gradient_at(params, zero_P, np.float32(0), tokens)
-        if not 0 < float(jnp.linalg.norm(gradient_P)) < np.inf:
+        # On the host: to compile a handful of small programs would cost more than they save.
+        params_P, gradient_P = flat(params), flat(gradient)
+        if not 0 < np.linalg.norm(gradient_P) < np.inf:
             return float('nan')
 
         def product(v_P):
-            there_P = self._gradient_at(params, v_P, np.float32(DIFFERENCE), tokens)
-            return (there_P - gradient_P) / DIFFERENCE
+            there = like(params, params_P + np.float32(DIFFERENCE) * np.asarray(v_P))
+            gradient_there_P = flat(self._gradient_at(there, self.gradient_tokens))
+            return (gradient_there_P - gradient_P) / np.float32(DIFFERENCE)
 
         try:
-            return lanczos(product, np.asarray(gradient_P), CURVATURE_PRODUCTS, 0.0).top
+            return lanczos(product, gradient_P, CURVATURE_PRODUCTS, 0.0).top
         except np.linalg.LinAlgError:  # of values that are not finite
             return float('nan')
 
@@ -154,46 +152,52 @@ class Measure:
         }
 
     def _look(self, params, all_tokens):
-        """(figures, {name: activation}, gradient) of the probe text and the repeated one."""
-        cfg, rows = self.cfg, len(self.tokens_RT)
-        names = activation_names(cfg.n_layer)
-
-        def loss(params):
-            taken = {}
-            model = GPT2(cfg, FAST._replace(tap=lambda name, x: taken.setdefault(name, x)))
-            logits_BTV = model.apply({'params': params}, all_tokens)
-            loss_RT = next_token_losses(logits_BTV[:rows], all_tokens[:rows])
-            return loss_RT.mean(), (loss_RT, taken)
-
-        gradients, (loss_RT, taken) = jax.grad(loss, has_aux=True)(params)
+        """(figures, {name: activation}) of the probe text and the repeated one."""
+        cfg, rows, taken = self.cfg, len(self.tokens_RT), {}
+        model = GPT2(cfg, FAST._replace(tap=lambda name, x: taken.setdefault(name, x)))
+        logits_BTV = model.apply({'params': params}, all_tokens)
         patterns = [taken[f'h_{i}.pattern'] for i in range(cfg.n_layer)]
-        found = {'loss': loss_RT}
-        streams = ['h_0.resid_pre', *(f'h_{i}.resid_post' for i in range(cfg.n_layer))]
+        found = {'loss': next_token_losses(logits_BTV[:rows], all_tokens[:rows])}
         found['rank'] = jnp.stack(
-            [ranks(cfg, params, taken[name][:rows], all_tokens[:rows]) for name in streams]
+            [
+                ranks(cfg, params, taken[name][:rows], all_tokens[:rows])
+                for name in residual_stream(cfg)
+            ]
         )
         entropies = [-jax.scipy.special.xlogy(p, p).sum(-1)[:rows].mean((0, 2)) for p in patterns]
         found['entropy'] = jnp.stack(entropies)
         query, half = np.arange(self.half, 2 * self.half), self.half
-        for name, back in (('previous', 1), ('duplicate', half), ('induction', half - 1)):
+        for name, back in zip(SCORES, (1, half, half - 1), strict=True):
             found[name] = jnp.stack(
                 [p[rows:, :, query, query - back].mean((0, 2)) for p in patterns]
             )
         found['dead'] = jnp.stack(
             [(taken[f'h_{i}.mlp_pre'][:rows].max((0, 1)) <= 0).mean() for i in range(cfg.n_layer)]
         )
-        return found, {name: taken[name][:rows] for name in names}, gradients
+        return found, {name: taken[name][:rows] for name in activation_names(cfg.n_layer)}
 
-    def _gradient(self, params, v_P, scale, tokens):
-        """The gradient of the loss at params + scale v, flat: (P,)."""
-        flat_P, unravel = ravel_pytree(params)
+    def _gradient(self, params, tokens):
+        """The gradient of the mean loss of a text, in fp32."""
         cfg = dataclasses.replace(self.cfg, dtype='float32')
 
         def loss(params):
             logits_BTV = GPT2(cfg, FAST).apply({'params': params}, tokens)
             return next_token_losses(logits_BTV, tokens).mean()
 
-        return ravel_pytree(jax.grad(loss)(unravel(flat_P + scale * v_P)))[0]
+        return jax.grad(loss)(params)
+
+
+def flat(tree) -> np.ndarray:
+    """All elements of a tree in a row: (P,)."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def like(tree, x_P: np.ndarray):
+    """The tree whose elements, in a row, are x: the inverse of `flat`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    parts = zip(leaves, np.split(x_P, ends), strict=True)
+    return treedef.unflatten([part.reshape(leaf.shape) for leaf, part in parts])
 
 
 def probe_text(setup: Setup) -> np.ndarray:

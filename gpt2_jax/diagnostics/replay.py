@@ -6,6 +6,7 @@ equal the recorded ones to the last digit; see `verdict` for other devices.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,14 @@ class Replay:
         setup = self.setup(step)
         return train_batch(setup.mesh, setup.dataset.train, step=step - 1, **setup.batch_options)
 
+    def nearest(self, step: int) -> int:
+        """The latest undamaged checkpoint up to `step`; 0, the initial state, if there is none."""
+        folder = self.run.folder / checksums.FOLDER
+        saved = [number for number in checksums.committed_steps(folder) if number <= step]
+        while saved and checksums.verify(folder / str(saved[-1])) is not None:
+            saved.pop()
+        return saved[-1] if saved else 0
+
     def dropout_key(self, step: int) -> jax.Array:
         """The key of the dropout masks of update `step`."""
         return jax.random.fold_in(jax.random.key(self.run.config.train.seed), step - 1)
@@ -134,7 +143,7 @@ class Replay:
 
         The caller may overwrite the state: nothing else refers to it.
         """
-        checkpoint = self._nearest(step - 1)
+        checkpoint = self.nearest(step - 1)
         if self._at and checkpoint <= self._at[0] < step:
             first, state = self._at
         else:
@@ -145,8 +154,21 @@ class Replay:
                 )
         self._at = None
         for earlier in range(first + 1, step):
-            state, _ = self._programs(earlier).update(state, self.batch(earlier))
+            state, _ = self.update(earlier, state)
         return checkpoint, state
+
+    def update(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Update `step`, which overwrites the state before it: the state after it, and metrics."""
+        return self._programs(step).update(state, self.batch(step))
+
+    def losses(self, step: int, params) -> np.ndarray:
+        """The losses of the targets of update `step`, under its dropout masks: (B, T)."""
+        key = self.dropout_key(step)
+        return np.asarray(self._programs(step).losses(params, self.batch(step), key))
+
+    def gradient(self, step: int, params):
+        """The gradient of the mean loss of update `step`, before clipping."""
+        return self._programs(step).gradient(params, self.batch(step), self.dropout_key(step))
 
     def open(self, step: int) -> OpenedStep:
         """Everything about update `step`. Raises UserError if the run has not done it."""
@@ -156,19 +178,13 @@ class Replay:
                 f'{self.run.folder} has no update {step}: it has done {done:,}, counted from 1'
             )
         checkpoint, state = self.state_before(step)
-        _, update, gradient, losses, norms = self._programs(step)
-        batch, key = self.batch(step), self.dropout_key(step)
         before = jax.tree.map(jnp.copy, state.params)
-        before_BT, gradients = losses(before, batch, key), gradient(before, batch, key)
-        state, metrics = update(state, batch)
-        after_BT = losses(state.params, batch, key)
-        sizes = jax.device_get(
-            [
-                norms(before),
-                norms(gradients),
-                norms(jax.tree.map(jnp.subtract, state.params, before)),
-            ]
-        )
+        before_BT, gradient = self.losses(step, before), self.gradient(step, before)
+        state, metrics = self.update(step, state)
+        after_BT = self.losses(step, state.params)
+        change = jax.tree.map(jnp.subtract, state.params, before)
+        norms, batch = self._programs(step).norms, self.batch(step)
+        sizes = jax.device_get([norms(tree) for tree in (before, gradient, change)])
         self._at = step, state
         starts_B = ledger.row_starts(self.run.addressing, step)
         return OpenedStep(
@@ -179,8 +195,8 @@ class Replay:
             tokens_BT1=np.concatenate([batch['inputs'], batch['targets'][:, -1:]], 1),
             starts_B=starts_B,
             origins=[self.run.where(int(start)) for start in starts_B],
-            before_BT=np.asarray(before_BT),
-            after_BT=np.asarray(after_BT),
+            before_BT=before_BT,
+            after_BT=after_BT,
             tensors=[
                 Tensor(name, shape, *values, values[2] / values[0] if values[0] else None)
                 for (name, shape), *values in zip(
@@ -196,14 +212,6 @@ class Replay:
         if config.train.steps not in self._setups:
             self._setups[config.train.steps] = make_programs(config, self.run)
         return self._setups[config.train.steps]
-
-    def _nearest(self, step: int) -> int:
-        """The latest undamaged checkpoint up to `step`; 0, the initial state, if there is none."""
-        folder = self.run.folder / checksums.FOLDER
-        saved = [number for number in checksums.committed_steps(folder) if number <= step]
-        while saved and checksums.verify(folder / str(saved[-1])) is not None:
-            saved.pop()
-        return saved[-1] if saved else 0
 
     def _restore(self, checkpoint: int, setup: Setup) -> TrainState:
         if checkpoint == 0:
@@ -236,7 +244,8 @@ class Programs(NamedTuple):
 def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
     """The setup of a run on this machine.
 
-    Without the GPU that it was trained on, XLA computes what its kernels did.
+    Without the GPU that it was trained on, XLA computes what its kernels did. With fewer devices
+    than it was trained on, one computes all.
     """
     cfg = usable(
         GPT2Config(**config.model, vocab_size=run.dataset.tokenizer.vocab_size),
@@ -244,6 +253,8 @@ def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
     )
     config = config.copy_and_resolve_references()
     config.model.update(kernels=cfg.kernels, attention=cfg.attention)
+    if math.prod(config.mesh.values()) > jax.device_count():
+        config.mesh.update(dict.fromkeys(config.mesh, 1))
     return build(config, run.dataset)
 
 
@@ -251,11 +262,11 @@ def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:
     """The setup of a configuration on this machine, and what replaying compiles."""
     setup = setup_here(config, run)
     n, unshard = setup.config.train.grad_accum_steps, make_unshard(setup.mesh)
-    at_once = programs.targets_at_once(setup, training=True)
+    chunk_targets = programs.targets_at_once(setup, training=True)
     value_and_grad = jax.jit(
-        programs.make_value_and_grad(setup.model, unshard, at_once), static_argnums=3
+        programs.make_value_and_grad(setup.model, unshard, chunk_targets), static_argnums=3
     )
-    micro_losses = jax.jit(make_token_losses(setup.model, unshard, at_once))
+    micro_losses = jax.jit(make_token_losses(setup.model, unshard, chunk_targets))
 
     def gradient(params, batch, key):
         total = jax.tree.map(jnp.zeros_like, params)

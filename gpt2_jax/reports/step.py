@@ -1,10 +1,12 @@
-"""An opened step for people: as JSON, and on a terminal."""
+"""An opened step for people: as JSON, on a terminal, as a page."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.replay import OpenedStep
+from gpt2_jax.reports.html import write_page
 
 # Of a terminal's 256 colours, black to red: the background of a token by its loss in whole nats.
 LOSS_COLORS = (0, 0, 53, 89, 125, 161, 197)
@@ -41,6 +43,11 @@ def to_json(run: ledger.Run, opened: OpenedStep) -> dict[str, Any]:
         'tensors': [tensor._asdict() for tensor in opened.tensors],
         'rows': rows,
     }
+
+
+def write(found: dict[str, Any], out: Path) -> str:
+    """Writes the result of `to_json` as a page; returns a line that names it. Raises OSError."""
+    return write_page('step', f'Step {found["step"]} of {found["run"]}', found, out)
 
 
 def to_lines(found: dict[str, Any], limit: int, color: bool) -> list[str]:

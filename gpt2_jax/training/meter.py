@@ -47,7 +47,7 @@ class Meter:
 
     Metrics wait on the device until the next update was dispatched, so that the device always has
     work. `started` is when the process began, by time.monotonic(). `diverged(step, what)` makes the
-    error for a value that is not finite.
+    error for a value that is not finite; `watch(step, values)` sees the metrics of every update.
     """
 
     def __init__(
@@ -59,8 +59,10 @@ class Meter:
         start: int,
         started: float,
         diverged: Callable[[int, str], DivergedError],
+        watch: Callable[[int, dict[str, float]], None] = lambda step, values: None,
     ):
-        self.setup, self.log, self.progress, self.diverged = setup, log, progress, diverged
+        self.setup, self.log, self.progress = setup, log, progress
+        self.diverged, self.watch = diverged, watch
         self.steps, self.every = setup.config.train.steps, setup.config.log.every
         self._first, self._started, self._seconds_before = start + 1, started, progress.seconds
         self._pending = []  # (step, its metrics, still on the device)
@@ -144,6 +146,7 @@ class Meter:
             wrong = [f'{name} = {v}' for name, v in values.items() if not math.isfinite(v)]
             if wrong:
                 raise self.diverged(step, ', '.join(wrong))
+            self.watch(step, values)
             if step == 1 or step % self.every == 0 or step == self.steps:
                 speed = {'tokens_per_second': rate, 'mfu': self.mfu(rate)}
                 self.log.record(step, 'train', values | speed)

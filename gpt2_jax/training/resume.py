@@ -25,6 +25,7 @@ PROGRESS = dict.fromkeys(
     'val_tokens': foreign.Maybe(foreign.integer(0)),
     'train_steps': foreign.Maybe(foreign.integer(0)),
     'unfinished': foreign.Maybe([foreign.one_of('evaluation', 'sample')]),
+    'extensions': foreign.Maybe([[foreign.integer(0)]]),
 }
 
 
