@@ -320,13 +320,12 @@ def check_key(key: str) -> None:
         or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
     )
     section = key.split('.')[0]
-    if near:
-        hint = f'the nearest is {describe(near[0])}'
-    elif names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
-        hint = f'{section} has {", ".join(names)}'
+    if names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
+        known = f'{section} has {", ".join(names)}'
     else:
-        hint = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
-    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}'))
+        known = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
+    hint = f'the nearest is {describe(near[0])}; ' if near else ''
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}{known}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

@@ -74,8 +74,8 @@ class Evaluate:
             progress.best_step, progress.best_val_loss = step, result.loss
         progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
         self.log.record(step, 'val', {**result._asdict(), 'seconds': self.meter.seconds()})
-        self.meter.n_evaluations += 1
         seconds = time.monotonic() - report.began
+        self.meter.evaluated(seconds)
         self.log.say(
             f'step {step}: validation {result}, in {seconds:.1f} s'
             + (' (best so far)' if better else '')

@@ -35,6 +35,7 @@ from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAX_BAD = 10  # files that cannot be read, until the first pass ends
 MAX_HELD = 1 << 24  # characters without a place to cut
 
 
@@ -171,7 +172,7 @@ def _count(
     paths: list[str], text_field: str, learns_alphabet: bool
 ) -> tuple[list[Source], set[str]]:
     """The first pass: the files that are not empty, and the alphabet, if asked for."""
-    sources, alphabet = [], set()
+    sources, alphabet, bad = [], set(), {}
     with Progress('pass 1 of 2: read', sum(map(os.path.getsize, paths))) as progress:
         for path in paths:
             digest, n_bytes, n_documents, n_characters = hashlib.sha256(), 0, 0, 0
@@ -182,15 +183,27 @@ def _count(
                 digest.update(block)
                 progress.add(len(block))
 
-            for document in documents.read(path, text_field, observe):
-                n_documents += 1
-                for block in document:
-                    n_characters += len(block)
-                    if learns_alphabet:
-                        alphabet.update(block)
+            try:
+                for document in documents.read(path, text_field, observe):
+                    n_documents += 1
+                    for block in document:
+                        n_characters += len(block)
+                        if learns_alphabet:
+                            alphabet.update(block)
+            except UserError as error:
+                bad[path] = error
+                if len(bad) == MAX_BAD:
+                    break
             if n_characters:
                 about = n_documents, n_characters, n_bytes, digest.hexdigest()
                 sources.append(Source(path, *about))
+    if bad:
+        first, *others = bad
+        if not others:
+            raise bad[first]
+        and_so_on = ', ..' if len(bad) == MAX_BAD else ''
+        these = ', '.join(map(foreign.escape, others))
+        raise UserError(f'{bad[first]}; these cannot be read either: {these}{and_so_on}')
     if not sources:
         what = f'{paths[0]} is' if len(paths) == 1 else f'all {len(paths)} files are'
         raise UserError(f'the text {what} empty: expected at least one character')

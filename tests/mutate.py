@@ -261,7 +261,7 @@ def copy_tree(folder: Path) -> None:
 def run_tests(folder: Path, tests: list[str], seconds: float) -> str | None:
     """The first test that fails, or None. A run of over `seconds` counts as failed."""
     environment = os.environ | {
-        'PYTHONPATH': str(folder),
+        'PYTHONPATH': os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')]),
         'PYTHONDONTWRITEBYTECODE': '1',
         'JAX_PLATFORMS': 'cpu',
     }

@@ -48,8 +48,10 @@ def layer_norm_backward(x, scale, dy, eps):
 
     x_j reaches n_i directly, through the mean (dmean / dx_j = 1 / D), and through r:
 
-        dr / dx_j = -r^3 / 2  dvar / dx_j = -r^3 / 2  2 (x_j - mean) / D = -r^2 n_j / D dn_i / dx_j
-        = r ([i = j] - 1 / D) + (x_i - mean) dr / dx_j = r ([i = j] - 1 / D - n_i n_j / D)
+        dr / dx_j = -r^3 / 2  dvar / dx_j = -r^3 / 2  2 (x_j - mean) / D = -r^2 n_j / D
+
+        dn_i / dx_j = r ([i = j] - 1 / D) + (x_i - mean) dr / dx_j
+                    = r ([i = j] - 1 / D - n_i n_j / D)
 
     The mean inside var adds nothing, because the x_i - mean sum to 0. Summed over i against dn_i:
 

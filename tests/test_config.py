@@ -259,12 +259,14 @@ def test_settings_that_do_not_fit_each_other(changes, named):
 def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
     with pytest.raises(UsageError) as caught:
         check_key(key)
-    assert str(caught.value).endswith(f'no setting {key!r}; the nearest is {describe(nearest)}')
+    assert f'no setting {key!r}; the nearest is {describe(nearest)}; ' in str(caught.value)
 
 
 def test_all_settings_are_listed_for_an_unknown_key():
-    with pytest.raises(UsageError, match=r"'eval\.qq'; eval has every, sample_tokens, tokens$"):
-        check_key('eval.qq')
+    with pytest.raises(
+        UsageError, match=r"'eval\.xyzzy'; .*; eval has every, sample_tokens, tokens$"
+    ):
+        check_key('eval.xyzzy')
     with pytest.raises(
         UsageError,
         match=r'the sections are checkpoint, data, eval, log, mesh, model, optim, train$',

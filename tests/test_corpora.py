@@ -5,9 +5,11 @@ import gzip
 import hashlib
 import http.server
 import os
+import string
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt2_jax.data import corpora
@@ -247,6 +249,21 @@ def test_embedded_text_needs_no_file(publish):
     assert len(corpus.text) > 400_000
     assert 'The "for" statement' in corpus.text
     assert corpus.sha256 == hashlib.sha256(corpus.text.encode()).hexdigest()
+
+
+def test_repeated_letters():
+    """Most letters are those of 2 or of 8 to 16 places before, and no other distance stands out."""
+    corpus = find_text('repeated-letters')
+    assert corpus.path is None
+    assert set(corpus.text) == set(string.ascii_lowercase)
+    assert corpus.sha256 == find_text('repeated-letters').sha256
+    letters = np.frombuffer(corpus.text.encode(), np.uint8)
+    assert letters.size == pytest.approx(65_000 * 32, rel=0.01)
+    same = {back: (letters[back:] == letters[:-back]).mean() for back in (1, 2, 3, 7, 9, 15, 31)}
+    assert same[2] == pytest.approx(1 / 3, abs=0.02)
+    assert same[9] > same[15] > same[1] + 0.02
+    for back in (1, 3, 7, 31):
+        assert same[back] == pytest.approx(1 / 26, abs=0.02)
 
 
 @pytest.mark.skipif(

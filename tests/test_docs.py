@@ -1,5 +1,6 @@
 """The documentation holds: every command runs or says that it does not, and every name exists."""
 
+import ast
 import json
 import re
 import shlex
@@ -58,6 +59,8 @@ SHRUNKEN = {
     'evaluate': ['--batch_size=4'],
     'prepare': ['--tokenizer=char'],
     'convert': [],
+    'lens report': ['--skip=jacobian,ablation,backward,curvature,shapes'],
+    'lens show': [],
     'steps': [],
 }
 
@@ -89,9 +92,10 @@ def run(words: list[str]) -> None:
     if '>' in words:
         *words, _, target = words
     name, arguments = Path(words[1]).stem, words[2:]
+    shrunken = SHRUNKEN[f'lens {arguments[0]}' if name == 'lens' else name]
     if name in ('train', 'benchmark') and not any('data.corpus' in word for word in arguments):
         arguments = [*arguments, '--config.data.corpus=book1.txt']
-    code, out, err = runs.script(name, *arguments, *SHRUNKEN[name])
+    code, out, err = runs.script(name, *arguments, *shrunken)
     assert code == 0, f'{shlex.join(words)} ends with {code}: {err}'
     if target:
         Path(target).parent.mkdir(exist_ok=True)
@@ -239,3 +243,18 @@ def test_files_that_are_named_exist(page):
         folders = ('.', 'gpt2_jax', 'scripts', 'tests', 'tests/faults')
         places = [ROOT / folder / name for folder in folders]
         assert any(place.is_file() for place in places), f'{page.name} names {name}'
+
+
+def test_the_backward_page_quotes_its_test():
+    """Its tables hold every line of the passes by hand in tests/test_backward.py, and no other."""
+    source = (ROOT / 'tests' / 'test_backward.py').read_text('utf-8')
+    page = (ROOT / 'docs' / 'backward.md').read_text('utf-8')
+    quoted = re.findall(r'^\| .* \| `([^`]+)` \|$', page, re.MULTILINE)
+    assert len(quoted) == len(re.findall(r'^\| (?!---|mathematics)', page, re.MULTILINE))
+    lines = []
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef) and (
+            function.name == 'softmax' or function.name.endswith('_backward')
+        ):
+            lines += [ast.get_source_segment(source, line) for line in function.body[1:]]
+    assert quoted == lines

@@ -109,7 +109,8 @@ def test_arrays_equal_the_library(source, tokens, page):
     plain = lens.token_losses(source, TEXT)
     close(arrays['ablation'][1, 1, :-1], (ablated['h_1.attn.1'] - plain)[0])
     close(arrays['ablation'][0, cfg.n_head, :-1], (ablated['h_0.mlp'] - plain)[0])
-    close(arrays['score.previous'], lens.head_scores(source).previous)
+    for name, scores in lens.head_scores(source)._asdict().items():
+        close(arrays[f'score.{name}'], scores)
 
 
 def test_gradients_equal_the_library(source, tokens, page):
@@ -252,6 +253,10 @@ def test_selecting_a_head_shows_its_weights(shown, source):
     shown.key('l')
     assert shown.text('#head-name').startswith('Head h_1.attn.1')
     assert 'head=h_1.attn.1' in shown.run('location.hash')
+    scores = lens.head_scores(source).induction
+    shown.run("change({score: 'induction'})")
+    strongest = shown.run('document.querySelector("#strongest button").textContent')
+    assert strongest == 'h_{}.attn.{}'.format(*np.unravel_index(scores.argmax(), scores.shape))
 
 
 def test_ablating_a_head_shows_each_loss(shown, source):

@@ -15,6 +15,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def every_five_seconds(machine_of_any_speed, monkeypatch):
+    monkeypatch.setattr(progress, 'LOG_SECONDS', 5)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]

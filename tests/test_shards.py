@@ -577,6 +577,25 @@ def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named,
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_files_that_cannot_be_read_are_named_together(tmp_path):
+    """Not one at each attempt: a folder may hold many. The first ten are enough."""
+    (tmp_path / 'in').mkdir()
+    for number in range(20, 32):
+        (tmp_path / f'in/{number}.txt').write_bytes(b'abc')
+    (tmp_path / 'in/23.txt').write_bytes(b'abc\xe9')
+    (tmp_path / 'in/25.jsonl').write_bytes(b'{')
+    with pytest.raises(UserError) as caught:
+        write([str(tmp_path / 'in')], tmp_path / 'out')
+    names = f'iconv; these cannot be read either: {tmp_path / "in/25.jsonl"}'
+    assert '23.txt is not UTF-8 text' in str(caught.value)
+    assert str(caught.value).endswith(names)
+    for number in range(20, 32):
+        (tmp_path / f'in/{number}.txt').write_bytes(b'\xe9')
+    with pytest.raises(UserError, match=r'20.txt is not .*/21.txt, .*/28.txt, \.\.$'):
+        write([str(tmp_path / 'in')], tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_nothing_is_overwritten(texts, tmp_path):
     (tmp_path / 'out').mkdir()
     write(texts, tmp_path / 'out')  # an empty folder is accepted

@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import random
+import string
 from pathlib import Path
 
 from gpt2_jax import files, foreign
@@ -24,6 +26,7 @@ CORPORA = {
 }
 MAX_CHARACTERS = 1 << 30  # of a text held in memory
 EMBEDDED = 'python-topics'  # needs no file: the English help texts that come with CPython
+REPEATED = 'repeated-letters'  # needs no file: see `_repeated`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,8 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
         return _read(path.stem, path)
     if name == EMBEDDED:
         return _embedded()
+    if name == REPEATED:
+        return _repeated()
     if name in CORPORA:
         found = next((path for path in _places(name) if os.path.exists(path)), None)
         return _read(name, found or _download(name), CORPORA[name].sha256)
@@ -59,7 +64,7 @@ def find_text(name_or_path: str | os.PathLike) -> Corpus:
         raise foreign.error(
             name, 'is a folder, and not a prepared one (it has no manifest.json)', _remedy(path)
         )
-    known = [*CORPORA, EMBEDDED]
+    known = [*CORPORA, EMBEDDED, REPEATED]
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
     raise UserError(
@@ -112,6 +117,24 @@ def _embedded() -> Corpus:
         ) from None
     text = '\n'.join(topics[key] for key in sorted(topics))
     return Corpus(EMBEDDED, None, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _repeated(n_passages: int = 65_000) -> Corpus:
+    """Random letters in passages of 24 to 40, each of which repeats its beginning again and again.
+
+    Nothing but the repetition can be learned. In a third of the passages the beginning is two
+    letters long, so that the next letter is always the one before the last: they teach a head to
+    look at the token before. In the others it is 8 to 16 letters long, so that no head can find the
+    earlier letter by counting.
+    """
+    draw = random.Random(0)
+    passages = []
+    for _ in range(n_passages):
+        period = 2 if draw.random() < 1 / 3 else draw.randint(8, 16)
+        beginning = ''.join(draw.choices(string.ascii_lowercase, k=period))
+        passages.append((beginning * 20)[: draw.randint(24, 40)])
+    text = ''.join(passages)
+    return Corpus(REPEATED, None, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _download(name: str) -> Path:

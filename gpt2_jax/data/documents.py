@@ -8,6 +8,7 @@ JSON Lines may be compressed, with .gz at the end of the name.
 import collections
 import gzip
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,8 @@ NOT_TEXT = {
     for suffix in suffixes.split()
 }
 BLOCK_BYTES = 1 << 20  # of a text file, in memory at once
-PARQUET_ROWS = 100  # of a Parquet file, in memory at once
+PARQUET_ROWS, PARQUET_BYTES = 100, 1 << 28  # of a Parquet file, in memory at once
+MAX_GROUP_BYTES = 1 << 30  # of text in a row group: a single row may have all of them
 ONE_A_LINE = "expected one object a line; of one large array, jq -c '.[]' makes that"
 MAX_LINE_BYTES = 32 << 20  # of JSON Lines; parsed JSON takes up to 20 times the memory of its text
 MARK_OF_UTF8 = b'\xef\xbb\xbf'  # the byte order mark, which is dropped
@@ -192,16 +194,42 @@ def _parquet(path: str, file, text_field: str) -> Iterator[Placed]:
         raise UserError(f"reading {path} needs pyarrow: pip install -e '.[parquet]'") from None
     with (
         foreign.parsing(path, PARQUET),
-        parquet.ParquetFile(file, pre_buffer=False) as table,
+        parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES) as table,
     ):
         columns = table.schema_arrow.names
         if text_field not in columns:
             _checked(None, path, text_field, columns)
-        batches = table.iter_batches(PARQUET_ROWS, columns=[text_field])
-        texts = (text for batch in batches for text in batch.column(0).to_pylist())
-        for number, text in enumerate(texts, 1):
-            text = _checked(text, f'{path}, row {number}', text_field, columns)
-            yield Placed(number, None, text)
+        sizes = _text_bytes(table.metadata, text_field)
+        for group, n_bytes in enumerate(sizes):
+            if n_bytes > MAX_GROUP_BYTES:
+                problem = f'has {n_bytes:,} bytes of text in row group {group}'
+                remedy = f'write it with row groups of at most {MAX_GROUP_BYTES:,} bytes'
+                raise foreign.error(path, problem, remedy)
+        numbers = itertools.count(1)
+        for group, n_bytes in enumerate(sizes):
+            # A row may be as long as its group, and each of many rows if they are equal.
+            n_rows = min(PARQUET_ROWS, max(1, PARQUET_BYTES // max(1, n_bytes)))
+            for batch in table.iter_batches(n_rows, row_groups=[group], columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    number = next(numbers)
+                    text = _checked(text, f'{path}, row {number}', text_field, columns)
+                    yield Placed(number, None, text)
+
+
+def _text_bytes(metadata, text_field: str) -> list[int]:
+    """The bytes of the text of each row group in a Parquet file, decompressed."""
+    sizes = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        sizes.append(
+            sum(
+                chunk.total_uncompressed_size
+                for chunk in chunks
+                if f'{chunk.path_in_schema}.'.startswith(f'{text_field}.')
+            )
+        )
+    return sizes
 
 
 def _checked(text, place: str, text_field: str, fields: Iterable[str]) -> tuple[str]:

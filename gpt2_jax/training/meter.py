@@ -69,9 +69,9 @@ class Meter:
         self._mark = None  # where the stretch under measurement began: (time, step)
         self._announced = False
         self._fetch_every = 1  # updates; see FETCH_SECONDS
-        # Of this process: the time and the number of measured updates; of pauses and evaluations.
-        self._seconds = self._seconds_paused = 0.0
-        self._steps = self.n_evaluations = 0
+        # Of this process: the time and the number of measured updates, and of evaluations.
+        self._seconds = self._seconds_evaluating = 0.0
+        self._steps = self._evaluations = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a dispatched update. Raises DivergedError for earlier updates."""
@@ -93,10 +93,13 @@ class Meter:
     def paused(self, step: int) -> Iterator[None]:
         """Drains, and leaves what happens inside out of the measurement."""
         self.drain()
-        began = time.monotonic()
         yield
         self._mark = time.monotonic(), step
-        self._seconds_paused += self._mark[0] - began
+
+    def evaluated(self, seconds: float) -> None:
+        """Counts an evaluation and its time, to estimate those to come."""
+        self._evaluations += 1
+        self._seconds_evaluating += seconds
 
     def seconds(self) -> float:
         """Since the run began, over all its processes."""
@@ -167,15 +170,14 @@ class Meter:
         return self.setup.tokens_per_step / seconds_per_step
 
     def _seconds_left(self, step: int) -> tuple[float, float, int]:
-        """Of training after `step`; of the evaluations after it, with all that pauses for them do;
-        and the number of these evaluations.
+        """Of training after `step`; of the evaluations after it; and the number of these.
 
         Until one was timed, the forward pass of a token counts as a third of its update.
         """
         every, seconds_per_step = self.setup.config.eval.every, self._seconds / self._steps
         n = math.ceil(self.steps / every) - (step - 1) // every
-        if self.n_evaluations:
-            evaluation = self._seconds_paused / self.n_evaluations
+        if self._evaluations:
+            evaluation = self._seconds_evaluating / self._evaluations
         else:
             evaluation = seconds_per_step / self.setup.tokens_per_step * self.setup.eval_tokens / 3
         return (self.steps - step) * seconds_per_step, n * evaluation, n

@@ -186,9 +186,9 @@ async function start() {
     $('view').append(el('p', {class: 'failed'}, `The data of this page cannot be unpacked: ${error}. A browser of 2023 or later is needed.`));
     return;
   }
-  // First a right guess that the early layers were far from, and the head that looks most at the
-  // token before.
-  const far = p => at('logit.rank', L, p) > 1 ? 0 : at('logit.rank', Math.floor(L / 2), p) + at('logit.rank', 0, p) / FACTS.vocabulary;
+  // First a right guess that the early layers were far from, with some text before it, and the head
+  // that looks most at the token before.
+  const far = p => p < T / 4 || at('logit.rank', L, p) > 1 ? 0 : at('logit.rank', Math.floor(L / 2), p) + at('logit.rank', 0, p) / FACTS.vocabulary;
   const distances = textLosses().map((_, p) => far(p));
   state.p = distances.indexOf(Math.max(...distances));
   if (L) {

@@ -185,7 +185,7 @@ function fillAttention(panel) {
   const {layer, head, p} = state;
   panel.append(
     el('h2', {}, 'Where each head looks'),
-    explain('A row is a position, a column an earlier one that it can look at; the darker, the larger the weight. Each row sums to 1. ',
+    explain('A row is a position, a column an earlier one that it can look at; the stronger the colour, the larger the weight. Each row sums to 1. ',
       'Frames mark the heads that look most at what you choose:'),
     el('div', {class: 'choices'}, choice('Frames:', Object.fromEntries(Object.entries(marks).map(([key, one]) => [key, one.name])), state.score, score => change({score}))));
   const best = strongest(values, mark, Math.min(5, L * H));
@@ -261,7 +261,7 @@ function fillLayers(panel) {
   const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', 'right'])];
   panel.append(table(columns, rows, {id: 'layers'}), el('p', {class: 'soft'}, `rank and probability of ${guessName(p)}; the last layer on top`));
   panel.append(el('h3', {}, 'When does the model know? Rank of the right token'),
-    el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), el('span', {class: 'soft'}, 'light: rank 1 · dark: far down'), ));
+    el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), el('span', {class: 'soft'}, 'faint: rank 1 · strong: far down'), ));
   const most = Math.log(FACTS.vocabulary);
   const labels = Array.from({length: T}, (_, i) => visible(targetText(i)));
   const names = [...LAYER_NAMES].reverse();
@@ -379,7 +379,7 @@ function fillBackward(panel) {
     about: (r, s) => s > p ? `position ${s} comes later: no gradient` : `after ${names[r]}, position ${s} ‘${labels[s]}’: ${number(gradientNorm(L - r, p, s))}`,
     choose: (r, s) => change({p: s}), here: {column: p},
     label: `Norm of the gradient after each of ${L + 1} layers at each position; it is largest, ${number(most)}, near position ${p}`,
-  }), el('p', {class: 'soft'}, `logarithmic: from ${number(most, 2)}, the darkest, down to a ten-thousandth of it`));
+  }), el('p', {class: 'soft'}, `logarithmic: from ${number(most, 2)}, the strongest colour, down to a ten-thousandth of it`));
   panel.append(asTable('As a table', () => table(['position', ...LAYER_NAMES], Array.from({length: p + 1}, (_, s) => [`${s} ${labels[s]}`, ...LAYER_NAMES.map((_, layer) => number(gradientNorm(layer, p, s)))]))));
 
   panel.append(el('h3', {}, 'The gradient in every parameter'), explain('The norm of the gradient of this loss in each array of parameters: what this one guess would teach the model.'));

@@ -1,0 +1,29 @@
+"""docs/induction.md: a two-layer model grows an induction head, and needs it."""
+
+import contextlib
+import io
+import re
+import runpy
+from pathlib import Path
+
+from runs import quiet_train
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / 'docs' / 'induction.md'
+
+
+def test_the_head_grows_and_the_model_needs_it(tmp_path, monkeypatch):
+    """By the configuration and the program of the page; with fewer steps."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'induction.py'))['get_config']()
+    config.train.steps = 1500
+    config.eval.every, config.eval.sample_tokens = 1500, 0
+    monkeypatch.chdir(tmp_path)
+    assert quiet_train(config, Path('runs/induction'))[0] == 0
+    program = re.search(r'```python\n(.*?)```', PAGE.read_text('utf-8'), re.DOTALL)[1]
+    (tmp_path / 'program.py').write_text(program)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        found = runpy.run_path('program.py')
+    assert found['scores'].induction.max() > 0.3
+    assert found['layer'] == 1
+    assert found['scores'].previous[0].max() > 0.3
+    assert found['without'] >= 2 * found['plain'], out.getvalue()
