@@ -1,5 +1,8 @@
 """What goes wrong is explained: planted faults are found at their layer, step and line of text."""
 
+import re
+import threading
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,23 +37,22 @@ def first_step_that_reads(addressing, position):
     raise AssertionError('never read')
 
 
-def plant(patch, name, layer, head):
-    """Makes a head of a layer give nan at the token TRAP, in training and in replays."""
-    embed, tap, planted = gpt2.embed, gpt2.tap, {}
+def plant(patch, name, layer, head, token):
+    """Makes a head of a layer give nan at a token, in training and in replays."""
+    embed, tap, planted = gpt2.embed, gpt2.tap, threading.local()  # programs compile on threads
 
     def embed_and_note(wte_VD, wpe_PD, tokens_BT, pos):
-        planted['here_BT'] = tokens_BT == planted['trap']
+        planted.here_BT = tokens_BT == token
         return embed(wte_VD, wpe_PD, tokens_BT, pos)
 
     def tap_and_spoil(module, at, x):
         if at == name and module.path[:1] == (f'h_{layer}',):
-            here_BT1 = planted['here_BT'][..., None]
+            here_BT1 = planted.here_BT[..., None]
             x = x.at[:, :, head].set(jnp.where(here_BT1, jnp.nan, x[:, :, head]))
         return tap(module, at, x)
 
     patch.setattr(gpt2, 'embed', embed_and_note)
     patch.setattr(gpt2, 'tap', tap_and_spoil)
-    return planted
 
 
 def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatch):
@@ -59,12 +61,12 @@ def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatc
     (tmp_path / 'text.txt').write_text('\n'.join(lines))
     settings = QUIET | {'train__grad_accum_steps': 2, 'model__n_layer': 4, 'model__n_embd': 8}
     config = runs.make_config(tmp_path / 'text.txt', **settings)
-    planted = plant(monkeypatch, 'z', layer=3, head=1)
-    planted['trap'] = sorted(set('\n'.join(lines))).index(TRAP)
+    trap = sorted(set('\n'.join(lines))).index(TRAP)
+    plant(monkeypatch, 'z', layer=3, head=1, token=trap)
     with pytest.raises(DivergedError) as error:
         runs.quiet_train(config, tmp_path / 'run')
     run = ledger.open_run(tmp_path / 'run')
-    assert run.dataset.tokenizer.decode([planted['trap']]) == TRAP
+    assert run.dataset.tokenizer.decode([trap]) == TRAP
     step, row, place = first_step_that_reads(run.addressing, '\n'.join(lines).index(TRAP))
     message = str(error.value)
     assert f'training diverged at step {step}: loss = nan' in message
@@ -94,13 +96,17 @@ def test_a_huge_learning_rate_is_named(tmp_path):
 
 def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
     lines = runs.write_text(tmp_path / 'text.txt', words=2400).read_text().splitlines()
-    spoilt = 'qzxjvwqxzjvwzqjxwvzxqjvwqzxj'
+    spoilt = 'qzxjvwqxzjvwzqjxwvzxqjvwqzxjzzqjxvwqjzxxvqwjzvxqjwzxvjq'
     lengths = np.cumsum([0, *(len(line) + 1 for line in lines)])
     # One epoch has 170 steps of 4 rows; the model has to learn what is usual first.
     n_tokens = n_train_characters(int(lengths[-1]) + len(spoilt), 0.1)
     addressing = ledger.Addressing(n_tokens, default_config().train.seed, 4, 16)
-    steps = [first_step_that_reads(addressing, start + 8)[0] for start in lengths[:-8]]
-    number = next(i for i, step in enumerate(steps) if 120 < step < 160)
+
+    def steps_that_read(line):
+        positions = range(lengths[line], lengths[line] + len(spoilt), 8)
+        return {first_step_that_reads(addressing, position)[0] for position in positions}
+
+    number = next(i for i in range(len(lines) // 2, len(lines)) if min(steps_that_read(i)) > 60)
     lines.insert(number, spoilt)
     (tmp_path / 'text.txt').write_text('\n'.join(lines))
     settings = QUIET | {'train__steps': 165, 'checkpoint__every': 20, 'optim__learning_rate': 1e-2}
@@ -109,10 +115,12 @@ def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
     assert code == 0
     run = ledger.open_run(tmp_path / 'run')
     assert run.addressing == addressing
-    leaps = [line for line in printed.splitlines() if ' deviations above ' in line]
-    (said,) = [line for line in leaps if line.startswith(f'step {steps[number]}: loss = ')]
-    assert f'text.txt:{number + 1}, byte ' in said
-    assert (tmp_path / 'run' / 'autopsies' / f'step_{steps[number]}.html').exists()
+    found = re.findall(r'\nstep (\d+): loss = .* deviations above .*text\.txt:(\d+), byte', printed)
+    assert found
+    for step, line in found:
+        assert int(step) in steps_that_read(number)
+        assert int(line) == number + 1
+        assert (tmp_path / 'run' / 'autopsies' / f'step_{step}.html').exists()
     # Looking changed nothing.
     config = runs.make_config(tmp_path / 'text.txt', **settings)
     assert runs.quiet_train(config, tmp_path / 'other')[0] == 0

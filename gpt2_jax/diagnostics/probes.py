@@ -254,27 +254,32 @@ class Probe:
         return any(is_log_spaced(at, self.every) for at in (step, step + 1))
 
     def begin(self, start: int, state: TrainState) -> None:
-        """Before the first update of this process: probes step 0."""
+        """Before the first update of this process.
+
+        Step 0 is probed after update 1, from a copy of its parameters: by then the update has been
+        compiled, which would have to wait for the programs of the probes.
+        """
         if start == 0 or is_log_spaced(start + 1, self.every):
-            self._look(start, state, probe=start == 0)
+            self._before = start, jax.tree.map(jnp.copy, state.params)
 
     def __call__(self, step: int, state: TrainState) -> None:
-        self._look(step, state, probe=is_log_spaced(step, self.every))
-
-    def _look(self, step: int, state: TrainState, probe: bool) -> None:
         began = time.monotonic()
-        if probe:
-            arrays = self.measure(state.params)
-            updates = self._updates(step, state.params)
-            arrays |= {'update': updates, 'ratio': updates / np.maximum(arrays['weight'], 1e-30)}
-            append(self.workdir, step, arrays, self.measure.constants())
-            self.log.figures(step, 'probe', figures(arrays, self.measure.constants()))
-            self.count += 1
+        if step == 1:
+            self._probe(0, self._before[1], np.full(len(jax.tree.leaves(state.params)), np.nan))
+        if is_log_spaced(step, self.every):
+            self._probe(step, state.params, self._updates(step, state.params))
         self._before = None
         if is_log_spaced(step + 1, self.every):
             # The next update overwrites the state.
             self._before = step, jax.tree.map(jnp.copy, state.params)
         self.seconds += time.monotonic() - began
+
+    def _probe(self, step: int, params, updates: np.ndarray) -> None:
+        arrays = self.measure(params)
+        arrays |= {'update': updates, 'ratio': updates / np.maximum(arrays['weight'], 1e-30)}
+        append(self.workdir, step, arrays, self.measure.constants())
+        self.log.figures(step, 'probe', figures(arrays, self.measure.constants()))
+        self.count += 1
 
     def _updates(self, step: int, params) -> np.ndarray:
         """The norm of the update that led to `step`, for each parameter array."""

@@ -38,8 +38,8 @@ class Progress:
     train_steps: int = 0
     # What an interrupt stopped of 'evaluation' and 'sample': the resumed run does it first.
     unfinished: list[str] = dataclasses.field(default_factory=list)
-    # [step, train.steps until then] of each --extend: the schedule of a step depends on it.
-    extensions: list[list[int]] = dataclasses.field(default_factory=list)
+    # Of each --extend: the step, and train.steps until then, on which the schedule depends.
+    extensions: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
 
 class Meter:

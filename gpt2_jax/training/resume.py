@@ -12,7 +12,7 @@ from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UsageError
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
-from gpt2_jax.workdir import folder
+from gpt2_jax.workdir import folder, history
 from gpt2_jax.workdir.checkpoints import Checkpoints, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, best_step, committed_steps
 
@@ -25,7 +25,7 @@ PROGRESS = dict.fromkeys(
     'val_tokens': foreign.Maybe(foreign.integer(0)),
     'train_steps': foreign.Maybe(foreign.integer(0)),
     'unfinished': foreign.Maybe([foreign.one_of('evaluation', 'sample')]),
-    'extensions': foreign.Maybe([[foreign.integer(0)]]),
+    'extensions': foreign.Maybe(history.EXTENSIONS),
 }
 
 
@@ -99,7 +99,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     progress = read_progress(meta, workdir)
     if extend and longer:
         print(_describe_extension(old, config, start))
-        progress.extensions.append([start, old.train.steps])
+        progress.extensions.append({'step': start, 'planned': old.train.steps})
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
     return Start(start, progress, meta['log_sizes'])

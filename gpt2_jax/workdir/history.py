@@ -14,7 +14,12 @@ PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what 
 NOT_A_RUN = 'expected the folder of a run of scripts/train.py'
 MAX_LOG_BYTES = 1 << 30
 MAX_PROBES_BYTES = 1 << 32
-META = {'config': str, 'corpus': {'name': str, 'sha256': str}, 'progress': {}}
+EXTENSIONS = [{'step': foreign.integer(0), 'planned': foreign.integer(1)}]
+META = {
+    'config': str,
+    'corpus': {'name': str, 'sha256': str},
+    'progress': {'extensions': foreign.Maybe(EXTENSIONS)},  # none before version 0.2
+}
 RECORD = {'step': foreign.integer(0), 'split': str}
 
 
@@ -30,10 +35,10 @@ def config_at(run: Path, step: int) -> ConfigDict:
     """The configuration that update `step` ran with: an extended run has had several."""
     config, steps = read_config(run), committed_steps(run / FOLDER)
     progress = _read_meta(run, steps[-1])['progress'] if steps else {}
-    for extended_at, planned in progress.get('extensions', []):
-        if step <= extended_at:
+    for extension in progress.get('extensions') or []:
+        if step <= extension['step']:
             with config.unlocked():
-                config.train.steps = planned
+                config.train.steps = extension['planned']
             break
     return config
 
