@@ -57,6 +57,10 @@ NAME = Allowed('a text that is not empty', bool)
 SWITCH = Allowed('True or False', lambda value: True)
 TEXT = Allowed('any text', lambda value: True)
 
+# An evaluation without eval.tokens. A forward pass takes a third of the work of an update, so the
+# evaluations take about a tenth of a run.
+MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 1 << 13, 1 << 17
+
 GPT2 = GPT2Config()  # the defaults of the model section
 
 # key -> (default, allowed values, meaning). The model's defaults are GPT-2's own (124M). The
@@ -175,6 +179,18 @@ SETTINGS = {
         SWITCH,
         'keep the optimizer state of that checkpoint too, under a new schedule',
     ),
+    'train.probe': (
+        0,
+        at_least(0),
+        'probe the model at steps 0, 1, 2, 4, .. 512, then every so many updates, into probes.npz; '
+        '0: no probes',
+    ),
+    'train.spike': (
+        0.0,
+        at_least(0),
+        'explain an update whose loss or gradient norm is more than so many standard deviations '
+        'above those before it, and continue; 0: never',
+    ),
     # -- optimizer
     'optim.implementation': (
         'optax',
@@ -214,16 +230,28 @@ SETTINGS = {
         'length of the sample printed at each evaluation; 0: none',
     ),
     'eval.tokens': (
-        1 << 17,
-        at_least(0),
+        int,
+        or_none(at_least(0)),
         'tokens of an evaluation: windows evenly spread over the split, the same ones each time; '
-        '0, or more than the split has: the whole split',
+        '0, or more than the split has: the whole split; left open: a third of the training tokens '
+        f'between two evaluations, at least {MIN_EVAL_TOKENS:,} and at most {MAX_EVAL_TOKENS:,}',
     ),
     # -- checkpoints
     'checkpoint.every': (
         1000,
         at_least(1),
         'updates between saves; improvements and the last update are saved too',
+    ),
+    'checkpoint.keep': (
+        'latest',
+        one_of('latest', 'log', 'all'),
+        'latest: the last two checkpoints and the best; log: also steps 0, 1, 2, 4, .. 512, then '
+        'every keep_every; all: step 0 and every checkpoint',
+    ),
+    'checkpoint.keep_every': (
+        1000,
+        at_least(1),
+        "updates between the checkpoints that 'log' keeps after step 512",
     ),
     # -- logging
     'log.every': (10, at_least(1), 'updates between records in metrics.jsonl and on the console'),
@@ -249,6 +277,8 @@ RENAMED_VALUES = {
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 # Except this one: losses over other tokens would not tell which checkpoint is the best.
 NOT_RESUMABLE = ('eval.tokens',)
+# And with other values of these.
+RESUMABLE_KEYS = ('train.probe', 'train.spike')
 
 
 def default_config() -> ConfigDict:
@@ -284,15 +314,18 @@ def check_key(key: str) -> None:
     if key in SETTINGS:
         return
     last = key.split('.')[-1]
-    near = difflib.get_close_matches(key, SETTINGS, n=1) or [
-        full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])
-    ]
-    section = key.split('.')[0]
-    names = [full for full in SETTINGS if full.startswith(section + '.')] or sorted(
-        {k.split('.')[0] for k in SETTINGS}
+    near = (
+        [full for full in SETTINGS if full.split('.')[-1] == last]
+        or difflib.get_close_matches(key, SETTINGS, n=1)
+        or [full for full in SETTINGS if difflib.get_close_matches(last, [full.split('.')[-1]])]
     )
+    section = key.split('.')[0]
+    if names := [full.split('.')[1] for full in SETTINGS if full.startswith(section + '.')]:
+        known = f'{section} has {", ".join(names)}'
+    else:
+        known = f'the sections are {", ".join(sorted({k.split(".")[0] for k in SETTINGS}))}'
     hint = f'the nearest is {describe(near[0])}; ' if near else ''
-    raise UsageError(f'there is no setting {key!r}; {hint}there are: {", ".join(names)}')
+    raise UsageError(foreign.cut(f'there is no setting {foreign.show(key)}; {hint}{known}'))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -306,20 +339,29 @@ def resolve(config: ConfigDict) -> ConfigDict:
         default, allowed, meaning = SETTINGS[key]
         kind = default if isinstance(default, type) else type(default)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
-        if kind is float and right_type and not math.isfinite(value):
-            right_type = False
+        if right_type and kind in (int, float) and value is not None:
+            right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
         if not right_type or not allowed.test(value):
             raise UsageError(
-                f'{key} = {value!r} is not allowed; expected {_kind_words(kind)}, '
+                f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
                 f'{allowed.words} ({meaning})'
             )
     model, train = config.model, config.train
     with config.unlocked():
         model.n_inner = model.n_inner or 4 * model.n_embd
         train.seq_len = train.seq_len or model.n_positions
+        if config.eval.tokens is None:
+            config.eval.tokens = usual_eval_tokens(config)
     for problem in _conflicts(config):
         raise UsageError(problem)
     return config.lock()
+
+
+def usual_eval_tokens(config: ConfigDict) -> int:
+    """What eval.tokens is if it is left open; `config` is resolved otherwise."""
+    train = config.train
+    between = min(config.eval.every, train.steps) * train.batch_size * train.seq_len
+    return min(max(between // 3, MIN_EVAL_TOKENS), MAX_EVAL_TOKENS)
 
 
 def _conflicts(config: ConfigDict) -> Iterator[str]:
@@ -399,6 +441,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key]
-        and (key.split('.')[0] not in RESUMABLE_SECTIONS or key in NOT_RESUMABLE)
+        if old[key] != new[key] and not _is_resumable(key)
     }
+
+
+def _is_resumable(key: str) -> bool:
+    if key in RESUMABLE_KEYS:
+        return True
+    return key.split('.')[0] in RESUMABLE_SECTIONS and key not in NOT_RESUMABLE

@@ -21,9 +21,9 @@ import codecs
 import contextlib
 import itertools
 import json
-import math
 import os
 import stat
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -60,8 +60,8 @@ def error(source: str | os.PathLike, problem: str, remedy: str = '') -> UserErro
     source, remedy = escape(str(source)), f'; {remedy}' if remedy else ''
     if len(source) > MAX_SOURCE:
         source = '..' + source[2 - MAX_SOURCE :]
-    problem = _cut(problem, MAX_MESSAGE - len(source) - len(remedy) - 1)
-    return UserError(_cut(f'{source} {problem}{remedy}', MAX_MESSAGE))
+    problem = cut(problem, MAX_MESSAGE - len(source) - len(remedy) - 1)
+    return UserError(cut(f'{source} {problem}{remedy}'))
 
 
 def show(value: Any) -> str:
@@ -70,10 +70,11 @@ def show(value: Any) -> str:
         return f'an object of {len(value)}'
     if isinstance(value, list):
         return f'a list of {len(value)}'
-    return _cut(repr(value[:50] if isinstance(value, str) else value), 50)
+    return cut(repr(value[:50] if isinstance(value, str) else value), 50)
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int = MAX_MESSAGE) -> str:
+    """The text with control characters escaped, and without its end if that is beyond `length`."""
     text = escape(text[:MAX_MESSAGE])
     return text if len(text) <= length else text[: max(0, length - 2)] + '..'
 
@@ -189,7 +190,7 @@ def one_of(*values: str) -> Check:
     return Check(words, lambda value: isinstance(value, str) and value in values)
 
 
-NUMBER = Check('a number', lambda v: type(v) in (int, float) and math.isfinite(v))
+NUMBER = Check('a number', lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max)
 SHA256 = Check(
     '64 hexadecimal digits',
     lambda v: isinstance(v, str) and len(v) == 64 and not v.strip('0123456789abcdef'),
@@ -275,5 +276,5 @@ def _check(value: Any, schema: Any, source, place: str, remedy: str) -> None:
 
 def _expect(fits: bool, value: Any, words: str, source, place: str, remedy: str) -> None:
     if not fits:
-        where = _cut(place, 60) or 'it'
+        where = cut(place, 60) or 'it'
         raise error(source, f'is damaged: {where} is {show(value)}, expected {words}', remedy)

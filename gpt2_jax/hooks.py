@@ -1,18 +1,21 @@
-"""The hooks of every run: evaluate, sample, save. Each is a loop.Hook."""
+"""The hooks of a run: evaluate, sample, explain what goes wrong, save. Each is a loop.Hook."""
 
+import collections
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from gpt2_jax.errors import DivergedError
+from gpt2_jax.errors import DivergedError, UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
-from gpt2_jax.progress import Progress
+from gpt2_jax.reports import autopsy
 from gpt2_jax.training.loop import Interrupt, Interrupted
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.setup import Setup
@@ -50,7 +53,7 @@ class Evaluate:
 
     def __call__(self, step: int, state: TrainState) -> None:
         progress = self.meter.progress
-        report = Progress('evaluated', self.meter.setup.eval_tokens, 'tokens', 1, self.log.say)
+        report = self.log.working('evaluated', self.meter.setup.eval_tokens, 'tokens')
 
         def on_batch(tokens):
             self.interrupt.check()
@@ -72,6 +75,7 @@ class Evaluate:
         progress.final_val_loss, progress.val_tokens = result.loss, result.tokens
         self.log.record(step, 'val', {**result._asdict(), 'seconds': self.meter.seconds()})
         seconds = time.monotonic() - report.began
+        self.meter.evaluated(seconds)
         self.log.say(
             f'step {step}: validation {result}, in {seconds:.1f} s'
             + (' (best so far)' if better else '')
@@ -98,6 +102,7 @@ class Sample:
 
     def __call__(self, step: int, state: TrainState) -> None:
         setup, tokenizer = self.setup, self.setup.dataset.tokenizer
+        self.log.work(f'step {step}: writing a sample')
         # One text at a time is too little work for a mesh.
         params = jax.device_put(state.params, setup.device)
         chunks = generate(
@@ -125,9 +130,9 @@ class Sample:
 class Save:
     """Saves the state and everything that resuming needs.
 
-    Also saves when the state is the best so far, and when a signal has arrived. `meta()` gives
-    the data to keep beside the state; see resume.checkpoint_meta. Raises UserError if this save,
-    or the save before it, failed.
+    Also saves when the state is the best so far, when checkpoint.keep asks for this step, and when
+    a signal has arrived. `meta()` gives the data to keep beside the state; see
+    resume.checkpoint_meta. Raises UserError if this save, or the save before it, failed.
     """
 
     every: int
@@ -140,8 +145,13 @@ class Save:
 
     def due(self, step: int) -> bool:
         self.checkpoints.check()
+        kept = self.checkpoints.kept
+        if step == 0:
+            return kept.includes(0) and not self.checkpoints.committed()
         is_best = self.meter.progress.best_step == step
-        return is_best or bool(self.interrupt.seen) or is_due(step, self.every, self.meter.steps)
+        is_kept = kept.keep == 'log' and kept.includes(step)
+        is_regular = is_due(step, self.every, self.meter.steps)
+        return is_best or is_kept or is_regular or bool(self.interrupt.seen)
 
     def __call__(self, step: int, state: TrainState) -> None:
         progress = self.meter.progress
@@ -150,6 +160,66 @@ class Save:
         is_evaluated = self.evaluate.due(step) and 'evaluation' not in progress.unfinished
         val_loss = progress.final_val_loss if is_evaluated else None
         self.checkpoints.save(step, state, self.meta(), val_loss)
+
+
+class ExplainSpikes:
+    """Explains updates whose loss or gradient norm leaps, without stopping the run.
+
+    An update leaps if a value is more than `deviations` standard deviations above the mean of up to
+    WINDOW updates before it; 0: none does. The first PAGES explanations of a process get a page,
+    which takes a replay; the others get a line with the command that makes one.
+    """
+
+    WINDOW, LEAST, PAGES = 100, 20, 3
+
+    def __init__(self, deviations: float, workdir: Path, log: Logger):
+        self.deviations, self.workdir, self.log = deviations, workdir, log
+        self.recent = {
+            name: collections.deque(maxlen=self.WINDOW) for name in ('loss', 'grad_norm')
+        }
+        self.leaps = []  # (step, what), not explained yet
+        self.pages = 0
+
+    def watch(self, step: int, values: dict[str, float]) -> None:
+        """Takes the metrics of an update."""
+        if not self.deviations:
+            return
+        for name, recent in self.recent.items():
+            if len(recent) >= self.LEAST:
+                mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+                if values[name] > mean + self.deviations * deviation:
+                    times = (values[name] - mean) / max(deviation, 1e-12)
+                    what = f'{name} = {values[name]:.4g} is {times:.1f} deviations above {mean:.4g}'
+                    self.leaps.append((step, what))
+            recent.append(values[name])
+
+    def due(self, step: int) -> bool:
+        return bool(self.leaps)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        self.explain()
+
+    def explain(self) -> None:
+        """Explains the updates that leapt since the last call."""
+        leaps, self.leaps = dict(reversed(self.leaps)), []  # of two values, the loss
+        for at in sorted(leaps):
+            self.pages += 1
+            by_hand = f'python scripts/steps.py autopsy --workdir={self.workdir} --step={at}'
+            why = by_hand if self.pages > self.PAGES else explained(self.workdir, at)
+            self.log.say(f'step {at}: {leaps[at]}. {why}')
+
+
+def explained(workdir: Path, step: int) -> str:
+    """Why an update went wrong, in sentences that name the page; or how to find out by hand."""
+    try:
+        said, page = autopsy.explain(workdir, step)
+    except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        return (
+            f'It could not be explained here ({reason}); python scripts/steps.py autopsy '
+            f'--workdir={workdir} --step={step} tries again'
+        )
+    return f'{" ".join(said)} {page} shows all of it'
 
 
 def finish_last_step(
@@ -173,8 +243,11 @@ def finish_last_step(
         sample(step, state)
 
 
-def diverged(checkpoints: Checkpoints, step: int, what: str) -> DivergedError:
-    """The error for a value that is not finite. Names the value and the last good checkpoint."""
+def diverged(checkpoints: Checkpoints, workdir: Path, step: int, what: str) -> DivergedError:
+    """The error for a value that is not finite.
+
+    Names the value, the last good checkpoint, and where the value came from.
+    """
     checkpoints.wait()
     steps = checkpoints.committed()
     last = (
@@ -182,6 +255,7 @@ def diverged(checkpoints: Checkpoints, step: int, what: str) -> DivergedError:
     )
     return DivergedError(
         f'training diverged at step {step}: {what}; nothing was saved from it, {last} in '
-        f'{checkpoints.folder}. Start again (--fresh, or another --workdir) with a lower '
-        'optim.learning_rate, more optim.warmup_steps, or optim.clip_norm = 1'
+        f'{checkpoints.folder}. {explained(workdir, step)}. Start again (--fresh, or another '
+        '--workdir) with a lower optim.learning_rate, more optim.warmup_steps, or optim.clip_norm '
+        '= 1'
     )

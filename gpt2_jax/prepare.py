@@ -21,21 +21,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt2_jax import files, foreign
 from gpt2_jax.data import documents, tokenizers
 from gpt2_jax.data.dataset import SPLITS, n_train_characters
-from gpt2_jax.data.shards import FORMAT, MANIFEST, TOKENIZER
+from gpt2_jax.data.shards import FORMAT, INPUTS, MANIFEST, MARK, TOKENIZER, Place
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
-INPUTS = 'inputs.jsonl'  # the files that were read, one a line
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAX_BAD = 10  # files that cannot be read, until the first pass ends
 MAX_HELD = 1 << 24  # characters without a place to cut
 
 
@@ -112,7 +112,8 @@ def prepare(
         raise UsageError(
             f'the {tokenizer_name} tokenizer has no special tokens: leave the option out'
         )
-    paths, left_out = documents.find_files(inputs)
+    with Progress('looking for files'):
+        paths, left_out = documents.find_files(inputs)
     folder = files.user_path(out_dir).resolve()
     with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)
@@ -133,7 +134,8 @@ def prepare(
                 for split in SPLITS
             ]
             _encode(sources, writers, text_field, split_by, val_fraction)
-            splits = {writer.split: writer.finish() for writer in writers}
+            with Progress('encoding and writing the rest'):
+                splits = {writer.split: writer.finish() for writer in writers}
         left_out['empty files'] += len(paths) - len(sources)
         manifest = {
             'format': FORMAT,
@@ -170,7 +172,7 @@ def _count(
     paths: list[str], text_field: str, learns_alphabet: bool
 ) -> tuple[list[Source], set[str]]:
     """The first pass: the files that are not empty, and the alphabet, if asked for."""
-    sources, alphabet = [], set()
+    sources, alphabet, bad = [], set(), {}
     with Progress('pass 1 of 2: read', sum(map(os.path.getsize, paths))) as progress:
         for path in paths:
             digest, n_bytes, n_documents, n_characters = hashlib.sha256(), 0, 0, 0
@@ -181,15 +183,27 @@ def _count(
                 digest.update(block)
                 progress.add(len(block))
 
-            for document in documents.read(path, text_field, observe):
-                n_documents += 1
-                for block in document:
-                    n_characters += len(block)
-                    if learns_alphabet:
-                        alphabet.update(block)
+            try:
+                for document in documents.read(path, text_field, observe):
+                    n_documents += 1
+                    for block in document:
+                        n_characters += len(block)
+                        if learns_alphabet:
+                            alphabet.update(block)
+            except UserError as error:
+                bad[path] = error
+                if len(bad) == MAX_BAD:
+                    break
             if n_characters:
                 about = n_documents, n_characters, n_bytes, digest.hexdigest()
                 sources.append(Source(path, *about))
+    if bad:
+        first, *others = bad
+        if not others:
+            raise bad[first]
+        and_so_on = ', ..' if len(bad) == MAX_BAD else ''
+        these = ', '.join(map(foreign.escape, others))
+        raise UserError(f'{bad[first]}; these cannot be read either: {these}{and_so_on}')
     if not sources:
         what = f'{paths[0]} is' if len(paths) == 1 else f'all {len(paths)} files are'
         raise UserError(f'the text {what} empty: expected at least one character')
@@ -209,8 +223,9 @@ def _encode(
     # The characters that go to training before the next go to validation.
     left = n_train_characters(sum(source.characters for source in sources), val_fraction)
     with Progress('pass 2 of 2: encoded', sum(source.bytes for source in sources)) as progress:
-        for source in sources:
+        for file, source in enumerate(sources):
             digest = hashlib.sha256()
+            is_record = documents.file_kind(source.path) != documents.TEXT
 
             def observe(block, digest=digest):
                 digest.update(block)
@@ -218,14 +233,18 @@ def _encode(
 
             if split_by == 'file':
                 left = n_train_characters(source.characters, val_fraction)
-            for document in documents.read(source.path, text_field, observe):
+            found = documents.read_placed(source.path, text_field, observe)
+            for line, byte, blocks in found:
                 train.begin_document()
                 val.begin_document()
+                place = Place(is_record, file, line, -1 if byte is None else byte, 0)
                 if split_by == 'document':
                     left = 0 if _is_val(next(numbers), share) else sys.maxsize
-                for block in document:
-                    train.add(block[:left])
-                    val.add(block[left:])
+                for block in blocks:
+                    train.add(block[:left], place)
+                    place = place.after(block[:left])
+                    val.add(block[left:], place)
+                    place = place.after(block[left:])
                     left = max(0, left - len(block))
             if digest.hexdigest() != source.sha256:
                 remedy = 'run again when nothing writes to it'
@@ -235,6 +254,14 @@ def _encode(
 def _is_val(number: int, share: Fraction) -> bool:
     """Whether document `number` is for validation: `share` of the documents, evenly spread."""
     return math.floor((number + 1) * share) > math.floor(number * share)
+
+
+class _Encoded(NamedTuple):
+    """The ids (N,) of texts, their UTF-8 bytes, and (index of its first id, place) of each."""
+
+    ids: np.ndarray
+    n_bytes: int
+    marks: list[tuple[int, Place]]
 
 
 class _SplitWriter:
@@ -255,20 +282,21 @@ class _SplitWriter:
         self.separator = np.array([tokenizer.separator or 0], self.dtype)
         self.buffer = np.empty(shard_tokens, self.dtype)
         self.filled = self.n_bytes = 0
-        self.shards = []
+        self.shards, self.marks, self.n_tokens = [], [], 0
         self.split_is_empty = self.document_is_empty = True
         self.held = []  # blocks of the current document that are not in `texts` yet
+        self.held_from = None  # the place of the first of them
         self.n_held = 0  # characters in `held` and in `texts`
-        self.texts = []  # to be encoded, each by itself; None is a separator
+        self.texts = []  # (place, text) to be encoded, each by itself; None is a separator
         self.encoding = collections.deque()  # futures, in order
 
     def begin_document(self):
         """The blocks that follow belong to another document."""
         if text := ''.join(self.held):
-            self.texts.append(text)
+            self.texts.append((self.held_from, text))
         self.held, self.document_is_empty = [], True
 
-    def add(self, block: str):
+    def add(self, block: str, place: Place):
         """Adds the next part of the current document. An empty document gets no separator."""
         if not block:
             return
@@ -276,13 +304,15 @@ class _SplitWriter:
         if is_first and self.tokenizer.separator is not None:
             self.texts.append(None)
         self.split_is_empty = self.document_is_empty = False
+        if not self.held:
+            self.held_from = place
         self.held.append(block)
         self.n_held += len(block)
         if self.n_held >= documents.BLOCK_BYTES:
             if cut := self.tokenizer.cut(block):
                 self.held[-1] = block[:cut]
-                self.texts.append(''.join(self.held))
-                self.held = [block[cut:]]
+                self.texts.append((self.held_from, ''.join(self.held)))
+                self.held, self.held_from = [block[cut:]], place.after(block[:cut])
             self._submit()
 
     def _submit(self):
@@ -295,19 +325,25 @@ class _SplitWriter:
                 'characters, so it cannot be tokenized in parts: break its lines'
             )
         while len(self.encoding) > 2 * (os.cpu_count() or 1):
-            self._store(*self.encoding.popleft().result())
+            self._store(self.encoding.popleft().result())
 
-    def _encode(self, texts: list[str | None]) -> tuple[np.ndarray, int]:
-        """Ids of texts in a row, None being the separator; and the number of their UTF-8 bytes."""
-        pieces = [self.separator if text is None else self.encode(text) for text in texts]
-        ids, n_bytes = np.concatenate(pieces), sum(len(text.encode()) for text in texts if text)
+    def _encode(self, texts: list[tuple[Place, str] | None]) -> _Encoded:
+        """Encodes each text by itself; None is the separator."""
+        pieces = [self.separator if text is None else self.encode(text[1]) for text in texts]
+        ids, n_bytes = np.concatenate(pieces), sum(len(text[1].encode()) for text in texts if text)
         if self.tokenizer.separator is not None:  # special tokens have no bytes
             n_special = int(np.count_nonzero(ids == self.separator)) - texts.count(None)
             n_bytes -= n_special * len(tokenizers.END_OF_TEXT)
-        return ids, n_bytes
+        starts = itertools.accumulate(map(len, pieces), initial=0)
+        marks = [(at, text[0]) for at, text in zip(starts, texts, strict=False) if text]
+        return _Encoded(ids, n_bytes, marks)
 
-    def _store(self, ids: np.ndarray, n_bytes: int):
-        self.n_bytes += n_bytes
+    def _store(self, encoded: _Encoded):
+        ids = encoded.ids
+        marks = [(self.n_tokens + start, *place[1:]) for start, place in encoded.marks]
+        self.marks.append(np.array(marks, MARK))
+        self.n_tokens += len(ids)
+        self.n_bytes += encoded.n_bytes
         while len(ids):
             taken = ids[: len(self.buffer) - self.filled]
             self.buffer[self.filled : self.filled + len(taken)] = taken
@@ -335,12 +371,16 @@ class _SplitWriter:
         self.begin_document()
         self._submit()
         while self.encoding:
-            self._store(*self.encoding.popleft().result())
+            self._store(self.encoding.popleft().result())
         self._flush()
+        path = self.folder / f'{self.split}_marks.npy'
+        with files.new_file(path) as file:
+            np.save(file, np.concatenate([np.zeros(0, MARK), *self.marks]), allow_pickle=False)
         return {
             'tokens': sum(shard['tokens'] for shard in self.shards),
             'bytes': self.n_bytes,
             'shards': self.shards,
+            'marks': {'file': path.name, 'sha256': files.sha256(path)},
         }
 
 

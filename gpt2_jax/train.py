@@ -1,7 +1,9 @@
 """A training run from beginning to end, in the order in which things happen.
 
-The parts are joined elsewhere: training/setup.py builds tokens, model and optimizer from the
-configuration, training/programs.py makes the train step of them, and training/loop.py runs it."""
+training/setup.py builds the tokens, the model and the optimizer (training/optim.py) from the
+configuration, training/programs.py makes the train step (training/step.py) from them, and
+training/loop.py runs it on the batches of data/batches.py.
+"""
 
 import functools
 import json
@@ -16,11 +18,13 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import files
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
+from gpt2_jax.diagnostics import probes
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.hooks import Evaluate, Sample, Save, diverged, finish_last_step
+from gpt2_jax.hooks import Evaluate, ExplainSpikes, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
+from gpt2_jax.parallel import feed
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
-from gpt2_jax.parallel.feed import train_batch, train_batches
+from gpt2_jax.progress import Progress
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
@@ -30,6 +34,7 @@ from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, quarantine
 from gpt2_jax.workdir.log import Logger, duration
+from gpt2_jax.workdir.storage import Kept
 
 
 def train(
@@ -41,12 +46,13 @@ def train(
     started: float | None = None,
     hooks: Sequence[loop.Hook] = (),
 ) -> int:
-    """Trains, or resumes training, in the run's folder; returns 0, or 128 + the number of a signal.
+    """Trains, or resumes training, in the folder `workdir`.
 
-    `extend` lets train.steps grow, `fresh` moves an old run aside first, `started` is when the
-    process began, by time.monotonic(). `hooks` are called after evaluation and sampling,
-    before saving. Raises UserError, also if a loss is not finite; finished checkpoints stay
-    untouched.
+    Returns 0, or 128 + the number of the signal that stopped the run. `extend` allows a larger
+    train.steps than before, and `fresh` first moves an old run aside. `started` is the time at
+    which the process began, by time.monotonic(). `hooks` are called after evaluation and sampling
+    and before saving. Raises UserError for wrong input, and if a loss is not finite; finished
+    checkpoints stay untouched.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
@@ -58,11 +64,14 @@ def train(
     if fresh and (aside := folder.move_aside(workdir)):
         print(f'the old run was moved to {aside}')
 
+    kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
     with folder.claim(workdir) as check_claim, memory_errors('train'):
-        for report in quarantine(workdir / FOLDER):
+        with Progress('verifying the checkpoints'):
+            reports = quarantine(workdir / FOLDER)
+        for report in reports:
             print(report, flush=True)
         with (
-            Checkpoints(workdir / FOLDER, check_claim) as checkpoints,
+            Checkpoints(workdir / FOLDER, check_claim, kept) as checkpoints,
             compiling() as pool,
         ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
@@ -79,8 +88,8 @@ def run_in_folder(
 ) -> int:
     """The run in a claimed folder, after damaged checkpoints were set aside: see `train`."""
     config = setup.config
-    # The step of the newest usable checkpoint, 0 for a new run; losses and times so far; and how
-    # many bytes of each log belong to the steps before it.
+    # start: the step of the newest usable checkpoint, or 0 for a new run. progress: the losses and
+    # times so far. log_sizes: how many bytes of each log were written up to step `start`.
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     if start == config.train.steps and (workdir / 'summary.json').exists():
         print(
@@ -91,19 +100,24 @@ def run_in_folder(
         return 0
     if start:
         print(f'resuming from checkpoint {start:,} in {workdir}', flush=True)
+    for line in checkpoints.describe_kept(
+        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
+    ):
+        print(line, flush=True)
 
     train_step = compile_train_step(setup, pool)
     evaluate = make_evaluate(setup, pool=pool)
     if start:
-        state = checkpoints.restore(start, abstract_state(setup))
+        with Progress(f'reading checkpoint {start:,}'):
+            state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = finetune.initial_state(setup)
-    prepare_folder(setup, workdir, log_sizes)
+    prepare_folder(setup, workdir, start, log_sizes)
 
     with (
         Logger(workdir, start, config.train.steps) as log,
         loop.interrupts() as interrupt,
-        train_batches(
+        feed.train_batches(
             setup.mesh,
             setup.dataset.train,
             start=start,
@@ -111,21 +125,30 @@ def run_in_folder(
             **setup.batch_options,
         ) as batches,
     ):
+        spikes = ExplainSpikes(config.train.spike, workdir, log)
+        log.work('compiling the update and the evaluation')
         meter = Meter(
             setup,
             log,
             progress,
             start=start,
             started=started,
-            diverged=functools.partial(diverged, checkpoints),
+            diverged=functools.partial(diverged, checkpoints, workdir),
+            watch=spikes.watch,
         )
         evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
         sampling = Sample(config.eval.every, setup, meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
+        probe = probes.Probe(setup, workdir, log, pool) if config.train.probe else None
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
         # A signal may have stopped the last process between an update and its evaluation or sample.
-        # That work comes first. If a signal stops it again, nothing is trained.
+        # Finish that work first. If a signal interrupts it again, it stays in progress.unfinished,
+        # and no step is trained.
         finish_last_step(start, state, evaluation, sampling, checkpoints)
+        if start == 0 and saving.due(0):
+            saving(0, state)
+        if probe:
+            probe.begin(start, state)
         done = start
         if not progress.unfinished:
             # For each batch: an update, the meter, then the hooks in this order. A signal ends the
@@ -136,10 +159,14 @@ def run_in_folder(
                 batches,
                 start=start,
                 meter=meter,
-                hooks=[evaluation, sampling, *hooks, saving],
+                hooks=[evaluation, sampling, *filter(None, [probe]), spikes, *hooks, saving],
                 interrupt=interrupt,
             )
-    checkpoints.wait()
+        spikes.explain()  # metrics come late: what the last hooks fetched
+    with Progress('saving the last checkpoint'):
+        checkpoints.wait()
+    if probe and probe.count:
+        print(probe.cost(time.monotonic() - started))
 
     if interrupt.seen:
         name = interrupt.seen.name
@@ -166,14 +193,15 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
     check_kernels(setup)
     if fresh:
         finetune.check(setup)
-    train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
+    feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
     next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))
 
 
-def prepare_folder(setup: Setup, workdir: Path, log_sizes: dict[str, int]) -> None:
+def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str, int]) -> None:
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
     for report in folder.cut_back(workdir, log_sizes):
         print(report, flush=True)
+    probes.cut_back(workdir, start)
     (workdir / 'summary.json').unlink(missing_ok=True)
     files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
     files.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))

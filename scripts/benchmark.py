@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from gpt2_jax import cli
+from gpt2_jax.progress import Progress
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -42,12 +43,13 @@ def main(arguments: list[str]) -> None:
     """Calls the library once and prints the figures."""
     cli.no_more(arguments)
     cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
-    from gpt2_jax import config
-    from gpt2_jax.diagnostics import benchmark
-    from gpt2_jax.diagnostics.describe import describe
-    from gpt2_jax.inference.sampling import Sampling
-    from gpt2_jax.parallel import devices
-    from gpt2_jax.training.setup import build
+    with Progress('loading'):
+        from gpt2_jax import config
+        from gpt2_jax.diagnostics import benchmark
+        from gpt2_jax.diagnostics.describe import describe
+        from gpt2_jax.inference.sampling import Sampling
+        from gpt2_jax.parallel import devices
+        from gpt2_jax.training.setup import build
 
     if _WHAT.value == 'startup':
         train = [

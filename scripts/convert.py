@@ -14,6 +14,7 @@ from absl import flags
 
 from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
+from gpt2_jax.progress import Progress
 
 _FROM_HF = flags.DEFINE_string(
     'from_hf', None, 'The published folder, or a name on the hub, to read.'
@@ -37,8 +38,9 @@ def main(arguments: list[str]) -> None:
         raise UsageError(
             'give either --from_hf=DIR to read published weights, or --to_hf=DIR to write them'
         )
-    from gpt2_jax import convert
-    from gpt2_jax.parallel import devices
+    with Progress('loading'):
+        from gpt2_jax import convert
+        from gpt2_jax.parallel import devices
 
     devices.select_platform('cpu')  # arrays are only copied
     if _FROM_HF.value is not None:

@@ -24,6 +24,7 @@ from absl import flags
 from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import detokenizers
+from gpt2_jax.progress import Progress
 
 _CKPT_DIR = flags.DEFINE_string(
     'ckpt_dir', None, "A run's folder, or the folder of a converted model.", required=True
@@ -83,7 +84,6 @@ _PLATFORM = cli.platform_flag()
 def main(arguments: list[str]) -> None:
     """Calls the library once and prints the figures."""
     cli.no_more(arguments)
-    context, unused = '', []
     for flag in (_TEXT, _LAMBADA, _CORPUS):
         if flag.value == '':
             raise UsageError(f'--{flag.name} is empty: expected a file')
@@ -98,9 +98,10 @@ def main(arguments: list[str]) -> None:
     else:
         context, unused = 'with --text', [_CORPUS]
     cli.refuse(unused, context)
-    from gpt2_jax.inference import harness, lambada, score
-    from gpt2_jax.parallel import devices
-    from gpt2_jax.workdir import restore
+    with Progress('loading'):
+        from gpt2_jax.inference import harness, lambada, score
+        from gpt2_jax.parallel import devices
+        from gpt2_jax.workdir import restore
 
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)

@@ -21,6 +21,7 @@ from absl import flags
 
 from gpt2_jax import cli
 from gpt2_jax.errors import UsageError
+from gpt2_jax.progress import Progress
 
 COMMANDS = ('report', 'show', 'shapes')
 SHAPES = 'shapes' in sys.argv[1:2]  # the only command with a configuration
@@ -79,9 +80,10 @@ def main(arguments: list[str]) -> None:
     cli.refuse(UNUSED[command], f'to {command}')
     if command != 'shapes' and _CKPT_DIR.value is None:
         raise UsageError("--ckpt_dir is missing: name a run's folder, e.g. runs/quickstart")
-    from gpt2_jax import config, library, look
-    from gpt2_jax.lens import sites
-    from gpt2_jax.parallel import devices, faults
+    with Progress('loading'):
+        from gpt2_jax import config, library, look
+        from gpt2_jax.lens import sites
+        from gpt2_jax.parallel import devices, faults
 
     devices.select_platform(_PLATFORM.value)
     if command == 'shapes':

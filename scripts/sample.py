@@ -11,6 +11,7 @@ from absl import flags
 from gpt2_jax import cli, files
 from gpt2_jax.architecture import PRECISIONS
 from gpt2_jax.errors import UsageError
+from gpt2_jax.progress import Progress
 
 _CKPT_DIR = flags.DEFINE_string(
     'ckpt_dir', None, "The run's folder: the --workdir of train.py.", required=True
@@ -74,12 +75,13 @@ def main(arguments: list[str]) -> None:
         raise UsageError('--prompt and --prompt_file are both given: give one')
     import jax  # late, so that --help and errors in flags answer at once
 
-    from gpt2_jax.inference.decoding import with_kernels
-    from gpt2_jax.inference.sampling import Sampling
-    from gpt2_jax.inference.streaming import print_samples
-    from gpt2_jax.parallel import devices, faults
-    from gpt2_jax.terminal import printable
-    from gpt2_jax.workdir import restore
+    with Progress('loading'):
+        from gpt2_jax.inference.decoding import with_kernels
+        from gpt2_jax.inference.sampling import Sampling
+        from gpt2_jax.inference.streaming import print_samples
+        from gpt2_jax.parallel import devices, faults
+        from gpt2_jax.terminal import printable
+        from gpt2_jax.workdir import restore
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value

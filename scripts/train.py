@@ -16,6 +16,7 @@ STARTED = time.monotonic()  # before all other imports, which are part of the st
 from absl import flags  # noqa: E402
 
 from gpt2_jax import cli, files  # noqa: E402
+from gpt2_jax.progress import Progress  # noqa: E402
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
@@ -31,8 +32,9 @@ _FRESH = flags.DEFINE_bool('fresh', False, "Rename an old run's folder and start
 def main(arguments: list[str]) -> int:
     """Calls the library once; returns the exit code."""
     cli.no_more(arguments)
-    from gpt2_jax.parallel import devices
-    from gpt2_jax.train import train
+    with Progress('loading'):
+        from gpt2_jax.parallel import devices
+        from gpt2_jax.train import train
 
     devices.select_platform(_PLATFORM.value)
     return train(

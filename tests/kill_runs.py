@@ -3,8 +3,8 @@
     python tests/kill_runs.py --runs=20
 
 Half of the kills come at a random moment, half of them while a checkpoint is being saved. The exit
-code is 1 if any run differs in its parameters, optimizer state, metrics, samples, summary or
-TensorBoard events.
+code is 1 if any run differs in its parameters, optimizer state, metrics, probes, samples, summary
+or TensorBoard events.
 """
 
 import argparse
@@ -26,10 +26,11 @@ import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300  # for one start of a run
+SETTINGS = runs.SETTINGS | {'train.probe': 20}
 
 
 def start(
-    workdir: Path, text: Path, cache: Path, settings=runs.SETTINGS, terminal: int | None = None
+    workdir: Path, text: Path, cache: Path, settings=SETTINGS, terminal: int | None = None
 ) -> subprocess.Popen:
     """Starts the run as a user would, in a terminal if one is given by its file descriptor.
 
@@ -135,7 +136,7 @@ def main() -> int:
     began = time.monotonic()
     finish(start(reference, text, cache))
     seconds = time.monotonic() - began
-    print(f'uninterrupted: {runs.SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
+    print(f'uninterrupted: {SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
     bad = kills = in_saves = 0
     for number in range(1, args.runs + 1):
         workdir, moments = folder / f'run_{number}', []

@@ -3,13 +3,16 @@
     python tests/mutate.py --count=200 --seed=0
     python tests/mutate.py --files='model/*.py' --count=0           # every break of these files
     python tests/mutate.py --only='model/ops.py:53:22 -1 -> 0'      # one break again
+    for i in $(seq 16); do python tests/mutate.py --shard=$i/16 > $i.log & done; wait
 
 A break changes an operator, a comparison, a constant, an axis or a dtype, or drops a line. The
-tests of its file (TESTS) run on it in order, and stop at the first that fails: the break is seen. A
-test that runs longer than the limit counts as failed. A survivor is a missing test, or a change
+tests of its file (TESTS) run on it in order, and stop at the first that fails: the break is seen.
+Tests that run longer than the limit count as failed. A survivor is a missing test, or a change
 without effect; EQUIVALENT lists breaks of the second kind that need no look.
 
-Only a temporary copy of the working tree is changed. The exit status is 1 if a break survived.
+Only a temporary copy of the working tree is changed, by each process its own. The first shard runs
+the tests without any break before. The exit status is 1 if a break survived, 2 if a test fails
+without one.
 """
 
 import argparse
@@ -19,7 +22,9 @@ import fnmatch
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,36 +38,50 @@ PACKAGES = ('model', 'kernels', 'training', 'data', 'inference')
 # Pattern of files -> their tests, those most likely to see a break first. All patterns that match a
 # file count, in this order.
 TESTS = {
-    'model/gpt2.py': 'model ops backward generate huggingface',
+    'model/gpt2.py': 'model ops backward generate huggingface lens',
     'model/ops.py': 'ops model backward step',
     'model/dropout.py': 'model ops step kernels',
+    'model/loss.py': 'loss model step score',
     'model/params.py': 'model step config',
-    'model/huggingface.py': 'huggingface faults/readers',
+    'model/huggingface.py': 'huggingface',
     'kernels/support.py': 'kernels decode_kernels errors config',
     'kernels/launch.py': 'kernels decode_kernels',
     'kernels/decode.py': 'decode_kernels',
     'kernels/sample.py': 'decode_kernels generate',
-    'kernels/attention.py': 'kernels ops',
-    'kernels/*.py': 'kernels ops',
+    'kernels/*.py': 'kernels ops explicit_optim',
     'training/optim.py': 'optim explicit_optim kernels step',
     'training/step.py': 'step backward model evaluate',
-    'training/fused_step.py': 'kernels',
+    'training/fused_step.py': 'kernels explicit_optim',
     'training/finetune.py': 'finetune',
     'training/setup.py': 'step train kernels config resume',
     'training/programs.py': 'step train resume parallel',
-    'training/*.py': 'train resume checkpoint parallel errors evaluate benchmark loss meter',
+    'training/meter.py': 'resume train',
+    'training/resume.py': 'resume checkpoint',
+    'training/loop.py': 'resume train',
+    'training/*.py': 'train resume checkpoint parallel errors evaluate benchmark loss finetune',
     'data/batches.py': 'batches step parallel',
-    'data/bin_files.py': 'token_files shards faults/readers',
-    'data/corpora.py': 'corpora errors faults/readers',
-    'data/documents.py': 'documents shards texts faults/readers',
-    'data/shards.py': 'shards errors foreign faults/readers',
-    'data/tokenizers.py': 'tokenizers bpe generate shards faults/readers',
-    'data/vocabulary.py': 'vocabulary bpe huggingface faults/readers',
-    'data/*.py': 'batches shards token_files corpora documents tokenizers bpe errors',
+    'data/bin_files.py': 'token_files',
+    'data/dataset.py': 'shards token_files',
+    'data/load.py': 'shards token_files corpora errors score',
+    'data/vocabulary.py': 'vocabulary bpe huggingface',
+    'data/tokenizers.py': 'tokenizers bpe generate',
+    'data/documents.py': 'documents shards texts',
+    'data/corpora.py': 'corpora errors',
+    'data/shards.py': 'shards',
+    'data/*.py': 'batches shards token_files corpora documents tokenizers bpe errors foreign texts',
     'inference/detokenizers.py': 'detokenizers',
     'inference/texts.py': 'texts score',
     'inference/evaluate.py': 'evaluate score resume parallel loss',
-    'inference/*.py': 'generate decode_kernels score evaluate texts detokenizers loss',
+    'inference/sampling.py': 'generate decode_kernels',
+    'inference/harness.py': 'score',
+    'inference/lambada.py': 'score',
+    'inference/score.py': 'score',
+    'inference/*.py': 'generate decode_kernels score evaluate texts detokenizers loss lens_library',
+    # Slow: last.
+    'model/hugg*.py': 'faults/readers',
+    'data/[!b]*.py': 'faults/readers',
+    'data/bin*.py': 'faults/readers',
+    'training/r*.py': 'faults/readers',
 }
 # (pattern of 'file:source line', reason): breaks that change speed, a message or a type hint.
 EQUIVALENT = (
@@ -240,37 +259,36 @@ def copy_tree(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: list[str], seconds: float) -> str | None:
-    """The first test that fails, or None. `seconds` is the limit for each file of tests."""
-    environment = os.environ | {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
-    for test in tests:
-        try:
-            done = subprocess.run(
-                [*command, test],
-                cwd=folder,
-                env=environment,
-                timeout=seconds,
-                capture_output=True,
-                text=True,
-            )
-        except subprocess.TimeoutExpired:
-            return f'{test} (over {seconds:.0f} s)'
-        if done.returncode not in (0, 5):  # 5: no test was collected
-            failed = re.search(r'^(?:FAILED|ERROR) (\S+)', done.stdout, re.MULTILINE)
-            return failed[1] if failed else f'{test} (exit status {done.returncode})'
-    return None
+    """The first test that fails, or None. A run of over `seconds` counts as failed."""
+    environment = os.environ | {
+        'PYTHONPATH': os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')]),
+        'PYTHONDONTWRITEBYTECODE': '1',
+        'JAX_PLATFORMS': 'cpu',
+    }
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-n', '0', '-p', 'no:cacheprovider']
+    process = subprocess.Popen(
+        [*command, '--basetemp', folder.parent / 'tests', *tests],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that a test started
+        process.communicate()
+        return f'a limit of {seconds:.0f} s'
+    if process.returncode in (0, 5):  # 5: no test was collected
+        return None
+    failed = re.search(r'^(?:FAILED|ERROR) (\S+)', printed, re.MULTILINE)
+    return failed[1] if failed else f'exit status {process.returncode}: {printed[-300:]}'
 
 
-def main() -> int:
-    """The exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--count', type=int, default=200, help='breaks to draw; 0: all')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--files', default='*', help="pattern of files, such as 'model/*.py'")
-    parser.add_argument('--only', help='one break, as it is printed')
-    parser.add_argument('--list', action='store_true', help='print the breaks and run nothing')
-    parser.add_argument('--seconds', type=float, default=900, help='limit for a file of tests')
-    arguments = parser.parse_args()
+def draw(arguments: argparse.Namespace) -> list[Break]:
+    """The breaks that the flags ask for."""
     files = sorted(
         str(path.relative_to(ROOT / 'gpt2_jax'))
         for package in PACKAGES
@@ -279,21 +297,43 @@ def main() -> int:
     files = [file for file in files if fnmatch.fnmatch(file, arguments.files)]
     breaks = [b for file in files for b in find_breaks(file)]
     if arguments.only:
-        breaks = [b for b in breaks if str(b) == arguments.only]
-    else:
-        breaks = [b for b in breaks if reason_to_skip(b) is None]
-        if arguments.count:
-            count = min(arguments.count, len(breaks))
-            breaks = sorted(random.Random(arguments.seed).sample(breaks, count), key=str)
+        return [b for b in breaks if str(b) in arguments.only]
+    breaks = [b for b in breaks if reason_to_skip(b) is None]
+    random.Random(arguments.seed).shuffle(breaks)
+    return breaks[: arguments.count or None]
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--count', type=int, default=200, help='breaks to draw; 0: all')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--files', default='*', help="pattern of files, such as 'model/*.py'")
+    parser.add_argument('--only', action='append', help='a break, as it is printed; repeatable')
+    parser.add_argument('--shard', default='1/1', help='I/N: the I-th of N parts of the breaks')
+    parser.add_argument('--list', action='store_true', help='print the breaks and run nothing')
+    parser.add_argument('--seconds', type=float, default=900, help='limit for the tests of a break')
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.shard.split('/'))
+    breaks = draw(arguments)
+    mine = breaks[part - 1 :: parts]
     if arguments.list:
-        print(*breaks, sep='\n')
+        print(*mine, sep='\n')
         return 0
+    if parts > 1:  # a few cores for each process, so that their threads do not compete
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[part - 1 :: parts] or [cores[part % len(cores)]])
 
     survivors = []
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, 'gpt2_jax')
         copy_tree(folder)
-        for i, b in enumerate(breaks):
+        if part == 1:
+            tests = dict.fromkeys(test for b in breaks for test in tests_of(b.file))
+            if failed := run_tests(folder, list(tests), 10 * arguments.seconds):
+                print(f'without any break: {failed}')
+                return 2
+        for i, b in enumerate(mine):
             path = folder / 'gpt2_jax' / b.file
             source = path.read_text('utf-8')
             path.write_text(source[: b.start] + b.new + source[b.stop :], 'utf-8')
@@ -304,8 +344,9 @@ def main() -> int:
                 survivors.append(b)
             took = time.monotonic() - began
             result = f'seen by {seen_by}' if seen_by else 'SURVIVED'
-            print(f'{i + 1}/{len(breaks)} {b}: {result}, {took:.0f} s', flush=True)
-    print(f'{len(breaks)} breaks, {len(survivors)} survived', *survivors, sep='\n')
+            print(f'{i + 1}/{len(mine)} {b}: {result}, {took:.0f} s', flush=True)
+    print(f'{len(mine)} breaks, {len(survivors)} survived')
+    print(*(f'--only={shlex.quote(str(b))}' for b in survivors), sep='\n')
     return 1 if survivors else 0
 
 

@@ -29,6 +29,7 @@ from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
+from gpt2_jax.workdir.history import read_probes
 
 # With dropout, so that another mask would show; saves and evaluations rarely coincide.
 SETTINGS = {
@@ -193,6 +194,23 @@ def different_states(run: Path, other: Path) -> list[str]:
     ]
 
 
+def different_probes(run: Path, other: Path) -> list[str]:
+    """The arrays of probes.npz that are not equal."""
+    a, b = (read_probes(folder) or {} for folder in (run, other))
+    return [
+        f'probes.npz: {name} differs'
+        for name in a | b
+        if name not in a
+        or name not in b
+        or not np.array_equal(*map(str_or_bits, (a[name], b[name])))
+    ]
+
+
+def str_or_bits(array: np.ndarray) -> np.ndarray:
+    """An array in which nan equals nan."""
+    return array if array.dtype.kind == 'U' else np.frombuffer(array.tobytes(), np.uint8)
+
+
 def differences(run: Path, other: Path) -> list[str]:
     """The differences of two finished runs, in words."""
     wrong = different_states(run, other)
@@ -216,6 +234,7 @@ def differences(run: Path, other: Path) -> list[str]:
         for key in b
         if 'seconds' not in key and key not in ('tokens_per_second', 'mfu') and a[key] != b[key]
     ]
+    wrong += different_probes(run, other)
     ours, theirs = events(run), events(other)
     wrong += [f'TensorBoard has {key} {n} times' for key, n in ours.items() if n > 1]
     # After a restart the first record may lack a rate: rates are not compared.

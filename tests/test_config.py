@@ -264,13 +264,28 @@ def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
 
 def test_all_settings_are_listed_for_an_unknown_key():
     with pytest.raises(
-        UsageError, match=r'there are: eval\.every, eval\.sample_tokens, eval\.tokens$'
+        UsageError, match=r"'eval\.xyzzy'; .*; eval has every, sample_tokens, tokens$"
     ):
         check_key('eval.xyzzy')
     with pytest.raises(
-        UsageError, match=r'there are: checkpoint, data, eval, log, mesh, model, optim, train$'
+        UsageError,
+        match=r'the sections are checkpoint, data, eval, log, mesh, model, optim, train$',
     ):
         check_key('xyzzy.q')
+
+
+@pytest.mark.parametrize(
+    ('every', 'steps', 'tokens'),
+    [(50, 200, 17066), (1000, 200, 68266), (10, 200, 8192), (700, 2800, 1 << 17)],
+)
+def test_evaluations_are_a_tenth_of_the_work_of_a_run(every, steps, tokens):
+    """Unless there are many of them, or they are small. B T is 1,024."""
+    config = default_config()
+    config.train.update(batch_size=8, seq_len=128, steps=steps)
+    config.eval.every = every
+    assert resolve(config).eval.tokens == tokens
+    config.eval.tokens = 0
+    assert resolve(config).eval.tokens == 0
 
 
 def test_differences_are_the_settings_that_forbid_resuming():
@@ -286,6 +301,7 @@ def test_differences_are_the_settings_that_forbid_resuming():
         other = others[type(value)](value)
         may_change = key.split('.')[0] in ('eval', 'checkpoint', 'log', 'mesh')
         may_change = may_change and key != 'eval.tokens'  # it decides which checkpoint is the best
+        may_change |= key in ('train.probe', 'train.spike')
         new = changed(flatten(old) | {key: other})
         assert differences(old, new) == ({} if may_change else {key: (value, other)})
     assert set(RESUMABLE_SECTIONS) == {'eval', 'checkpoint', 'log', 'mesh'}

@@ -40,6 +40,7 @@ SIZES = {
     'train.steps': 2,
     'train.batch_size': 4,
     'train.grad_accum_steps': 1,
+    'train.probe': 0,
     'optim.implementation': 'optax',
     'optim.learning_rate': 1e-3,
     'optim.end_learning_rate': 1e-4,
@@ -60,6 +61,7 @@ SHRUNKEN = {
     'convert': [],
     'lens report': ['--skip=jacobian,ablation,backward,curvature,shapes'],
     'lens show': [],
+    'steps': [],
 }
 
 

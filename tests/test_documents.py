@@ -94,6 +94,34 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         read(tmp_path / 'a.parquet')
 
 
+def test_memory_for_parquet_is_bounded_by_bytes(tmp_path, monkeypatch):
+    """Equal texts are stored once: small in the file, and large in every row that is read."""
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    path, read_at_once = tmp_path / 'a.parquet', []
+    whole = parquet.ParquetFile.iter_batches
+
+    def iter_batches(self, *arguments, **options):
+        for batch in whole(self, *arguments, **options):
+            read_at_once.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, 'iter_batches', iter_batches)
+    texts = ['a' * 9000] * 20 + ['b' * 90, 'c'] * 10
+    parquet.write_table(pyarrow.table({'text': texts}), path, row_group_size=20)
+    monkeypatch.setattr(documents, 'PARQUET_BYTES', 30_000)
+    assert read(path) == texts
+    assert max(read_at_once) < 30_000
+    assert len(read_at_once) == 7 + 1
+    monkeypatch.setattr(documents, 'MAX_GROUP_BYTES', 8000)
+    with pytest.raises(
+        UserError, match=r'a.parquet has 9,\d{3} bytes of text in row group 0; write it with row gr'
+    ):
+        read(path)
+    assert len(read_at_once) == 7 + 1
+
+
 def test_parquet(tmp_path, monkeypatch):
     import pyarrow
     from pyarrow import parquet

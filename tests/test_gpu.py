@@ -37,10 +37,9 @@ if TINY:
     }
 # (kernels, attention). cuDNN's attention has no dropout on the pattern.
 PATHS = [('xla', 'xla'), ('fused', 'xla'), ('xla', 'cudnn'), ('fused', 'cudnn')]
-# Relative errors of the norm of a leaf's gradient. On an H100 the medians were 0.007 to 0.012, and
-# the worst leaf 0.016.
-# 0.0149 with cuDNN's attention at 124M, below 0.014 otherwise (H100).
-MAX_MEDIAN, MAX_WORST = 0.016, 0.02
+# Relative errors of a leaf's gradient. On H100 and H200 the medians were 0.007 to 0.014 and the
+# worst leaf 0.017; with cuDNN's attention and no fused kernels, at 124M, 0.015 and 0.021.
+MAX_MEDIAN, MAX_WORST = 0.016, 0.024
 
 
 @functools.cache

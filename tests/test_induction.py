@@ -13,7 +13,7 @@ PAGE = ROOT / 'docs' / 'induction.md'
 
 
 def test_the_head_grows_and_the_model_needs_it(tmp_path, monkeypatch):
-    """By the program of the page. One head a layer, and no decay of the learning rate: in 1,000 updates."""
+    """By the program of the page; with one head a layer and a steady learning rate, so sooner."""
     config = runpy.run_path(str(ROOT / 'configs' / 'induction.py'))['get_config']()
     config.model.n_head, config.model.initializer_range = 1, 0.15
     config.optim.end_learning_rate = 3e-3

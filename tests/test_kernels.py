@@ -28,8 +28,8 @@ from gpt2_jax.training.step import init_state, make_train_step, token_losses
 # Three heads and a width between powers of two; two blocks of queries; an odd vocabulary in
 # several blocks. OTHER differs in every size: another head width, texts of 64 tokens in a context
 # of 96, and a vocabulary that is too large for a product with one-hot rows.
-SIZE = dict(n_head=3, n_embd=48, n_positions=128, vocab_size=301)
-OTHER = dict(n_layer=1, n_head=2, n_embd=64, n_positions=96, vocab_size=1030)
+SIZE = dict(n_layer=1, n_head=3, n_embd=48, n_positions=128, vocab_size=301)
+OTHER = dict(n_layer=2, n_head=2, n_embd=64, n_positions=96, vocab_size=1030)
 DROPOUT = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
 ROWS = 4
 SCHEDULE = make_schedule(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2, steps=50)
@@ -93,10 +93,10 @@ def check_equal(ours, theirs, tolerance=1e-5):
 
 
 CASES = {
-    'plain': {'n_layer': 1},
+    'plain': {},
     'dropout': DROPOUT,
     'other sizes': OTHER | DROPOUT,
-    'no bias, remat': {'n_layer': 1, 'bias': False, 'remat': True, **DROPOUT},
+    'no bias, remat': {'bias': False, 'remat': True, **DROPOUT},
 }
 
 
@@ -128,7 +128,7 @@ def test_cudnn_attention_between_the_kernels(monkeypatch):
         'cudnn_attention',
         functools.partial(jax.nn.dot_product_attention, is_causal=True),
     )
-    check_equal(first_update(**FUSED, attention='cudnn', n_layer=1), first_update(**XLA, n_layer=1))
+    check_equal(first_update(**FUSED, attention='cudnn'), first_update(**XLA))
 
 
 @pytest.mark.parametrize('implementation', ['explicit', 'optax'])
@@ -137,7 +137,7 @@ def test_other_optimizers(implementation):
     after = []
     for kernels in ('xla', 'fused'):
         model, optim = (
-            tiny(**SIZE, n_layer=1, bias=False, kernels=kernels),
+            tiny(**SIZE, bias=False, kernels=kernels),
             optimizer(implementation),
         )
         update = jax.jit(
@@ -152,14 +152,16 @@ def test_other_optimizers(implementation):
 
 
 def test_micro_batches():
-    one, two = (first_update(**FUSED, grad_accum_steps=k, rows=2 * ROWS, n_layer=1) for k in (1, 2))
-    check_equal(two, one)
+    rows = 2 * ROWS
+    check_equal(
+        first_update(**FUSED, grad_accum_steps=2, rows=rows), first_update(**XLA, rows=rows)
+    )
 
 
 def test_updates_equal_the_explicit_optimizer():
     """Parameters and norms, from the same gradients, through warmup, clipping and decay."""
     ours, theirs = (optimizer(name) for name in ('fused', 'explicit'))
-    params = rough_params(tiny(**SIZE, n_layer=1))
+    params = rough_params(tiny(**SIZE))
     state, (theirs_params, theirs_state) = (
         (params, ours.init(params)),
         (params, theirs.init(params)),

@@ -29,19 +29,19 @@ def whole(x_BTD, wte_VD, targets_BT, precision):
     return token_losses(logits_BTV, targets_BT)
 
 
-@pytest.mark.parametrize('max_targets', [1, 2, 4, 5, 6, 12, 100])
+@pytest.mark.parametrize('chunk_targets', [1, 2, 4, 5, 6, 12, 100])
 @pytest.mark.parametrize('scale', [0.1, 1.0, 100.0])
-def test_chunks_equal_all_logits_at_once(max_targets, scale):
+def test_chunks_equal_all_logits_at_once(chunk_targets, scale):
     x_BTD, wte_VD, targets_BT = arrays(jnp.float32, scale)
 
     def summed(x_BTD, wte_VD):
-        return 0.1 * summed_loss(x_BTD, wte_VD, targets_BT, 'highest', max_targets)
+        return 0.1 * summed_loss(x_BTD, wte_VD, targets_BT, 'highest', chunk_targets)
 
     def expected_sum(x_BTD, wte_VD):
         return 0.1 * whole(x_BTD, wte_VD, targets_BT, 'highest').sum()
 
     expected_BT = whole(x_BTD, wte_VD, targets_BT, 'highest')
-    got_BT = map_logits(token_losses, x_BTD, wte_VD, targets_BT, 'highest', max_targets)
+    got_BT = map_logits(token_losses, x_BTD, wte_VD, targets_BT, 'highest', chunk_targets)
     np.testing.assert_allclose(got_BT, expected_BT, rtol=1e-6, atol=1e-6 * scale)
     got = jax.value_and_grad(summed, argnums=(0, 1))(x_BTD, wte_VD)
     expected = jax.value_and_grad(expected_sum, argnums=(0, 1))(x_BTD, wte_VD)
@@ -82,8 +82,8 @@ def test_the_length_of_a_chunk():
     assert chunk_length((1, 7), 5) == 1
 
 
-@pytest.mark.parametrize('max_targets', [1, 6, 36])
-def test_chunks_of_the_model_change_no_value(max_targets):
+@pytest.mark.parametrize('chunk_targets', [1, 6, 36])
+def test_chunks_of_the_model_change_no_value(chunk_targets):
     """With dropout, whose masks do not depend on the chunks."""
     model = tiny(vocab_size=150, resid_pdrop=0.2)
     params, ids_BT = rough_params(model), tokens(model, batch=3)
@@ -91,13 +91,13 @@ def test_chunks_of_the_model_change_no_value(max_targets):
     key = jax.random.key(3)
 
     def run(n):
-        return jax.jit(plain_value_and_grad(model, max_targets=n))(params, batch, key, 36)
+        return jax.jit(plain_value_and_grad(model, chunk_targets=n))(params, batch, key, 36)
 
-    for got, expected in zip(*map(jax.tree.leaves, (run(max_targets), run(0))), strict=True):
+    for got, expected in zip(*map(jax.tree.leaves, (run(chunk_targets), run(0))), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-6 * np.abs(expected).max())
     batch['mask'] = np.float32(np.random.default_rng(0).random((3, 12)) < 0.5)
     got_B, expected_B = (
-        jax.jit(make_eval_step(model, max_targets=n))(params, batch) for n in (max_targets, 0)
+        jax.jit(make_eval_step(model, chunk_targets=n))(params, batch) for n in (chunk_targets, 0)
     )
     np.testing.assert_allclose(got_B, expected_B, rtol=1e-6)
 

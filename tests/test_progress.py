@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 
 import pytest
 
@@ -12,6 +13,11 @@ from gpt2_jax.progress import Progress
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.fixture(autouse=True)
+def every_five_seconds(machine_of_any_speed, monkeypatch):
+    monkeypatch.setattr(progress, 'LOG_SECONDS', 5)
 
 
 @pytest.fixture
@@ -57,3 +63,34 @@ def test_without_a_standard_error(clock, monkeypatch):
     with Progress('read', 1) as work:
         clock[0] += 100
         work.add(1)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_time_passes_while_no_work_is_done(terminal, clock, monkeypatch):
+    """As while a program is compiled."""
+    monkeypatch.setattr(progress, 'TICK_SECONDS', 0.001)
+    stream, written = (Terminal if terminal else io.StringIO)(), threading.Event()
+    monkeypatch.setattr(sys, 'stderr', stream)
+    monkeypatch.setattr(
+        stream, 'write', lambda text: (io.StringIO.write(stream, text), written.set())
+    )
+    for total, line in ((None, 'compiling, 6 s'), (9000, 'compiling 0 of 9,000 tokens, 6 s')):
+        written.clear()
+        with Progress('compiling', total, 'tokens', 1):
+            clock[0] += 6
+            assert written.wait(20)
+        shown = stream.getvalue()
+        assert shown.count(line) == 1
+        assert shown.endswith('\r\x1b[K' if terminal else '\n')
+
+
+def test_lines_for_another_writer(clock):
+    lines = []
+    report = Progress('evaluated', 900, 'tokens', 1, lines.append, every=2)
+    for _ in range(4):
+        clock[0] += 1
+        report.add(100)
+    assert lines == [
+        'evaluated 200 of 900 tokens, 100 tokens/s, 7 s left',
+        'evaluated 400 of 900 tokens, 100 tokens/s, 5 s left',
+    ]

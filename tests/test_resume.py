@@ -16,6 +16,7 @@ import pytest
 import runs
 from runs import make_config
 
+from gpt2_jax import config as config_lib
 from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import UsageError, UserError
@@ -266,23 +267,32 @@ def test_summary(text, reference):
     assert summary['jax_version']
 
 
-def test_settings_without_effect_on_updates_may_change(text, reference, stopped):
+def test_settings_without_effect_on_updates_may_change(text, reference, stopped, monkeypatch):
+    # What eval.tokens is if left open follows eval.every: here from 8,192 to 106.
+    monkeypatch.setattr(config_lib, 'MIN_EVAL_TOKENS', 100)
     changed = make_config(
         text, eval__every=5, eval__sample_tokens=0, checkpoint__every=4, log__every=1
     )
-    assert runs.quiet_train(changed, stopped)[0] == 0
+    code, printed = runs.quiet_train(changed, stopped)
+    assert code == 0
+    assert 'eval.tokens stays 8,192, as at the start of this run\n' in printed
     assert runs.different_states(stopped, reference) == []
+    assert runs.metrics(stopped)[-1]['tokens'] == runs.metrics(reference)[-1]['tokens']
+    assert json.loads((stopped / 'config.json').read_text())['eval']['tokens'] == 8192
 
 
 def test_other_settings_may_not_change(text, stopped):
     before = snapshot(stopped)
-    changed = make_config(text, model__n_embd=16, train__seed=5, optim__beta1=0.8, eval__every=3)
+    changed = make_config(
+        text, model__n_embd=16, train__seed=5, optim__beta1=0.8, eval__every=3, eval__tokens=50
+    )
     with pytest.raises(UsageError) as error:
         runs.quiet_train(changed, stopped)
     for part in (
         'model.n_embd: 32 there, 16 now',
         'train.seed: 0 there, 5 now',
         'optim.beta1: 0.9 there, 0.8 now',
+        'eval.tokens: 8192 there, 50 now',
         '--fresh',
         '--workdir',
     ):

@@ -16,7 +16,8 @@ import pytest
 from bpe import MERGES, SMALL, TEXTS, published
 
 from gpt2_jax.data import documents, load, shards, tokenizers
-from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
+from gpt2_jax.data.batches import train_batch
+from gpt2_jax.data.dataset import MAX_OPEN, SPLITS, Tokens, from_text
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.prepare import SPLIT_BY, prepare
@@ -129,6 +130,8 @@ def test_manifest_and_files(texts, tmp_path):
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {
         *listed,
         'inputs.jsonl',
+        'train_marks.npy',
+        'val_marks.npy',
         'manifest.json',
         'tokenizer.json',
     }
@@ -574,6 +577,25 @@ def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named,
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_files_that_cannot_be_read_are_named_together(tmp_path):
+    """Not one at each attempt: a folder may hold many. The first ten are enough."""
+    (tmp_path / 'in').mkdir()
+    for number in range(20, 32):
+        (tmp_path / f'in/{number}.txt').write_bytes(b'abc')
+    (tmp_path / 'in/23.txt').write_bytes(b'abc\xe9')
+    (tmp_path / 'in/25.jsonl').write_bytes(b'{')
+    with pytest.raises(UserError) as caught:
+        write([str(tmp_path / 'in')], tmp_path / 'out')
+    names = f'iconv; these cannot be read either: {tmp_path / "in/25.jsonl"}'
+    assert '23.txt is not UTF-8 text' in str(caught.value)
+    assert str(caught.value).endswith(names)
+    for number in range(20, 32):
+        (tmp_path / f'in/{number}.txt').write_bytes(b'\xe9')
+    with pytest.raises(UserError, match=r'20.txt is not .*/21.txt, .*/28.txt, \.\.$'):
+        write([str(tmp_path / 'in')], tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_nothing_is_overwritten(texts, tmp_path):
     (tmp_path / 'out').mkdir()
     write(texts, tmp_path / 'out')  # an empty folder is accepted
@@ -701,6 +723,34 @@ def test_parts_of_tokens_are_views():
     assert [array.base is whole for array, whole in zip(part.arrays, arrays, strict=True)] == [
         True
     ] * 3
+
+
+def test_batches_equal_those_of_a_memory_map(texts, tmp_path):
+    write(texts, tmp_path / 'out')
+    train = open_shards(tmp_path / 'out').train
+    paths = sorted((tmp_path / 'out').glob('train_*.npy'))
+    mapped = Tokens(tuple(np.load(path, mmap_mode='r') for path in paths))
+    options = {'seed': 3, 'batch_size': 4, 'seq_len': 7}
+    for step in range(20):
+        ours, theirs = (train_batch(tokens, step=step, **options) for tokens in (train, mapped))
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_few_of_many_shards_stay_open(texts, tmp_path):
+    write(texts, tmp_path / 'out', shard_tokens=2)
+    before = len(os.listdir('/dev/fd'))
+    train = open_shards(tmp_path / 'out').train
+    expected = [
+        np.load(tmp_path / f'out/train_{i:05d}.npy').tolist() for i in range(len(train.arrays))
+    ]
+    assert all_of(train).tolist() == np.concatenate(expected).tolist()
+    assert len(os.listdir('/dev/fd')) - before <= MAX_OPEN < len(expected) - 50
+    # A file that is opened again must be the file that was verified.
+    path = tmp_path / 'out/train_00000.npy'
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r'train_00000.npy changed while it was in use; restore it'):
+        train.read(0, 3)
+    assert train.read(2, 4).tolist() == expected[1]
 
 
 def test_a_shard_cut_short_while_it_is_used(texts, tmp_path):

@@ -44,7 +44,7 @@ LAYERS = (
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.log workdir.checksums',
-    'workdir.storage',
+    'workdir.storage workdir.history',
     'workdir.checkpoints',
     'workdir.restore',
     # lens: what happens inside one forward and backward pass
@@ -63,8 +63,16 @@ LAYERS = (
     'inference.decoding inference.texts inference.evaluate',
     'inference.streaming inference.score',
     'inference.lambada inference.harness',
-    # diagnostics: what a run is, and how fast
-    'diagnostics.describe diagnostics.benchmark',
+    # diagnostics: what a run is, what happened in it, and how fast
+    'diagnostics.describe diagnostics.benchmark diagnostics.ngrams diagnostics.origins',
+    'diagnostics.ledger',
+    'diagnostics.replay diagnostics.probes',
+    'diagnostics.autopsy',
+    # reports: what was found, for people
+    'reports.html',
+    'reports.step reports.looks',
+    'reports.run reports.autopsy',
+    'reports.compare',
     # the roof: one file a script, and what a run does now and then
     'hooks convert prepare library',
     'look',
@@ -82,6 +90,7 @@ PACKAGES = (
     'training',
     'inference',
     'diagnostics',
+    'reports',
 )
 NO_JAX = (
     'architecture',
@@ -94,6 +103,11 @@ NO_JAX = (
     'inference.detokenizers',
     'inference.texts',
     'workdir.folder',
+    'workdir.checksums',
+    'workdir.history',
+    'diagnostics.origins',
+    'diagnostics.ledger',
+    'diagnostics.ngrams',
     'kernels.support',
     *(name for name in PACKAGE if name.startswith('data.')),
 )

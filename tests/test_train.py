@@ -1,12 +1,13 @@
 """Parts of a run that the tests of whole runs (test_resume.py) do not see."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.training import programs
+from gpt2_jax.training import meter, programs
 from gpt2_jax.training.setup import build
 
 
@@ -31,15 +32,65 @@ def test_a_part_of_an_epoch_is_described_with_digits(tmp_path, steps, epochs):
 
 
 @pytest.mark.parametrize(
-    ('holdout', 'expected'),
+    ('holdout', 'eval_tokens', 'expected'),
     [
-        (0.0, '80 training and 20 validation tokens'),
-        (0.25, '60 training and 20 held-out training tokens'),
+        (0.0, None, '80 training and 20 validation tokens'),
+        (0.25, None, '60 training and 20 held-out training tokens'),
+        (0.0, None, 'evaluation all validation targets, every 250 steps'),
+        (0.0, 8, 'evaluation 8 of the 19 validation targets, evenly spread, every 250 steps'),
     ],
 )
-def test_a_run_describes_its_text(tmp_path, holdout, expected):
+def test_a_run_describes_its_text(tmp_path, holdout, eval_tokens, expected):
     (tmp_path / 'text.txt').write_text('abcde' * 20)
     config = default_config()
     config.data.update(corpus=str(tmp_path / 'text.txt'), val_fraction=0.2, holdout=holdout)
+    config.eval.tokens = eval_tokens
     config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
     assert sum(expected in line for line in describe(build(resolve(config)))) == 1
+
+
+def run_meter(seconds, monkeypatch):
+    """Twelve updates of so many seconds; returns the meter, its clock, what it showed and said."""
+    now, shown, said = [0.0], [], []
+    monkeypatch.setattr(meter.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(meter.Meter, 'mfu', lambda self, rate: None)
+    config = default_config()
+    config.train.steps, config.eval.every = 100, 40
+    setup = SimpleNamespace(config=config, tokens_per_step=1000, eval_tokens=12_000)
+    log = SimpleNamespace(
+        say=said.append,
+        record=lambda *_: None,
+        progress=lambda step, steps, loss, rate, left: shown.append((step, left)),
+    )
+    progress = meter.Progress()
+    meters = meter.Meter(setup, log, progress, start=0, started=0.0, diverged=None)
+    for step in range(1, 13):
+        now[0] += seconds
+        meters.add(step, {'loss': 2.0})
+    return meters, now, shown, said
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'steps'), [(2.0, range(1, 12)), (0.4, [1, 2, 3, 4, 5, 7, 9, 11]), (0.01, [1, 2])]
+)
+def test_slow_updates_are_shown_one_by_one(seconds, steps, monkeypatch):
+    """Fast ones every log.every updates, here 10."""
+    _, _, shown, _ = run_meter(seconds, monkeypatch)
+    assert [step for step, _ in shown] == list(steps)
+
+
+def test_the_time_left_includes_evaluations(monkeypatch):
+    meters, now, shown, said = run_meter(2.0, monkeypatch)
+    seconds = 22 / 10  # an update, as measured: 22 s after the first, 10 of the 11 were fetched
+    # Three evaluations of 12,000 tokens, each with a third of the work of 12 updates.
+    assert shown[-1] == (11, pytest.approx((89 + 3 * 4) * seconds))
+    assert said == [
+        '2666.7 ms a step: about 4 min 16 s of training to go, and 32 s of 3 evaluations'
+    ]
+    with meters.paused(12):
+        now[0] += 7
+        meters.evaluated(7)
+    for step in (13, 14):
+        now[0] += 2
+        meters.add(step, {'loss': 2.0})
+    assert shown[-1] == (13, pytest.approx(87 * 26 / 12 + 3 * 7))

@@ -73,6 +73,22 @@ def test_in_a_folder_that_was_moved_no_log_is_written_again(tmp_path):
     assert (tmp_path / 'old/metrics.jsonl').read_text()
 
 
+def test_what_a_run_is_busy_with(tmp_path, monkeypatch, capsys):
+    """A terminal has one line, which moves while nothing else does; a log has lines."""
+    with Logger(tmp_path, 0, 9) as log:
+        log.work('compiling')
+        log.progress(2, 9, 1.5, 1000.0, 70.0)
+    assert capsys.readouterr().out == (
+        'compiling\nstep 2/9: loss 1.500, 1,000 tokens/s, 1 min 10 s left\n'
+    )
+    monkeypatch.setattr(sys, 'stdout', Terminal())
+    with Logger(tmp_path, 0, 9) as log:
+        log.work('compiling')
+    shown = sys.stdout.getvalue()
+    assert 'compiling' in shown
+    assert '0:00:00' in shown
+
+
 @pytest.mark.parametrize('tail', ['\x1b]0;title\x07', '\x1b[2J', '\x9b31m', '\r', '\u202e'])
 def test_a_terminal_does_not_obey_a_sample(tail, tmp_path, monkeypatch):
     """The file keeps the text as it is."""

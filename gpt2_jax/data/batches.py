@@ -1,16 +1,17 @@
 """The batch of step s as a pure function of (tokens, seed, s). Numpy only.
 
-Letters as in `model/gpt2.py`: B batch, T time. N is the number of tokens; epoch e has n windows:
+B is the number of rows of a batch and T their length, as in `model/gpt2.py`. A text of N tokens has
+n windows in each epoch, and row i of the batch of step s is found as follows:
 
-    row i of step s     = row g = s B + i of the run: rows are numbered through all steps
+    g                   = s B + i, the number of the row, counted from the start of the run
     row g               = window order_e[g mod n] of epoch e = g div n
     window w of epoch e = tokens offset_e + w T .. offset_e + w T + T,  0 <= w < n
-    n                   = floor((N - T) / T): T tokens are left out, so that n windows fit at any
-                          offset
+    n                   = floor(N / T) - 1: one window fewer than the text holds, so that n windows
+                          fit at any offset
 
-offset_e is a random number in 0 .. T - 1, and order_e a random order of the n windows. So no target
-is used twice within an epoch, windows begin elsewhere in the next epoch, and one batch may span
-epochs.
+A window has T + 1 tokens: the first T are the inputs, the last T the targets. offset_e is a random
+number in 0 .. T - 1, and order_e a random order of the n windows. So no target is used twice within
+an epoch, the windows of the next epoch begin at other positions, and one batch may span epochs.
 """
 
 import collections
@@ -30,11 +31,11 @@ HostBatch = dict[str, np.ndarray]  # 'inputs' and 'targets', and 'mask' in evalu
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, T: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
-    """An epoch's (offset in [0, T), order (n,)), drawn from (seed, epoch), both at least 0.
+    """The offset of an epoch, in [0, T), and the order of its windows, int64 (n,).
 
-    Uses only the raw 64-bit stream, which numpy keeps the same in every version; sorting random
-    words gives the random order. numpy may change `shuffle` and `integers`, and then a resumed run
-    would see other batches.
+    They depend on (seed, epoch) alone; neither may be negative. Only the raw 64-bit stream is used,
+    which numpy keeps the same in every version, and random words are sorted for the order. numpy
+    may change `shuffle` and `integers`: then a resumed run would see other batches.
     """
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n + 1)
     return int(raw[0]) % T, np.argsort(raw[1:], kind='stable')
@@ -54,8 +55,9 @@ def train_batch(
 
     By default all rows. Raises UserError if the tokens do not fill one window.
     """
-    T, hi = seq_len, batch_size if hi is None else hi
-    n = (len(tokens) - T) // T
+    T = seq_len
+    hi = batch_size if hi is None else hi
+    n = len(tokens) // T - 1
     if n < 1:
         raise UserError(
             f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which '
@@ -75,16 +77,17 @@ def eval_starts(
 ) -> Sequence[int]:
     """The positions at which the windows of an evaluation begin.
 
-    With `max_targets`, the largest number of windows, at least 1, that together count at most
-    `max_targets` targets, spread evenly over the text. Nothing is random, so every evaluation of a
-    run sees the same targets.
+    By default the windows cover all targets. With `max_targets`, fewer windows are spread evenly
+    over the text: at least one, and no more than `max_targets` targets allow if the first of them
+    begins the text. Nothing is random, so every evaluation of a run sees the same targets.
     """
     T, S = seq_len, stride or seq_len
-    starts = range(0, max(n_targets - T + S, 1), S)
+    starts = range(0, max(n_targets - T + S, 1), S)  # up to the first that reaches the end
     n_windows = max(1, 1 + (max_targets - T) // S)
     if not max_targets or max_targets >= n_targets or n_windows >= len(starts):
         return starts
     full = starts[: (n_targets - T) // S + 1]  # without a last window that is cut short
+    # The middles of n_windows equal parts of the text.
     return [full[(2 * i + 1) * len(full) // (2 * n_windows)] for i in range(n_windows)]
 
 
@@ -96,7 +99,7 @@ def eval_batches(
     stride: int | None = None,
     max_targets: int = 0,
 ) -> Iterator[HostBatch]:
-    """Without `max_targets`, all N - 1 targets exactly once, in order, in windows of T.
+    """The batches of an evaluation: by default all N - 1 targets once, in order, in windows of T.
 
     By default each window begins with an empty context. With a stride S <= T (here S is the stride)
     windows begin S tokens apart, and only the last S targets of a window count, except in the
@@ -112,7 +115,7 @@ def eval_batches(
     if n_targets < 1:
         raise UserError(
             f'evaluation needs at least 2 tokens, and there are {len(tokens)}: use more text, or '
-            'leave more of it to validate on (data.val_fraction, data.holdout)'
+            'keep more of it for validation (data.val_fraction, data.holdout)'
         )
     starts = eval_starts(n_targets, seq_len=T, stride=S, max_targets=max_targets)
     for first in range(0, len(starts), B):

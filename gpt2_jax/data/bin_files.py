@@ -75,10 +75,10 @@ def open_token_files(
 
 def _open(path: Path) -> IdsInFile:
     """A file's tokens (N,), not verified yet."""
-    with foreign.open_file(path) as file, foreign.parsing(path, 'token ids'):
-        n_bytes = os.fstat(file.fileno()).st_size
-        start = os.pread(file.fileno(), 4 * HEADER, 0)
-        kept = KeptFile(file)
+    file = KeptFile(path)
+    n_bytes = file.n_bytes
+    with foreign.parsing(path, 'token ids'):
+        start = os.pread(file.descriptor, 4 * HEADER, 0)
     header = np.frombuffer(start[: len(start) // 4 * 4], '<i4')
     offset = 4 * HEADER if MAGIC in header[:1] else 0
     if offset > n_bytes:
@@ -105,4 +105,4 @@ def _open(path: Path) -> IdsInFile:
             'is beside meta.pkl, so nanoGPT wrote it with another vocabulary than GPT-2',
             'prepare the text itself by scripts/prepare.py, or move meta.pkl away',
         )
-    return IdsInFile(kept, np.dtype('<u2'), offset, (n_bytes - offset) // 2)
+    return IdsInFile(str(path), file.version, np.dtype('<u2'), offset, (n_bytes - offset) // 2)

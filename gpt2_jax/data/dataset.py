@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -9,7 +10,6 @@ import math
 import os
 import weakref
 from fractions import Fraction
-from typing import BinaryIO
 
 import numpy as np
 
@@ -20,14 +20,31 @@ from gpt2_jax.errors import UsageError, UserError
 
 SPLITS = ('train', 'val')
 BLOCK_TOKENS = 1 << 22  # read at once to verify a file
+MAX_OPEN = 64  # files of tokens that stay open; a data set may have thousands
+CHANGED = 'restore it from a copy; the same command resumes'
 
 
 class KeptFile:
     """A file for reading that stays open until nothing refers to it."""
 
-    def __init__(self, file: BinaryIO):
-        self.name, self.descriptor = file.name, os.dup(file.fileno())
+    def __init__(self, path: str | os.PathLike):
+        """Raises UserError if `path` is not a regular file."""
+        with foreign.open_file(path) as file:
+            self.descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self.descriptor)
+        about = os.fstat(self.descriptor)
+        self.n_bytes = about.st_size
+        # What changes if the file is replaced, written to or cut short.
+        self.version = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+@functools.lru_cache(MAX_OPEN)
+def _keep_open(path: str, version: tuple[int, ...]) -> KeptFile:
+    """The file in the version that was verified. The files used last stay open."""
+    file = KeptFile(path)
+    if file.version != version:
+        raise foreign.error(path, 'changed while it was in use', CHANGED)
+    return file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,10 +52,11 @@ class IdsInFile:
     """`n` ids in a file, `offset` bytes from its beginning, read when they are used.
 
     They are read, not memory-mapped. If the file is cut short during a run, a read fails with one
-    line, while a map would end the process with a bus error.
+    line, while a map would end the process with a bus error. `version` is that of the KeptFile.
     """
 
-    file: KeptFile
+    path: str
+    version: tuple[int, ...]
     dtype: np.dtype
     offset: int
     n: int
@@ -49,17 +67,18 @@ class IdsInFile:
     def __getitem__(self, part: slice) -> 'IdsInFile':
         start, stop, _ = part.indices(self.n)
         offset = self.offset + start * self.dtype.itemsize
-        return dataclasses.replace(self, offset=offset, n=stop - start)
+        return IdsInFile(self.path, self.version, self.dtype, offset, stop - start)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        ids = np.empty(self.n, self.dtype)
-        view, offset = memoryview(ids).cast('B'), self.offset
-        while view:
-            with foreign.parsing(self.file.name, 'tokens'):
-                n_bytes = os.preadv(self.file.descriptor, [view], offset)
+        ids, file = np.empty(self.n, self.dtype), _keep_open(self.path, self.version)
+        view, offset = ids.view(np.uint8), self.offset
+        while len(view):
+            try:
+                n_bytes = os.preadv(file.descriptor, [view], offset)
+            except OSError as failure:
+                raise foreign.error(self.path, f'cannot be read: {failure.strerror}') from None
             if not n_bytes:
-                remedy = 'restore it from a copy; the same command resumes'
-                raise foreign.error(self.file.name, 'was cut short while it was in use', remedy)
+                raise foreign.error(self.path, 'was cut short while it was in use', CHANGED)
             view, offset = view[n_bytes:], offset + n_bytes
         return ids
 
@@ -72,8 +91,9 @@ def verify_ids(
     Raises UserError if that is not `sha256`, when one is given, and for an id outside the
     vocabulary.
     """
-    path, outside = ids.file.name, None
-    digest = hashlib.sha256(os.pread(ids.file.descriptor, ids.offset, 0))
+    path, outside = ids.path, None
+    header = dataclasses.replace(ids, dtype=np.dtype(np.uint8), offset=0, n=ids.offset)
+    digest = hashlib.sha256(np.asarray(header))
     for start in range(0, len(ids), BLOCK_TOKENS):
         block = np.asarray(ids[start : start + BLOCK_TOKENS])
         digest.update(block)
@@ -112,6 +132,18 @@ class Tokens:
 
     def part(self, start: int, stop: int) -> 'Tokens':
         """Ids start .. stop - 1, at least one, without a copy."""
+        return Tokens(tuple(self._pieces(start, stop)))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids start .. stop - 1, at least one, (stop - start,); a view if one array holds them.
+
+        Raises UserError if a file was cut short or changed since it was verified.
+        """
+        pieces = [piece.__array__() for piece in self._pieces(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _pieces(self, start: int, stop: int) -> list[np.ndarray | IdsInFile]:
+        """The parts of the arrays that hold ids start .. stop - 1."""
         if not 0 <= start < stop <= len(self):
             raise IndexError(f'no tokens [{start}, {stop}) in a sequence of {len(self)}')
         i = bisect.bisect_right(self.ends, start)
@@ -120,15 +152,7 @@ class Tokens:
             begin = self.ends[i] - len(self.arrays[i])
             pieces.append(self.arrays[i][start - begin : stop - begin])
             start, i = self.ends[i], i + 1
-        return Tokens(tuple(pieces))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start .. stop - 1, at least one, (stop - start,); a view if one array holds them.
-
-        Raises UserError if a file was cut short since it was opened.
-        """
-        pieces = [np.asarray(piece) for piece in self.part(start, stop).arrays]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

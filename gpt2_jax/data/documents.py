@@ -8,10 +8,12 @@ JSON Lines may be compressed, with .gz at the end of the name.
 import collections
 import gzip
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
@@ -31,9 +33,22 @@ NOT_TEXT = {
     for suffix in suffixes.split()
 }
 BLOCK_BYTES = 1 << 20  # of a text file, in memory at once
-PARQUET_ROWS = 100  # of a Parquet file, in memory at once
+PARQUET_ROWS, PARQUET_BYTES = 100, 1 << 28  # of a Parquet file, in memory at once
+MAX_GROUP_BYTES = 1 << 30  # of text in a row group: a single row may have all of them
 ONE_A_LINE = "expected one object a line; of one large array, jq -c '.[]' makes that"
 MAX_LINE_BYTES = 32 << 20  # of JSON Lines; parsed JSON takes up to 20 times the memory of its text
+MARK_OF_UTF8 = b'\xef\xbb\xbf'  # the byte order mark, which is dropped
+
+
+class Placed(NamedTuple):
+    """A document and where its file has it: line or row (from 1), byte (from 0; None: unknown).
+
+    In a compressed file, the byte is one of its content.
+    """
+
+    line: int
+    byte: int | None
+    blocks: Iterable[str]
 
 
 def file_kind(path: str | os.PathLike) -> str:
@@ -101,7 +116,14 @@ def _below(folder: Path) -> Iterator[Path]:
 def read(
     path: str, text_field: str, observe: Callable[[bytes | memoryview], None] = lambda block: None
 ) -> Iterator[Iterable[str]]:
-    """Each document of a file, as blocks of its text.
+    """Each document of a file, as blocks of its text; see `read_placed`."""
+    return (document.blocks for document in read_placed(path, text_field, observe))
+
+
+def read_placed(
+    path: str, text_field: str, observe: Callable[[bytes | memoryview], None] = lambda block: None
+) -> Iterator[Placed]:
+    """Each document of a file, as blocks of its text, with its place.
 
     `text_field` is the field or the column that holds the text. `observe` is called with every byte
     of the file, in blocks, in order. Raises UserError naming the file, and the line or row in it.
@@ -118,7 +140,9 @@ def read(
             stream = gzip.GzipFile(fileobj=stream)
         expected = f'compressed {kind}' if compressed else kind
         if kind == TEXT:
-            yield _text(path, stream, expected)
+            with foreign.parsing(path, expected):
+                marked = stream.peek(3)[:3] == MARK_OF_UTF8
+            yield Placed(1, 3 if marked else 0, _text(path, stream, expected))
         else:
             with foreign.parsing(path, expected):
                 yield from _json_lines(path, stream, text_field)
@@ -144,40 +168,68 @@ def _text(path: str, stream, expected: str) -> Iterator[str]:
         yield from foreign.decode_utf8(iter(lambda: stream.read(BLOCK_BYTES), b''), path)
 
 
-def _json_lines(path: str, stream, text_field: str) -> Iterator[tuple[str]]:
-    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b'')
+def _json_lines(path: str, stream, text_field: str) -> Iterator[Placed]:
+    lines, end = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b''), 0
     for number, line in enumerate(lines, 1):
+        start, end = end, end + len(line)
         place = f'{path}, line {number}'
         if len(line) > MAX_LINE_BYTES:
             problem = f'has over {MAX_LINE_BYTES:,} bytes'
             raise foreign.error(place, problem, 'split the document, or give it as a text file')
         if number == 1:
-            line = line.removeprefix(b'\xef\xbb\xbf')
+            line = line.removeprefix(MARK_OF_UTF8)
         if not line.strip():
             continue
         with foreign.parsing(place, 'JSON', ONE_A_LINE):
             record = json.loads(line.decode())
         if not isinstance(record, dict):
             raise foreign.error(place, f'is {foreign.show(record)}', ONE_A_LINE)
-        yield _checked(record.get(text_field), place, text_field, record)
+        yield Placed(number, start, _checked(record.get(text_field), place, text_field, record))
 
 
-def _parquet(path: str, file, text_field: str) -> Iterator[tuple[str]]:
+def _parquet(path: str, file, text_field: str) -> Iterator[Placed]:
     try:
         from pyarrow import parquet  # an extra, and slow to import: only for a Parquet file
     except ImportError:
         raise UserError(f"reading {path} needs pyarrow: pip install -e '.[parquet]'") from None
     with (
         foreign.parsing(path, PARQUET),
-        parquet.ParquetFile(file, pre_buffer=False) as table,
+        parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES) as table,
     ):
         columns = table.schema_arrow.names
         if text_field not in columns:
             _checked(None, path, text_field, columns)
-        batches = table.iter_batches(PARQUET_ROWS, columns=[text_field])
-        texts = (text for batch in batches for text in batch.column(0).to_pylist())
-        for number, text in enumerate(texts, 1):
-            yield _checked(text, f'{path}, row {number}', text_field, columns)
+        sizes = _text_bytes(table.metadata, text_field)
+        for group, n_bytes in enumerate(sizes):
+            if n_bytes > MAX_GROUP_BYTES:
+                problem = f'has {n_bytes:,} bytes of text in row group {group}'
+                remedy = f'write it with row groups of at most {MAX_GROUP_BYTES:,} bytes'
+                raise foreign.error(path, problem, remedy)
+        numbers = itertools.count(1)
+        for group, n_bytes in enumerate(sizes):
+            # A row may be as long as its group, and each of many rows if they are equal.
+            n_rows = min(PARQUET_ROWS, max(1, PARQUET_BYTES // max(1, n_bytes)))
+            for batch in table.iter_batches(n_rows, row_groups=[group], columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    number = next(numbers)
+                    text = _checked(text, f'{path}, row {number}', text_field, columns)
+                    yield Placed(number, None, text)
+
+
+def _text_bytes(metadata, text_field: str) -> list[int]:
+    """The bytes of the text of each row group in a Parquet file, decompressed."""
+    sizes = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        sizes.append(
+            sum(
+                chunk.total_uncompressed_size
+                for chunk in chunks
+                if f'{chunk.path_in_schema}.'.startswith(f'{text_field}.')
+            )
+        )
+    return sizes
 
 
 def _checked(text, place: str, text_field: str, fields: Iterable[str]) -> tuple[str]:

@@ -1,18 +1,20 @@
 """A prepared folder: token shards on disk, verified when they are opened, read when they are used.
 
 The folder holds `tokenizer.json`, the token ids as `train_00000.npy`, ... and `val_00000.npy`, ...,
-and `manifest.json`: counts, the fingerprint of the tokenizer, and the SHA-256 of every shard.
-prepare.py writes it. N is a number of tokens.
+where they came from as `train_marks.npy` and `val_marks.npy`, and `manifest.json`: counts, the
+fingerprint of the tokenizer, and the SHA-256 of every shard. prepare.py writes it. N is a number of
+tokens.
 """
 
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax import foreign
+from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.dataset import (
     SPLITS,
@@ -24,7 +26,8 @@ from gpt2_jax.data.dataset import (
     verify_ids,
 )
 from gpt2_jax.data.tokenizers import Tokenizer
-from gpt2_jax.foreign import PLAIN_NAME, SHA256, integer, one_of
+from gpt2_jax.foreign import PLAIN_NAME, SHA256, Maybe, integer, one_of
+from gpt2_jax.progress import Progress
 
 FORMAT = 1  # of manifest.json; other formats are refused
 MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
@@ -33,7 +36,10 @@ SCHEMA = {
     'dtype': one_of(*DTYPES),
     'tokenizer': {'sha256': SHA256},
     'splits': {
-        split: {'shards': [{'file': PLAIN_NAME, 'tokens': integer(1), 'sha256': SHA256}]}
+        split: {
+            'shards': [{'file': PLAIN_NAME, 'tokens': integer(1), 'sha256': SHA256}],
+            'marks': Maybe({'file': PLAIN_NAME, 'sha256': SHA256}),  # none before version 0.2
+        }
         for split in SPLITS
     },
 }
@@ -44,6 +50,32 @@ NPY = re.compile(
     rb"\x93NUMPY\x01\x00(?s:..)\{'descr': '[<|](u[124])', 'fortran_order': False, "
     rb"'shape': \((\d{1,18}),\), \} *\n"
 )
+
+INPUTS = 'inputs.jsonl'  # the files that were read, one a line
+# Where tokens came from: token `token` of a split begins at `byte` of input `file`, in line `line`.
+# In JSON Lines and Parquet, line and byte are of the record (byte -1: unknown), and `within` counts
+# the bytes of its text before the token. One mark for each document, and for each block of about a
+# megabyte in it.
+MARK = np.dtype(
+    [('token', '<i8'), ('file', '<i4'), ('line', '<i8'), ('byte', '<i8'), ('within', '<i8')]
+)
+
+
+class Place(NamedTuple):
+    """A place in an input, as in MARK. `is_record`: the document is a line or a row of its file."""
+
+    is_record: bool
+    file: int
+    line: int
+    byte: int
+    within: int
+
+    def after(self, text: str) -> 'Place':
+        """The place after a text that begins here."""
+        n_bytes = len(text.encode())
+        if self.is_record:
+            return self._replace(within=self.within + n_bytes)
+        return self._replace(line=self.line + text.count('\n'), byte=self.byte + n_bytes)
 
 
 def is_prepared(path: str | os.PathLike) -> bool:
@@ -77,11 +109,15 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
         verify_ids(ids, tokenizer.vocab_size, sha256=sha256, remedy=RESTORE)
         return ids
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
-        opened = list(pool.map(open_shard, shards))
+    n_bytes = dtype.itemsize * sum(n_tokens for _, _, n_tokens, _ in shards)
     arrays = {split: [] for split in SPLITS}
-    for (split, *_), ids in zip(shards, opened, strict=True):
-        arrays[split].append(ids)
+    with (
+        Progress('verified', n_bytes) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing runs outside the interpreter lock
+    ):
+        for (split, _, n_tokens, _), ids in zip(shards, pool.map(open_shard, shards), strict=True):
+            arrays[split].append(ids)
+            progress.add(dtype.itemsize * n_tokens)
     return Dataset(
         folder.resolve().name,
         tokenizer,
@@ -107,10 +143,9 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
     """A shard's ids (n_tokens,) of `dtype`, not verified yet."""
     if not os.path.exists(path):
         raise foreign.error(path, 'is missing, and the manifest names it', RESTORE)
-    with foreign.open_file(path) as file, foreign.parsing(path, 'token ids'):
-        n_bytes = os.fstat(file.fileno()).st_size
-        header = NPY.match(os.pread(file.fileno(), 256, 0))
-        kept = KeptFile(file)
+    file = KeptFile(path)
+    with foreign.parsing(path, 'token ids'):
+        header = NPY.match(os.pread(file.descriptor, 256, 0))
     if not header:
         raise foreign.error(path, 'is damaged: it is not a .npy file of token ids', RESTORE)
     found = np.dtype(f'<{header[1].decode()}'), int(header[2])
@@ -118,7 +153,32 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
         problem = f'holds {found[1]} tokens of {found[0]}, the manifest says {n_tokens} of {dtype}'
         raise foreign.error(path, problem, RESTORE)
     expected = header.end() + n_tokens * dtype.itemsize
-    if n_bytes != expected:
-        problem = f'is damaged: it has {n_bytes:,} bytes, expected {expected:,}'
+    if file.n_bytes != expected:
+        problem = f'is damaged: it has {file.n_bytes:,} bytes, expected {expected:,}'
         raise foreign.error(path, problem, RESTORE)
-    return IdsInFile(kept, found[0], header.end(), n_tokens)
+    return IdsInFile(str(path), file.version, found[0], header.end(), n_tokens)
+
+
+def open_marks(
+    folder: str | os.PathLike, split: str = 'train'
+) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """Where the tokens of a split came from: the names of the inputs, and MARKs.
+
+    None if the folder was prepared before there were marks. Raises UserError if they are damaged.
+    """
+    folder = Path(folder)
+    manifest = foreign.read_json(folder / MANIFEST, SCHEMA, AGAIN)
+    about = manifest['splits'][split].get('marks')
+    if about is None:
+        return None
+    path = folder / about['file']
+    with foreign.open_file(path) as file, foreign.parsing(path, 'marks', RESTORE):
+        if files.sha256(path) != about['sha256']:
+            raise foreign.error(path, "is damaged: its SHA-256 is not the manifest's", RESTORE)
+        marks = np.load(file, allow_pickle=False)
+    if marks.dtype != MARK or marks.ndim != 1 or not len(marks):
+        raise foreign.error(path, 'is damaged: it holds no marks', RESTORE)
+    lines = foreign.read_text(folder / INPUTS).splitlines()
+    schema = {'path': str}
+    names = [foreign.parse_json(line, folder / INPUTS, schema, RESTORE)['path'] for line in lines]
+    return tuple(names), marks

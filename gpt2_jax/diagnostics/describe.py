@@ -31,7 +31,7 @@ ATTENTION = {
 
 
 def describe(setup: Setup) -> list[str]:
-    """One line each on device, precision, kernels, attention, data, model, optimizer and cost."""
+    """One line each on device, precision, kernels, attention, data, model, training and cost."""
     cfg, config, dataset, params = setup.model.cfg, setup.config, setup.dataset, setup.shapes.params
     train, tokens, flops = config.train, setup.tokens_per_step, setup.flops_per_token
     leaves = list(zip(jax.tree.leaves(decay_mask(params)), jax.tree.leaves(params), strict=True))
@@ -55,6 +55,7 @@ def describe(setup: Setup) -> list[str]:
         f'step       {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
         + (f', in {train.grad_accum_steps} micro-batches' if train.grad_accum_steps > 1 else '')
         + f'; {train.steps:,} steps = {_digits(tokens * train.steps / len(dataset.train))} epochs',
+        _describe_evaluation(setup),
         f'cost       6 x matmul weights + 12 L D T = {flops:,} FLOPs a token, {flops * tokens:.3g} '
         f'a step; MFU = FLOPs a token x tokens/s / peak, {_describe_peak(setup)}',
     ]
@@ -66,6 +67,14 @@ def describe(setup: Setup) -> list[str]:
             '--config=configs/quickstart.py'
         )
     return lines
+
+
+def _describe_evaluation(setup: Setup) -> str:
+    tokens, n_targets = setup.eval_tokens, len(setup.dataset.val) - 1
+    part = 'all' if tokens == n_targets else f'{tokens:,} of the {n_targets:,}'
+    spread = '' if tokens == n_targets else ', evenly spread'
+    every = min(setup.config.eval.every, setup.config.train.steps)
+    return f'evaluation {part} validation targets{spread}, every {every:,} steps'
 
 
 def _digits(number: float) -> str:

@@ -20,7 +20,7 @@ from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition
 from gpt2_jax.progress import Progress
 from gpt2_jax.training import programs
-from gpt2_jax.training.step import Batch, features
+from gpt2_jax.training.step import Batch, head_inputs
 from gpt2_jax.workdir.restore import Restored
 
 
@@ -97,22 +97,22 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Wind
 
 
 def make_answer_step(
-    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
     """The function answer_step(params, batch) -> (nats_BT, right_BT).
 
     It gives the loss of each target, and whether the target is the likeliest token. `unshard` and
-    `max_targets` are as in step.make_eval_step.
+    `chunk_targets` are as in step.make_eval_step.
     """
 
     def answer(logits_BtV, targets_Bt):
         return token_losses(logits_BtV, targets_Bt), jnp.argmax(logits_BtV, -1) == targets_Bt
 
     def answer_step(params, batch: Batch):
-        x_BTD, wte_VD = features(model, unshard(params), batch['inputs'])
+        x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'])
         targets_BT, precision = batch['targets'], model.cfg.precision
         return map_logits(
-            answer, x_BTD, wte_VD, targets_BT, precision, max_targets or targets_BT.size
+            answer, x_BTD, wte_VD, targets_BT, precision, chunk_targets or targets_BT.size
         )
 
     return answer_step

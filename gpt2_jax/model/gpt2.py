@@ -8,7 +8,8 @@ one letter for each dimension:
     H heads        K head width = D / H         F feed-forward width        V vocabulary
     L layers       P positions (n_positions)
 
-`seeds_3` are the dropout seeds of a block: of the pattern, the output of attention, and of the MLP.
+`seeds_3` holds the dropout seeds of one block: one for the attention pattern, one for the output of
+attention, and one for the output of the MLP. Each is None if there is no dropout.
 
 The parameter tree uses GPT-2's own names. Kernels are stored (in, out) as published, with the head
 axes kept apart, so that reading published weights takes a reshape and never a transpose:
@@ -20,8 +21,9 @@ axes kept apart, so that reading published weights takes a reshape and never a t
     h_i/mlp/c_fc             kernel (D, F), bias (F,)
     h_i/mlp/c_proj           kernel (F, D), bias (D,)
 
-Every module takes `ops`, the arithmetic. The default, `PLAIN`, has one formula a line; training
-passes `FAST`, which computes the same values sooner (see ops.py).
+Every module takes `ops`, the functions that do its arithmetic: matmul, normalize, scores, mix,
+activate and logits; attention, if a fused kernel is used; and tap. The default, `PLAIN`, has one
+formula a line. Training passes `FAST`, which computes the same values faster (see ops.py).
 """
 
 import math
@@ -36,16 +38,16 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.ops import PLAIN, Ops
 
-# The keys and values of every position seen so far: one (k_BHSK, v_BHSK) for each layer. Heads come
-# before positions, so that the keys of one head lie in one piece of memory.
+# The keys and values of all positions so far: one (k_BHSK, v_BHSK) for each layer. The head axis
+# comes before the position axis, so that the keys of one head are contiguous in memory.
 Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 def tap(module: nn.Module, name: str, x):
     """Names the activation x: 'h_3.pattern' in block 3, 'logits' outside the blocks. Returns x.
 
-    If `ops.tap` is set, it is called with that name and x, and its result takes the place of x. A
-    fused `ops.attention` has no 'attn_scores' and no 'pattern' to tap.
+    If `ops.tap` is set, it is called with this name and x, and its result replaces x. A fused
+    `ops.attention` never forms 'attn_scores' and 'pattern', so they cannot be tapped.
     """
     if module.ops.tap is None:
         return x
@@ -88,11 +90,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        D = x_BTD.shape[-1:]
+        shape = x_BTD.shape[-1:]  # (D,)
         y_BTD = self.ops.normalize(x_BTD.astype(jnp.float32), self.cfg.layer_norm_epsilon)
-        y_BTD = y_BTD * self.param('scale', nn.initializers.ones, D, jnp.float32)
+        y_BTD = y_BTD * self.param('scale', nn.initializers.ones, shape, jnp.float32)
         if self.cfg.bias:
-            y_BTD = y_BTD + self.param('bias', nn.initializers.zeros, D, jnp.float32)
+            y_BTD = y_BTD + self.param('bias', nn.initializers.zeros, shape, jnp.float32)
         return y_BTD.astype(self.cfg.compute_dtype)
 
 
@@ -114,10 +116,10 @@ def causal_attention(
         pattern = softmax(scores)
         z = dropout(pattern) v
 
-    Query t stands at position pos + t and sees the keys at positions s <= pos + t. Without a cache,
+    Query t is at position pos + t and sees the keys at positions s <= pos + t. Without a cache,
     pos is 0 and S = T. With a cache, S = n_positions, and the mask also hides slots that are not
-    filled yet. Softmax and dropout (probability `rate`, random numbers from `seed`) are computed in
-    fp32. Returns z_BTHK.
+    filled yet. `ops.scores` returns fp32, so softmax and dropout are computed in fp32. An entry is
+    dropped with probability `rate`, by random numbers from `seed`. Returns z_BTHK.
     """
     T, S, K = q_BTHK.shape[1], k_BHSK.shape[2], q_BTHK.shape[3]
     scores_BHTS = ops.scores(q_BTHK, k_BHSK, precision) / math.sqrt(K)
@@ -141,14 +143,14 @@ class CausalSelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, layer_cache, pos, seeds_3):
         cfg, ops = self.cfg, self.ops
-        D, HK = (cfg.n_embd,), (cfg.n_head, cfg.head_dim)
+        D, HK = (cfg.n_embd,), (cfg.n_head, cfg.head_dim)  # axes of a Linear: (D,) and (H, K)
         qkv = Linear(cfg, ops, D, (3, *HK), cfg.initializer_range, name='c_attn')
         parts = jnp.split(qkv(x_BTD), 3, axis=2)
         q_BTHK, k_BTHK, v_BTHK = (
             tap(self, name, part.squeeze(2)) for name, part in zip('qkv', parts, strict=True)
         )
-        drops = cfg.attn_pdrop and seeds_3[0] is not None
-        if ops.attention and layer_cache is None and not drops:
+        pattern_dropout = cfg.attn_pdrop > 0 and seeds_3[0] is not None
+        if ops.attention and layer_cache is None and not pattern_dropout:
             z_BTHK = ops.attention(q_BTHK, k_BTHK, v_BTHK)
         else:
             k_BHSK, v_BHSK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
@@ -175,7 +177,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, seed):
         cfg, ops = self.cfg, self.ops
-        D, F = (cfg.n_embd,), (cfg.d_ff,)
+        D, F = (cfg.n_embd,), (cfg.d_ff,)  # axes of a Linear: (D,) and (F,)
         h_BTF = Linear(cfg, ops, D, F, cfg.initializer_range, name='c_fc')(x_BTD)
         h_BTF = ops.activate(cfg.activation_function, tap(self, 'mlp_pre', h_BTF))
         h_BTF = tap(self, 'mlp_post', h_BTF)
@@ -232,7 +234,7 @@ class GPT2(nn.Module):
     def features(self, tokens_BT, cache: Cache | None = None, pos=0, dropout_key=None):
         """The final hidden states x_BTD, and the cache with the keys and values of these tokens.
 
-        With a cache, the tokens stand at positions pos .. pos + T - 1 and see all tokens before
+        With a cache, the tokens are at positions pos .. pos + T - 1 and see all tokens before
         them. Without one, the second result is None. Raises ValueError if the tokens end after
         n_positions; a traced `pos` cannot be checked.
         """
@@ -243,7 +245,7 @@ class GPT2(nn.Module):
             raise ValueError(
                 f'a sequence of {T} tokens{start} is longer than n_positions = {cfg.n_positions}'
             )
-        seeds = dropout_seeds(cfg, dropout_key)
+        seeds = dropout_seeds(cfg, dropout_key)  # one for the embeddings, then three a block
         embed_BTD, pos_embed_TD = embed(self.wte.embedding, self.wpe.embedding, tokens_BT, pos)
         x_BTD = tap(self, 'embed', embed_BTD) + tap(self, 'pos_embed', pos_embed_TD)
         x_BTD = dropout(x_BTD.astype(cfg.compute_dtype), seeds[0], cfg.embd_pdrop)

@@ -28,16 +28,16 @@ def token_losses(logits_BTV, targets_BT):
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
 
 
-def chunk_length(shape: tuple[int, int], max_targets: int) -> int:
-    """The largest t that divides T and keeps B t at most `max_targets`; at least 1."""
+def chunk_length(shape: tuple[int, int], chunk_targets: int) -> int:
+    """The largest t that divides T and keeps B t at most `chunk_targets`; at least 1."""
     B, T = shape
-    return max(t for t in range(1, T + 1) if T % t == 0 and (t == 1 or B * t <= max_targets))
+    return max(t for t in range(1, T + 1) if T % t == 0 and (t == 1 or B * t <= chunk_targets))
 
 
-def map_logits(function: Callable, x_BTD, wte_VD, targets_BT, precision, max_targets: int):
+def map_logits(function: Callable, x_BTD, wte_VD, targets_BT, precision, chunk_targets: int):
     """function(logits_BtV, targets_Bt) -> arrays (B, t), over chunks of the targets: (B, T).
 
-    The logits are x wte^T, of at most `max_targets` targets at a time.
+    The logits are x wte^T, of at most `chunk_targets` targets at a time.
     """
     V, table_VD = wte_VD.shape[0], _padded(wte_VD, precision)
 
@@ -45,21 +45,21 @@ def map_logits(function: Callable, x_BTD, wte_VD, targets_BT, precision, max_tar
         x_BtD, targets_Bt = chunk
         return function(_logits(x_BtD, table_VD, V, precision), targets_Bt)
 
-    t = chunk_length(targets_BT.shape, max_targets)
+    t = chunk_length(targets_BT.shape, chunk_targets)
     return jax.tree.map(_join, lax.map(call, (_split(x_BTD, t), _split(targets_BT, t))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def summed_loss(x_BTD, wte_VD, targets_BT, precision, max_targets: int):
+def summed_loss(x_BTD, wte_VD, targets_BT, precision, chunk_targets: int):
     """The sum of `token_losses` of the logits x wte^T; chunks are as in `map_logits`.
 
     Its gradient is computed in the forward pass, where the logits of a chunk are: JAX would keep
     the logits of all chunks, or compute them a second time.
     """
-    return map_logits(token_losses, x_BTD, wte_VD, targets_BT, precision, max_targets).sum()
+    return map_logits(token_losses, x_BTD, wte_VD, targets_BT, precision, chunk_targets).sum()
 
 
-def _summed_loss_forward(x_BTD, wte_VD, targets_BT, precision, max_targets):
+def _summed_loss_forward(x_BTD, wte_VD, targets_BT, precision, chunk_targets):
     V, table_VD = wte_VD.shape[0], _padded(wte_VD, precision)
 
     def step(dtable_VD, chunk):
@@ -79,7 +79,7 @@ def _summed_loss_forward(x_BTD, wte_VD, targets_BT, precision, max_targets):
         )
         return dtable_VD, (token_losses(logits_BtV, targets_Bt).sum(), dx_BtD)
 
-    t = chunk_length(targets_BT.shape, max_targets)
+    t = chunk_length(targets_BT.shape, chunk_targets)
     zero_VD = jnp.zeros(table_VD.shape, jnp.float32)
     dtable_VD, (losses_n, dx_nBtD) = lax.scan(
         step, zero_VD, (_split(x_BTD, t), _split(targets_BT, t))
@@ -87,7 +87,7 @@ def _summed_loss_forward(x_BTD, wte_VD, targets_BT, precision, max_targets):
     return losses_n.sum(), (_join(dx_nBtD), dtable_VD[:V].astype(wte_VD.dtype))
 
 
-def _summed_loss_backward(precision, max_targets, gradients, dloss):
+def _summed_loss_backward(precision, chunk_targets, gradients, dloss):
     return *(dloss.astype(gradient.dtype) * gradient for gradient in gradients), None
 
 

@@ -15,6 +15,10 @@ from gpt2_jax.parallel.devices import describe_device, model_flops_utilisation
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import Logger, duration
 
+# Between fetches of metrics, about: a slow update is shown, and a signal answered, as soon.
+FETCH_SECONDS = 1
+ANNOUNCE_SECONDS = 4  # of training, until the time of the run is estimated
+
 
 @dataclasses.dataclass
 class Progress:
@@ -34,6 +38,8 @@ class Progress:
     train_steps: int = 0
     # What an interrupt stopped of 'evaluation' and 'sample': the resumed run does it first.
     unfinished: list[str] = dataclasses.field(default_factory=list)
+    # [step, train.steps until then] of each --extend: the schedule of a step depends on it.
+    extensions: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 class Meter:
@@ -41,7 +47,7 @@ class Meter:
 
     Metrics wait on the device until the next update was dispatched, so that the device always has
     work. `started` is when the process began, by time.monotonic(). `diverged(step, what)` makes the
-    error for a value that is not finite.
+    error for a value that is not finite; `watch(step, values)` sees the metrics of every update.
     """
 
     def __init__(
@@ -53,13 +59,19 @@ class Meter:
         start: int,
         started: float,
         diverged: Callable[[int, str], DivergedError],
+        watch: Callable[[int, dict[str, float]], None] = lambda step, values: None,
     ):
-        self.setup, self.log, self.progress, self.diverged = setup, log, progress, diverged
+        self.setup, self.log, self.progress = setup, log, progress
+        self.diverged, self.watch = diverged, watch
         self.steps, self.every = setup.config.train.steps, setup.config.log.every
         self._first, self._started, self._seconds_before = start + 1, started, progress.seconds
         self._pending = []  # (step, its metrics, still on the device)
         self._mark = None  # where the stretch under measurement began: (time, step)
         self._announced = False
+        self._fetch_every = 1  # updates; see FETCH_SECONDS
+        # Of this process: the time and the number of measured updates, and of evaluations.
+        self._seconds = self._seconds_evaluating = 0.0
+        self._steps = self._evaluations = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a dispatched update. Raises DivergedError for earlier updates."""
@@ -69,8 +81,8 @@ class Meter:
             if step == 1:
                 self.progress.seconds_to_first_step = time.monotonic() - self._started
             self._mark = time.monotonic(), step
-        elif len(self._pending) > self.every:
-            self._fetch(self.every)
+        elif len(self._pending) > self._fetch_every:
+            self._fetch(self._fetch_every)
 
     def drain(self) -> None:
         """Fetches and records all that is pending. Raises DivergedError."""
@@ -83,6 +95,11 @@ class Meter:
         self.drain()
         yield
         self._mark = time.monotonic(), step
+
+    def evaluated(self, seconds: float) -> None:
+        """Counts an evaluation and its time, to estimate those to come."""
+        self._evaluations += 1
+        self._seconds_evaluating += seconds
 
     def seconds(self) -> float:
         """Since the run began, over all its processes."""
@@ -129,10 +146,11 @@ class Meter:
             wrong = [f'{name} = {v}' for name, v in values.items() if not math.isfinite(v)]
             if wrong:
                 raise self.diverged(step, ', '.join(wrong))
+            self.watch(step, values)
             if step == 1 or step % self.every == 0 or step == self.steps:
                 speed = {'tokens_per_second': rate, 'mfu': self.mfu(rate)}
                 self.log.record(step, 'train', values | speed)
-        left = (self.steps - step) * self.setup.tokens_per_step / rate if rate else None
+        left = sum(self._seconds_left(step)[:2]) if self._steps else None
         self.log.progress(step, self.steps, values['loss'], rate, left)
 
     def _measure(self, step: int) -> float | None:
@@ -140,27 +158,38 @@ class Meter:
         if not self._mark or step <= self._mark[1]:
             return None
         now, (began, first) = time.monotonic(), self._mark
-        seconds_per_step = (now - began) / (step - first)
-        self._announce(step, seconds_per_step)
+        seconds_per_step = max(now - began, 1e-9) / (step - first)
+        self._seconds += now - began
+        self._steps += step - first
+        n_steps = int(FETCH_SECONDS * self._steps / max(self._seconds, 1e-9))
+        self._fetch_every = min(self.every, max(1, n_steps))
+        self._announce(step)
         self.progress.train_seconds += now - began
         self.progress.train_steps += step - first
         self._mark = now, step
         return self.setup.tokens_per_step / seconds_per_step
 
-    def _announce(self, step: int, seconds_per_step: float) -> None:
-        """Reports once how long the run will take.
+    def _seconds_left(self, step: int) -> tuple[float, float, int]:
+        """Of training after `step`; of the evaluations after it; and the number of these.
 
-        No evaluation was timed yet: its forward passes count as a third of an update's time.
+        Until one was timed, the forward pass of a token counts as a third of its update.
         """
-        if self._announced:
+        every, seconds_per_step = self.setup.config.eval.every, self._seconds / self._steps
+        n = math.ceil(self.steps / every) - (step - 1) // every
+        if self._evaluations:
+            evaluation = self._seconds_evaluating / self._evaluations
+        else:
+            evaluation = seconds_per_step / self.setup.tokens_per_step * self.setup.eval_tokens / 3
+        return (self.steps - step) * seconds_per_step, n * evaluation, n
+
+    def _announce(self, step: int) -> None:
+        """Reports once how long the run will take."""
+        is_early = self._steps < 3 or self._seconds < ANNOUNCE_SECONDS
+        if self._announced or (is_early and self._steps < self.every):
             return
         self._announced = True
-        every = self.setup.config.eval.every
-        left = (self.steps - step) * seconds_per_step
-        n = math.ceil(self.steps / every) - (step - 1) // every
-        seconds_per_token = seconds_per_step / self.setup.tokens_per_step
-        evaluating = n * self.setup.eval_tokens * seconds_per_token / 3
+        training, evaluating, n = self._seconds_left(step)
         self.log.say(
-            f'{seconds_per_step * 1e3:.1f} ms a step: about {duration(left)} of training to go, '
-            f'and {duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
+            f'{self._seconds / self._steps * 1e3:.1f} ms a step: about {duration(training)} of '
+            f'training to go, and {duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
         )

@@ -1,7 +1,8 @@
-"""GPT-2's optimizer: AdamW with masked decay, clipping by global norm, a warmup and a cosine.
+"""GPT-2's optimizer: clipping by global norm, AdamW with masked decay, and a schedule.
 
-Two implementations compute the same: optax's, and one written out from the equations. A third,
-fused_step.py's, consists of GPU kernels.
+The learning rate rises linearly in a warmup and then decays along a cosine. Two implementations
+compute the same update: optax, and the equations written out here. A third, fused_step.py, uses
+GPU kernels.
 """
 
 import math
@@ -18,7 +19,10 @@ DECAYED = ('kernel', 'embedding')
 
 
 class FusedOptimizer(NamedTuple):
-    """An optimizer that updates parameters: (grads, state, params) -> (params, state, norms)."""
+    """An optimizer whose update returns the new parameters, not what to add to them.
+
+    init(params) -> state;  update(grads, state, params) -> (params, state, norms).
+    """
 
     init: Callable
     update: Callable
@@ -45,8 +49,9 @@ def make_schedule(
         s < w:   peak (s + 1) / (w + 1)
         s >= w:  end + (peak - end) (1 + cos(pi (s - w) / (steps - w))) / 2
 
-    Loshchilov & Hutter 2017, equation 5. The ramp starts at peak / (w + 1), because a first update
-    at a rate of 0 would be wasted. A run with steps <= w is all ramp.
+    From s = `steps` on, the rate is `end`. Loshchilov & Hutter 2017, equation 5. The warmup starts
+    at peak / (w + 1), because a first update at a rate of 0 would be wasted. A run with steps <= w
+    ends during the warmup. `implementation` is 'optax', or 'explicit' for these equations.
     """
     peak, end, w = learning_rate, end_learning_rate, warmup_steps
     steps = max(steps, w + 1)
@@ -83,11 +88,11 @@ def make_optimizer(
         g <- g min(1, clip_norm / ||g||)     over all leaves at once; clip_norm = 0: no clipping
         m <- beta1 m + (1 - beta1) g
         v <- beta2 v + (1 - beta2) g^2
-        p <- p - lr_s (m / (1 - beta1^s) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay p)
+        p <- p - lr (m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps) + weight_decay p)
 
-    Here s counts updates from 1, so that update s has the learning rate schedule(s - 1). The term
-    weight_decay p applies only to leaves for which `decay_mask` is True. `implementation` is
-    'optax' or 'explicit', the equations as they stand here.
+    For update s = 0, 1, .., lr = schedule(s), and n = s + 1 counts the updates with this one. The
+    term weight_decay p applies only to leaves for which `decay_mask` is True. `implementation` is
+    'optax', or 'explicit' for these equations written out in `explicit_adamw`.
     """
     if implementation == 'optax':
         clip = optax.clip_by_global_norm(clip_norm)
@@ -101,15 +106,16 @@ def make_optimizer(
 
 
 def as_parameters(grads, params):
-    """Gradients in the shapes and dtypes of the parameters.
+    """The gradients, cut and cast to the shapes and dtypes of the parameters.
 
-    The fused GPU kernels may return bf16 gradients, with rows of padding after the last row.
+    Without fused GPU kernels this changes nothing. The kernels may return bf16 gradients with rows
+    of padding after the last row.
     """
     return jax.tree.map(lambda g, p: g[: len(p)].astype(p.dtype), grads, params)
 
 
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
-    """One update: (params, opt_state, norms).
+    """Clips, runs AdamW and adds the result to the parameters: new (params, opt_state, norms).
 
     The norms are grad_norm (before clipping), update_norm and param_norm (after the update).
     """
@@ -134,7 +140,7 @@ def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
 
 
 class AdamWState(NamedTuple):
-    """The number of updates done, and the running means of g and of g^2, as trees of parameters."""
+    """The number of updates done, and the running means m of g and v of g^2, shaped as params."""
 
     count: jax.Array
     m: optax.Params
@@ -146,12 +152,13 @@ def zero_moments(params) -> AdamWState:
     return AdamWState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
 
-def bias_correction(beta: float, s):
-    """1 - beta^s: the sum of the weights of the first s values in a running mean that starts at 0.
+def bias_correction(beta: float, n):
+    """1 - beta^n: the sum of the weights of n values in a running mean that starts at 0.
 
-    By expm1, because the subtraction loses digits: relative error 1e-5 at s = 1, beta = 0.999.
+    It is computed with expm1, because the subtraction loses digits in fp32: its relative error is
+    1e-5 at n = 1, beta = 0.999.
     """
-    return -jnp.expm1(jnp.float32(s) * math.log(beta)) if beta else jnp.float32(1)
+    return -jnp.expm1(jnp.float32(n) * math.log(beta)) if beta else jnp.float32(1)
 
 
 def explicit_adamw(
@@ -162,15 +169,15 @@ def explicit_adamw(
     def update(grads, state, params):
         # fp32 also under JAX_ENABLE_X64, so that parameters and moments keep their dtype.
         learning_rate = jnp.float32(schedule(state.count))
-        correct1, correct2 = (bias_correction(beta, state.count + 1) for beta in (beta1, beta2))
+        m_weight, v_weight = (bias_correction(beta, state.count + 1) for beta in (beta1, beta2))
         m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.m, grads)
         v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, state.v, grads)
 
-        def step(m, v, p, decays):
+        def leaf_update(m, v, p, decays):
             decay = weight_decay * p if decays else 0
-            return -learning_rate * (m / correct1 / (jnp.sqrt(v / correct2) + eps) + decay)
+            return -learning_rate * (m / m_weight / (jnp.sqrt(v / v_weight) + eps) + decay)
 
-        updates = jax.tree.map(step, m, v, params, decay_mask(params))
+        updates = jax.tree.map(leaf_update, m, v, params, decay_mask(params))
         return updates, AdamWState(state.count + 1, m, v)
 
     return optax.GradientTransformation(zero_moments, update)

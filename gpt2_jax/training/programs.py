@@ -12,6 +12,7 @@ from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel.faults import warn_about_program
 from gpt2_jax.parallel.mesh import batch_sharding, one_at_a_time
 from gpt2_jax.parallel.partition import make_unshard
+from gpt2_jax.progress import Progress
 from gpt2_jax.training.setup import Setup, check_kernels
 from gpt2_jax.training.step import TrainState, init_state, make_train_step, plain_value_and_grad
 
@@ -30,7 +31,8 @@ def new_state(setup: Setup) -> TrainState:
     draw = jax.jit(
         lambda: init_state(init_params(cfg, seed), setup.optimizer), out_shardings=setup.layout
     )
-    return draw()
+    with Progress('compiling and drawing the parameters'):
+        return jax.block_until_ready(draw())
 
 
 def abstract_state(setup: Setup) -> TrainState:
@@ -76,14 +78,14 @@ def targets_at_once(setup: Setup, training: bool) -> int:
 
 
 def make_value_and_grad(
-    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
     """The loss and its gradient by model.kernels: see step.plain_value_and_grad and fused_step."""
     if model.cfg.kernels == 'fused':
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
         return fused_step.make_value_and_grad(model.cfg)
-    return plain_value_and_grad(model, unshard, max_targets)
+    return plain_value_and_grad(model, unshard, chunk_targets)
 
 
 def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:

@@ -7,13 +7,26 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
+from gpt2_jax import foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import UsageError
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checkpoints import Checkpoints, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, best_step, committed_steps
+
+# The fields of Progress, as JSON.
+PROGRESS = dict.fromkeys(
+    ('best_val_loss', 'final_val_loss', 'seconds', 'seconds_to_first_step', 'train_seconds'),
+    foreign.Maybe(foreign.NUMBER),
+) | {
+    'best_step': foreign.Maybe(foreign.integer(0)),
+    'val_tokens': foreign.Maybe(foreign.integer(0)),
+    'train_steps': foreign.Maybe(foreign.integer(0)),
+    'unfinished': foreign.Maybe([foreign.one_of('evaluation', 'sample')]),
+    'extensions': foreign.Maybe([[foreign.integer(0)]]),
+}
 
 
 class Start(NamedTuple):
@@ -49,6 +62,7 @@ def checkpoint_meta(setup: Setup, workdir: Path, progress: Progress) -> dict[str
 def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend: bool) -> Start:
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
+    An eval.tokens that was left open is set in the setup's configuration to what it was there.
     Raises UsageError naming every setting that keeps the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
@@ -61,6 +75,10 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     differ = config_lib.differences(old, config)
     if extend and longer:
         differ.pop('train.steps')
+    if 'eval.tokens' in differ and config.eval.tokens == config_lib.usual_eval_tokens(config):
+        # It was left open: keep the size, so that the losses compare.
+        config.eval.tokens, _ = differ.pop('eval.tokens')
+        print(f'eval.tokens stays {config.eval.tokens:,}, as at the start of this run')
     theirs, ours = meta['corpus'], corpus_identity(setup)
     if theirs['sha256'] != ours['sha256']:
         differ['data.corpus (its text)'] = tuple(
@@ -78,21 +96,22 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
             'settings to resume, another --workdir for a new run, or --fresh to move the old one '
             'aside'
         )
+    progress = read_progress(meta, workdir)
     if extend and longer:
         print(_describe_extension(old, config, start))
-    progress = _read_progress(meta, workdir)
+        progress.extensions.append([start, old.train.steps])
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)
     return Start(start, progress, meta['log_sizes'])
 
 
-def _read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
-    try:
-        return Progress(**meta['progress'])
-    except TypeError as error:
-        raise UserError(
-            f'the checkpoint in {workdir} has a progress of another form: {error}'
-        ) from None
+def read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
+    """The progress in the metadata of a checkpoint. Raises UserError if it has another form."""
+    source, saved = f'the progress of the checkpoint in {workdir}', meta['progress']
+    foreign.check(saved, PROGRESS, source)
+    for name in saved.keys() - PROGRESS.keys():
+        raise foreign.error(source, f'is of another form: it has {foreign.show(name)}')
+    return Progress(**{name: value for name, value in saved.items() if value is not None})
 
 
 def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:

@@ -2,7 +2,7 @@
 
     train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
 
-A batch holds `inputs` and `targets`, int (B, T), and in evaluation a `mask` (B, T).
+A batch holds `inputs` and `targets`, int32 (B, T), and in evaluation a `mask`, float32 (B, T).
 """
 
 from collections.abc import Callable
@@ -33,25 +33,27 @@ def init_state(params, optimizer: Optimizer) -> TrainState:
 
 
 def plain_value_and_grad(
-    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
     """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads): JAX differentiates.
 
-    The loss is the sum over the targets of `batch`, a micro-batch, divided by `n_targets`, the
-    number of targets in all micro-batches. `unshard` gathers stored parameters as the matrix
-    products need them (see partition.make_unshard). With `max_targets`, the loss is computed over
-    chunks of so many targets (see model/loss.py).
+    `batch` is one micro-batch; B is its number of rows here. The loss is the sum of the losses of
+    its targets, divided by `n_targets`, the number of targets of all micro-batches together.
+    `unshard` gathers the stored parameters into the form in which the model multiplies by them (see
+    partition.make_unshard). If `chunk_targets` is not 0, the loss is computed over chunks of at
+    most `chunk_targets` targets (see model/loss.py).
     """
 
-    def loss(params, batch: Batch, dropout_key, n_targets):
-        if max_targets:
-            x_BTD, wte_VD = features(model, unshard(params), batch['inputs'], dropout_key)
+    def mean_loss(params, batch: Batch, dropout_key, n_targets):
+        if chunk_targets:
+            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
             precision = model.cfg.precision
-            return summed_loss(x_BTD, wte_VD, batch['targets'], precision, max_targets) / n_targets
+            loss = summed_loss(x_BTD, wte_VD, batch['targets'], precision, chunk_targets)
+            return loss / n_targets
         logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
         return token_losses(logits_BTV, batch['targets']).sum() / n_targets
 
-    return jax.value_and_grad(loss)
+    return jax.value_and_grad(mean_loss)
 
 
 def make_train_step(
@@ -62,16 +64,17 @@ def make_train_step(
     seed: int,
     grad_accum_steps: int,
 ) -> Callable:
-    """The function train_step(state, batch) -> (state, metrics). Jit it with the state donated.
+    """The function train_step(state, batch) -> (state, metrics). Donate the state to jit.
 
     The B rows of the batch are processed in `grad_accum_steps` equal micro-batches by one lax.scan,
     and their gradients add up to the gradient of the mean loss over all B T targets. Dropout keys
     are a function of (seed, step, micro-batch) alone, so a restarted run draws the same masks.
     `value_and_grad` has the signature of `plain_value_and_grad`'s.
 
-    Metrics (fp32 scalars): loss in nats per token, learning_rate, and the global norms grad_norm of
-    the gradient before clipping, update_norm of what is added to the parameters, and param_norm of
-    the new parameters. `schedule` is for the metric only; the optimizer has its own.
+    The metrics are fp32 scalars: the loss in nats per token, the learning_rate of this update, and
+    three global norms: grad_norm (the gradient before clipping), update_norm (the change of the
+    parameters) and param_norm (the new parameters). `schedule` only reports the learning rate; the
+    optimizer was built with the same schedule and counts its own updates.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -82,17 +85,18 @@ def make_train_step(
             dropout_key = jax.random.fold_in(step_key, index)
             return value_and_grad(state.params, micro_batch, dropout_key, n_targets)
 
-        def add_micro_step(total, micro):
-            loss, grads = micro_step(*micro)
-            return jax.tree.map(jnp.add, total, (loss, as_parameters(grads, state.params))), None
+        def add_micro_step(total, indexed):
+            loss, grads = micro_step(*indexed)
+            grads = as_parameters(grads, state.params)
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
 
         if grad_accum_steps == 1:
             loss, grads = micro_step(0, batch)
         else:
             micro_batches = jax.tree.map(lambda x: split_rows(x, grad_accum_steps), batch)
             zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-            numbered = jnp.arange(grad_accum_steps), micro_batches
-            (loss, grads), _ = jax.lax.scan(add_micro_step, zero, numbered)
+            indexed = jnp.arange(grad_accum_steps), micro_batches
+            (loss, grads), _ = jax.lax.scan(add_micro_step, zero, indexed)
         params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -108,31 +112,40 @@ def split_rows(x, n: int):
     return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
 
+def make_token_losses(
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
+) -> Callable:
+    """The function losses(params, batch, dropout_key=None) -> losses_BT, in nats per target.
+
+    `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
+    """
+
+    def losses(params, batch: Batch, dropout_key=None):
+        if chunk_targets:
+            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
+            precision = model.cfg.precision
+            return map_logits(
+                token_losses, x_BTD, wte_VD, batch['targets'], precision, chunk_targets
+            )
+        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
+        return token_losses(logits_BTV, batch['targets'])
+
+    return losses
+
+
 def make_eval_step(
-    model: GPT2, unshard: Callable = lambda params: params, max_targets: int = 0
+    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
     """The function eval_step(params, batch) -> nats_B: each row's loss, summed where mask is 1.
 
-    `unshard` and `max_targets` are as in `plain_value_and_grad`.
+    `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
     """
-
-    def eval_step(params, batch: Batch):
-        if max_targets:
-            x_BTD, wte_VD = features(model, unshard(params), batch['inputs'])
-            precision = model.cfg.precision
-            losses_BT = map_logits(
-                token_losses, x_BTD, wte_VD, batch['targets'], precision, max_targets
-            )
-        else:
-            logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'])
-            losses_BT = token_losses(logits_BTV, batch['targets'])
-        return (losses_BT * batch['mask']).sum(-1)
-
-    return eval_step
+    losses = make_token_losses(model, unshard, chunk_targets)
+    return lambda params, batch: (losses(params, batch) * batch['mask']).sum(-1)
 
 
-def features(model: GPT2, params, tokens_BT, dropout_key=None):
-    """The final hidden states x_BTD, and the token embedding wte_VD, in the dtype of the head."""
+def head_inputs(model: GPT2, params, tokens_BT, dropout_key=None):
+    """The operands of the head, in its dtype: final hidden states x_BTD and embedding wte_VD."""
     x_BTD, _ = model.apply(
         {'params': params}, tokens_BT, dropout_key=dropout_key, method='features'
     )

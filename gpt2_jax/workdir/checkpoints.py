@@ -4,13 +4,14 @@ A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (st
 state), `meta` (JSON: configuration, tokenizer, and what the loop needs to resume) and, if the step
 was evaluated, `metrics`. Orbax writes the folder and moves it into place in one piece. Then
 everything is read back from disk, and SHA256SUMS commits the checkpoint (checksums.py). The latest
-two checkpoints and the best one are kept. A folder without SHA256SUMS, or one that does not match
-it, is never restored.
+two checkpoints and the best one are kept, and more if checkpoint.keep says so. A folder without
+SHA256SUMS, or one that does not match it, is never restored.
 """
 
 import concurrent.futures
 import contextlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -46,13 +47,19 @@ class Checkpoints:
     """The checkpoints of a running training: saved in the background, one at a time.
 
     Use as a context manager: leaving it waits until the last save is committed. `check_claim`
-    raises UserError if the folder no longer belongs to this process: see folder.claim.
+    raises UserError if the folder no longer belongs to this process: see folder.claim. `kept` says
+    which checkpoints are kept beside the latest and the best.
     """
 
-    def __init__(self, folder: Path, check_claim: Callable[[], None] = lambda: None):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        check_claim: Callable[[], None] = lambda: None,
+        kept: storage.Kept = storage.LATEST,
+    ):
+        self.folder, self.kept = folder, kept
         self._check_claim = check_claim
-        self._orbax = storage.open_manager(folder, read_only=False)
+        self._orbax = storage.open_manager(folder, read_only=False, kept=kept)
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._pending = None  # (step, future) of the save in progress
 
@@ -110,6 +117,25 @@ class Checkpoints:
         """The steps whose save was finished, in order."""
         return committed_steps(self.folder)
 
+    def describe_kept(self, state, steps: int, every: int, eval_every: int) -> list[str]:
+        """A line on how many checkpoints a run will keep and how large they are.
+
+        No line if only the latest are kept. `state` may be abstract. All multiples of `every` are
+        saved, and evaluated steps, multiples of `eval_every`, if they are the best so far.
+        """
+        if self.kept.keep == 'latest':
+            return []
+        if self.kept.keep == 'all':
+            saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)}
+        else:
+            saved = set(filter(self.kept.includes, range(steps + 1)))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        n, free = len(saved | {steps}), shutil.disk_usage(self.folder).free
+        return [
+            f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
+            f'{n * size / 2**30:,.2f} GiB; the disk has {free / 2**30:,.1f} GiB left'
+        ]
+
     def check(self) -> None:
         """Raises UserError if the save in progress has failed already; waits for nothing."""
         if self._pending and self._pending[1].done():
@@ -129,15 +155,7 @@ class Checkpoints:
 
         Raises UserError if the state is not the state after `step` updates.
         """
-        train = {'step': abstract.step, 'opt_state': abstract.opt_state}
-        items = storage.restore_items(
-            self._orbax,
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            train=ocp.args.StandardRestore(train),
-        )
-        check_step(self.folder / str(step), int(items.train['step']))
-        return abstract.replace(params=items.params, **items.train)
+        return restore_state(self._orbax, step, abstract)
 
     def _check_free_space(self, state) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -171,6 +189,19 @@ class Checkpoints:
             f'checkpoint {step} could not be saved in {self.folder}: {reason}; {left}. '
             'Remove the cause, then run the same command to resume'
         )
+
+
+def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
+    """The state saved at `step`: see Checkpoints.restore."""
+    train = {'step': abstract.step, 'opt_state': abstract.opt_state}
+    items = storage.restore_items(
+        manager,
+        step,
+        params=ocp.args.StandardRestore(abstract.params),
+        train=ocp.args.StandardRestore(train),
+    )
+    check_step(Path(manager.directory) / str(step), int(items.train['step']))
+    return abstract.replace(params=items.params, **items.train)
 
 
 def check_step(path: Path, step: int) -> None:

@@ -18,9 +18,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from gpt2_jax import files
+from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import printable
 
 PLAIN_SECONDS = 5  # between progress lines if the output is not a terminal, to keep a log short
+LIVE_SECONDS = 0.5  # between changes of the live line while a run evaluates
 
 
 def duration(seconds: float) -> str:
@@ -100,10 +102,10 @@ class Logger:
                 progress.TextColumn('step {task.completed}/{task.total}'),
                 progress.BarColumn(),
                 progress.TextColumn('{task.description}'),
-                progress.TimeRemainingColumn(),
+                progress.TimeElapsedColumn(),
                 transient=True,
             )
-            self._task = self._live.add_task('compiling', total=steps, completed=start)
+            self._task = self._live.add_task('', total=steps, completed=start)
             self._live.start()
 
     def __enter__(self):
@@ -127,6 +129,18 @@ class Logger:
         else:
             print(text, flush=True)
 
+    def work(self, text: str) -> None:
+        """Says what the run is busy with: in the live line, or in a line of its own."""
+        if self._live:
+            self._live.update(self._task, description=text)
+        else:
+            print(text, flush=True)
+
+    def working(self, what: str, total: int, unit: str) -> Progress:
+        """The progress of work beside training, reported by `work`."""
+        every = LIVE_SECONDS if self._live else None
+        return Progress(what, total, unit, 1, self.work, every)
+
     def record(self, step: int, split: str, values: dict[str, float | None]) -> None:
         """Writes a line of metrics.jsonl and the same figures as TensorBoard events.
 
@@ -135,12 +149,16 @@ class Logger:
         record = {'step': step, 'split': split, **values}
         self._metrics.write((json.dumps(record, allow_nan=False) + '\n').encode())
         self._metrics.flush()
-        figures = [
+        self.figures(step, split, values)
+
+    def figures(self, step: int, split: str, values: dict[str, float | None]) -> None:
+        """Writes figures as TensorBoard events alone."""
+        known = [
             Summary.Value(tag=f'{split}/{name}', simple_value=value)
             for name, value in values.items()
             if value is not None
         ]
-        self._event(step=step, summary=Summary(value=figures))
+        self._event(step=step, summary=Summary(value=known))
 
     def sample(self, step: int, text: str) -> None:
         """Writes a sampled text to samples.txt and to the console."""
@@ -158,12 +176,13 @@ class Logger:
     ):
         """Shows the state of training in the live line, or in a plain line every PLAIN_SECONDS."""
         rate = f'{tokens_per_second:,.0f} tokens/s' if tokens_per_second else 'compiled'
+        left = f', {duration(seconds_left)} left' if seconds_left else ''
+        line = f'loss {loss:.3f}, {rate}{left}'
         if self._live:
-            self._live.update(self._task, completed=step, description=f'loss {loss:.3f}, {rate}')
+            self._live.update(self._task, completed=step, description=line)
         elif time.monotonic() - self._last_line > PLAIN_SECONDS or step == steps:
             self._last_line = time.monotonic()
-            left = f', {duration(seconds_left)} left' if seconds_left else ''
-            print(f'step {step}/{steps}: loss {loss:.3f}, {rate}{left}', flush=True)
+            print(f'step {step}/{steps}: {line}', flush=True)
 
     def flush(self) -> None:
         """Writes out all buffers: the files hold everything reported so far when this returns.

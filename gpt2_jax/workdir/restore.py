@@ -16,6 +16,7 @@ from gpt2_jax.kernels.support import usable
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
+from gpt2_jax.progress import Progress
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checkpoints import check_step, read_meta
 from gpt2_jax.workdir.checksums import FOLDER, METRICS, best_step, committed_steps, verify
@@ -44,7 +45,10 @@ def load(run: Path, step: str) -> Restored:
     number = choose_step(run, step)
     path = folder / str(number)
     meta = read_meta(path)
-    with storage.open_manager(folder, read_only=True) as manager:
+    with (
+        Progress(f'reading checkpoint {number:,}'),
+        storage.open_manager(folder, read_only=True) as manager,
+    ):
         config = config_lib.from_json(meta['config'])
         tokenizer = tokenizers.from_json(meta['tokenizer'])
         asked = GPT2Config(**config.model, vocab_size=tokenizer.vocab_size)

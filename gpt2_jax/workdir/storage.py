@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.workdir.folder import check_path
 
@@ -29,14 +30,39 @@ class LiteralPath(type(epath.Path('/'))):
         return (type(self)(path) for path in Path(self).glob(pattern))
 
 
-def open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+def is_log_spaced(step: int, every: int) -> bool:
+    """Whether `step` is one of 0, 1, 2, 4, .. 512, or a later multiple of `every`."""
+    return step & (step - 1) == 0 if step <= 512 else step % every == 0
+
+
+class Kept(policies.PreservationPolicy):
+    """Keeps the checkpoints that checkpoint.keep names, beside the latest and the best."""
+
+    def __init__(self, keep: str, every: int):
+        self.keep, self.every = keep, every
+
+    def includes(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is kept for good."""
+        return self.keep == 'all' or (self.keep == 'log' and is_log_spaced(step, self.every))
+
+    def should_preserve(self, checkpoints, *, context):
+        """Orbax's question, for all checkpoints at once."""
+        return [self.includes(checkpoint.step) for checkpoint in checkpoints]
+
+
+LATEST = Kept('latest', 1)
+
+
+def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a folder; use it as a context manager.
 
-    Raises UsageError for a path that folder.check_path refuses.
+    Raises UsageError for a path that folder.check_path refuses, and UserError for a checkpoint
+    whose metadata Orbax cannot read.
     """
     check_path(folder)
     keep = policies.AnyPreservationPolicy(
         [
+            kept,
             # Two, so that one is left if the newest turns out to be damaged.
             policies.LatestN(2),
             # reverse=True: the lowest loss is the best.
@@ -48,7 +74,12 @@ def open_manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
     )
-    return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
+    try:
+        return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
+    except OSError:
+        raise
+    except Exception as error:  # in metadata that another program wrote
+        raise _another_form(f'a checkpoint in {folder}', error) from None
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):
@@ -58,11 +89,7 @@ def restore_items(manager: ocp.CheckpointManager, step: int, **items):
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # Orbax has no error class of its own
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(
-            f'checkpoint {step} in {manager.directory} is undamaged, but not in the form that this '
-            f'version saves: {reason or type(error).__name__}'
-        ) from None
+        raise _another_form(f'checkpoint {step} in {manager.directory}', error) from None
 
 
 def read_back(path: Path, step: int, items: dict[str, Any]) -> None:
@@ -84,9 +111,23 @@ def read_back(path: Path, step: int, items: dict[str, Any]) -> None:
 
 
 def read_step(path: Path) -> int:
-    """The number of updates in the state saved at `path`, which is read from the state itself."""
+    """The number of updates in the state saved at `path`, which is read from the state itself.
+
+    Raises UserError if the state is not in the form that this version saves.
+    """
     like = {'step': np.zeros((), np.int32)}
-    return int(_read(path / 'train', like, partial_restore=True)['step'])
+    try:
+        return int(_read(path / 'train', like, partial_restore=True)['step'])
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _another_form(f'checkpoint {path}', error) from None
+
+
+def _another_form(checkpoint: str, error: Exception) -> UserError:
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    problem = f'is undamaged, but not in the form that this version saves: {reason}'
+    return foreign.error(checkpoint, problem)
 
 
 def _val_loss(metrics) -> float:

@@ -16,6 +16,8 @@ import gzip
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 import random
 import resource
@@ -34,11 +36,16 @@ from safetensors.numpy import load_file, save_file
 
 from gpt2_jax import config, convert, foreign, prepare
 from gpt2_jax.architecture import GPT2Config
-from gpt2_jax.data import bin_files, corpora, documents, shards, tokenizers, vocabulary
+from gpt2_jax.data import bin_files, corpora, dataset, documents, shards, tokenizers, vocabulary
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference import lambada, texts
 from gpt2_jax.inference.evaluate import pad_windows
 from gpt2_jax.model import huggingface
+from gpt2_jax.model.params import init_params
+from gpt2_jax.training import meter, resume, setup, step
+from gpt2_jax.workdir import checkpoints, checksums
+from gpt2_jax.workdir import folder as run_folder
+from gpt2_jax.workdir.restore import load
 
 ROOT = Path(__file__).parents[2]
 SECONDS, GROWTH = 10, 1 << 30
@@ -55,9 +62,9 @@ class Reader:
     """A reader, good files for it, and how they are damaged.
 
     `make(folder)` writes the files, `damage` damages one of `files`, `read(folder)` reads them all.
-    `after(folder)` runs on the damaged files, to mend a checksum that would hide the damage; it
-    changes the files `mended`.
-    Nothing may be opened outside the folder `inside`.
+    `files` may be patterns. `after(folder)` runs on the damaged files, to mend a checksum that
+    would hide the damage; it changes the files `mended`. Nothing may be opened outside the folder
+    `inside`. A slow reader gets the part `inputs` of the inputs.
     """
 
     make: Callable[[Path], None]
@@ -67,6 +74,7 @@ class Reader:
     after: Callable[[Path], None] = lambda folder: None
     mended: tuple[str, ...] = ()
     inside: str = ''
+    inputs: float = 1
 
 
 def make_prepared(folder: Path) -> None:
@@ -76,12 +84,12 @@ def make_prepared(folder: Path) -> None:
 
 
 def read_prepared(folder: Path) -> None:
-    dataset = shards.open_shards(folder / 'out')
-    for tokens in (dataset.train, dataset.val):
+    opened = shards.open_shards(folder / 'out')
+    for tokens in (opened.train, opened.val):
         if len(tokens):
             ids = tokens.read(0, len(tokens))
-            assert ids.max() < dataset.tokenizer.vocab_size
-            dataset.tokenizer.decode(ids)
+            assert ids.max() < opened.tokenizer.vocab_size
+            opened.tokenizer.decode(ids)
 
 
 def reseal(folder: Path) -> None:
@@ -118,8 +126,8 @@ def make_bin(folder: Path) -> None:
 
 
 def read_bin(folder: Path) -> None:
-    dataset = bin_files.open_token_files(f'{folder}/*.bin', SMALL)
-    for tokens in (dataset.train, dataset.val):
+    opened = bin_files.open_token_files(f'{folder}/*.bin', SMALL)
+    for tokens in (opened.train, opened.val):
         assert tokens.read(0, len(tokens)).max() < SMALL.vocab_size
 
 
@@ -219,8 +227,8 @@ def prepare_all(folder: Path) -> None:
     shutil.rmtree(folder / 'out', ignore_errors=True)
     options = {'tokenizer_name': 'char', 'val_fraction': 0.2, 'shard_tokens': 1000}
     manifest = prepare.prepare([str(folder)], folder / 'out', **options)
-    dataset = shards.open_shards(folder / 'out')
-    assert len(dataset.train) + len(dataset.val) == manifest['inputs']['characters']
+    opened = shards.open_shards(folder / 'out')
+    assert len(opened.train) + len(opened.val) == manifest['inputs']['characters']
 
 
 def make_published(folder: Path) -> None:
@@ -264,6 +272,104 @@ def damage_safetensors(rng: random.Random, data: bytes) -> bytes:
         kinds = ['F4', 'F8_E4M3', 'BF16', 'F16', 'F64', 'I64', 'BOOL', 'C64', 'X']
         header = header.replace(b'"F32"', f'"{rng.choice(kinds)}"'.encode(), rng.choice([1, -1]))
     return len(header).to_bytes(8, 'little') + header + data[end:]
+
+
+def read_config(folder: Path) -> None:
+    settings = config.from_json(foreign.read_text(folder / 'config.json'))
+    GPT2Config(**settings.model)
+    assert config.from_json(config.to_json(settings)) == settings
+
+
+def make_checkpoint(folder: Path) -> None:
+    """A run's folder with a checkpoint of step 1, evaluated."""
+    settings, tokenizer = config.default_config(), tokenizers.make_tokenizer('char', TEXT)
+    settings.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
+    settings.data.corpus = 'text.txt'
+    text = dataset.from_text('text', TEXT, tokenizer, 0.1)
+    built = setup.build(config.resolve(settings), text)
+    progress = meter.Progress(best_step=1, best_val_loss=2.0, final_val_loss=2.0)
+    meta = resume.checkpoint_meta(built, folder, progress)
+    with checkpoints.Checkpoints(folder / 'checkpoints') as saved:
+        state = step.init_state(init_params(built.model.cfg, 0), built.optimizer)
+        saved.save(1, state.replace(step=state.step + 1), meta, 2.0)
+
+
+def reseal_checkpoint(folder: Path) -> None:
+    """The sums of the damaged checkpoint; those of a file that is none would not be read."""
+    path = folder / 'checkpoints/1'
+    files = [path / name for name in listed(path)]
+    if all(file.is_file() and not file.is_symlink() for file in files):
+        checksums.write_checksums(path)
+
+
+def listed(path: Path) -> list[str]:
+    return [line[66:] for line in (path / 'SHA256SUMS').read_text().splitlines()[1:]]
+
+
+def read_meta(folder: Path) -> None:
+    """What resuming and sampling read beside the arrays."""
+    meta = checkpoints.read_meta(folder / 'checkpoints/1')
+    settings = config.from_json(meta['config'])
+    tokenizer = tokenizers.from_json(meta['tokenizer'])
+    GPT2Config(**settings.model, vocab_size=tokenizer.vocab_size)
+    progress = resume.read_progress(meta, folder)
+    assert progress.best_val_loss is None or progress.best_val_loss < 1e400
+    assert set(progress.unfinished) <= {'evaluation', 'sample'}
+
+
+def damage_meta(rng: random.Random, data: bytes) -> bytes:
+    """Damages the metadata, or the JSON of the configuration or the tokenizer inside."""
+    meta = json.loads(data)
+    key = rng.choice(['config', 'tokenizer', 'progress', ''])
+    if not key:
+        return mutate.mutate_json(rng, data)
+    if key == 'progress':
+        damaged = mutate.mutate_json(rng, json.dumps(meta[key]).encode())
+        place = json.dumps(meta[key]).encode()
+        return json.dumps(meta).encode().replace(place, damaged)
+    text = mutate.mutate_json(rng, meta[key].encode())
+    return json.dumps(meta | {key: text.decode('utf-8', 'surrogateescape')}).encode()
+
+
+def damage_any(rng: random.Random, data: bytes) -> bytes:
+    """Damages a file of any kind: as JSON if it is JSON."""
+    if not data.startswith(b'{') or not data.endswith(b'}'):
+        return mutate.mutate_bytes(rng, data)
+    return damage_meta(rng, data) if b'"tokenizer"' in data else mutate.mutate_json(rng, data)
+
+
+def read_checkpoint(folder: Path) -> None:
+    restored = load(folder, 'best')
+    assert restored.params['wte']['embedding'].shape[0] == restored.tokenizer.vocab_size
+
+
+def read_val_loss(folder: Path) -> None:
+    best, loss = checksums.best_step(folder / 'checkpoints')
+    assert best == 1
+    assert math.isfinite(loss)
+
+
+def read_sums(folder: Path) -> None:
+    problem = checksums.verify(folder / 'checkpoints/1')
+    if problem:
+        raise foreign.error('checkpoint', problem)
+
+
+def make_logs(folder: Path) -> None:
+    lines = ''.join(
+        json.dumps({'step': i, 'split': 'train', 'loss': i / 7}) + '\n' for i in range(9)
+    )
+    (folder / 'metrics.jsonl').write_text(lines)
+    (folder / 'samples.txt').write_text(TEXT)
+
+
+def read_logs(folder: Path) -> None:
+    """Cuts back logs that may have been cut short: what is left is whole lines."""
+    reports = run_folder.cut_back(folder, {'metrics.jsonl': 300, 'samples.txt': 99})
+    assert all(map(str.isprintable, reports))
+    data = (folder / 'metrics.jsonl').read_bytes() if (folder / 'metrics.jsonl').is_file() else b''
+    assert len(data) <= 300
+    assert len(data) == 300 or data[-1:] in (b'', b'\n')
 
 
 PREPARED = {'make': make_prepared, 'read': read_prepared, 'inside': 'out'}
@@ -321,6 +427,33 @@ READERS = {
     'index': published('shards', 'model.safetensors.index.json', JSON),
     'safetensors': published('whole', 'model.safetensors', damage_safetensors),
     'shard of safetensors': published('shards', '1.safetensors', damage_safetensors),
+    'configuration': Reader(
+        lambda folder: (folder / 'config.json').write_text(
+            config.to_json(config.resolve(config.default_config()))
+        ),
+        read_config,
+        ('config.json',),
+        JSON,
+    ),
+    'checkpoint metadata': Reader(
+        make_checkpoint, read_meta, ('checkpoints/1/meta/metadata',), damage_meta
+    ),
+    'checkpoint metrics': Reader(
+        make_checkpoint, read_val_loss, ('checkpoints/1/metrics/metrics',), JSON
+    ),
+    'checkpoint sums': Reader(make_checkpoint, read_sums, ('checkpoints/1/SHA256SUMS',)),
+    'checkpoint': Reader(
+        make_checkpoint,
+        read_checkpoint,
+        ('checkpoints/1/**/*',),
+        damage_any,
+        after=reseal_checkpoint,
+        mended=('checkpoints/1/SHA256SUMS',),
+        inputs=0.1,
+    ),
+    'logs': Reader(
+        make_logs, read_logs, ('metrics.jsonl',), mended=('samples.txt',), damage=damage_lines
+    ),
     'prepare': Reader(
         make_documents, prepare_all, ('a.txt', 'a.jsonl', 'a.txt.gz', 'a.parquet'), damage_lines
     ),
@@ -365,18 +498,26 @@ def run(name: str, seed: int, inputs: int) -> bool:
     """Feeds `inputs` damaged files to a reader; returns whether every rule held."""
     global opened
     reader, good, counts, slowest = READERS[name], True, collections.Counter(), 0.0
+    inputs = math.ceil(inputs * reader.inputs)
     vocabulary.MERGES_SHA256 = hashlib.sha256(MERGES.encode()).hexdigest()
     signal.signal(signal.SIGALRM, alarm)
+    logging.getLogger('absl').setLevel('ERROR')
     with tempfile.TemporaryDirectory() as parent:
         template, folder = Path(parent, 'template'), Path(parent, 'folder')
         template.mkdir()
         reader.make(template)
         shutil.copytree(template, folder)
         reader.read(folder)  # good files are read
+        found = [path for pattern in reader.files for path in template.glob(pattern)]
+        names = [
+            str(path.relative_to(template))
+            for path in sorted(found, key=lambda path: (path.parent, path.stat().st_size))
+            if path.is_file() and str(path.relative_to(template)) not in reader.mended
+        ]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in range(seed, seed + inputs):
             rng = random.Random(f'{name} {i}')
-            path = folder / rng.choice(reader.files)
+            path = folder / rng.choice(names)
             if rng.random() < 0.02:
                 mutate.mutate_kind(rng, path)
             else:
@@ -407,7 +548,7 @@ def run(name: str, seed: int, inputs: int) -> bool:
             grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
             if grown > GROWTH:
                 problem, before = f'it took {grown / 2**30:.1f} GiB', before + grown // 1024
-            for file in {*reader.files, *reader.mended}:
+            for file in {*names, *reader.mended}:
                 restore(template / file, folder / file)
             if problem:
                 good = False

@@ -1,0 +1,93 @@
+"""A page: one HTML file with its style, its scripts and its data inside.
+
+It loads nothing: its content security policy forbids every request. The scripts are plain
+JavaScript, in page/: elements.js and charts.js for all pages, and those of each kind.
+"""
+
+import base64
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax import files
+
+PAGE = Path(__file__).with_name('page')
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+# The scripts of each kind of page, after those of all pages.
+SCRIPTS = {
+    'step': ('step.js',),
+    'run': ('run.js', 'run_over_time.js'),
+    'compare': ('compare.js',),
+    'autopsy': ('autopsy.js',),
+}
+
+
+def write_page(kind: str, title: str, data: dict[str, Any], out: Path) -> str:
+    """Writes a page of one of SCRIPTS, in one piece; returns a line that names it and its size.
+
+    `data` is what their function `KINDPage` draws. Numbers that are not finite become null. Raises
+    OSError.
+    """
+    names = ('elements.js', 'charts.js', *SCRIPTS[kind])
+    style, script = (PAGE / 'base.css').read_text('utf-8'), ''
+    for name in names:
+        script += (PAGE / name).read_text('utf-8').removeprefix("'use strict';\n")
+    # In a script element only '<' could end the element; JSON may write it as an escape.
+    text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False).replace('<', '\\u003c')
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main></main>
+<noscript>This page draws its data with JavaScript, which is switched off.</noscript>
+<script type="application/json" id="data">{text}</script>
+<script>
+'use strict';
+{script}
+start({kind}Page);
+</script>
+</body>
+</html>
+"""
+    files.write_text(out, page)
+    return f'wrote {out} ({out.stat().st_size / 1e6:.1f} MB)'
+
+
+def packed(array: np.ndarray) -> dict[str, Any]:
+    """An array for the page's `unpack`: compressed, base64. uint8, int32 or float32."""
+    array = np.ascontiguousarray(array)
+    little = array.astype(array.dtype.newbyteorder('<')).tobytes()
+    text = base64.b64encode(gzip.compress(little, mtime=0)).decode()
+    return {'type': array.dtype.name, 'shape': list(array.shape), 'data': text}
+
+
+def plain(values: np.ndarray, digits: int = 6) -> list:
+    """An array as nested lists for JSON, rounded to `digits` significant digits; None for nan."""
+    if values.ndim:
+        return [plain(row, digits) for row in values]
+    value = float(values)
+    return float(f'{value:.{digits}g}') if math.isfinite(value) else None
+
+
+def _finite(value: Any) -> Any:
+    """Plain values for JSON, with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escape(text: str) -> str:
+    return text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')

@@ -1,0 +1,109 @@
+"""Reads what a run left in its folder, finished or not. Changes nothing, and needs no JAX."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from gpt2_jax import config as config_lib
+from gpt2_jax import foreign
+from gpt2_jax.workdir.checksums import FOLDER, committed_steps
+
+PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
+NOT_A_RUN = 'expected the folder of a run of scripts/train.py'
+MAX_LOG_BYTES = 1 << 30
+MAX_PROBES_BYTES = 1 << 32
+META = {'config': str, 'corpus': {'name': str, 'sha256': str}, 'progress': {}}
+RECORD = {'step': foreign.integer(0), 'split': str}
+
+
+def read_config(run: Path) -> ConfigDict:
+    """The configuration of a run. Raises UserError if the folder holds none."""
+    path = run / 'config.json'
+    if not path.exists():
+        raise foreign.error(run, 'holds no config.json', NOT_A_RUN)
+    return config_lib.from_json(foreign.read_text(path))
+
+
+def config_at(run: Path, step: int) -> ConfigDict:
+    """The configuration that update `step` ran with: an extended run has had several."""
+    config, steps = read_config(run), committed_steps(run / FOLDER)
+    progress = _read_meta(run, steps[-1])['progress'] if steps else {}
+    for extended_at, planned in progress.get('extensions', []):
+        if step <= extended_at:
+            with config.unlocked():
+                config.train.steps = planned
+            break
+    return config
+
+
+def read_records(run: Path, split: str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl of one split, 'train' or 'val', in order.
+
+    A last line that a running training has not finished writing is left out. Raises UserError.
+    """
+    path = run / 'metrics.jsonl'
+    if not path.exists():
+        return []
+    lines = foreign.read_text(path, MAX_LOG_BYTES).split('\n')[:-1]
+    records = [
+        foreign.parse_json(line, f'{path}, line {number}', RECORD)
+        for number, line in enumerate(lines, 1)
+    ]
+    return [record for record in records if record['split'] == split]
+
+
+def read_samples(run: Path) -> dict[int, str]:
+    """{step: text} of samples.txt."""
+    path = run / 'samples.txt'
+    if not path.exists():
+        return {}
+    samples, step = {}, None
+    for line in foreign.read_bytes(path, MAX_LOG_BYTES).decode('utf-8', 'replace').split('\n'):
+        words = line.split()
+        if len(words) == 4 and words[:2] == ['===', 'step'] and words[2].isdecimal():
+            step = int(words[2])
+            samples[step] = []
+        elif step is not None:
+            samples[step].append(line)
+    return {step: '\n'.join(lines).removesuffix('\n\n') for step, lines in samples.items()}
+
+
+def read_probes(run: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of probes.npz; None if there is none. Raises UserError if it is damaged."""
+    path = run / PROBES
+    if not path.exists():
+        return None
+    remedy = 'move it away, and the run records its probes from here on'
+    with (
+        foreign.open_file(path) as file,
+        foreign.parsing(path, 'the probes of a run', remedy),
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        if sum(info.file_size for info in arrays.zip.infolist()) > MAX_PROBES_BYTES:
+            raise ValueError('it is too large')
+        return dict(arrays)
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """summary.json of a finished run; None if the run is not finished."""
+    path = run / 'summary.json'
+    return foreign.read_json(path, {}) if path.exists() else None
+
+
+def read_corpus(run: Path) -> dict[str, Any] | None:
+    """The identity of the text that the run trained on; None before its first checkpoint."""
+    steps = committed_steps(run / FOLDER)
+    return _read_meta(run, steps[-1])['corpus'] if steps else None
+
+
+def steps_done(run: Path) -> int:
+    """The last update that the folder shows: by a checkpoint or by a record."""
+    last = [record['step'] for record in read_records(run, 'train')[-1:]]
+    return max([0, *committed_steps(run / FOLDER), *last])
+
+
+def _read_meta(run: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state: the JSON item, as Orbax writes it."""
+    return foreign.read_json(run / FOLDER / str(step) / 'meta' / 'metadata', META, NOT_A_RUN)

@@ -1,0 +1,62 @@
+"""Pages about whole runs: one run through its training, or several side by side.
+
+    python scripts/runs.py report --workdir=runs/quickstart --out=run.html
+    python scripts/runs.py compare runs/a runs/b --out=compare.html
+
+Each page is one HTML file that needs no network. A run can be looked at while it trains. With
+--config.checkpoint.keep=log and --config.train.probe=N, training keeps what makes a page worth
+reading: checkpoints from step 0 on, and measurements at log-spaced steps.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from gpt2_jax import cli
+from gpt2_jax.errors import UsageError
+
+_WORKDIR = flags.DEFINE_string('workdir', None, "report: the run's folder.")
+_OUT = flags.DEFINE_string('out', None, 'The HTML file to write.', required=True)
+_TEXT = flags.DEFINE_string(
+    'text', None, 'The text to follow; by default the beginning of the validation text.'
+)
+_STEPS = flags.DEFINE_list(
+    'steps', [], 'report: updates to open too, as pages beside the report, e.g. --steps=1,500.'
+)
+_PLATFORM = cli.platform_flag()
+
+
+def notify(text: str) -> None:
+    """Progress goes to stderr."""
+    print(f'[{text}]', file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """One call of the library."""
+    command, *folders = arguments or ['']
+    out = Path(_OUT.value)
+    if command not in ('report', 'compare'):
+        raise UsageError(f'expected a command, report or compare; got {command or "none"}')
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f'--out={out}: {out.absolute().parent} is not a folder')
+    from gpt2_jax.parallel import devices
+    from gpt2_jax.reports import compare, run
+
+    if command == 'compare':
+        cli.refuse([_WORKDIR, _STEPS], 'with compare')
+        devices.select_platform(_PLATFORM.value)
+        runs = [Path(folder) for folder in folders]
+        print(compare.write_comparison(runs, out, text=_TEXT.value, notify=notify))
+        return
+    cli.no_more(folders)
+    if _WORKDIR.value is None:
+        raise UsageError("report needs --workdir: the run's folder")
+    devices.select_platform(_PLATFORM.value)
+    for line in run.write_steps(Path(_WORKDIR.value), out, _STEPS.value, notify=notify):
+        print(line)
+    print(run.write_run(Path(_WORKDIR.value), out, text=_TEXT.value, notify=notify))
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,124 @@
+"""What goes wrong is explained: planted faults are found at their layer, step and line of text."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from browser import CHROMIUM, browser
+
+from gpt2_jax.config import default_config
+from gpt2_jax.data.dataset import n_train_characters
+from gpt2_jax.diagnostics import ledger
+from gpt2_jax.diagnostics.replay import Replay
+from gpt2_jax.errors import DivergedError, UserError
+from gpt2_jax.model import gpt2
+from gpt2_jax.reports import autopsy
+
+TRAP = '§'
+QUIET = {'eval__every': 1000, 'eval__sample_tokens': 0, 'log__every': 1}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+def first_step_that_reads(addressing, position):
+    """(step, row, place among the inputs) by a search through the batches."""
+    T = addressing.seq_len
+    for step in range(1, 1000):
+        for row, start in enumerate(ledger.row_starts(addressing, step)):
+            if start <= position < start + T:
+                return step, row, position - start
+    raise AssertionError('never read')
+
+
+def plant(patch, name, layer, head):
+    """Makes a head of a layer give nan at the token TRAP, in training and in replays."""
+    embed, tap, planted = gpt2.embed, gpt2.tap, {}
+
+    def embed_and_note(wte_VD, wpe_PD, tokens_BT, pos):
+        planted['here_BT'] = tokens_BT == planted['trap']
+        return embed(wte_VD, wpe_PD, tokens_BT, pos)
+
+    def tap_and_spoil(module, at, x):
+        if at == name and module.path[:1] == (f'h_{layer}',):
+            here_BT1 = planted['here_BT'][..., None]
+            x = x.at[:, :, head].set(jnp.where(here_BT1, jnp.nan, x[:, :, head]))
+        return tap(module, at, x)
+
+    patch.setattr(gpt2, 'embed', embed_and_note)
+    patch.setattr(gpt2, 'tap', tap_and_spoil)
+    return planted
+
+
+def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatch):
+    lines = runs.write_text(tmp_path / 'text.txt', words=300).read_text().splitlines()
+    lines[4] = lines[4][:9] + TRAP + lines[4][10:]
+    (tmp_path / 'text.txt').write_text('\n'.join(lines))
+    settings = QUIET | {'train__grad_accum_steps': 2, 'model__n_layer': 4, 'model__n_embd': 8}
+    config = runs.make_config(tmp_path / 'text.txt', **settings)
+    planted = plant(monkeypatch, 'z', layer=3, head=1)
+    planted['trap'] = sorted(set('\n'.join(lines))).index(TRAP)
+    with pytest.raises(DivergedError) as error:
+        runs.quiet_train(config, tmp_path / 'run')
+    run = ledger.open_run(tmp_path / 'run')
+    assert run.dataset.tokenizer.decode([planted['trap']]) == TRAP
+    step, row, place = first_step_that_reads(run.addressing, '\n'.join(lines).index(TRAP))
+    message = str(error.value)
+    assert f'training diverged at step {step}: loss = nan' in message
+    place = f'head 1, row {row}, position {place}'
+    assert f'is nan in the activation h_3.z, {place} (' in message
+    assert f'{tmp_path / "text.txt"}:5, byte ' in message
+    page = tmp_path / 'run' / 'autopsies' / f'step_{step}.html'
+    assert f'{page} shows all of it' in message
+    if CHROMIUM:
+        with browser() as tab:
+            tab.open(page)
+            assert 'head 1' in tab.text('#said')
+            assert tab.text('[data-bad=forward]') == 'h_3.z'
+            assert tab.run('Number(document.querySelector("[data-row]").dataset.row)') == row
+            assert tab.text('.chosen') == TRAP
+            assert tab.errors() == []
+
+
+def test_a_huge_learning_rate_is_named(tmp_path):
+    text = runs.write_text(tmp_path / 'text.txt', words=300)
+    changes = {'optim__learning_rate': 1e30, 'optim__clip_norm': 0.0, 'optim__warmup_steps': 0}
+    with pytest.raises(DivergedError) as error:
+        runs.quiet_train(runs.make_config(text, **QUIET, **changes), tmp_path / 'run')
+    assert 'Step 1 changed the parameters by ' in str(error.value)
+    assert 'a learning rate of 1e+30 is too high' in str(error.value)
+
+
+def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
+    lines = runs.write_text(tmp_path / 'text.txt', words=2400).read_text().splitlines()
+    spoilt = 'qzxjvwqxzjvwzqjxwvzxqjvwqzxj'
+    lengths = np.cumsum([0, *(len(line) + 1 for line in lines)])
+    # One epoch has 170 steps of 4 rows; the model has to learn what is usual first.
+    n_tokens = n_train_characters(int(lengths[-1]) + len(spoilt), 0.1)
+    addressing = ledger.Addressing(n_tokens, default_config().train.seed, 4, 16)
+    steps = [first_step_that_reads(addressing, start + 8)[0] for start in lengths[:-8]]
+    number = next(i for i, step in enumerate(steps) if 120 < step < 160)
+    lines.insert(number, spoilt)
+    (tmp_path / 'text.txt').write_text('\n'.join(lines))
+    settings = QUIET | {'train__steps': 165, 'checkpoint__every': 20, 'optim__learning_rate': 1e-2}
+    config = runs.make_config(tmp_path / 'text.txt', **settings, train__spike=5)
+    code, printed = runs.quiet_train(config, tmp_path / 'run')
+    assert code == 0
+    run = ledger.open_run(tmp_path / 'run')
+    assert run.addressing == addressing
+    leaps = [line for line in printed.splitlines() if ' deviations above ' in line]
+    (said,) = [line for line in leaps if line.startswith(f'step {steps[number]}: loss = ')]
+    assert f'text.txt:{number + 1}, byte ' in said
+    assert (tmp_path / 'run' / 'autopsies' / f'step_{steps[number]}.html').exists()
+    # Looking changed nothing.
+    config = runs.make_config(tmp_path / 'text.txt', **settings)
+    assert runs.quiet_train(config, tmp_path / 'other')[0] == 0
+    assert runs.different_states(tmp_path / 'run', tmp_path / 'other') == []
+    with pytest.raises(UserError, match='plans 165 updates, and none is 166'):
+        autopsy.explain(tmp_path / 'run', 166)
+    assert autopsy.sentences(run, autopsy.examine(Replay(tmp_path / 'run'), 2))[0] == (
+        'Every value of step 2 is finite when it is computed again.'
+    )

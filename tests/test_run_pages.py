@@ -1,0 +1,171 @@
+"""The pages of runs: their numbers against the library, in Python and, if there is one, in a
+Chromium that moves the slider, picks a head and opens a step."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import runs
+from browser import CHROMIUM, browser
+
+from gpt2_jax import lens
+from gpt2_jax.errors import UsageError
+from gpt2_jax.reports import compare, run
+from gpt2_jax.workdir.checksums import FOLDER, committed_steps
+from gpt2_jax.workdir.history import read_records
+from gpt2_jax.workdir.restore import load
+
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason='no Chromium')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('pages')
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+    """A run with probes and kept checkpoints."""
+    text = runs.write_text(folder / 'text.txt')
+    config = runs.make_config(
+        text, train__probe=6, eval__every=9, checkpoint__keep='log', log__every=1
+    )
+    assert runs.quiet_train(config, folder / 'run')[0] == 0
+    return folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def page(trained, folder):
+    """The page of the run, with step 4 opened beside it."""
+    out = folder / 'page.html'
+    (line,) = run.write_steps(trained, out, ['4'], notify=lambda text: None)
+    assert 'page_step_4.html' in line
+    run.write_run(trained, out, notify=lambda text: None)
+    return out
+
+
+@pytest.fixture(scope='module')
+def tab():
+    with browser() as tab:
+        yield tab
+
+
+def facts(page):
+    """The data of a page."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text('utf-8'))[1])
+
+
+def test_the_page_holds_what_the_run_recorded(trained, page):
+    found = facts(page)
+    assert found['checkpoints'] == committed_steps(trained / FOLDER)
+    losses = [record['loss'] for record in read_records(trained, 'train')]
+    assert found['curves']['train']['loss'] == losses
+    assert set(found['baselines']) == {'uniform', 'unigram', 'bigram', 'trigram'}
+    assert found['dynamics']['steps'] == [0, 1, 2, 4, 8, 16]
+    assert found['opened'] == {'4': 'page_step_4.html'}
+    assert page.stat().st_size < 10e6
+    assert '//' not in re.sub(r'http://www\.w3\.org/2000/svg|//.*', '', page.read_text('utf-8'))
+
+
+@needs_browser
+def test_the_slider_moves_everything(trained, page, tab):
+    tab.open(page)
+    found = facts(page)
+    tokens = np.array(found['tokens'], np.int32)
+    for at in (0, found['checkpoints'].index(8), len(found['checkpoints']) - 1):
+        step = found['checkpoints'][at]
+        tab.run(
+            f'(s => {{ s.value = {at}; s.dispatchEvent(new Event("input")) }})'
+            '(document.querySelector("#slider"))'
+        )
+        restored = load(trained, str(step))
+        model = restored.model, restored.params
+        mean = lens.token_losses(model, tokens).mean()
+        assert tab.text('#step') == f'step {step}'
+        assert float(tab.text('#text-loss').split()[0]) == pytest.approx(mean, abs=2e-4)
+        # Picking a head shows its pattern.
+        tab.click('[data-head="h_0.attn.1"]')
+        assert tab.text('#head') == 'h_0.attn.1'
+        pattern = lens.capture(model, tokens, 'h_0.pattern.1')['h_0.pattern.1'][0]
+        shown = tab.run('[weight(0, 1, 3, 0), weight(0, 1, 7, 6), weight(0, 1, 2, 2)]')
+        expected = [pattern[3, 0], pattern[7, 6], pattern[2, 2]]
+        np.testing.assert_allclose(shown, expected, atol=5e-3)  # a byte each
+        assert tab.text('#sample') == found['looks']['samples'][at]
+    assert tab.errors() == []
+    assert [r for r in tab.requests() if not r.startswith(('file:', 'about:'))] == []
+
+
+@needs_browser
+def test_an_opened_step_shows_its_rows(trained, page, tab):
+    tab.open(page.with_name('page_step_4.html'))
+    assert 'equal the recorded ones to the last digit' in tab.text('#verdict')
+    found = facts(page.with_name('page_step_4.html'))
+    worst = tab.run('Number(document.querySelector("[data-row]").dataset.row)')
+    assert worst == max(found['rows'], key=lambda row: row['before_mean'])['row']
+    assert tab.run('document.querySelectorAll("[data-row]").length') == len(found['rows'])
+    assert tab.errors() == []
+
+
+@needs_browser
+def test_runs_are_compared(trained, folder, tab):
+    out = folder / 'compare.html'
+    (folder / 'other').symlink_to(trained)
+    compare.write_comparison([trained, folder / 'other'], out, notify=lambda text: None)
+    found = facts(out)
+    restored = load(trained, 'best')
+    (loss,) = lens.token_losses((restored.model, restored.params), restored_tokens(found, restored))
+    for entry in found['runs']:
+        np.testing.assert_allclose(entry['loss'], loss, rtol=1e-4)
+    assert found['settings'] == {}
+    tab.open(out)
+    assert tab.run('document.querySelectorAll("#summary tbody tr").length') == 2
+    best = min(record['loss'] for record in read_records(trained, 'val'))
+    assert f'{best:.4f}' in tab.text('#summary')
+    assert tab.errors() == []
+
+
+def restored_tokens(found, restored):
+    return restored.tokenizer.encode(''.join(found['runs'][0]['tokens']))
+
+
+def test_wrong_questions_are_one_line(trained, folder):
+    for arguments, said in (
+        ((), 'expected a command, report or compare; got none'),
+        (('report',), "report needs --workdir: the run's folder"),
+        (('compare', 'a', '--steps=1'), '--steps means nothing with compare'),
+    ):
+        code, _, err = runs.script('runs', *arguments, f'--out={folder / "x.html"}')
+        assert code == 2
+        assert said in err
+    with pytest.raises(UsageError, match='compare needs two runs or more, and got 1'):
+        compare.write_comparison([trained], folder / 'x.html')
+    with pytest.raises(UsageError, match='the text has 1 tokens: expected 2 to 16'):
+        run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
+    with pytest.raises(UsageError, match="--steps has 'x'"):
+        list(run.write_steps(trained, folder / 'x.html', ['x']))
+
+
+def test_a_head_is_what_its_scores_say():
+    """Since the step from which the score stays above half of its last value."""
+    steps = np.array([0, 1, 2, 4, 8])
+    score = np.zeros((5, 1, 2))
+    score[:, 0, 0] = 0.1, 0.6, 0.2, 0.5, 0.8
+    dynamics = {'steps': steps, 'previous': score, 'duplicate': score / 9, 'induction': score / 9}
+    looks = {name: np.full((2, 1, 2), 0.1) for name in ('itself', 'first')}
+    first, second = run.head_names(dynamics, looks, [0, 8], 2)
+    assert (first['kind'], first['step'], first['before']) == ('previous', 4, 2)
+    assert second['kind'] is None
+
+
+def test_spikes_stand_out():
+    records = [{'step': i, 'loss': 2 + 0.01 * (i % 3), 'grad_norm': 1.0} for i in range(60)]
+    records[40]['loss'] = 4.0
+    (spike, *_) = run.spikes(records)
+    assert (spike['step'], spike['what']) == (40, 'loss')

@@ -1,0 +1,86 @@
+"""Checkpoints worth studying: those that checkpoint.keep names stay, and each is what it says."""
+
+import re
+
+import numpy as np
+import pytest
+import runs
+from tiny import flat
+
+from gpt2_jax.config import resolve
+from gpt2_jax.training.programs import new_state
+from gpt2_jax.training.setup import build
+from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checksums import FOLDER, all_steps, committed_steps
+from gpt2_jax.workdir.restore import load
+from gpt2_jax.workdir.storage import Kept, is_log_spaced
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once():
+    with runs.compile_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+
+
+@pytest.fixture(scope='module')
+def reference(text, tmp_path_factory):
+    """The run that keeps its latest checkpoints."""
+    folder = tmp_path_factory.mktemp('reference') / 'run'
+    assert runs.quiet_train(runs.make_config(text), folder)[0] == 0
+    return folder
+
+
+def test_log_spaced_steps():
+    steps = [step for step in range(3001) if is_log_spaced(step, 700)]
+    assert steps == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 700, 1400, 2100, 2800]
+
+
+def test_a_run_that_keeps_more_is_the_run_that_keeps_less(text, reference, tmp_path):
+    """Stopped at once and resumed: step 0 is kept, saved once, and changes no bit of the run."""
+    config, run = runs.make_config(text, checkpoint__keep='log'), tmp_path / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(state):
+            raise KeyboardInterrupt
+
+        runs.before_updates(patch, fail)
+        with pytest.raises(KeyboardInterrupt):
+            runs.quiet_train(config, run)
+    assert all_steps(run / FOLDER) == [0]
+    before = (run / FOLDER / '0' / 'SHA256SUMS').stat().st_mtime_ns
+    code, printed = runs.quiet_train(config, run)
+    assert code == 0
+    assert (run / FOLDER / '0' / 'SHA256SUMS').stat().st_mtime_ns == before
+    assert runs.differences(run, reference) == []
+    said = re.search(r'checkpoints kept for good: up to 7 of ([\d.]+) MiB', printed)
+    on_disk = sum(
+        file.stat().st_size
+        for item in ('params', 'train')
+        for file in (run / FOLDER / '8' / item).rglob('*')
+        if file.is_file()
+    )
+    assert float(said[1]) * 2**20 == pytest.approx(on_disk, rel=0.5)
+    # The latest two and the best too; each has as many updates as it says.
+    steps = committed_steps(run / FOLDER)
+    assert {0, 1, 2, 4, 8, 16, 18} <= set(steps)
+    assert len(steps) <= 8
+    assert [load(run, str(step)).step for step in steps] == steps
+    drawn = flat(new_state(build(resolve(config))).params)
+    saved = flat(load(run, '0').params)
+    assert all(np.array_equal(leaf, drawn[name]) for name, leaf in saved.items())
+
+
+def test_all_keeps_every_checkpoint(tmp_path):
+    kept = Kept('all', 1)
+    assert kept.includes(0)
+    assert kept.includes(13)
+    with Checkpoints(tmp_path, kept=kept) as checkpoints:
+        shapes = [np.zeros(2**18, np.float32)]
+        (line,) = checkpoints.describe_kept(shapes, steps=13, every=5, eval_every=7)
+    # Every 5 steps, the evaluations at 7 and 13 if they are the best, and the last.
+    assert line.startswith('checkpoints kept for good: up to 5 of 1.0 MiB')
