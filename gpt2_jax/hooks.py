@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from gpt2_jax.errors import DivergedError, UserError
 from gpt2_jax.inference.decoding import generate
@@ -186,7 +186,7 @@ class ExplainSpikes:
             return
         for name, recent in self.recent.items():
             if len(recent) >= self.LEAST:
-                mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+                mean, deviation = float(np.mean(recent)), float(np.std(recent))
                 if values[name] > mean + self.deviations * deviation:
                     times = (values[name] - mean) / max(deviation, 1e-12)
                     what = f'{name} = {values[name]:.4g} is {times:.1f} deviations above {mean:.4g}'
