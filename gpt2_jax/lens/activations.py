@@ -61,8 +61,8 @@ def capture(source, text, names: str | Iterable[str] = '*') -> dict[str, np.ndar
     # XLA fuses less if it has to keep more, and rounds differently: the logits come from a program
     # that keeps nothing else, so that they are the model's to the last bit.
     for together in (names & {'logits'}, names - {'logits'}):
-        taken = capturing(subject.cfg, tuple(sorted(together)))(subject.params, tokens_BT)
-        whole |= {name: as_numpy(x) for name, x in taken.items()}
+        whole |= capturing(subject.cfg, tuple(sorted(together)))(subject.params, tokens_BT)
+    whole = {name: as_numpy(x) for name, x in whole.items()}
     return {site.address: whole[site.name][site.index()] for site in sites}
 
 

@@ -140,9 +140,9 @@ def next_token_losses(logits_BTV, tokens_BT):
 
 
 def as_numpy(x) -> np.ndarray:
-    """A numpy array of its own; bfloat16 is widened to float32, exactly."""
+    """A numpy array, read-only unless it had to be copied; bfloat16 becomes float32, exactly."""
     x = np.asarray(x)
-    return np.array(x, np.float32) if x.dtype.name in ('bfloat16', 'float16') else np.array(x)
+    return np.array(x, np.float32) if x.dtype.name in ('bfloat16', 'float16') else x
 
 
 def token_text(subject: Subject, token: int) -> str:
