@@ -94,6 +94,8 @@ EQUIVALENT = (
     (r'.*jax\.jit', 'the same values, compiled in other pieces'),
     (r'.*precision=', 'matrix products of a CPU are always in full fp32'),
     (r'.*(foreign\.error|problem =|remedy =|more =)', 'the words of a message'),
+    (r'inference/decoding.*padding = ', 'speed: how far a prompt is padded'),
+    (r"model/huggingface.*replace\('h\.'", "no name has 'h.' twice"),
 )
 
 OPERATORS = {

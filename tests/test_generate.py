@@ -32,6 +32,18 @@ def prefills_of_several_lengths():
         yield
 
 
+def test_kernels_and_precision_to_decode_with(monkeypatch):
+    model = tiny(dtype='bfloat16')
+    assert decoding.with_kernels(model, 'xla', '').cfg == model.cfg
+    assert decoding.with_kernels(model, 'auto', 'float32').cfg == tiny(dtype='float32').cfg
+    with pytest.raises(UsageError, match=r'need an NVIDIA GPU.* --kernels=xla'):
+        decoding.with_kernels(model, 'fused', '')
+    monkeypatch.setattr(decoding, 'unmet_needs', lambda *machine: iter(()))
+    assert (
+        decoding.with_kernels(model, 'auto', '').cfg == tiny(dtype='bfloat16', kernels='fused').cfg
+    )
+
+
 def text(prompt=PROMPT, **options):
     """(num_samples, n) tokens."""
     notes = options.setdefault('notify', lambda note: None)

@@ -319,6 +319,10 @@ def test_another_architecture_is_refused_by_its_field(published, change, words):
         import_config(settings | change)
 
 
+def test_a_vocabulary_may_have_one_token(published):
+    assert model_of(published[0] | {'vocab_size': 1}).cfg.vocab_size == 1
+
+
 def test_fields_without_effect_are_ignored(published):
     settings, _ = published
     assert (

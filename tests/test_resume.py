@@ -472,14 +472,20 @@ def test_links_are_not_followed(text, tmp_path):
     target, run = tmp_path / 'precious', tmp_path / 'run'
     target.write_text('mine')
     run.mkdir()
-    for name in ('config.json.part', 'config.json', 'tokenizer.json', 'summary.json'):
+    names = ('config.json.part', 'config.json', 'tokenizer.json', 'summary.json')
+    for name in (*names, 'metrics.jsonl'):
         (run / name).symlink_to(target)
+    os.mkfifo(run / 'samples.txt')
+    (run / 'tensorboard').mkdir()
+    (run / 'tensorboard/notes').write_text('not a log')
     assert runs.quiet_train(make_config(text, train__steps=2), run)[0] == 0
     (run / '.lock').unlink()
     (run / '.lock').symlink_to(target)
     with pytest.raises(UserError, match=r'cannot write \S+/\.lock: '):
         runs.quiet_train(make_config(text, train__steps=2), run)
     assert target.read_text() == 'mine'
+    assert (run / 'samples.txt').is_file()
+    assert (run / 'tensorboard/notes').read_text() == 'not a log'
 
 
 def test_logs_that_are_not_of_a_run_are_not_touched(text, tmp_path):

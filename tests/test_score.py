@@ -263,6 +263,11 @@ def test_passages_without_an_answer_are_refused(tmp_path, passages, words):
         lambada.score_lambada(restored(), write_passages(tmp_path / 'a.jsonl', *passages))
 
 
+def test_an_answer_may_fill_the_context(tmp_path):
+    passages = write_passages(tmp_path / 'a.jsonl', 'the ' + 'x' * 11)
+    assert lambada.score_lambada(restored(), passages).passages == 1
+
+
 def test_passages_of_an_unknown_character_are_named(tmp_path):
     path = write_passages(tmp_path / 'a.jsonl', 'the end', 'the Zend')
     with pytest.raises(UserError, match=r"a\.jsonl, passage 2: unknown character 'Z'"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt2_jax.errors import UsageError, UserError
 
 # They grow while a run trains. A resumed run cuts them back to its first step.
-LOGS = ('metrics.jsonl', 'samples.txt', 'tensorboard/*')
+LOGS = ('metrics.jsonl', 'samples.txt', 'tensorboard/events.out.tfevents.*')
 
 
 REMOTE = ('gs', 's3', 'az', 'hf')  # first parts of paths that etils takes for remote storage
@@ -144,16 +144,20 @@ def log_sizes(folder: Path) -> dict[str, int]:
         str(path.relative_to(folder)): path.stat().st_size
         for pattern in LOGS
         for path in folder.glob(pattern)
-        if path.is_file()
+        if path.is_file() and not path.is_symlink()
     }
 
 
 def cut_back(folder: Path, sizes: dict[str, int]) -> list[str]:
     """Truncates the logs to their sizes at a checkpoint, so that every step gets one record.
 
-    Returns one line for each log that has lost records since.
+    Returns one line for each log that has lost records since. A link or a pipe in the place of a
+    log is removed: records would be written to its target.
     """
     now, reports = log_sizes(folder), []
+    for path in (path for pattern in LOGS for path in folder.glob(pattern)):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            path.unlink()
     for name, size in now.items():
         if name not in sizes:
             (folder / name).unlink()
