@@ -109,7 +109,7 @@ def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
     number = next(i for i in range(len(lines) // 2, len(lines)) if min(steps_that_read(i)) > 60)
     lines.insert(number, spoilt)
     (tmp_path / 'text.txt').write_text('\n'.join(lines))
-    settings = QUIET | {'train__steps': 120, 'checkpoint__every': 20, 'optim__learning_rate': 1e-2}
+    settings = QUIET | {'train__steps': 165, 'checkpoint__every': 20, 'optim__learning_rate': 1e-2}
     settings |= {'model__embd_pdrop': 0.0, 'model__resid_pdrop': 0.0}
     config = runs.make_config(tmp_path / 'text.txt', **settings, train__spike=5)
     code, printed = runs.quiet_train(config, tmp_path / 'run')
@@ -126,8 +126,8 @@ def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
     config = runs.make_config(tmp_path / 'text.txt', **settings)
     assert runs.quiet_train(config, tmp_path / 'other')[0] == 0
     assert runs.different_states(tmp_path / 'run', tmp_path / 'other') == []
-    with pytest.raises(UserError, match='plans 120 updates, and none is 121'):
-        autopsy.explain(tmp_path / 'run', 121)
+    with pytest.raises(UserError, match='plans 165 updates, and none is 166'):
+        autopsy.explain(tmp_path / 'run', 166)
     assert autopsy.sentences(run, autopsy.examine(Replay(tmp_path / 'run'), 2))[0] == (
         'Every value of step 2 is finite when it is computed again.'
     )
