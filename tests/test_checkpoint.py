@@ -223,6 +223,19 @@ def test_a_state_that_the_checkpoint_library_cannot_read(run):
         load(run, 'latest')
 
 
+def test_the_reason_why_an_array_cannot_be_read_is_given():
+    """Orbax says at which index it was reading, and TensorStore below it why that failed."""
+
+    class Manager:
+        directory = 'checkpoints'
+
+        def restore(self, step, args):
+            raise Exception('Encountered error at index 3') from ValueError('OUT_OF_RANGE')
+
+    with pytest.raises(UserError, match=r'checkpoint 18 in checkpoints is .*saves: OUT_OF_RANGE'):
+        storage.restore_items(Manager(), 18)
+
+
 def test_metadata_that_the_checkpoint_library_cannot_read(run):
     (newest(run) / '_CHECKPOINT_METADATA').write_text('{"metrics": "x"}')
     checksums.write_checksums(newest(run))

@@ -140,7 +140,13 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
 @pytest.mark.parametrize(
     ('number', 'at'),
     # 7 is evaluated, 10 is saved
-    [(signal.SIGTERM, 7), (signal.SIGINT, 9), (signal.SIGUSR1, 8), (signal.SIGHUP, 9)],
+    [
+        (signal.SIGTERM, 7),
+        (signal.SIGINT, 9),
+        (signal.SIGUSR1, 8),
+        (signal.SIGUSR2, 8),
+        (signal.SIGHUP, 9),
+    ],
 )
 def test_a_signal_saves_and_ends_the_run(number, at, text, reference, tmp_path):
     # A shell ignores Ctrl-C in its background jobs.

@@ -53,8 +53,9 @@ class Interrupted(Exception):
 def interrupts() -> Iterator[Interrupt]:
     """Notes the first signal that asks the process to end, and says so; a second one ends it.
 
-    The signals are SIGTERM, Ctrl-C, SIGUSR1, by which Slurm warns of its time limit, and SIGHUP,
-    which arrives when the terminal is closed. Under nohup SIGHUP stays ignored.
+    The signals are SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2, by which Slurm, LSF and Grid Engine warn
+    of a time limit, and SIGHUP, which arrives when the terminal is closed. Under nohup SIGHUP stays
+    ignored.
     """
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
@@ -75,7 +76,7 @@ def interrupts() -> Iterator[Interrupt]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in numbers}

@@ -124,7 +124,9 @@ def read_step(path: Path) -> int:
         raise _another_form(f'checkpoint {path}', error) from None
 
 
-def _another_form(checkpoint: str, error: Exception) -> UserError:
+def _another_form(checkpoint: str, error: BaseException) -> UserError:
+    while error.__cause__:  # the reason itself: Orbax says only where it was reading
+        error = error.__cause__
     reason = ' '.join(str(error).split()) or type(error).__name__
     problem = f'is undamaged, but not in the form that this version saves: {reason}'
     return foreign.error(checkpoint, problem)
