@@ -23,7 +23,7 @@ def get_config():
     config.data.fallback = 'python-topics'
     config.train.steps = 2800
     config.train.batch_size = 8
-    config.train.probe = 700
+    config.train.probe = 1400
     config.optim.learning_rate = 4e-3  # a small model on a short budget learns best at a high rate
     config.optim.end_learning_rate = 1e-4
     config.optim.beta2 = 0.99  # few tokens a step: average the second moment over more steps

@@ -24,8 +24,8 @@ arrays, A activations; 41 bins:
     rms, kurtosis (P, A)  of the elements of an activation; the kurtosis of a normal one is 3
     dead (P, L)           the share of MLP units whose input to the activation function is never
                           above 0
-    curvature (P,)        the largest eigenvalue of the Hessian of that loss, by four steps of
-                          Lanczos' method: a lower bound, as a rule up to a tenth below
+    curvature (P,)        the largest eigenvalue of the Hessian of that loss, by three steps of
+                          Lanczos' method: a lower bound, as a rule a tenth or two below
     weight_bins, gradient_bins (P, N, 41), activation_bins (P, A, 41)
                           how many of up to 65,536 evenly spaced elements lie in each bin
     edges (40,)           of the bins, in units of the rms of the elements; the first and the last
@@ -58,7 +58,7 @@ from gpt2_jax.workdir.storage import is_log_spaced
 
 ROWS, MOST_TOKENS = 4, 128  # of the probe text, and of the random repeated text
 # Tokens of the gradient, and products with the Hessian for the curvature.
-GRADIENT_TOKENS, CURVATURE_PRODUCTS = 64, 4
+GRADIENT_TOKENS, CURVATURE_PRODUCTS = 64, 3
 # A finite difference of gradients stands for the product with the Hessian, in fp32: a program with
 # second derivatives takes three times as long to compile. The vector has norm 1.
 DIFFERENCE = 2e-3
