@@ -139,7 +139,7 @@ def test_formats(flow):
     sections = flow_lib.sections(flow)
     for field, whole in (('n_params', flow.n_params), ('flops', flow.flops)):
         assert sum(section.total(field) for section in sections) == whole
-    assert f'h_0 to h_1 (2 × {len(sections[1].operations)} operations; sums of all 2)' in page
+    assert f'h_0 to h_1 (2 x {len(sections[1].operations)} operations; sums of all 2)' in page
     rows = sum(len(section.operations) for section in sections)
     tables = len(sections)
     assert (

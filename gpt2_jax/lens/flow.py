@@ -455,10 +455,10 @@ class Section(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """'h_0 to h_3 (4 × 85 operations; sums of all 4)': what the totals are sums of."""
+        """'h_0 to h_3 (4 x 85 operations; sums of all 4)': what the totals are sums of."""
         n = len(self.operations)
         if self.layers > 1:
-            return f'{self.title} ({self.layers} × {n} operations; sums of all {self.layers})'
+            return f'{self.title} ({self.layers} x {n} operations; sums of all {self.layers})'
         kinds = 'kinds of ' if self.phase == 'update' else ''
         return f'{self.title} ({n} {kinds}operation{"s" * (n > 1)})'
 

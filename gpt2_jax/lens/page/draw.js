@@ -216,7 +216,8 @@ function ticks(low, high) {
   return Array.from({length: count}, (_, i) => (first + i) * step);
 }
 
-// Lines over an axis of layers: series [{name, colour, values, from, dashed}], their names above.
+// Lines over an axis of layers: series [{name, colour, values, from, dashed}], the names
+// of those that have one above.
 function lineChart({series, names, width, label}) {
   const height = 260, left = 46, right = 24, top = 10, bottom = 28;
   const all = series.flatMap(one => one.values).filter(Number.isFinite);
@@ -226,7 +227,7 @@ function lineChart({series, names, width, label}) {
   const chart = el('svg', {class: 'chart', width, height, role: 'img', 'aria-label': label, viewBox: `0 0 ${width} ${height}`});
   for (const value of ticks(low, high)) {
     chart.append(el('line', {class: 'axis', x1: left, x2: width - right, y1: y(value), y2: y(value)}),
-      el('text', {x: left - 8, y: y(value) + 4, 'text-anchor': 'end'}, number(value, 2)));
+      el('text', {x: left - 8, y: y(value) + 4, 'text-anchor': 'end'}, String(Number(value.toPrecision(3))).replace('-', '−')));
   }
   const every = Math.ceil(names.length / Math.max(1, Math.floor((width - left) / 46)));
   names.forEach((name, i) => {
@@ -239,6 +240,6 @@ function lineChart({series, names, width, label}) {
     chart.append(el('path', {d: `M${points.join('L')}`, fill: 'none', stroke: one.colour, 'stroke-width': one.dashed ? 1.5 : 2.5, 'stroke-dasharray': one.dashed ? '4 4' : 'none'}));
     if (!one.dashed) points.forEach(([cx, cy]) => chart.append(el('circle', {cx, cy, r: 3, fill: one.colour})));
   }
-  const keys = series.map(one => el('span', {class: 'scale'}, el('i', {class: 'key', style: `border-top:${one.dashed ? '2px dashed' : '3px solid'} ${one.colour}`}), one.name));
+  const keys = series.filter(one => one.name).map(one => el('span', {class: 'scale'}, el('i', {class: 'key', style: `border-top:3px solid ${one.colour}`}), one.name));
   return el('div', {}, el('p', {class: 'legend'}, keys), el('div', {class: 'picture'}, chart));
 }

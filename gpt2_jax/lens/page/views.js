@@ -387,7 +387,7 @@ function fillBackward(panel) {
     about: (r, s) => s > p ? `position ${s} comes later: no gradient` : `after ${names[r]}, position ${s} ‘${labels[s]}’: ${number(gradientNorm(L - r, p, s))}`,
     choose: (r, s) => change({p: s}), here: {column: p},
     label: `Norm of the gradient after each of ${L + 1} layers at each position; it is largest, ${number(most)}, near position ${p}`,
-  }), scale('orange', number(most / 10 ** decades, 2), `${number(most, 2)}, logarithmic`));
+  }), scale('orange', number(most / 10 ** decades), `${number(most)}, logarithmic`));
   panel.append(asTable('As a table', () => table(['position', ...LAYER_NAMES], Array.from({length: p + 1}, (_, s) => [`${s} ${labels[s]}`, ...LAYER_NAMES.map((_, layer) => number(gradientNorm(layer, p, s)))]))));
 
   panel.append(el('h3', {}, 'The gradient in every parameter'), explain('The norm of the gradient of this loss in each array of parameters: what this one guess would teach the model.'));
@@ -401,7 +401,7 @@ function fillBackward(panel) {
     value: (r, layer) => scaled(value(`h_${layer}/${kinds[r]}`)),
     about: (r, layer) => `h_${layer}/${kinds[r]}\ngradient ${number(value(`h_${layer}/${kinds[r]}`))}, parameter ${number(FACTS.leafNorms[leaf(`h_${layer}/${kinds[r]}`)])}`,
     label: 'Norm of the gradient in the parameters of each layer',
-  }), scale('orange', number(largest / 1000, 2), `${number(largest, 2)}, logarithmic`));
+  }), scale('orange', number(largest / 1000), `${number(largest)}, logarithmic`));
   const ends = FACTS.leaves.filter(name => !/^h_\d/.test(name));
   panel.append(el('h3', {}, 'Outside the layers'), bars(ends.map(name => ({label: name, value: value(name), warm: true})), {limit: largest}));
   panel.append(asTable('All parameters, as a table', () => table(['parameter', 'gradient', 'its own norm', 'ratio'],
@@ -416,7 +416,7 @@ function fillNorms(panel) {
     const rows = SHAPE[`norm.${name}`][0];
     const here = Array.from({length: rows}, (_, l) => at(`norm.${name}`, l, p));
     const average = Array.from({length: rows}, (_, l) => mean(Array.from({length: T}, (_, t) => at(`norm.${name}`, l, t))));
-    return [{name: `${label}, here`, colour, values: here, from}, {name: `${label}, mean`, colour, values: average, from, dashed: true}];
+    return [{name: label, colour, values: here, from}, {colour, values: average, from, dashed: true}];
   };
   panel.append(el('h2', {}, `How large the numbers are at position ${p}`),
     explain('The residual stream after each layer, and what attention and the MLP of that layer add to it: the norm at the position before the chosen token, and its mean over the text (dashed).'));
