@@ -79,7 +79,8 @@ def report(
     found = report_lib.collect(
         loaded,
         tokens_T,
-        title=f'{loaded.path}, step {loaded.step:,}',
+        title=f'{loaded.path.resolve().name}, step {loaded.step:,}',
+        path=str(loaded.path),
         prompt_tokens=n_given,
         skip=skip,
         make_step=training_step(loaded.config),

@@ -136,8 +136,12 @@ def test_formats(flow):
     markdown, page = flow_lib.to_markdown(flow), flow_lib.to_html(flow)
     assert f'{flow.n_params:,} parameters' in markdown
     assert f'{flow.n_params:,} parameters' in page
-    rows = sum(len(section.operations) for section in flow_lib.sections(flow))
-    tables = len(flow_lib.sections(flow))
+    sections = flow_lib.sections(flow)
+    for field, whole in (('n_params', flow.n_params), ('flops', flow.flops)):
+        assert sum(section.total(field) for section in sections) == whole
+    assert f'h_0 to h_1 (2 x {len(sections[1].operations)} operations; sums of all 2)' in page
+    rows = sum(len(section.operations) for section in sections)
+    tables = len(sections)
     assert (
         len(re.findall(r'^\| [a-z_]*', markdown, re.MULTILINE))
         == rows + 2 * tables + 1 + tables + 1

@@ -228,6 +228,11 @@ def signed(text: str) -> float:
     return float(text.replace('\N{MINUS SIGN}', '-'))
 
 
+def mean_losses(text: str) -> tuple[float, float]:
+    """Both numbers of '2.136 → 2.437 nats (+0.301)'."""
+    return tuple(float(part.split()[0]) for part in text.split('→'))
+
+
 def percent(text: str) -> float:
     return float(text.replace('%', '').strip()) / 100
 
@@ -250,6 +255,9 @@ def test_selecting_a_head_shows_its_weights(shown, source):
     for label, number in zip(labels, numbers, strict=True):
         weight = pattern[head, position, int(label.split(' ')[0])]
         assert percent(number) == pytest.approx(weight, abs=0.011)
+    shown.key('ArrowUp')  # the picture of all heads has the focus
+    assert shown.text('#head-name').startswith('Head h_0.attn.0')
+    shown.key('ArrowDown')
     shown.key('l')
     assert shown.text('#head-name').startswith('Head h_1.attn.1')
     assert 'head=h_1.attn.1' in shown.run('location.hash')
@@ -265,16 +273,21 @@ def test_ablating_a_head_shows_each_loss(shown, source):
     shown.run("change({layer: 1, head: 1, p: 4, view: 'attention'})")
     shown.click('#ablate')
     assert 'h_1.attn.1' in shown.text('#ablated')
-    assert float(shown.text('#loss-before')) == pytest.approx(plain.mean(), abs=6e-4)
-    assert float(shown.text('#loss-after')) == pytest.approx(without.mean(), abs=1.1e-3)
-    change = signed(shown.text('#chosen-change'))
-    assert change == pytest.approx((without - plain)[4], abs=6e-4)
+    before, after = mean_losses(shown.text('#mean-without'))
+    assert before == pytest.approx(plain.mean(), abs=6e-4)
+    assert after == pytest.approx(without.mean(), abs=1.1e-3)
+    assert shown.text('#mean-without') == shown.text('#ablate-result').strip()
+    assert float(shown.text('#chosen-without')) == pytest.approx(without[4], abs=6e-4)
+    assert 'whole model' not in shown.text('#ablated')
+    shown.run("change({view: 'layers'})")
+    assert 'show the whole model' in shown.text('#ablated')
     shown.key('a')
     assert shown.run('document.getElementById("ablated").hidden')
     shown.run("change({view: 'ablation'})")
     shown.click('[data-part="h_0.mlp"]')
     without = lens.ablate(source, TEXT, 'h_0.mlp')['h_0.mlp'][0]
-    assert float(shown.text('#loss-after')) == pytest.approx(without.mean(), abs=1.1e-3)
+    _, after = mean_losses(shown.text('#mean-without'))
+    assert after == pytest.approx(without.mean(), abs=1.1e-3)
 
 
 def test_the_layers_have_the_ranks_of_the_lens(shown, source, tokens):

@@ -453,6 +453,15 @@ class Section(NamedTuple):
         """The sum of 'flops', 'n_bytes' or 'n_params' over all layers."""
         return self.layers * sum(getattr(operation, field) for operation in self.operations)
 
+    @property
+    def heading(self) -> str:
+        """'h_0 to h_3 (4 x 85 operations; sums of all 4)': what the totals are sums of."""
+        n = len(self.operations)
+        if self.layers > 1:
+            return f'{self.title} ({self.layers} x {n} operations; sums of all {self.layers})'
+        kinds = 'kinds of ' if self.phase == 'update' else ''
+        return f'{self.title} ({n} {kinds}operation{"s" * (n > 1)})'
+
 
 def sections(flow: Flow) -> list[Section]:
     """The operations by place, in order; blocks with the same operations become one section.
@@ -473,7 +482,7 @@ def sections(flow: Flow) -> list[Section]:
         same = folded and place.startswith('h_') and folded[-1].phase == phase
         if same and _without_layer(operations) == _without_layer(folded[-1].operations):
             last, before = place, folded.pop()
-            title = f'{first} to {last}, each'
+            title = f'{first} to {last}'
             folded.append(before._replace(title=title, layers=before.layers + 1))
         else:
             first = place
@@ -565,7 +574,7 @@ COLUMNS = (
     'bytes',
     'parameters',
     'FLOPs',
-    'share',
+    'of FLOPs',
 )
 
 
@@ -576,7 +585,7 @@ def _summary(flow: Flow) -> list[tuple[str, ...]]:
         rows.append(
             (
                 section.phase,
-                section.title,
+                section.heading,
                 f'{parameters:,}' if parameters else '',
                 _share(parameters, flow.n_params),
                 short(section.total('n_bytes'), 'B'),
@@ -587,7 +596,17 @@ def _summary(flow: Flow) -> list[tuple[str, ...]]:
     return rows
 
 
-SUMMARY_COLUMNS = ('phase', 'place', 'parameters', 'share', 'bytes written', 'FLOPs', 'share')
+SUMMARY_COLUMNS = (
+    'phase',
+    'place',
+    'parameters',
+    'of parameters',
+    'bytes written',
+    'FLOPs',
+    'of FLOPs',
+)
+# Before the operations of a section of several layers.
+ONE_LAYER = 'Each row is an operation of one layer, with the numbers of that layer alone.'
 
 
 def heading(flow: Flow) -> str:
@@ -631,7 +650,8 @@ def to_markdown(flow: Flow) -> str:
     lines = ['# Shape flow', '', heading(flow), '', letters(flow) + '.', '']
     lines += table(SUMMARY_COLUMNS, _summary(flow))
     for section in sections(flow):
-        lines += [f'## {section.phase}: {section.title}', '']
+        lines += [f'## {section.phase}: {section.heading}', '']
+        lines += [ONE_LAYER, ''] if section.layers > 1 else []
         lines += table(COLUMNS, [_row(operation, flow) for operation in section.operations])
     return '\n'.join(lines)
 
@@ -653,10 +673,9 @@ def to_html(flow: Flow) -> str:
         rows = [_row(operation, flow) for operation in section.operations]
         flops = section.total('flops')
         parts.append(
-            f'<details><summary>{section.phase}: {section.title} <small>{len(rows)} '
-            f'operation{"s" * (len(rows) > 1)}, '
+            f'<details><summary>{section.phase}: {section.heading} <small>'
             f'{short(flops, "FLOPs")}, {_share(flops, flow.flops) or "0%"}</small></summary>'
-            f'{table(COLUMNS, rows)}</details>'
+            f'{f"<p>{ONE_LAYER}</p>" if section.layers > 1 else ""}{table(COLUMNS, rows)}</details>'
         )
     return '\n'.join(parts)
 

@@ -71,6 +71,7 @@ def collect(
     text,
     *,
     title: str = 'GPT-2',
+    path: str = '',
     prompt_tokens: int | None = None,
     skip: Collection[str] = (),
     make_step: flow_lib.MakeStep = flow_lib.plain_step,
@@ -79,6 +80,7 @@ def collect(
 ) -> Report:
     """Everything that the page shows of a model on one text of at least two tokens.
 
+    `path` is shown to those who point at the title.
     The first `prompt_tokens` tokens are given, the others the model's own; by default all are
     given. `skip` names SECTIONS to leave out. The shape flow is of `make_step` at `step_size`,
     which is (batch_size, seq_len, grad_accum_steps). `notify` gets a line for each part, with its
@@ -134,6 +136,7 @@ def collect(
             )
     facts = {
         'title': title,
+        'path': path,
         'layers': cfg.n_layer,
         'heads': cfg.n_head,
         'width': cfg.n_embd,
@@ -148,6 +151,7 @@ def collect(
         'leafNorms': [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(subject.params)],
         'curvature': ends and {name: end._asdict() for name, end in ends.items()},
         'firstTokens': min(T, FIRST_TOKENS),
+        'repeated': min(cfg.n_positions, 128) // 2,
         'levels': 255,
         'skipped': sorted(skip),
     }

@@ -65,7 +65,20 @@ function mean(values) {
 
 // The losses of the text itself: of every token but the first.
 const textLosses = () => Array.from({length: T - 1}, (_, p) => at('loss', p));
+const meanLoss = () => mean(textLosses());
 const lossChanges = (layer, part) => Array.from({length: T - 1}, (_, p) => at('ablation', layer, part, p));
+
+// '2.136 → 2.437 nats (+0.301)': the mean loss of the text, and without a part.
+function meanWithout({layer, part}) {
+  const change = mean(lossChanges(layer, part));
+  return `${meanLoss().toFixed(3)} → ${(meanLoss() + change).toFixed(3)} nats (${signed(change)})`;
+}
+
+// The probability of the k-th likeliest token after a layer; that of the target is stored exactly.
+function topProbability(lens, layer, p, k) {
+  const right = at(`${lens}.top`, layer, p, k) === at('target', p);
+  return right ? at(`${lens}.right`, layer, p) : at(`${lens}.prob`, layer, p, k);
+}
 
 // What a head looks at in this text, averaged over the positions that have such a token.
 const LOOKS = {
@@ -79,6 +92,13 @@ function looksAt(kind, layer, head) {
   return mean(found);
 }
 
+// What it would be if a head looked at all positions up to its own alike.
+const alike = positions => mean(positions.map(p => 1 / (p + 1)));
+const uniform = {
+  text: alike(Array.from({length: T - 1}, (_, i) => i + 1)),
+  random: alike(Array.from({length: FACTS.repeated}, (_, i) => FACTS.repeated + i)),
+};
+
 const SCORES = {
   previous: 'the token before',
   duplicate: 'the same token, earlier',
@@ -88,8 +108,10 @@ const SCORES = {
 // Numbers for people.
 function number(x, digits = 3) {
   if (!Number.isFinite(x)) return '–';
-  if (x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3)) return x.toExponential(digits - 1);
-  return x.toFixed(Math.max(0, digits - Math.max(0, Math.floor(Math.log10(Math.abs(x) || 1)))));
+  const text = x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3)
+    ? x.toExponential(digits - 1)
+    : x.toFixed(Math.max(0, digits - Math.max(0, Math.floor(Math.log10(Math.abs(x) || 1)))));
+  return text.replace(/-/g, '−');
 }
-const signed = (x, digits = 2) => (x < 0 ? '−' : '+') + Math.abs(x).toFixed(digits);
+const signed = x => Math.abs(x) < 5e-4 ? '0' : (x < 0 ? '−' : '+') + Math.abs(x).toFixed(3);
 const percent = x => x >= 0.0995 ? `${(100 * x).toFixed(0)}\u00a0%` : `${(100 * x).toFixed(1)}\u00a0%`;

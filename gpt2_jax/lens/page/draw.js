@@ -54,19 +54,23 @@ function ramp(name) {
 const shade = (name, x) => ramp(name)[Math.max(0, Math.min(255, Math.round(255 * x)))];
 const css = rgb => `rgb(${rgb.join(' ')})`;
 
-// The style of a box of that colour, with text that can be read on it.
+// The style of a box of that colour, with text of a contrast of at least 4.5 (WCAG 2).
 function boxStyle(name, x) {
   const rgb = shade(name, x);
-  const [r, g, b] = rgb.map(c => (c / 255) ** 2.2);
+  const [r, g, b] = rgb.map(c => c > 10 ? ((c / 255 + 0.055) / 1.055) ** 2.4 : c / 3295);
   const light = 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  return `background:${css(rgb)};color:${light > 0.2 ? '#10151c' : '#ffffff'}`;
+  return `background:${css(rgb)};color:${light > 0.18 ? '#000000' : '#ffffff'}`;
 }
 
 const diverging = (x, limit) => 0.5 + 0.5 * Math.max(-1, Math.min(1, x / (limit || 1)));
+// The same by the square root, so that small values beside a large one have a colour.
+const divergingRoot = (x, limit) => diverging(Math.sign(x) * Math.sqrt(Math.abs(x) / (limit || 1)), 1);
 
-function rampBox(name) {
+// A scale: the colours of a ramp between the numbers at its ends.
+function scale(name, low, high) {
   const stops = RAMPS[isDark() ? 'dark' : 'light'][name];
-  return el('span', {class: 'ramp', style: `background:linear-gradient(90deg,${stops.join(',')})`});
+  const box = el('span', {class: 'ramp', style: `background:linear-gradient(90deg,${stops.join(',')})`});
+  return el('span', {class: 'scale'}, low, box, high);
 }
 
 // Rows of a label, a bar and a number. Bars start in the middle if there are negative values.
@@ -126,7 +130,7 @@ function sharpCanvas(width, height, draw, attributes = {}) {
   canvas.width = Math.ceil(width * dots);
   canvas.height = Math.ceil(height * dots);
   canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
+  canvas.style.aspectRatio = `${width} / ${height}`;
   const context = canvas.getContext('2d');
   context.scale(dots, dots);
   draw(context);
@@ -150,12 +154,12 @@ function pixels(rows, columns, value, name) {
 
 // A heat map with names of rows and columns where they fit.
 //   rows, columns   names;   value(r, c) in 0 to 1;   about(r, c) the text of a cell;   choose(r, c)
-//   here            {row, column} to mark;   ramp, width, label (for those who do not see it)
+//   here            {row, column} to mark, a row up to a column `until`;   ramp, width, label (for those who do not see it)
 function heatMap({rows, columns, value, about, choose, here = {}, ramp: name = 'blue', width, cellHeight, label}) {
   const left = Math.min(90, 10 + 7.5 * Math.max(...rows.map(row => row.length)));
   const cellWidth = Math.max(3, Math.min(44, (width - left) / columns.length));
   const height = cellHeight ?? Math.max(3, Math.min(26, cellWidth));
-  const top = cellWidth >= 8 ? 20 : 8;
+  const top = 20, everyColumn = Math.ceil(8 / cellWidth);
   const total = [left + cellWidth * columns.length + 2, top + height * rows.length + 2];
   const image = pixels(rows.length, columns.length, value, name);
   const canvas = sharpCanvas(...total, context => {
@@ -171,9 +175,9 @@ function heatMap({rows, columns, value, about, choose, here = {}, ramp: name = '
     });
     context.textAlign = 'center';
     context.font = '11px ui-monospace, "DejaVu Sans Mono", monospace';
-    if (cellWidth >= 8) columns.forEach((column, c) => {
-      const fits = Math.max(1, Math.floor(cellWidth / 6.8));
-      context.fillText(column.slice(0, fits), left + (c + .5) * cellWidth, top - 9);
+    columns.forEach((column, c) => {
+      const fits = Math.max(1, Math.floor(everyColumn * cellWidth / 6.8));
+      if (c % everyColumn === 0) context.fillText(column.slice(0, fits), left + (c + .5) * cellWidth, top - 9);
     });
     context.strokeStyle = ink('--ink');
     context.lineWidth = 1.5;
@@ -181,7 +185,7 @@ function heatMap({rows, columns, value, about, choose, here = {}, ramp: name = '
       context.strokeRect(left + here.column * cellWidth, top, cellWidth, height * rows.length);
     }
     if (here.row !== undefined && here.row >= 0) {
-      context.strokeRect(left, top + here.row * height, cellWidth * columns.length, height);
+      context.strokeRect(left, top + here.row * height, cellWidth * (here.until ?? columns.length), height);
     }
   }, {role: 'img', 'aria-label': label, class: 'point'});
   const cellOf = event => {
@@ -204,37 +208,38 @@ function heatMap({rows, columns, value, about, choose, here = {}, ramp: name = '
   return el('div', {class: 'picture'}, canvas);
 }
 
-// Lines over an axis of layers: series [{name, colour, values, dashed}], direct labels at the end.
+// About four round numbers from 0, or from `low` below it, up to `high`.
+function ticks(low, high) {
+  const rough = (high - low || 1) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find(factor => factor * power >= rough);
+  const first = Math.ceil(low / step), count = Math.floor(high / step) - first + 1;
+  return Array.from({length: count}, (_, i) => (first + i) * step);
+}
+
+// Lines over an axis of layers: series [{name, colour, values, from, dashed}], the names
+// of those that have one above.
 function lineChart({series, names, width, label}) {
-  const height = 260, left = 46, right = 150, top = 14, bottom = 30;
+  const height = 260, left = 46, right = 24, top = 10, bottom = 28;
   const all = series.flatMap(one => one.values).filter(Number.isFinite);
   const high = Math.max(...all), low = Math.min(0, ...all);
-  const count = Math.max(...series.map(one => one.values.length + (one.from || 0)));
-  const x = i => left + (width - left - right) * (count > 1 ? i / (count - 1) : 0.5);
+  const x = i => left + (width - left - right) * (names.length > 1 ? i / (names.length - 1) : 0.5);
   const y = value => top + (height - top - bottom) * (1 - (value - low) / (high - low || 1));
   const chart = el('svg', {class: 'chart', width, height, role: 'img', 'aria-label': label, viewBox: `0 0 ${width} ${height}`});
-  for (let i = 0; i <= 4; i++) {
-    const value = low + (high - low) * i / 4;
+  for (const value of ticks(low, high)) {
     chart.append(el('line', {class: 'axis', x1: left, x2: width - right, y1: y(value), y2: y(value)}),
-      el('text', {x: left - 6, y: y(value) + 4, 'text-anchor': 'end'}, number(value, 2)));
+      el('text', {x: left - 8, y: y(value) + 4, 'text-anchor': 'end'}, String(Number(value.toPrecision(3))).replace('-', '−')));
   }
-  const every = Math.ceil(count / 16);
-  names.slice(0, count).forEach((name, i) => {
-    if (i % every === 0) chart.append(el('text', {x: x(i), y: height - 10, 'text-anchor': 'middle'}, name));
+  const every = Math.ceil(names.length / Math.max(1, Math.floor((width - left) / 46)));
+  names.forEach((name, i) => {
+    if (i % every) return;
+    chart.append(el('line', {class: 'axis', x1: x(i), x2: x(i), y1: height - bottom, y2: height - bottom + 5}),
+      el('text', {x: x(i), y: height - 8, 'text-anchor': 'middle'}, name));
   });
-  const taken = [];
   for (const one of series) {
-    const points = one.values.map((value, i) => `${x(i + (one.from || 0))},${y(value)}`);
+    const points = one.values.map((value, i) => [x(i + one.from), y(value)]);
     chart.append(el('path', {d: `M${points.join('L')}`, fill: 'none', stroke: one.colour, 'stroke-width': one.dashed ? 1.5 : 2.5, 'stroke-dasharray': one.dashed ? '4 4' : 'none'}));
-    if (!one.dashed) one.values.forEach((value, i) => chart.append(el('circle', {cx: x(i + (one.from || 0)), cy: y(value), r: 3, fill: one.colour})));
-    let at = y(one.values[one.values.length - 1]) + 4;
-    for (const other of [...taken].sort((a, b) => a - b)) {
-      if (Math.abs(other - at) < 13) at = other + 13;
-    }
-    taken.push(at);
-    const text = el('text', {class: 'name', x: width - right + 8, y: at}, one.name);
-    text.style.fill = one.colour;
-    chart.append(text);
+    if (!one.dashed) points.forEach(([cx, cy]) => chart.append(el('circle', {cx, cy, r: 3, fill: one.colour})));
   }
-  return el('div', {class: 'picture'}, chart);
+  const keys = series.filter(one => one.name).map(one => el('span', {class: 'scale'}, el('i', {class: 'key', style: `border-top:3px solid ${one.colour}`}), one.name));
+  return el('div', {}, el('p', {class: 'legend'}, keys), el('div', {class: 'picture'}, chart));
 }

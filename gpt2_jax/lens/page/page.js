@@ -4,7 +4,7 @@ const $ = id => document.getElementById(id);
 
 const KEYS = {
   '← →': 'the token before, the next token',
-  '↑ ↓': 'another layer (attention view)',
+  '↑ ↓': 'another layer, while the picture of all heads has the focus',
   'h l': 'another head',
   'a': 'ablate the chosen head, or put it back',
   '1 … 8': 'the views',
@@ -36,7 +36,7 @@ function readAddress() {
 
 // What the colours of the text show: the loss, or its change without the ablated part.
 function colourOf(p) {
-  if (!state.ablated) return boxStyle('orange', Math.min(1, at('loss', p) / 5) * .9);
+  if (!state.ablated) return boxStyle('orange', Math.min(1, at('loss', p) / 5));
   const {layer, part} = state.ablated;
   return boxStyle('both', diverging(at('ablation', layer, part, p), 2));
 }
@@ -67,21 +67,26 @@ function drawText() {
       if (inner.top < outer.top || inner.bottom > outer.bottom) box.scrollTop += inner.top - outer.top - outer.height / 2;
     }
   }
-  const own = FACTS.prompt < T ? ' · dotted: written by the model' : '';
-  $('legend').replaceChildren(...(state.ablated
-    ? ['loss falls', rampBox('both'), 'rises by 2 nats', own]
-    : ['loss 0', rampBox('orange'), '5 nats', own]));
+  const own = FACTS.prompt < T;
+  $('legend').replaceChildren(
+    state.ablated ? scale('both', 'loss −2', '+2 nats') : scale('orange', 'loss 0', '5 nats'),
+    own ? el('span', {}, 'dotted: written by the model') : '');
+  const given = Math.max(0, FACTS.prompt - 1);
+  $('mean').textContent = `mean loss of this text ${meanLoss().toFixed(3)} nats over ${T - 1} guesses`
+    + (own ? ` (${given} of the prompt, ${T - 1 - given} written by the model)` : '');
+  // Where the tabs stick on a phone.
+  document.documentElement.style.setProperty('--text-height', `${$('text').offsetHeight}px`);
   $('ablated').hidden = !state.ablated;
   if (state.ablated) {
-    const {layer, part} = state.ablated;
-    const before = mean(textLosses()), after = before + mean(lossChanges(layer, part));
-    $('ablated').replaceChildren('Without ', el('b', {class: 'code'}, partName(layer, part)), ': mean loss ', el('span', {id: 'loss-before'}, before.toFixed(3)), ' → ', el('b', {id: 'loss-after'}, after.toFixed(3)), ' nats', el('button', {type: 'button', onclick: () => change({ablated: null})}, 'put it back'));
+    const whole = ['attention', 'ablation'].includes(state.view) ? ''
+      : ' The views below show the whole model; only the colours of the text and the changes on the Ablation tab are without this head.';
+    $('ablated').replaceChildren('Without ', el('b', {class: 'code'}, partName(state.ablated.layer, state.ablated.part)), ': mean loss ', el('b', {id: 'mean-without'}, meanWithout(state.ablated)), '.', whole.replace('head', state.ablated.part < H ? 'head' : 'MLP'), el('button', {type: 'button', onclick: () => change({ablated: null})}, 'put it back'));
   }
 }
 
 const topGuesses = p => Array.from({length: SHAPE['logit.top'][2]}, (_, k) => {
   const id = at('logit.top', L, p, k);
-  return {label: visible(tokenText(id)), value: at('logit.prob', L, p, k), right: p < T - 1 && id === at('target', p)};
+  return {label: visible(tokenText(id)), value: topProbability('logit', L, p, k), right: p < T - 1 && id === at('target', p)};
 });
 
 function aboutToken(index) {
@@ -97,11 +102,12 @@ function drawChosen() {
   const {p} = state;
   const before = FACTS.tokens.slice(Math.max(0, p - 15), p + 1).map(tokenText).join('');
   const last = p === T - 1;
+  const brief = last ? '' : ` ${at('loss', p).toFixed(3)} nats, ${percent(at('logit.right', L, p))}, rank ${at('logit.rank', L, p)}`;
   $('chosen').replaceChildren(
-    el('h2', {}, last ? 'After the text' : ['Token ', String(p + 1), ': ', quoted(targetText(p))]),
+    el('summary', {}, el('h2', {}, last ? 'After the text' : ['Token ', String(p + 1), ': ', quoted(targetText(p))]), el('span', {class: 'brief'}, brief)),
     el('p', {class: 'soft'}, 'guessed after ', quoted((p > 15 ? '…' : '') + before)),
-    last ? '' : el('p', {}, el('span', {class: 'figure', id: 'chosen-loss'}, at('loss', p).toFixed(3)), ' nats of loss: the model gave it ', el('b', {id: 'chosen-probability'}, percent(at('logit.right', L, p))), ', rank ', el('b', {id: 'chosen-rank'}, String(at('logit.rank', L, p))), ` of ${FACTS.vocabulary.toLocaleString('en')}.`,
-      state.ablated ? el('span', {}, ` Without ${partName(state.ablated.layer, state.ablated.part)}: `, el('b', {id: 'chosen-change'}, signed(at('ablation', state.ablated.layer, state.ablated.part, p), 3)), '.') : ''),
+    last ? '' : el('p', {}, el('span', {class: 'figure', id: 'chosen-loss'}, at('loss', p).toFixed(3)), ' nats of loss: the model gave it ', el('b', {id: 'chosen-probability'}, percent(at('logit.right', L, p))), ', rank ', el('b', {id: 'chosen-rank'}, String(at('logit.rank', L, p))), ` of ${FACTS.vocabulary.toLocaleString('en')}.`),
+    state.ablated && !last ? el('p', {}, `Without ${partName(state.ablated.layer, state.ablated.part)}: ${at('loss', p).toFixed(3)} → `, el('b', {id: 'chosen-without'}, (at('loss', p) + at('ablation', state.ablated.layer, state.ablated.part, p)).toFixed(3)), ' nats') : '',
     el('div', {id: 'chosen-top'}, bars(topGuesses(p), {limit: 1, format: percent})));
 }
 
@@ -113,11 +119,13 @@ function drawView() {
   }
   const panel = $('view');
   const scrolled = scrollY;
+  const focused = panel.contains(document.activeElement) && document.activeElement.id;
   panel.style.minHeight = `${panel.offsetHeight}px`;
   panel.replaceChildren();
   panel.setAttribute('aria-label', VIEWS[state.view][0]);
   VIEWS[state.view][1](panel);
   panel.style.minHeight = '';
+  if (focused && $(focused)) $(focused).focus({preventScroll: true});
   scrollTo({top: scrolled, behavior: 'instant'});
 }
 
@@ -156,7 +164,7 @@ function listen() {
       '?': () => $('guide').showModal(),
       Escape: hideTip,
     };
-    if (state.view === 'attention') {
+    if (event.target.id === 'heads') {
       keys.ArrowUp = () => change({layer: (state.layer + L - 1) % L});
       keys.ArrowDown = () => change({layer: (state.layer + 1) % L});
     }
@@ -179,6 +187,11 @@ async function start() {
   let theme;
   try { theme = localStorage.getItem('theme'); } catch { /* as above */ }
   document.documentElement.dataset.theme = theme || (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
+  $('title').title = FACTS.path;
+  const narrow = matchMedia('(max-width: 860px)');
+  const fold = () => { $('chosen').open = !narrow.matches; };
+  narrow.addEventListener('change', fold);
+  fold();
   $('about').textContent = `${FACTS.parameters.toLocaleString('en')} parameters · ${L} layers · ${H} heads · width ${FACTS.width} · ${FACTS.vocabulary.toLocaleString('en')} tokens (${FACTS.tokenizer})`;
   try {
     await unpack();

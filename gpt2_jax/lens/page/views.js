@@ -6,8 +6,8 @@ const explain = (...text) => el('p', {class: 'explain'}, ...text);
 const quoted = text => el('span', {class: 'quoted'}, visible(text));
 const room = () => Math.max(260, document.getElementById('view').clientWidth);
 
-// 'of ‘e’ after ‘…th’': the guess that the views are about.
-const guessName = p => p === T - 1 ? `what comes after the text (${visible(targetText(p))})` : `token ${p + 1}, ‘${visible(targetText(p))}’`;
+// The guess that the views are about.
+const guessName = p => p === T - 1 ? `the most likely token (${visible(targetText(p))}), taken as if it were right` : `token ${p + 1}, ‘${visible(targetText(p))}’`;
 
 function choice(label, options, current, change) {
   const select = el('select', {'aria-label': label, onchange: event => change(event.target.value)});
@@ -56,14 +56,16 @@ function headPictures(size) {
 function markings() {
   const found = {};
   for (const kind of Object.keys(LOOKS)) {
-    found[`text ${kind}`] = {name: `in this text: ${LOOKS[kind].name}`, value: (l, h) => looksAt(kind, l, h), format: percent};
+    found[`text ${kind}`] = {name: `in this text: ${LOOKS[kind].name}`, value: (l, h) => looksAt(kind, l, h), format: percent, alike: uniform.text};
   }
   for (const kind of Object.keys(SCORES)) {
-    if (has(`score.${kind}`)) found[kind] = {name: `in random text: ${SCORES[kind]}`, value: (l, h) => at(`score.${kind}`, l, h), format: percent};
+    if (has(`score.${kind}`)) found[kind] = {name: `in random text: ${SCORES[kind]}`, value: (l, h) => at(`score.${kind}`, l, h), format: percent, alike: uniform.random};
   }
-  if (has('ablation')) found.loss = {name: 'loss that it saves', value: (l, h) => mean(lossChanges(l, h)), format: x => signed(x, 3), relative: true};
+  if (has('ablation')) found.loss = {name: 'loss that it saves', value: (l, h) => mean(lossChanges(l, h)), format: x => `${signed(x)}\u00a0nats`, relative: true};
   return found;
 }
+
+const FRAMED = .15; // of 1, or of the largest value: what gets a frame
 
 function headGrid(width) {
   const marks = markings();
@@ -92,7 +94,7 @@ function headGrid(width) {
       context.lineWidth = 1;
       context.strokeRect(x - .5, y - .5, size + 1, size + 1);
       const strength = Math.max(0, values[i]) / most;
-      if (strength > .15) {
+      if (strength > FRAMED) {
         context.strokeStyle = ink('--warm');
         context.lineWidth = 1 + 3 * strength;
         context.strokeRect(x - 1, y - 1, size + 2, size + 2);
@@ -113,7 +115,7 @@ function headGrid(width) {
         context.setLineDash([]);
       }
     }
-  }, {class: 'point', id: 'heads', role: 'img', 'aria-label': `The attention patterns of ${L} layers with ${H} heads each. Strongest for ${mark.name}: ${strongest(values, mark, 3).map(one => one.label).join(', ')}`});
+  }, {class: 'point', id: 'heads', tabindex: 0, role: 'img', 'aria-label': `The attention patterns of ${L} layers with ${H} heads each. Strongest for ${mark.name}: ${strongest(values, mark, 3).map(one => one.label).join(', ')}`});
   const headOf = event => {
     const box = canvas.getBoundingClientRect();
     const scale = (left + H * step) / box.width;
@@ -131,7 +133,7 @@ function headGrid(width) {
     const found = headOf(event);
     if (found) change({layer: found[0], head: found[1]});
   });
-  return [el('div', {class: 'picture'}, canvas), mark, values];
+  return [el('div', {class: 'picture'}, canvas), mark, values, most * FRAMED];
 }
 
 function strongest(values, mark, count) {
@@ -145,7 +147,7 @@ function textWithLines(query) {
   const box = el('div', {class: 'lines', id: 'lines'});
   const spans = FACTS.tokens.map((id, index) => {
     const w = weight(state.layer, state.head, query, index);
-    const span = el('span', {class: `token ${index === query ? 'here' : ''}`, style: index <= query ? boxStyle('blue', Math.sqrt(w) * .8) : 'opacity:.45', 'data-at': index},
+    const span = el('span', {class: `token ${index === query ? 'here' : ''}`, style: index <= query ? boxStyle('blue', Math.sqrt(w)) : 'opacity:.45', 'data-at': index},
       visible(tokenText(id)).replace(/␣/g, ' '));
     span.addEventListener('mouseenter', () => box.replaceWith(textWithLines(index)));
     box.append(span);
@@ -181,7 +183,8 @@ function fillAttention(panel) {
   const wide = width > 760;
   const marks = markings();
   if (!(state.score in marks)) state.score = Object.keys(marks)[0];
-  const [grid, mark, values] = headGrid(wide ? Math.min(width * .46, Math.max(220, H * 92)) : width);
+  const gridWidth = wide ? Math.floor(Math.min(width * .46, Math.max(220, H * 92))) : width;
+  const [grid, mark, values, framed] = headGrid(gridWidth);
   const {layer, head, p} = state;
   panel.append(
     el('h2', {}, 'Where each head looks'),
@@ -189,17 +192,21 @@ function fillAttention(panel) {
       'Frames mark the heads that look most at what you choose:'),
     el('div', {class: 'choices'}, choice('Frames:', Object.fromEntries(Object.entries(marks).map(([key, one]) => [key, one.name])), state.score, score => change({score}))));
   const best = strongest(values, mark, Math.min(5, L * H));
+  panel.append(el('p', {class: 'soft', id: 'frames'},
+    best[0].value > framed ? `Orange: above ${mark.format(framed)}. ` : `No head of this model does this (best: ${mark.format(best[0].value)}). `,
+    'Dashed: the head you chose.', mark.alike ? ` Uniform attention would give ${percent(mark.alike)}.` : '',
+    state.score in SCORES ? ` Random text: ${FACTS.repeated} random tokens, then the same again, so that only position and repetition count.` : ''));
   const left = el('div', {}, grid, el('h3', {}, `Strongest: ${mark.name}`),
     el('div', {id: 'strongest'}, bars(best, {limit: mark.relative ? undefined : 1, format: mark.format})));
 
-  const large = Math.min(wide ? width - Math.min(width * .46, Math.max(220, H * 92)) - 40 : width, 560);
+  const large = Math.min(wide ? width - gridWidth - 26 : width, 560);
   const labels = FACTS.tokens.map(id => visible(tokenText(id)));
   const map = heatMap({
     rows: labels, columns: labels, width: large, cellHeight: undefined,
     value: (q, s) => rootWeight(layer, head, q, s),
     about: (q, s) => s > q ? null : `from ${q} ‘${labels[q]}’ to ${s} ‘${labels[s]}’: ${percent(weight(layer, head, q, s))}`,
     choose: q => change({p: q}),
-    here: {row: p},
+    here: {row: p, until: p + 1},
     label: `The attention pattern of ${partName(layer, head)}: ${T} positions`,
   });
   const top = Array.from({length: p + 1}, (_, s) => ({label: `${s} ${labels[s]}`, value: weight(layer, head, p, s)}))
@@ -208,15 +215,15 @@ function fillAttention(panel) {
     ...Object.keys(LOOKS).map(kind => [`looks at ${LOOKS[kind].name}, in this text`, percent(looksAt(kind, layer, head))]),
     ...Object.keys(SCORES).filter(kind => has(`score.${kind}`)).map(kind => [`looks at ${SCORES[kind]}, in random text repeated once`, percent(at(`score.${kind}`, layer, head))]),
   ];
-  if (has('ablation')) facts.push(['mean loss without it', signed(mean(lossChanges(layer, head)), 3)]);
-  const right = el('div', {class: 'grow'},
+  if (has('ablation')) facts.push(['mean loss without it', meanWithout({layer, part: head})]);
+  const right = el('div', {},
     el('h3', {style: 'margin-top:0', id: 'head-name'}, `Head ${partName(layer, head)} `, ablateButton(layer, head)),
     textWithLines(p),
     el('p', {class: 'soft'}, 'Lines: from the marked position to what it looks at. Move over the text to see other positions.'),
-    map);
-  panel.append(el('div', {class: 'side'}, left, right));
+    scale('blue', 'weight 0', '1, by its square root'), map);
+  panel.append(el('div', wide ? {class: 'fixed', style: `grid-template-columns:${gridWidth}px minmax(0,1fr)`} : {}, left, right));
   panel.append(el('div', {class: 'side'},
-    el('div', {class: 'grow'}, el('h3', {}, `From position ${p}, ‘${labels[p]}’`), el('div', {id: 'weights'}, bars(top, {limit: 1, format: percent}))),
+    el('div', {class: 'grow'}, el('h3', {}, `From position ${p} ‘${labels[p]}’, where ${p === T - 1 ? 'the token after the text' : `token ${p + 1} ‘${labels[p + 1]}’`} is guessed`), el('div', {id: 'weights'}, bars(top, {limit: 1, format: percent}))),
     el('div', {class: 'grow'}, el('h3', {}, 'This head in numbers'), table(['', ''], facts, {id: 'head-facts'}))));
   panel.append(asTable('All weights from this position, as a table', () => table(['position', 'token', 'weight'],
     Array.from({length: p + 1}, (_, s) => [String(s), labels[s], percent(weight(layer, head, p, s))]))));
@@ -227,7 +234,8 @@ function fillAttention(panel) {
 function ablateButton(layer, part) {
   if (!has('ablation')) return null;
   const on = state.ablated && state.ablated.layer === layer && state.ablated.part === part;
-  return el('button', {type: 'button', id: 'ablate', 'aria-pressed': String(Boolean(on)), title: 'See every loss without it (a)', onclick: () => toggleAblation(layer, part)}, on ? 'put it back' : 'ablate');
+  return el('span', {}, el('button', {type: 'button', id: 'ablate', 'aria-pressed': String(Boolean(on)), title: 'See every loss without it (a)', onclick: () => toggleAblation(layer, part)}, on ? 'put it back' : 'ablate'),
+    el('small', {id: 'ablate-result'}, on ? ` ${meanWithout(state.ablated)}` : ''));
 }
 
 function toggleAblation(layer, part) {
@@ -239,7 +247,7 @@ function toggleAblation(layer, part) {
 
 function guess(id, probability, target) {
   const text = visible(tokenText(id));
-  return el('span', {class: `guess ${id === target ? 'right' : ''}`, style: boxStyle('blue', .8 * Math.sqrt(probability))}, el('b', {}, text), el('small', {}, percent(probability)));
+  return el('span', {class: `guess ${id === target ? 'right' : ''}`, style: boxStyle('blue', Math.sqrt(probability))}, el('b', {}, text), el('small', {}, percent(probability)));
 }
 
 function fillLayers(panel) {
@@ -252,16 +260,16 @@ function fillLayers(panel) {
   const rows = LAYER_NAMES.map((name, layer) => {
     const cells = [el('b', {class: 'code'}, name)];
     for (const lens of Object.keys(lenses)) {
-      const tops = Array.from({length: SHAPE[`${lens}.top`][2]}, (_, k) => [at(`${lens}.top`, layer, p, k), at(`${lens}.prob`, layer, p, k)]);
+      const tops = Array.from({length: SHAPE[`${lens}.top`][2]}, (_, k) => [at(`${lens}.top`, layer, p, k), topProbability(lens, layer, p, k)]);
       cells.push(el('span', {}, tops.slice(0, 4).map(([id, probability]) => guess(id, probability, target))),
         el('span', {class: 'n'}, String(at(`${lens}.rank`, layer, p))), percent(at(`${lens}.right`, layer, p)));
     }
     return cells;
   }).reverse();
-  const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', 'right'])];
+  const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', 'probability of the right token'])];
   panel.append(table(columns, rows, {id: 'layers'}), el('p', {class: 'soft'}, `rank and probability of ${guessName(p)}; the last layer on top`));
   panel.append(el('h3', {}, 'When does the model know? Rank of the right token'),
-    el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), el('span', {class: 'soft'}, 'faint: rank 1 · strong: far down'), ));
+    el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), scale('blue', 'rank 1', `${FACTS.vocabulary.toLocaleString('en')}, logarithmic`)));
   const most = Math.log(FACTS.vocabulary);
   const labels = Array.from({length: T}, (_, i) => visible(targetText(i)));
   const names = [...LAYER_NAMES].reverse();
@@ -279,14 +287,14 @@ function fillLayers(panel) {
 // Attribution
 
 function gridOfParts({cell, columns, width, current}) {
-  const many = (H + 2) * 44 > width;
+  const many = (H + 2) * 52 > width;
   const box = el('table', {class: `grid ${many ? 'many' : ''}`});
   const every = many ? Math.ceil(22 / 17) * 2 : 1;
   box.append(el('tr', {}, el('th'), columns.map((name, i) => el('th', {}, i % every === 0 || i === columns.length - 1 ? name : ''))));
   for (let layer = 0; layer < L; layer++) {
     box.append(el('tr', {}, el('th', {}, `h_${layer}`), columns.map((_, part) => {
       const {value, limit, warm, about, click} = cell(layer, part);
-      const button = el('button', {type: 'button', style: boxStyle('both', diverging(warm ? value : -value, limit)), class: current(layer, part) ? 'here' : '', 'aria-label': about, onclick: click, 'data-part': partName(layer, part)}, signed(value));
+      const button = el('button', {type: 'button', style: boxStyle('both', divergingRoot(signed(value) === '0' ? 0 : warm ? value : -value, limit)), class: current(layer, part) ? 'here' : '', 'aria-label': about, onclick: click, 'data-part': partName(layer, part)}, signed(value));
       button.addEventListener('mousemove', event => showTip(event, about));
       button.addEventListener('mouseleave', hideTip);
       return el('td', {}, button);
@@ -310,24 +318,25 @@ function fillAttribution(panel) {
   const total = sum(rows.map(row => row.value));
   panel.append(el('h2', {}, `What speaks for ${guessName(p)}`),
     explain('The last residual stream is a sum of what each part of the model wrote into it, so the logit of a token is a sum with one term for each part. Blue speaks for the token, orange against it.'),
+    explain('This is the direct effect only. A head that works through later MLPs shows almost nothing here; see Ablation for the whole effect.'),
     el('div', {class: 'choices'}, choice('Explain:', {centred: 'how far the logit is above the average logit', logit: 'the logit itself'}, terms, value => change({terms: value})),
-      el('span', {id: 'attribution-sum'}, `all terms: ${signed(total, 3)}`)));
+      el('span', {id: 'attribution-sum'}, `all terms: ${signed(total)}`)));
   const limit = Math.max(...layers.flatMap(i => [...heads(i), of('mlp', i, p)]).map(Math.abs), 1e-9);
   panel.append(el('div', {class: 'side'},
-    el('div', {class: 'grow'}, el('h3', {}, 'By part'), el('div', {id: 'terms'}, bars(rows, {format: x => signed(x, 3)}))),
+    el('div', {class: 'grow'}, el('h3', {}, 'By part'), el('div', {id: 'terms'}, bars(rows, {format: signed}))),
     el('div', {class: 'grow'}, el('h3', {}, 'Largest neurons'), bars(
       Array.from({length: SHAPE[`attribution.${terms}.neuron`][1]}, (_, k) => {
         const id = of('neuron', p, k), width = FACTS.inner;
         return {label: `h_${Math.floor(id / width)}.mlp.${id % width}`, value: of('neuron_term', p, k)};
-      }), {format: x => signed(x, 3)}))));
+      }), {format: signed}))));
   panel.append(el('h3', {}, 'By head and MLP'), gridOfParts({
     columns: [...Array.from({length: H}, (_, h) => String(h)), 'MLP'], width: room(),
     cell: (layer, part) => {
       const value = part < H ? of('heads', layer, part, p) : of('mlp', layer, p);
-      return {value, limit, about: `${partName(layer, part)}: ${signed(value, 4)}`, click: () => part < H ? change({layer, head: part, view: 'attention'}) : toggleAblation(layer, part)};
+      return {value, limit, about: `${partName(layer, part)}: ${signed(value)}`, click: () => part < H ? change({layer, head: part, view: 'attention'}) : toggleAblation(layer, part)};
     },
     current: (layer, part) => layer === state.layer && part === state.head,
-  }), el('p', {class: 'soft'}, 'Click a head to see where it looks.'));
+  }), el('p', {class: 'legend'}, scale('both', signed(limit), `${signed(-limit)}, by the square root`), 'Click a head to see where it looks.'));
 }
 
 // Ablation
@@ -337,21 +346,20 @@ function fillAblation(panel) {
   if (!has('ablation')) return panel.append(missing('ablation'));
   panel.append(explain('Each cell is the whole text once more, with the output of one head or MLP replaced by zero: how much the mean loss rises. Click one and the text shows what happens to each token.'));
   const means = Array.from({length: L}, (_, l) => Array.from({length: H + 1}, (_, part) => mean(lossChanges(l, part))));
-  const sorted = means.flat().map(Math.abs).sort((a, b) => b - a);
-  const limit = sorted[Math.min(2, sorted.length - 1)] || 1;
+  const limit = Math.max(...means.flat().map(Math.abs));
   panel.append(gridOfParts({
     columns: [...Array.from({length: H}, (_, h) => String(h)), 'MLP'], width: room(),
-    cell: (layer, part) => ({value: means[layer][part], limit, warm: true, about: `${partName(layer, part)}: mean loss ${signed(means[layer][part], 4)}`, click: () => { change({...(part < H ? {layer, head: part} : {}), ablated: state.ablated && state.ablated.layer === layer && state.ablated.part === part ? null : {layer, part}}); }}),
+    cell: (layer, part) => ({value: means[layer][part], limit, warm: true, about: `${partName(layer, part)}: mean loss ${signed(means[layer][part])}`, click: () => { change({...(part < H ? {layer, head: part} : {}), ablated: state.ablated && state.ablated.layer === layer && state.ablated.part === part ? null : {layer, part}}); }}),
     current: (layer, part) => state.ablated && state.ablated.layer === layer && state.ablated.part === part,
   }));
-  panel.append(el('p', {class: 'soft'}, 'Orange: the loss rises, so the part helps. Blue: it falls.'));
+  panel.append(el('p', {class: 'legend'}, scale('both', signed(-limit), `${signed(limit)} nats, by the square root`), 'Orange: the loss rises, so the part helps. Blue: it falls.'));
   const all = means.flatMap((row, layer) => row.map((value, part) => ({label: partName(layer, part), value, warm: value > 0, choose: () => change({ablated: {layer, part}})}))).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-  panel.append(el('h3', {}, 'Largest changes of the mean loss'), el('div', {id: 'ablations'}, bars(all.slice(0, 10), {format: x => signed(x, 3)})));
+  panel.append(el('h3', {}, 'Largest changes of the mean loss'), el('div', {id: 'ablations'}, bars(all.slice(0, 10), {format: signed})));
   if (state.ablated) {
     const {layer, part} = state.ablated;
     const hurt = Array.from({length: T - 1}, (_, p) => ({label: `${p + 1} ${visible(targetText(p))}`, value: at('ablation', layer, part, p), warm: at('ablation', layer, part, p) > 0, choose: () => change({p})})).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-    panel.append(el('h3', {}, `Tokens that change most without ${partName(layer, part)}`), bars(hurt.slice(0, 10), {format: x => signed(x, 2)}));
-    panel.append(asTable('All tokens, as a table', () => table(['token', 'loss', 'without', 'change'], Array.from({length: T - 1}, (_, p) => [`${p + 1} ${visible(targetText(p))}`, at('loss', p), at('loss', p) + at('ablation', layer, part, p), signed(at('ablation', layer, part, p), 3)]))));
+    panel.append(el('h3', {}, `Tokens that change most without ${partName(layer, part)}`), bars(hurt.slice(0, 10), {format: signed}));
+    panel.append(asTable('All tokens, as a table', () => table(['token', 'loss', 'without', 'change'], Array.from({length: T - 1}, (_, p) => [`${p + 1} ${visible(targetText(p))}`, at('loss', p), at('loss', p) + at('ablation', layer, part, p), signed(at('ablation', layer, part, p))]))));
   }
 }
 
@@ -379,7 +387,7 @@ function fillBackward(panel) {
     about: (r, s) => s > p ? `position ${s} comes later: no gradient` : `after ${names[r]}, position ${s} ‘${labels[s]}’: ${number(gradientNorm(L - r, p, s))}`,
     choose: (r, s) => change({p: s}), here: {column: p},
     label: `Norm of the gradient after each of ${L + 1} layers at each position; it is largest, ${number(most)}, near position ${p}`,
-  }), el('p', {class: 'soft'}, `logarithmic: from ${number(most, 2)}, the strongest colour, down to a ten-thousandth of it`));
+  }), scale('orange', number(most / 10 ** decades), `${number(most)}, logarithmic`));
   panel.append(asTable('As a table', () => table(['position', ...LAYER_NAMES], Array.from({length: p + 1}, (_, s) => [`${s} ${labels[s]}`, ...LAYER_NAMES.map((_, layer) => number(gradientNorm(layer, p, s)))]))));
 
   panel.append(el('h3', {}, 'The gradient in every parameter'), explain('The norm of the gradient of this loss in each array of parameters: what this one guess would teach the model.'));
@@ -393,9 +401,9 @@ function fillBackward(panel) {
     value: (r, layer) => scaled(value(`h_${layer}/${kinds[r]}`)),
     about: (r, layer) => `h_${layer}/${kinds[r]}\ngradient ${number(value(`h_${layer}/${kinds[r]}`))}, parameter ${number(FACTS.leafNorms[leaf(`h_${layer}/${kinds[r]}`)])}`,
     label: 'Norm of the gradient in the parameters of each layer',
-  }));
+  }), scale('orange', number(largest / 1000), `${number(largest)}, logarithmic`));
   const ends = FACTS.leaves.filter(name => !/^h_\d/.test(name));
-  panel.append(bars(ends.map(name => ({label: name, value: value(name), warm: true})), {limit: largest}));
+  panel.append(el('h3', {}, 'Outside the layers'), bars(ends.map(name => ({label: name, value: value(name), warm: true})), {limit: largest}));
   panel.append(asTable('All parameters, as a table', () => table(['parameter', 'gradient', 'its own norm', 'ratio'],
     FACTS.leaves.map((name, i) => [name, number(value(name)), number(FACTS.leafNorms[i]), number(value(name) / FACTS.leafNorms[i])]))));
 }
@@ -408,7 +416,7 @@ function fillNorms(panel) {
     const rows = SHAPE[`norm.${name}`][0];
     const here = Array.from({length: rows}, (_, l) => at(`norm.${name}`, l, p));
     const average = Array.from({length: rows}, (_, l) => mean(Array.from({length: T}, (_, t) => at(`norm.${name}`, l, t))));
-    return [{name: `${label}, here`, colour, values: here, from}, {name: `${label}, mean`, colour, values: average, from, dashed: true}];
+    return [{name: label, colour, values: here, from}, {colour, values: average, from, dashed: true}];
   };
   panel.append(el('h2', {}, `How large the numbers are at position ${p}`),
     explain('The residual stream after each layer, and what attention and the MLP of that layer add to it: the norm at the position before the chosen token, and its mean over the text (dashed).'));
@@ -424,7 +432,7 @@ function fillNorms(panel) {
     value: (r, c) => at('norm.resid', L - r, c) / most,
     about: (r, c) => `after ${names[r]}, position ${c} ‘${visible(textAt(c))}’: ${number(at('norm.resid', L - r, c))}`,
     choose: (r, c) => change({p: c}), here: {column: p}, label: 'Norm of the residual stream after each layer at each position',
-  }));
+  }), scale('blue', 'norm 0', number(most)));
 }
 
 // Curvature and shapes
