@@ -34,7 +34,7 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MAX_BAD = 10  # files that cannot be read, until the first pass ends
 MAX_HELD = 1 << 24  # characters without a place to cut
 
@@ -56,7 +56,7 @@ class _Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Ends the block at Ctrl-C, SIGTERM or SIGHUP with a UserError that says so."""
+    """Ends the block at one of SIGNALS with a UserError that says so."""
 
     def stop(number, frame):
         _handle_signals(signal.SIG_IGN)  # let what was begun be removed
@@ -76,10 +76,15 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _handle_signals(handler) -> dict[signal.Signals, Any]:
-    """Sets the handler of SIGNALS, in the main thread only; returns the handlers before."""
+    """Sets the handler of SIGNALS, in the main thread only; returns the handlers before.
+
+    Under nohup SIGHUP stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in SIGNALS}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 @_stopped_by_signals()
@@ -100,7 +105,7 @@ def prepare(
     collects the alphabet, the second pass encodes. With `special_tokens`, <|endoftext|> in a text
     is the token of that name, else ordinary text. Raises UserError for a file that cannot be read
     or changes between the passes, for texts that are all empty, if `out_dir` holds anything, and
-    for Ctrl-C, SIGTERM and SIGHUP; then nothing is written.
+    for one of SIGNALS; then nothing is written.
     """
     if shard_tokens < 1:
         raise UsageError(f'shard_tokens is {shard_tokens}: expected at least 1')

@@ -20,7 +20,7 @@ from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.dataset import MAX_OPEN, SPLITS, Tokens, from_text
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.prepare import SPLIT_BY, prepare
+from gpt2_jax.prepare import SIGNALS, SPLIT_BY, prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -630,9 +630,10 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert not any((tmp_path / 'deep').iterdir())
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize('number', SIGNALS)
 def test_a_signal_leaves_nothing_and_says_so(texts, tmp_path, monkeypatch, number):
-    make, before = tokenizers.make_tokenizer, signal.getsignal(number)
+    make = tokenizers.make_tokenizer
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as in nohup
 
     def interrupt(*args):
         assert any((tmp_path / 'deep').iterdir())
@@ -644,7 +645,19 @@ def test_a_signal_leaves_nothing_and_says_so(texts, tmp_path, monkeypatch, numbe
         write(texts, tmp_path / 'deep/out')
     assert caught.value.exit_code == 128 + number
     assert not any((tmp_path / 'deep').iterdir())
-    assert signal.getsignal(number) is before
+    assert signal.signal(number, before) is signal.default_int_handler
+
+
+def test_under_nohup_the_loss_of_the_terminal_is_ignored(texts, tmp_path, monkeypatch):
+    make, before = tokenizers.make_tokenizer, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(
+        tokenizers,
+        'make_tokenizer',
+        lambda *args: os.kill(os.getpid(), signal.SIGHUP) or make(*args),
+    )
+    write(texts, tmp_path / 'out')
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+    assert (tmp_path / 'out/manifest.json').is_file()
 
 
 def test_text_that_changes_between_the_passes(texts, tmp_path, monkeypatch):
