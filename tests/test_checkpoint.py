@@ -243,7 +243,7 @@ def test_metadata_that_the_checkpoint_library_cannot_read(run):
         load(run, 'latest')
 
 
-@pytest.mark.parametrize('name', ['p[1]', '[!a]', 'a*b?', '[v2]/{x}', 'ü 日本'])
+@pytest.mark.parametrize('name', ['a*[!b]?', '[v2]/{x}', 'ü 日本'])
 def test_the_name_of_a_folder_is_no_pattern(name, text, finished, tmp_path):
     """Orbax finds the parts of a checkpoint by a pattern that begins with the folder's path."""
     run = tmp_path / name

@@ -65,10 +65,9 @@ def test_logits_at_every_position(batch, changes):
     )
 
 
-@pytest.mark.parametrize('batch', [1, 3])
-def test_bfloat16_is_as_near_to_fp32_as_the_plain_model(batch):
+def test_bfloat16_is_as_near_to_fp32_as_the_plain_model():
     exact, model = tiny(n_embd=24), tiny(n_embd=24, dtype='bfloat16')
-    params, ids_BT = rough_params(model), tokens(model, batch)
+    params, ids_BT = rough_params(model), tokens(model, batch=3)
     expected = exact.apply({'params': params}, ids_BT)
     rounding = np.abs(model.apply({'params': params}, ids_BT) - expected)
     got = np.abs(decoded(model, params, ids_BT) - expected)
@@ -160,7 +159,6 @@ def test_drawn_tokens_equal_the_plain_sampler(sampling):
     ('samples', 'sampling'),
     [
         (1, Sampling(0)),
-        (3, Sampling(0)),
         (1, Sampling(2.0)),
         (3, Sampling(2.0, 5)),
         (2, Sampling(2.0, 7, 0.9)),

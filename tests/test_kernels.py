@@ -95,8 +95,7 @@ def check_equal(ours, theirs, tolerance=1e-5):
 CASES = {
     'plain': {},
     'dropout': DROPOUT,
-    'other sizes': OTHER | DROPOUT,
-    'no bias, remat': {'bias': False, 'remat': True, **DROPOUT},
+    'other sizes, no bias, remat': OTHER | DROPOUT | {'bias': False, 'remat': True},
 }
 
 

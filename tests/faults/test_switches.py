@@ -17,6 +17,7 @@ from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import devices, faults
 
 SHORT = {
+    'model__n_layer': 1,
     'model__n_embd': 8,
     'model__n_positions': 8,
     'train__steps': 2,
