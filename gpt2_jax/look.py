@@ -79,7 +79,7 @@ def report(
     found = report_lib.collect(
         loaded,
         tokens_T,
-        title=f'{loaded.path.resolve().name}, step {loaded.step:,}',
+        title=f'{loaded.path.absolute().name}, step {loaded.step:,}',
         path=str(loaded.path),
         prompt_tokens=n_given,
         skip=skip,

@@ -179,7 +179,7 @@ function listen() {
     event.preventDefault();
   });
   let waiting;
-  addEventListener('resize', () => { clearTimeout(waiting); waiting = setTimeout(drawView, 120); });
+  addEventListener('resize', () => { clearTimeout(waiting); waiting = setTimeout(() => { drawText(); drawView(); }, 120); });
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', event => { setTheme(event.matches ? 'dark' : 'light'); change({}); });
 }
 
