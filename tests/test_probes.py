@@ -183,7 +183,7 @@ def test_curvature_is_near_the_largest_eigenvalue(at_eight):
     """A few steps of Lanczos' method stay below it."""
     probe, model, _, arrays = at_eight
     found = lens.curvature(model, gradient_text(arrays), by_layer=False, most=30)
-    assert 0.8 * found['all'].top <= probe['curvature'] <= 1.03 * found['all'].top
+    assert 0.7 * found['all'].top <= probe['curvature'] <= 1.03 * found['all'].top
 
 
 def test_an_activation_that_never_varies_has_no_distribution():

@@ -25,7 +25,7 @@ arrays, A activations; 41 bins:
     dead (P, L)           the share of MLP units whose input to the activation function is never
                           above 0
     curvature (P,)        the largest eigenvalue of the Hessian of that loss, by three steps of
-                          Lanczos' method: a lower bound
+                          Lanczos' method: a lower bound, up to a third below
     weight_bins, gradient_bins (P, N, 41), activation_bins (P, A, 41)
                           how many of up to 65,536 evenly spaced elements lie in each bin
     edges (40,)           of the bins, in units of the rms of the elements; the first and the last
