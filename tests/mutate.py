@@ -95,6 +95,8 @@ EQUIVALENT = (
     (r'.*precision=', 'matrix products of a CPU are always in full fp32'),
     (r'.*(foreign\.error|problem =|remedy =|more =)', 'the words of a message'),
     (r'inference/decoding.*padding = ', 'speed: how far a prompt is padded'),
+    (r'data/bin_files.*OTHER_MAGICS = ', 'the end of a range of dates'),
+    (r'data/corpora.*def _repeated', 'the length of a text without end'),
     (r"model/huggingface.*replace\('h\.'", "no name has 'h.' twice"),
 )
 

@@ -9,9 +9,9 @@ import pytest
 import runs
 from bpe import MERGES
 
-from gpt2_jax import prepare
+from gpt2_jax import files, prepare
 from gpt2_jax.config import to_json
-from gpt2_jax.data import documents, tokenizers
+from gpt2_jax.data import documents, shards, tokenizers
 from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import ByteTokenizer, Gpt2Tokenizer
@@ -234,6 +234,14 @@ def test_changed_marks_are_refused(tmp_path):
     marks.write_bytes(marks.read_bytes()[:-1] + b'x')
     with pytest.raises(UserError, match=r'train_marks\.npy is damaged'):
         ledger.open_run(run_folder(tmp_path / 'run', tmp_path / 'shards'))
+    # Another array, whose sum is right.
+    np.save(marks, np.zeros(3))
+    manifest = tmp_path / 'shards' / 'manifest.json'
+    changed = json.loads(manifest.read_text())
+    changed['splits']['train']['marks']['sha256'] = files.sha256(marks)
+    manifest.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r'train_marks\.npy is damaged: it holds no marks'):
+        shards.open_marks(tmp_path / 'shards')
 
 
 def test_find_prints_every_place_and_step(tmp_path):
