@@ -1,7 +1,9 @@
 """Benchmarks, with fake clocks: the arithmetic of the figures, and which runs are cold or warm."""
 
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from gpt2_jax.config import default_config, resolve
@@ -40,6 +42,15 @@ def tiny_setup():
     config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=16)
     config.train.batch_size = 4
     return build(resolve(config), benchmark.random_data(300, 200))
+
+
+def test_mfu_counts_the_peak_of_every_device(monkeypatch):
+    mesh = types.SimpleNamespace(devices=np.array([None] * 4), size=4)
+    monkeypatch.setattr(devices, 'peak_flops', lambda device: 1e12)
+    assert devices.model_flops_utilisation(1e3, 2e8, mesh) == 0.05
+    assert devices.model_flops_utilisation(None, 2e8, mesh) is None
+    monkeypatch.setattr(devices, 'peak_flops', lambda device: None)
+    assert devices.model_flops_utilisation(1e3, 2e8, mesh) is None
 
 
 def test_training_and_decoding(tiny_setup, monkeypatch):

@@ -243,6 +243,12 @@ def test_metadata_that_the_checkpoint_library_cannot_read(run):
         load(run, 'latest')
 
 
+def test_a_tie_makes_the_newer_checkpoint_the_best():
+    assert checksums.is_better(1.5, None)
+    assert checksums.is_better(1.5, 1.5)
+    assert not checksums.is_better(1.5, 1.4)
+
+
 @pytest.mark.parametrize('name', ['a*[!b]?', '[v2]/{x}', 'ü 日本'])
 def test_the_name_of_a_folder_is_no_pattern(name, text, finished, tmp_path):
     """Orbax finds the parts of a checkpoint by a pattern that begins with the folder's path."""
