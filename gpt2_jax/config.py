@@ -232,9 +232,9 @@ SETTINGS = {
     'eval.tokens': (
         int,
         or_none(at_least(0)),
-        'tokens of an evaluation: windows evenly spread over the split, the same ones each time; '
-        '0, or more than the split has: the whole split; left open: a third of the training tokens '
-        f'between two evaluations, at least {MIN_EVAL_TOKENS:,} and at most {MAX_EVAL_TOKENS:,}',
+        'tokens of an evaluation: windows evenly spread over the split; 0: the whole split; left '
+        'open: a third of the training tokens between two evaluations, from '
+        f'{MIN_EVAL_TOKENS:,} to {MAX_EVAL_TOKENS:,}',
     ),
     # -- checkpoints
     'checkpoint.every': (

@@ -262,6 +262,10 @@ def test_the_nearest_setting_is_suggested_for_an_unknown_key(key, nearest):
     assert f'no setting {key!r}; the nearest is {describe(nearest)}; ' in str(caught.value)
 
 
+def test_descriptions_leave_room_for_the_value_in_a_line_of_300_characters():
+    assert max(len(describe(key)) for key in SETTINGS) <= 220
+
+
 def test_all_settings_are_listed_for_an_unknown_key():
     with pytest.raises(
         UsageError, match=r"'eval\.xyzzy'; .*; eval has every, sample_tokens, tokens$"
