@@ -342,10 +342,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if right_type and kind in (int, float) and value is not None:
             right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
         if not right_type or not allowed.test(value):
-            raise UsageError(
-                f'{key} = {foreign.show(value)} is not allowed; expected {_kind_words(kind)}, '
-                f'{allowed.words} ({meaning})'
-            )
+            expected = f'{_kind_words(kind)}, {allowed.words} ({meaning})'
+            problem = f'{key} = {foreign.show(value)} is not allowed; expected {expected}'
+            raise UsageError(foreign.cut(problem))
     model, train = config.model, config.train
     with config.unlocked():
         model.n_inner = model.n_inner or 4 * model.n_embd
@@ -427,9 +426,8 @@ def from_json(text: str) -> ConfigDict:
             try:
                 config[new_section][new_name] = new_value
             except (TypeError, ValueError, OverflowError):
-                raise UsageError(
-                    f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
-                ) from None
+                problem = f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
+                raise UsageError(foreign.cut(problem)) from None
     if renamed:
         print(f'[settings of an older version: {"; ".join(renamed)}]', file=sys.stderr)
     return resolve(config)
