@@ -18,6 +18,7 @@ from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens import report as report_lib
 from gpt2_jax.lens.readings import residual_stream, unembed
+from gpt2_jax.reports.model import render
 
 # The end of a script and an entity in the text, a line break, a tab, characters of several bytes.
 TEXT = 'ab</b>\n&lt;é\tab ab'
@@ -45,7 +46,7 @@ def report(source):
 
 @pytest.fixture(scope='module')
 def page(report):
-    return report_lib.render(report)
+    return render(report)
 
 
 def unpacked(page: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -170,8 +171,8 @@ def test_parts_can_be_left_out(source):
 
 
 def test_a_large_page_has_coarser_patterns(report, monkeypatch):
-    monkeypatch.setattr(report_lib, 'MAX_BYTES', 1000)
-    facts, arrays = unpacked(report_lib.render(report))
+    monkeypatch.setattr('gpt2_jax.reports.model.MAX_BYTES', 1000)
+    facts, arrays = unpacked(render(report))
     assert facts['levels'] == 15
     fine = (report.arrays['pattern'] / 255) ** 2
     np.testing.assert_allclose((arrays['pattern'] / 15) ** 2, fine, atol=1 / 14)
@@ -368,7 +369,7 @@ def test_a_model_of_one_layer_and_one_of_forty_eight(show, changes):
     """Two tokens are enough, and what every page has."""
     source = loaded(ByteTokenizer(), **changes)
     report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
-    tab = show(report_lib.render(report))
+    tab = show(render(report))
     for view in tab.run('Object.keys(VIEWS)'):
         tab.run(f'change({{view: {view!r}}})')
         assert tab.text('#view')
@@ -412,7 +413,7 @@ def large():
 
 
 def test_a_page_of_the_size_of_gpt2(show, large):
-    page = report_lib.render(large.report)
+    page = render(large.report)
     assert 5 * 2**20 < len(page.encode()) < 10 * 2**20
     taken = lens.capture(large.source, large.tokens)
     probs = np.asarray(jax.nn.softmax(taken['logits'][0, 99]))
