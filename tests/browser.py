@@ -193,7 +193,9 @@ def measure(*pages: str) -> None:
         with browser() as tab:
             tab.open(page)
             ready = tab.run('performance.now()')
-            first = tab.run('performance.getEntriesByName("first-contentful-paint")[0].startTime')
+            paint = 'performance.getEntriesByName("first-contentful-paint")'
+            tab.wait(f'{paint}.length')
+            first = tab.run(f'{paint}[0].startTime')
             asked = [url for url in tab.requests() if not url.startswith(('file:', 'about:'))]
             print(
                 f'{page.name}: {page.stat().st_size / 1e6:.2f} MB, first paint after {first:.0f} '

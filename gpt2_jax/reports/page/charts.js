@@ -1,16 +1,17 @@
 'use strict';
 /* Charts: lines, heat maps, rows of tokens. Built on elements.js. */
 
-// -- axes
+addEventListener('scroll', hideTip, { passive: true });
 
-function niceTicks(low, high, count) {
-  const span = high - low || 1, raw = span / count;
-  const unit = 10 ** Math.floor(Math.log10(raw));
-  const step = unit * [1, 2, 2.5, 5, 10].find((m) => unit * m >= raw);
-  const ticks = [];
-  for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-9; t += step) ticks.push(Math.abs(t) < step * 1e-9 ? 0 : t);
-  return ticks;
+const seriesColor = (i) => `var(--c${i % 7})`;
+
+/* A function from values to [r, g, b]. Values that are not finite are grey. */
+function colorScale(kind, low, high) {
+  const span = high - low || 1;
+  return (value) => (Number.isFinite(value) ? shade(kind, (value - low) / span) : [128, 128, 128]);
 }
+
+// -- axes
 
 function logTicks(low, high, most) {
   const ticks = [];
@@ -276,9 +277,10 @@ function tokenRow(options) {
   const node = el('div', { class: 'tokens' });
   let { values, kind = 'sequential', low = 0, high = 1 } = options;
   const spans = options.tokens.map((token, i) => {
-    const shown = visible(token);
+    // A space within a token is a space; a token of spaces has a sign to point at.
+    const shown = /^ +$/.test(token) ? '\u00b7'.repeat(token.length) : visible(token).replaceAll('\u2423', ' ');
     const span = el('span', options.onPick ? { tabindex: 0, role: 'button' } : {}, shown);
-    if (shown.endsWith('\u21b5')) span.append(document.createTextNode('\n'));
+    if (token.endsWith('\n')) span.append(document.createTextNode('\n'));
     if (options.tell) {
       span.addEventListener('pointerenter', (event) => showTip(event.clientX, event.clientY, options.tell(i)));
       span.addEventListener('pointerleave', hideTip);

@@ -96,7 +96,7 @@ async function distributionsSection() {
   function draw() {
     const series = RUNS.map((run, i) => {
       const place = namesOf(run).indexOf(name);
-      return place < 0 ? null : { name: run.name, x: centers, y: [...at(unpacked[i][kind], run.dynamics.steps.length - 1, place)].map((c) => c / 255), color: color(i), rms: scale(run, place) };
+      return place < 0 ? null : { name: run.name, x: centers, y: [...viewAt(unpacked[i][kind], run.dynamics.steps.length - 1, place)].map((c) => c / 255), color: color(i), rms: scale(run, place) };
     }).filter(Boolean);
     replace(picture, lineChart({ title: `${name}: distribution`, xLabel: 'in units of the rms', height: 240, series }).node);
     replace(sizes, table(['run', 'rms of the elements'], series.map((s) => [s.name, number(s.rms)])));
