@@ -137,6 +137,7 @@ function samplesSection() {
 
 async function comparePage() {
   heading();
+  await painted();
   curvesSection();
   settingsSection();
   textSection();

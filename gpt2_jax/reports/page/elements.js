@@ -214,6 +214,9 @@ const section = (title, lead, ...content) =>
 
 const main = document.querySelector('main');
 
+/* Lets the browser show what is drawn so far, before longer work. */
+const painted = () => new Promise((resolve) => { requestAnimationFrame(() => setTimeout(resolve)); });
+
 /* Draws the page; body.dataset.ready says that it is complete. */
 async function start(draw) {
   await draw();

@@ -186,6 +186,7 @@ async function modelPage() {
   narrow.addEventListener('change', fold);
   fold();
   $('about').textContent = `${FACTS.parameters.toLocaleString('en')} parameters · ${L} layers · ${H} heads · width ${FACTS.width} · ${FACTS.vocabulary.toLocaleString('en')} tokens (${FACTS.tokenizer})`;
+  await painted();
   try {
     await unpackArrays();
   } catch (error) {

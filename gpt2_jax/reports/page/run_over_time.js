@@ -157,12 +157,13 @@ function configurationSection() {
 }
 
 async function runPage() {
+  heading();
+  await painted();
   for (const [name, value] of Object.entries(data.looks)) looks[name] = name === 'samples' ? value : await unpack(value);
   for (const name of ['weight_bins', 'gradient_bins', 'activation_bins']) looks[name] = await unpack(data.dynamics[name]);
   looks.probeLoss = await unpack(data.dynamics.loss);
   const best = data.heads.findIndex((head) => head.kind !== null);
   if (best >= 0) Object.assign(state, { layer: Math.floor(best / H), head: best % H });
-  heading();
   curvesSection();
   slider();
   textSection();
