@@ -43,7 +43,8 @@ VOCAB_MULTIPLE = 128
 class GPT2Config:
     """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
-    `attention` and `kernels` choose an implementation; the modules of model/gpt2.py read neither.
+    `attention` and `kernels` choose implementations (kernels/choose.py); the modules of
+    model/gpt2.py read neither.
     """
 
     vocab_size: int = 50257
@@ -62,8 +63,8 @@ class GPT2Config:
     # fp32 works on every device and is the faster choice on CPUs. GPU configurations set bfloat16.
     dtype: str = 'float32'
     remat: bool = False
-    attention: str = 'xla'
-    kernels: str = 'xla'
+    attention: str = 'auto'
+    kernels: str = 'auto'
 
     @property
     def head_dim(self) -> int:

@@ -116,14 +116,15 @@ SETTINGS = {
     ),
     'model.attention': (
         GPT2.attention,
-        one_of('xla', 'cudnn'),
-        'xla: every step as in model/gpt2.py; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)',
+        one_of('auto', 'xla', 'cudnn', 'fused'),
+        'auto: as model.kernels says, or cuDNN where it is faster; xla: as in model/gpt2.py; '
+        "cudnn: cuDNN's GPU kernel (bfloat16, attn_pdrop 0); fused: the GPU kernel of this package",
     ),
     'model.kernels': (
         GPT2.kernels,
-        one_of('xla', 'fused'),
-        'for training and decoding; xla: every step as in model/gpt2.py; '
-        'fused: GPU kernels that compute the same (one device)',
+        one_of('auto', 'xla', 'fused'),
+        'for training and decoding; auto: for each part the fastest that can run here; xla: every '
+        'step as in model/gpt2.py; fused: GPU kernels that compute the same',
     ),
     # -- data
     'data.corpus': (
@@ -191,12 +192,17 @@ SETTINGS = {
         'explain an update whose loss or gradient norm is more than so many standard deviations '
         'above those before it, and continue; 0: never',
     ),
+    'train.reduce_dtype': (
+        'float32',
+        one_of('float32', 'bfloat16'),
+        'dtype in which fused kernels send and add gradients between devices',
+    ),
     # -- optimizer
     'optim.implementation': (
-        'optax',
-        one_of('optax', 'explicit', 'fused'),
+        'auto',
+        one_of('auto', 'optax', 'explicit', 'fused'),
         'AdamW, clipping and schedule; optax: from the library; explicit: written out from their '
-        'equations; fused: GPU kernels',
+        'equations; fused: GPU kernels; auto: fused on a GPU, otherwise optax',
     ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
@@ -396,6 +402,11 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': "
             'the fused kernel supports neither dropout of the pattern nor fp32'
         )
+    if (model.kernels, model.attention) == ('fused', 'xla'):
+        yield (
+            "model.attention = 'xla' contradicts model.kernels = 'fused': set model.kernels = "
+            "'auto', or model.attention to 'auto', 'fused' or 'cudnn'"
+        )
 
 
 def to_json(config: ConfigDict) -> str:
@@ -428,6 +439,9 @@ def from_json(text: str) -> ConfigDict:
             except (TypeError, ValueError, OverflowError):
                 problem = f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
                 raise UsageError(foreign.cut(problem)) from None
+    if (config.model.kernels, config.model.attention) == ('fused', 'xla'):  # allowed until now
+        config.model.attention = 'fused'
+        renamed.append("model.attention = 'xla' with fused kernels is now 'fused'")
     if renamed:
         print(f'[settings of an older version: {"; ".join(renamed)}]', file=sys.stderr)
     return resolve(config)

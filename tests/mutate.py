@@ -44,7 +44,7 @@ TESTS = {
     'model/loss.py': 'loss model step score',
     'model/params.py': 'model step config',
     'model/huggingface.py': 'huggingface',
-    'kernels/support.py': 'kernels decode_kernels errors config',
+    'kernels.choose.py': 'kernels decode_kernels errors config',
     'kernels/launch.py': 'kernels decode_kernels',
     'kernels/decode.py': 'decode_kernels',
     'kernels/sample.py': 'decode_kernels generate',

@@ -18,6 +18,7 @@ from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.setup import build
 from gpt2_jax.training.step import (
     TrainState,
+    accumulate,
     init_state,
     make_eval_step,
     make_train_step,
@@ -42,11 +43,7 @@ def fresh_state(step=0) -> TrainState:
 def compiled(model, grad_accum_steps, seed=0):
     return jax.jit(
         make_train_step(
-            make_value_and_grad(model),
-            OPTIMIZER,
-            SCHEDULE,
-            seed=seed,
-            grad_accum_steps=grad_accum_steps,
+            accumulate(make_value_and_grad(model), grad_accum_steps), OPTIMIZER, SCHEDULE, seed=seed
         )
     )
 

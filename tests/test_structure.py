@@ -36,9 +36,9 @@ LAYERS = (
     'model.huggingface',
     # parallel: which devices, and how arrays lie on them
     'parallel.devices parallel.mesh parallel.partition',
-    'parallel.faults parallel.feed',
+    'parallel.faults parallel.feed parallel.collectives',
     # kernels: the same formulas as GPU kernels
-    'kernels.support',
+    'kernels.choose',
     'kernels.launch',
     'kernels.attention kernels.norm kernels.gelu kernels.cross_entropy kernels.adamw',
     'kernels.decode kernels.sample',
@@ -108,7 +108,7 @@ NO_JAX = (
     'diagnostics.origins',
     'diagnostics.ledger',
     'diagnostics.ngrams',
-    'kernels.support',
+    'kernels.choose',
     *(name for name in PACKAGE if name.startswith('data.')),
 )
 
