@@ -15,11 +15,11 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
 from gpt2_jax.kernels import choose as kernel_choice
-from gpt2_jax.kernels import cross_entropy, gelu, launch, norm
+from gpt2_jax.kernels import embedding, gelu, launch, norm
 from gpt2_jax.kernels.adamw import adamw
 from gpt2_jax.kernels.attention import attention
 from gpt2_jax.kernels.choose import Kernels, Place, choose
-from gpt2_jax.kernels.cross_entropy import head_loss
+from gpt2_jax.kernels.embedding import head_loss
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.train import train
 from gpt2_jax.training import fused_step
@@ -45,7 +45,7 @@ def several_rows_a_program():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norm, 'NORM_PROGRAMS', 64)
         patch.setattr(gelu, 'GELU_PROGRAMS', 16)
-        patch.setattr(cross_entropy, 'COLUMNS', 64)
+        patch.setattr(embedding, 'COLUMNS', 64)
         yield
 
 
@@ -319,7 +319,7 @@ def test_every_logit_matters_to_the_loss():
 def test_the_target_is_read_before_it_is_overwritten():
     """On a GPU the gradient overwrites the logits; in the interpreter it has its own array."""
     call = jax.make_jaxpr(
-        lambda logits, targets: cross_entropy._softmax_gradient(logits, targets, 300)
+        lambda logits, targets: embedding._softmax_gradient(logits, targets, 300)
     )(jnp.zeros((8, 384)), jnp.zeros(8, jnp.int32)).eqns[-1]
     kernel = call.params['jaxpr']
     _, logits, gradient, _ = kernel.invars

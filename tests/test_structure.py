@@ -40,7 +40,7 @@ LAYERS = (
     # kernels: the same formulas as GPU kernels
     'kernels.choose',
     'kernels.launch',
-    'kernels.attention kernels.norm kernels.gelu kernels.cross_entropy kernels.adamw',
+    'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.log workdir.checksums',

@@ -28,7 +28,7 @@ CUDNN_TOKENS = 24 * 1024
 
 
 class Kernels(NamedTuple):
-    """The implementation of each part, and the setting that forces it."""
+    """The implementation of each part."""
 
     attention: str = 'xla'
     norm: str = 'xla'
@@ -44,15 +44,6 @@ class Kernels(NamedTuple):
         return 'fused' in (self.attention, self.norm, self.gelu, self.loss)
 
 
-SETTINGS = {
-    'attention': 'model.attention',
-    'norm': 'model.kernels',
-    'gelu': 'model.kernels',
-    'loss': 'model.kernels',
-    'optimizer': 'optim.implementation',
-    'evaluation': 'model.attention',
-    'decoding': 'model.kernels',
-}
 XLA = Kernels()
 FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'xla', 'fused')
 
@@ -117,14 +108,13 @@ def choose(cfg: GPT2Config, optimizer: str, place: Place) -> tuple[Kernels, dict
     """
     chosen, reasons = {}, {}
     for part in Kernels._fields:
-        options, forced = _options(part, cfg, optimizer, place)
+        options, setting = _options(part, cfg, optimizer, place)
         for name in options:
             need = next(unmet_needs(part, name, cfg, place), None)
             if need is None:
                 chosen[part] = name
                 break
-            if forced:
-                setting = SETTINGS[part]
+            if setting:
                 raise UsageError(
                     f"{setting} = '{name}' needs {need}; else set --config.{setting}=auto"
                 )
@@ -134,24 +124,27 @@ def choose(cfg: GPT2Config, optimizer: str, place: Place) -> tuple[Kernels, dict
 
 def _options(
     part: str, cfg: GPT2Config, optimizer: str, place: Place
-) -> tuple[tuple[str, ...], bool]:
-    """The implementations that the settings allow, the fastest first; and whether it is forced."""
+) -> tuple[tuple[str, ...], str]:
+    """The implementations that may be taken, the fastest first, and the setting that forces one."""
     if part == 'optimizer':
-        return (('fused', 'optax'), False) if optimizer == 'auto' else ((optimizer,), True)
+        return (
+            (('fused', 'optax'), '')
+            if optimizer == 'auto'
+            else ((optimizer,), 'optim.implementation')
+        )
     if part == 'decoding':  # scripts/sample.py has a flag of its own: a run is not refused for it
-        return (('fused', 'xla') if cfg.kernels != 'xla' else ('xla',)), False
-    if part == 'evaluation':
-        # Under 'xla' in training too; the fused kernel is for training alone.
-        forced_xla = cfg.attention == 'xla' or (cfg.attention, cfg.kernels) == ('auto', 'xla')
-        return (('xla',) if forced_xla else ('cudnn', 'xla')), False
+        return (('xla',) if cfg.kernels == 'xla' else ('fused', 'xla')), ''
+    if part == 'evaluation':  # the fused kernel of this package is for training alone
+        is_xla = cfg.attention == 'xla' or (cfg.attention, cfg.kernels) == ('auto', 'xla')
+        return (('xla',) if is_xla else ('cudnn', 'xla')), ''
     if part == 'attention' and cfg.attention != 'auto':
-        return (cfg.attention,), True
+        return (cfg.attention,), 'model.attention'
     if cfg.kernels != 'auto':
-        return (cfg.kernels,), True
+        return (cfg.kernels,), 'model.kernels'
     if part == 'attention':
         by_size = ('cudnn', 'fused') if place.tokens >= CUDNN_TOKENS else ('fused', 'cudnn')
-        return (*by_size, 'xla'), False
-    return ('fused', 'xla'), False
+        return (*by_size, 'xla'), ''
+    return ('fused', 'xla'), ''
 
 
 def evaluation_attention(cfg: GPT2Config, platform: str) -> str:

@@ -16,7 +16,7 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.kernels.adamw import MAX_VECTORS, adamw, adamw_vectors
 from gpt2_jax.kernels.attention import attention
 from gpt2_jax.kernels.choose import FUSED, Kernels
-from gpt2_jax.kernels.cross_entropy import head_loss
+from gpt2_jax.kernels.embedding import add_rows, head_loss
 from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds
@@ -172,13 +172,12 @@ def value_and_grad(
 def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
     """The table with each of `rows` added to the row of its token: the gradient of a lookup.
 
-    A GPU's scatter-add uses atomics, in no fixed order, so two runs differ; and the 16,384 rows of
-    a character model would wait for each other at 65 places (15 of 25 ms a step in bf16 on an
-    H100). For a small vocabulary a matrix product does it.
+    For a small vocabulary a matrix product does it: the 16,384 rows of a character model share 65
+    tokens, and one program would add up thousands of them.
     """
-    V = table_VD.shape[0]
+    V, D = table_VD.shape
     if V > 1024:
-        return table_VD.at[tokens_BT].add(rows_BTD.astype(table_VD.dtype))
+        return add_rows(table_VD, tokens_BT.reshape(-1), rows_BTD.reshape(-1, D))
     one_hot_BTV = jax.nn.one_hot(tokens_BT, V, dtype=cfg.compute_dtype)
     return table_VD + jnp.einsum(
         'BTV,BTD->VD',
