@@ -117,8 +117,8 @@ SETTINGS = {
     'model.attention': (
         GPT2.attention,
         one_of('auto', 'xla', 'cudnn', 'fused'),
-        'auto: as model.kernels says, or cuDNN where it is faster; xla: as in model/gpt2.py; '
-        "cudnn: cuDNN's GPU kernel (bfloat16, attn_pdrop 0); fused: the GPU kernel of this package",
+        "xla: as in model/gpt2.py; cudnn: cuDNN's GPU kernel (bfloat16, attn_pdrop 0); fused: this "
+        "package's; auto: the fastest that model.kernels allows",
     ),
     'model.kernels': (
         GPT2.kernels,
@@ -201,8 +201,8 @@ SETTINGS = {
     'optim.implementation': (
         'auto',
         one_of('auto', 'optax', 'explicit', 'fused'),
-        'AdamW, clipping and schedule; optax: from the library; explicit: written out from their '
-        'equations; fused: GPU kernels; auto: fused on a GPU, otherwise optax',
+        "AdamW with clipping; optax: the library's; explicit: its equations written out; fused: GPU "
+        'kernels; auto: fused on a GPU, else optax',
     ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
