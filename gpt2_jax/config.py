@@ -201,8 +201,8 @@ SETTINGS = {
     'optim.implementation': (
         'auto',
         one_of('auto', 'optax', 'explicit', 'fused'),
-        "AdamW with clipping; optax: the library's; explicit: its equations written out; fused: GPU "
-        'kernels; auto: fused on a GPU, else optax',
+        "AdamW with clipping; optax: the library's; explicit: its equations written out; fused: "
+        'GPU kernels; auto: fused on a GPU, else optax',
     ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
