@@ -99,9 +99,10 @@ def check_random_targets(tmp_path, tokenizer, n_steps, n_rows):
     run = ledger.open_run(folder)
     assert len(run.dataset.train.arrays) > 5
     draw, steps, files, n = np.random.default_rng(0), run.config.train.steps, set(), 0
-    _, seed, B, T = run.addressing
+    _, seed, B, T, order = run.addressing
     for step in draw.integers(1, steps + 1, n_steps).tolist():
-        batch = train_batch(run.dataset.train, seed=seed, step=step - 1, batch_size=B, seq_len=T)
+        options = {'seed': seed, 'order': order, 'batch_size': B, 'seq_len': T}
+        batch = train_batch(run.dataset.train, step=step - 1, **options)
         starts = row_starts(run.addressing, step)
         for row, column in draw.integers(0, (B, T), (n_rows, 2)):
             position = int(starts[row] + 1 + column)
@@ -119,15 +120,19 @@ def check_random_targets(tmp_path, tokenizer, n_steps, n_rows):
     return n
 
 
-def test_sightings_equal_a_search_through_all_batches():
+@pytest.mark.parametrize('order', ['keyed', 'table'])
+@pytest.mark.parametrize('pairs', [1, 20, 1 << 16])
+def test_sightings_equal_a_search_through_all_batches(order, pairs, monkeypatch):
     """With token i = i, the batches themselves say which positions they hold."""
-    addressing, steps = Addressing(203, seed=5, batch_size=3, seq_len=8), 30
+    monkeypatch.setattr(ledger, 'PAIRS', pairs)
+    addressing, steps = Addressing(203, seed=5, batch_size=3, seq_len=8, order=order), 30
     tokens = Tokens((np.arange(203),))
     start = np.array([0, 1, 7, 50, 90, 195, 202])
     stop = np.array([1, 4, 30, 58, 91, 203, 203])
     expected = []
     for step in range(1, steps + 1):
-        batch = train_batch(tokens, seed=5, step=step - 1, batch_size=3, seq_len=8)
+        options = {'seed': 5, 'order': order, 'batch_size': 3, 'seq_len': 8}
+        batch = train_batch(tokens, step=step - 1, **options)
         assert (batch['inputs'][:, 0] == row_starts(addressing, step)).all()
         for row, targets in enumerate(batch['targets']):
             for i, ends in enumerate(zip(start, stop, strict=True)):

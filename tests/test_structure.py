@@ -19,7 +19,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors architecture',
+    'errors architecture permutation',
     'foreign progress',
     'files terminal',
     'config',
@@ -97,6 +97,7 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'permutation',
     'progress',
     'cli',
     'prepare',
