@@ -22,7 +22,7 @@ LAYERS = (
     'errors architecture permutation',
     'foreign progress',
     'files terminal',
-    'config',
+    'config verified',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -99,6 +99,7 @@ NO_JAX = (
     'foreign',
     'permutation',
     'progress',
+    'verified',
     'cli',
     'prepare',
     'inference.detokenizers',

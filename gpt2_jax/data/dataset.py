@@ -9,17 +9,21 @@ import json
 import math
 import os
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
 
-from gpt2_jax import foreign
+from gpt2_jax import foreign, verified
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.progress import Progress
 
 SPLITS = ('train', 'val')
 BLOCK_TOKENS = 1 << 22  # read at once to verify a file
+LARGE_BYTES = 1 << 30  # from here on, a data set is verified once, and not at each start
 MAX_OPEN = 64  # files of tokens that stay open; a data set may have thousands
 CHANGED = 'restore it from a copy; the same command resumes'
 
@@ -112,6 +116,43 @@ def verify_ids(
         raise foreign.error(path, problem, remedy)
     if outside:
         raise outside
+    return found
+
+
+def verify_files(
+    shards: Sequence[IdsInFile],
+    vocab_size: int,
+    *,
+    sha256: Sequence[str] | None = None,
+    remedy: str = '',
+) -> list[str]:
+    """Verifies the files of a data set side by side, as verify_ids does; returns their SHA-256.
+
+    The files of a data set of LARGE_BYTES or more are read once: those that verified.py knows, in
+    the state they have now, are not read again.
+    """
+    paths = [os.path.abspath(ids.path) for ids in shards]
+    sizes = [len(ids) * ids.dtype.itemsize for ids in shards]
+    wanted, known = sha256 or [None] * len(shards), [None] * len(shards)
+    if is_large := sum(sizes) >= LARGE_BYTES:
+        states = verified.states(paths)
+        known = verified.recall(paths, states, vocab_size)
+
+    def verify(i):
+        if known[i] and wanted[i] in (None, known[i]):
+            return known[i]
+        return verify_ids(shards[i], vocab_size, sha256=wanted[i], remedy=remedy)
+
+    found = []
+    with (
+        Progress('verified', sum(sizes)) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing runs outside the interpreter lock
+    ):
+        for size, digest in zip(sizes, pool.map(verify, range(len(shards))), strict=True):
+            found.append(digest)
+            progress.add(size)
+    if is_large and found != known:
+        verified.remember(paths, states, found, vocab_size)
     return found
 
 
