@@ -1,16 +1,29 @@
 """Batches: the addressing rule in plain loops, every token once, rows alike for every reader."""
 
+import multiprocessing.reduction
+import re
+import runpy
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpt2_jax import permutation
 from gpt2_jax.config import SETTINGS
-from gpt2_jax.data.batches import ORDERS, eval_batches, prefetch, row_starts, train_batch
+from gpt2_jax.data.batches import (
+    ORDERS,
+    WindowSource,
+    eval_batches,
+    prefetch,
+    row_starts,
+    train_batch,
+)
 from gpt2_jax.data.dataset import Tokens
+from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UserError
+from gpt2_jax.prepare import prepare
 
 # 11 windows: batches span epochs, and epochs end within batches.
 N, T, B, SEED = 103, 8, 5, 3
@@ -150,6 +163,54 @@ def test_too_short_text():
         UserError, match=r'15 tokens, too few for train.seq_len = 8, which needs 16: .*shorter'
     ):
         batch(sequence(2 * T - 1), 0)
+
+
+@pytest.mark.parametrize('n_tokens', [0, 1, T, T + 1, 2 * T, 2 * T + 1, N])
+def test_a_window_source_has_each_whole_window_once(n_tokens):
+    source = WindowSource(sequence(n_tokens, (1, 20) if n_tokens == N else ()), T)
+    elements = list(source)
+    assert len(source) == len(elements) == max(n_tokens - 1, 0) // T
+    for w, element in enumerate(elements):
+        assert element['inputs'].tolist() == list(range(w * T, w * T + T))
+        assert element['targets'].tolist() == list(range(w * T + 1, w * T + T + 1))
+        assert element['inputs'].dtype == element['targets'].dtype == np.int32
+        assert np.array_equal(source[np.int64(w)]['inputs'], element['inputs'])
+    with pytest.raises(IndexError):
+        source[len(source)]
+    assert repr(source) == f'WindowSource({n_tokens} tokens, seq_len=8)'
+
+
+def test_grain_reads_a_folder_as_the_page_says(tmp_path, monkeypatch, capsys):
+    grain = pytest.importorskip('grain')
+    text = ''.join(np.random.default_rng(0).choice(list('abcdefgh '), 3000))
+    (tmp_path / 'book.txt').write_text(text)
+    folder = tmp_path / 'prepared/books'
+    prepare(
+        [str(tmp_path / 'book.txt')],
+        str(folder),
+        tokenizer_name='char',
+        val_fraction=0.1,
+        shard_tokens=500,
+    )
+    windows = WindowSource(open_shards(folder).train, 64)
+    assert isinstance(windows, grain.sources.RandomAccessDataSource)
+    page = (Path(__file__).parents[1] / 'docs/library.md').read_text('utf-8')
+    (program,) = [b for b in re.findall(r'```python\n(.*?)```', page, re.S) if 'grain' in b]
+    (tmp_path / 'program.py').write_text(program)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    names = runpy.run_path('program.py')
+    assert capsys.readouterr().out == '(8, 64) (8, 64)\n' * (len(windows) // 8)
+    assert len(windows) // 8 == 5
+    # The element of a shuffled dataset is a window, and each comes once.
+    shuffled = grain.MapDataset.source(names['windows']).shuffle(seed=0)
+    starts = [shuffled[i]['inputs'] for i in range(len(shuffled))]
+    assert sorted(x.tobytes() for x in starts) == sorted(x['inputs'].tobytes() for x in windows)
+    # Its worker processes receive a copy of the source.
+    (copy,) = multiprocessing.reduction.ForkingPickler.loads(
+        multiprocessing.reduction.ForkingPickler.dumps((windows,))
+    )
+    assert np.array_equal(copy[7]['targets'], windows[7]['targets'])
 
 
 @pytest.mark.parametrize(
