@@ -53,15 +53,18 @@ def recall(paths: Sequence[str], now: Sequence[State], vocab_size: int) -> list[
 
 
 def remember(
-    paths: Sequence[str], before: Sequence[State], sha256: Sequence[str], vocab_size: int
+    paths: Sequence[str],
+    before: Sequence[State],
+    sha256: Sequence[str | None],
+    vocab_size: int,
 ) -> None:
-    """Records files with these SHA-256 and ids below `vocab_size`, and their states before that.
+    """Records the files with a SHA-256, and ids below `vocab_size`, and their states before that.
 
     Without a cache that can be written to, nothing is recorded.
     """
     path = _record(paths, vocab_size)
     rows = zip(paths, before, sha256, strict=True)
-    record = {name: {'state': state, 'sha256': digest} for name, state, digest in rows}
+    record = {name: {'state': state, 'sha256': digest} for name, state, digest in rows if digest}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, json.dumps(record))

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import tracemalloc
 
 import numpy as np
@@ -16,6 +17,7 @@ from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.bin_files import open_token_files
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UserError
+from gpt2_jax.prepare import prepare
 
 SETTLED = verified.SETTLED_NS
 
@@ -118,6 +120,58 @@ def test_without_a_cache_all_is_read_again(tmp_path, monkeypatch, read):
     open_token_files(pattern, SMALL)
     open_token_files(pattern, SMALL)
     assert len(read) == 8
+
+
+def wait():
+    for thread in threading.enumerate():
+        if thread.name == 'verify':
+            thread.join(30)
+
+
+def test_shards_are_verified_in_the_background(tmp_path, monkeypatch, read, capsys):
+    """A damaged one stops the run that reads it, and the next start is refused."""
+    (tmp_path / 'a.txt').write_text('abcdefghijkl' * 50)
+    folder, path = tmp_path / 'shards', tmp_path / 'shards/train_00003.npy'
+    options = {'tokenizer_name': 'char', 'val_fraction': 0.1, 'shard_tokens': 100}
+    prepare([str(tmp_path / 'a.txt')], str(folder), **options)
+    whole, content = open_shards(folder), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([(content[-1] + 1) % 12]))
+    read.clear()
+    monkeypatch.setattr(dataset, 'LARGE_BYTES', 200)
+    capsys.readouterr()
+    begin, verify = threading.Event(), dataset.verify_ids
+
+    def verify_later(*args, **options):
+        begin.wait(30)
+        return verify(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, 'verify_ids', verify_later)
+        opened = open_shards(folder)
+        assert 'verifying 0.0 GB of tokens in the background' in capsys.readouterr().err
+        assert opened.sha256 == whole.sha256
+        assert np.array_equal(opened.train.read(0, 300), whole.train.read(0, 300))
+        begin.set()
+        wait()
+    assert len(read) == 7
+    assert np.array_equal(opened.train.read(0, 300), whole.train.read(0, 300))
+    message = (
+        r'train_00003\.npy is damaged: its SHA-256 is .*train again from a checkpoint of before'
+    )
+    with pytest.raises(UserError, match=message):
+        opened.train.read(290, 310)
+    read.clear()
+    with pytest.raises(UserError, match=r'train_00003\.npy is damaged: its SHA-256 is'):
+        open_shards(folder)
+    assert read == ['train_00003.npy']
+    path.write_bytes(content)
+    read.clear()
+    opened = open_shards(folder)
+    assert read == ['train_00003.npy']
+    assert np.array_equal(opened.train.read(0, 500), whole.train.read(0, 500))
+    open_shards(folder)
+    assert read == ['train_00003.npy']
+    assert capsys.readouterr().err == ''
 
 
 SHARDS, SHARD_TOKENS = 300, 4_000_000

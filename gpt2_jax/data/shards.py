@@ -84,7 +84,7 @@ def is_prepared(path: str | os.PathLike) -> bool:
 def open_shards(folder: str | os.PathLike) -> Dataset:
     """Opens a prepared folder whose files are what the manifest says, by size, form and SHA-256.
 
-    The SHA-256 of large data is computed once (see dataset.verify_files).
+    The SHA-256 of large data is computed once, in the background (see dataset.verify_files).
     Raises UserError naming the file that is missing, damaged, of another format or tokenizer, or
     that holds an id outside the vocabulary. Nothing outside the folder is opened.
     """
