@@ -136,8 +136,8 @@ def train_batch(
             f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which '
             f'needs {2 * T}: use a shorter train.seq_len or more text'
         )
+    inputs, targets = np.empty((2, hi - lo, T), np.int32)  # first: it fails if B T is too large
     rows = np.arange(step * batch_size + lo, step * batch_size + hi)
-    inputs, targets = np.empty((2, hi - lo, T), np.int32)
     for row, start in enumerate(row_starts(ORDERS[order](n, T, seed), rows).tolist()):
         window = tokens.read(start, start + T + 1)
         inputs[row], targets[row] = window[:-1], window[1:]
