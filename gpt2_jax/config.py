@@ -169,6 +169,12 @@ SETTINGS = {
         'micro-batches per update: less memory, the same gradient',
     ),
     'train.seed': (0, below(0, 2**32), 'seed of initialisation, data order and dropout'),
+    'train.order': (
+        'keyed',
+        one_of('keyed', 'table'),
+        'order of the windows of an epoch; keyed: a permutation computed window by window; table: '
+        'that of runs before this setting, which need memory for a table of all windows',
+    ),
     'train.init_from': (
         '',
         TEXT,
@@ -278,6 +284,9 @@ RENAMED_VALUES = {
     ('model.kernels', 'open'): 'xla',
     ('model.attention', 'explicit'): 'xla',
 }
+
+# What a setting that config.json does not have yet was before it was a setting.
+FORMER_VALUES = {'train.order': 'table'}
 
 # A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
@@ -421,6 +430,7 @@ def from_json(text: str) -> ConfigDict:
     value that is not allowed.
     """
     config, renamed = default_config(), []
+    config.update_from_flattened_dict(FORMER_VALUES)
     sections = foreign.parse_json(text, 'the configuration', {str: {}})
     for section, values in sections.items():
         for name, value in values.items():

@@ -61,7 +61,7 @@ TESTS = {
     'training/*.py': 'train resume checkpoint parallel errors evaluate benchmark loss finetune',
     'data/batches.py': 'batches step parallel',
     'data/bin_files.py': 'token_files',
-    'data/dataset.py': 'shards token_files',
+    'data/dataset.py': 'shards token_files verified',
     'data/load.py': 'shards token_files corpora errors score',
     'data/vocabulary.py': 'vocabulary bpe huggingface',
     'data/tokenizers.py': 'tokenizers bpe generate',

@@ -19,10 +19,10 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors architecture',
+    'errors architecture permutation',
     'foreign progress',
     'files terminal',
-    'config',
+    'config verified',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -97,7 +97,9 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'permutation',
     'progress',
+    'verified',
     'cli',
     'prepare',
     'inference.detokenizers',

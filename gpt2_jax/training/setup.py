@@ -64,10 +64,15 @@ class Setup:
         return min(n_targets, self.config.eval.tokens or n_targets)
 
     @property
-    def batch_options(self) -> dict[str, int]:
+    def batch_options(self) -> dict[str, int | str]:
         """What addresses the batches of this run: the options of feed.train_batch."""
         train = self.config.train
-        return {'seed': train.seed, 'batch_size': train.batch_size, 'seq_len': train.seq_len}
+        return {
+            'seed': train.seed,
+            'order': train.order,
+            'batch_size': train.batch_size,
+            'seq_len': train.seq_len,
+        }
 
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
