@@ -62,7 +62,7 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
         def here(shards, rows, key):
             whole = jax.tree.map(gather, cast(shards), spec)
             loss, grads = loss_and_grads(whole, rows, key, n_targets)
-            grads = jax.tree.map(lambda g, p: g[: len(p)].astype(dtype), grads, whole)
+            grads = jax.tree.map(lambda g: g.astype(dtype), grads)
             return lax.psum(loss, ROW_AXES), jax.tree.map(add_up, grads, spec)
 
         return jax.shard_map(
