@@ -88,7 +88,9 @@ def _describe_precision(cfg: GPT2Config) -> str:
         'and loss in fp32'
     )
     if cfg.compute_dtype == 'bfloat16':
-        text += '; the residual stream in bf16 too'
+        text += (
+            f'; the residual stream in {"fp32" if cfg.stream_dtype == "float32" else "bf16"} too'
+        )
     if cfg.kernels == 'fused':
         text += '; in training, logits in bf16'
     return text
