@@ -88,9 +88,7 @@ def _describe_precision(cfg: GPT2Config) -> str:
         'and loss in fp32'
     )
     if cfg.compute_dtype == 'bfloat16':
-        text += (
-            f'; the residual stream in {"fp32" if cfg.stream_dtype == "float32" else "bf16"} too'
-        )
+        text += f'; the residual stream in {cfg.stream_dtype}'
     if cfg.kernels == 'fused':
         text += '; in training, logits in bf16'
     return text
