@@ -337,6 +337,33 @@ def test_rows_are_added_at_their_tokens(V):
     np.testing.assert_allclose(got_VD, expected_VD, atol=1e-5)
 
 
+def test_embeddings_are_summed_in_fp32(monkeypatch):
+    """Rounded once to bf16, as their gradient is in bf16, but summed over the texts in fp32.
+
+    Between them stands a model that returns its embeddings, and a loss with a known gradient.
+    """
+    model, rng = tiny(**OTHER, dtype='bfloat16'), np.random.default_rng(0)
+    params, data, seen = rough_params(model), batch(model), {}
+    dy_BTD = jnp.bfloat16(rng.normal(size=(*data['inputs'].shape, model.cfg.n_embd)))
+    dy_ND = dy_BTD.reshape(-1, model.cfg.n_embd)
+
+    def head_loss(y_ND, wte_VD, targets_N, scale):
+        seen['y'] = y_ND
+        return jnp.zeros(len(y_ND)), dy_ND, jnp.zeros_like(wte_VD)
+
+    monkeypatch.setattr(fused_step, 'features', lambda cfg, params, x, key: x.reshape(dy_ND.shape))
+    monkeypatch.setattr(fused_step, 'head_loss', head_loss)
+    _, grads = fused_step.value_and_grad(model.cfg, params, data, None, 1)
+    wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
+    sums_BTD = wte_VD[data['inputs']] + wpe_PD[: dy_BTD.shape[1]]
+    np.testing.assert_array_equal(seen['y'], jnp.bfloat16(sums_BTD).reshape(dy_ND.shape))
+    dwte_VD, dwpe_PD = np.zeros(wte_VD.shape), np.zeros(wpe_PD.shape)
+    np.add.at(dwte_VD, data['inputs'], np.float64(dy_BTD))
+    np.add.at(dwpe_PD, np.arange(dy_BTD.shape[1]), np.float64(dy_BTD).sum(0))
+    for name, expected in (('wte', dwte_VD), ('wpe', dwpe_PD)):
+        np.testing.assert_allclose(grads[name]['embedding'], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_kernels_refuse_shapes_that_they_would_process_in_part():
     """Without a check, rows after the last whole block would never be written."""
     qkv = jax.ShapeDtypeStruct((1, 96, 3, 2, 16), jnp.float32)
