@@ -109,6 +109,12 @@ SETTINGS = {
         one_of(*PRECISIONS),
         'precision of the matrix products; parameters, softmax, LayerNorm and loss are always fp32',
     ),
+    'model.residual_dtype': (
+        GPT2.residual_dtype,
+        one_of('compute', 'float32'),
+        'precision of the residual stream; compute: as the activations; '
+        'float32: under bfloat16, nearer to fp32 and slower',
+    ),
     'model.remat': (
         GPT2.remat,
         SWITCH,

@@ -115,7 +115,7 @@ def run_in_folder(
     prepare_folder(setup, workdir, start, log_sizes)
 
     with (
-        Logger(workdir, start, config.train.steps) as log,
+        Logger(workdir, start, config.train.steps, config_lib.flatten(config)) as log,
         loop.interrupts() as interrupt,
         feed.train_batches(
             setup.mesh,

@@ -139,9 +139,16 @@ def test_a_full_context_is_reported_once():
         with pytest.raises(
             UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'
         ):
-            text(prompt, max_new_tokens=n, strict_context=True)
+            generate(MODEL, PARAMS, prompt, max_new_tokens=n, strict_context=True)
     with pytest.raises(UsageError, match='the prompt is empty'):
-        text([], max_new_tokens=1)
+        generate(MODEL, PARAMS, [], max_new_tokens=1)
+
+
+def test_an_error_comes_before_the_prompt(capsys):
+    options = dict(num_samples=1, max_new_tokens=CONTEXT, strict_context=True)
+    with pytest.raises(UsageError, match='5 prompt tokens'):
+        print_samples(MODEL, PARAMS, ByteTokenizer(), 'ROMEO', **options)
+    assert capsys.readouterr().out == ''
 
 
 def test_a_prompt_longer_than_the_context_is_reported():

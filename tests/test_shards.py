@@ -21,7 +21,7 @@ from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.dataset import MAX_OPEN, SPLITS, Tokens, from_text
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.prepare import SIGNALS, SPLIT_BY, prepare
+from gpt2_jax.prepare import SIGNALS, SPLIT_BY, describe, prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -294,6 +294,7 @@ def test_empty_files_are_left_out_and_counted(texts, tmp_path):
     (tmp_path / 'f.txt').write_bytes(b'\xef\xbb\xbf')  # a byte order mark alone
     manifest = write([str(tmp_path / '*.*')], tmp_path / 'a')
     assert manifest['inputs']['left_out'] == {'empty files': 3, '.png files': 1}
+    assert describe(manifest)[-1].endswith('MB; left out: 3 empty files, 1 .png file')
     write(texts, tmp_path / 'b')
     a, b = (open_shards(tmp_path / name) for name in 'ab')
     assert a.sha256 == b.sha256

@@ -43,7 +43,8 @@ LAYERS = (
     'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
-    'workdir.folder workdir.log workdir.checksums',
+    'workdir.folder workdir.events workdir.checksums',
+    'workdir.log',
     'workdir.storage workdir.history',
     'workdir.checkpoints',
     'workdir.restore',

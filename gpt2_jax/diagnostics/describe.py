@@ -98,7 +98,7 @@ def _describe_precision(cfg: GPT2Config, kernels: Kernels) -> str:
         'and loss in fp32'
     )
     if cfg.compute_dtype == 'bfloat16':
-        text += '; the residual stream in bf16 too'
+        text += f'; the residual stream in {cfg.stream_dtype}'
     if kernels.fused_training:
         text += '; in training, logits in bf16'
     return text

@@ -45,9 +45,8 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
         if kernels.norm != 'fused':
             return xla_add_norm(cfg, x_ND, branch, norm, seed)
         scale_D, bias_D = norm['scale'], norm.get('bias')
-        return add_norm(
-            x_ND, *branch, scale_D, bias_D, seed, cfg.resid_pdrop, cfg.layer_norm_epsilon
-        )
+        options = cfg.resid_pdrop, cfg.layer_norm_epsilon, cfg.compute_dtype
+        return add_norm(x_ND, *branch, scale_D, bias_D, seed, *options)
 
     def matmul(x_N, params):
         return matmul_rows(x_N, params['kernel'], cfg.precision)
@@ -153,7 +152,7 @@ def value_and_grad(
     """
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
     embed_BTD, pos_embed_TD = embed(wte_VD, wpe_PD, batch['inputs'], 0)
-    x_BTD = (embed_BTD + pos_embed_TD).astype(cfg.compute_dtype)
+    x_BTD = (embed_BTD + pos_embed_TD).astype(cfg.stream_dtype)
     y_ND, pull_back = jax.vjp(
         lambda params, x_BTD: features(cfg, params, x_BTD, dropout_key, kernels, first_row),
         cast_kernels(cfg, params),
