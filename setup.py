@@ -22,7 +22,7 @@ setup(
     long_description_content_type='text/markdown',
     license='MIT',
     packages=find_packages(include=['gpt2_jax', 'gpt2_jax.*']),
-    package_data={'gpt2_jax.lens': ['page/*'], 'gpt2_jax.reports': ['page/*']},
+    package_data={'gpt2_jax.reports': ['page/*']},
     python_requires='>=3.11',
     install_requires=[
         f'jax{JAX_VERSIONS}',

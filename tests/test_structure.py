@@ -51,8 +51,9 @@ LAYERS = (
     # lens: what happens inside one forward and backward pass
     'lens.sites lens.subject',
     'lens.activations',
-    'lens.interventions lens.readings lens.hessian lens.flow',
-    'lens.report lens.terminal',
+    'lens.interventions lens.readings lens.hessian lens.jaxpr',
+    'lens.flow',
+    'lens.report',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
@@ -70,8 +71,8 @@ LAYERS = (
     'diagnostics.replay diagnostics.probes',
     'diagnostics.autopsy',
     # reports: what was found, for people
-    'reports.html',
-    'reports.step reports.looks',
+    'reports.html reports.flow reports.terminal',
+    'reports.step reports.looks reports.model',
     'reports.run reports.autopsy',
     'reports.compare',
     # the roof: one file a script, and what a run does now and then
