@@ -43,7 +43,8 @@ VOCAB_MULTIPLE = 128
 class GPT2Config:
     """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
-    `attention` and `kernels` choose an implementation; the modules of model/gpt2.py read neither.
+    `attention` and `kernels` choose implementations (kernels/choose.py); the modules of
+    model/gpt2.py read neither.
     """
 
     vocab_size: int = 50257
@@ -61,9 +62,11 @@ class GPT2Config:
     bias: bool = True
     # fp32 works on every device and is the faster choice on CPUs. GPU configurations set bfloat16.
     dtype: str = 'float32'
+    # In bf16 the residual stream takes half the memory and traffic; 'float32' rounds logits less.
+    residual_dtype: str = 'compute'
     remat: bool = False
-    attention: str = 'xla'
-    kernels: str = 'xla'
+    attention: str = 'auto'
+    kernels: str = 'auto'
 
     @property
     def head_dim(self) -> int:
@@ -79,6 +82,11 @@ class GPT2Config:
     def compute_dtype(self) -> str:
         """The dtype of activations and of the operands of matrix products."""
         return PRECISIONS[self.dtype].compute_dtype
+
+    @property
+    def stream_dtype(self) -> str:
+        """The dtype of the residual stream."""
+        return self.compute_dtype if self.residual_dtype == 'compute' else self.residual_dtype
 
     @property
     def precision(self) -> str:

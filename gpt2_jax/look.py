@@ -131,7 +131,7 @@ def as_xla(config: ConfigDict) -> ConfigDict:
     """The configuration on one device, without fused kernels: a trace cannot look into them."""
     config = config_lib.resolve(config).copy_and_resolve_references()
     config.model.update(kernels='xla', attention='xla')
-    if config.optim.implementation == 'fused':
+    if config.optim.implementation != 'explicit':
         config.optim.implementation = 'optax'
     config.mesh.update(data=1, fsdp=1, tensor=1)
     return config

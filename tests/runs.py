@@ -12,7 +12,9 @@ import struct
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -160,15 +162,18 @@ def metrics(run: Path) -> list[dict]:
 
 def events(run: Path) -> collections.Counter:
     """How often each (tag, step) occurs in a run's TensorBoard files."""
-    counts = collections.Counter()
-    for path in (run / 'tensorboard').iterdir():
+    return collections.Counter((value.tag, step) for step, value in event_values(run))
+
+
+def event_values(run: Path) -> Iterator[tuple[int, Any]]:
+    """(step, value) of everything in a run's TensorBoard files."""
+    for path in sorted((run / 'tensorboard').iterdir()):
         data = path.read_bytes()
         while data:  # length, checksum of the length, event, checksum of the event
             (length,) = struct.unpack('<Q', data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            counts.update((value.tag, event.step) for value in event.summary.value)
+            yield from ((event.step, value) for value in event.summary.value)
             data = data[12 + length + 4 :]
-    return counts
 
 
 def final_state(run: Path):

@@ -383,6 +383,23 @@ def test_bfloat16():
     assert np.mean(rounded.view(np.uint32) & 0xFFFF != 0) > 0.9  # the head sums in fp32
 
 
+def test_a_residual_stream_in_fp32():
+    """It makes the errors of 12 layers in bf16 smaller, and changes nothing in fp32."""
+    params, tokens_BT = rough_params(tiny(n_layer=12), std=0.1), tokens(tiny())
+
+    def logits(**precision):
+        model = tiny(n_layer=12, **precision)
+        return np.asarray(model.apply({'params': params}, tokens_BT))
+
+    exact = logits()
+    np.testing.assert_array_equal(logits(residual_dtype='float32'), exact)
+    error, smaller = (
+        np.sqrt(np.square(logits(dtype='bfloat16', residual_dtype=name) - exact).mean())
+        for name in ('compute', 'float32')
+    )
+    assert 0 < smaller < 0.85 * error
+
+
 def matrix_products(model, tokens_BT) -> list[str]:
     """Every matrix product of the forward and backward pass in XLA's input."""
     run = jax.jit(

@@ -19,10 +19,10 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors architecture',
+    'errors architecture permutation',
     'foreign progress',
     'files terminal',
-    'config',
+    'config verified',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -36,14 +36,15 @@ LAYERS = (
     'model.huggingface',
     # parallel: which devices, and how arrays lie on them
     'parallel.devices parallel.mesh parallel.partition',
-    'parallel.faults parallel.feed',
+    'parallel.faults parallel.feed parallel.collectives',
     # kernels: the same formulas as GPU kernels
-    'kernels.support',
+    'kernels.choose',
     'kernels.launch',
-    'kernels.attention kernels.norm kernels.gelu kernels.cross_entropy kernels.adamw',
+    'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
-    'workdir.folder workdir.log workdir.checksums',
+    'workdir.folder workdir.events workdir.checksums',
+    'workdir.log',
     'workdir.storage workdir.history',
     'workdir.checkpoints',
     'workdir.restore',
@@ -98,7 +99,9 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'permutation',
     'progress',
+    'verified',
     'cli',
     'prepare',
     'inference.detokenizers',
@@ -109,7 +112,7 @@ NO_JAX = (
     'diagnostics.origins',
     'diagnostics.ledger',
     'diagnostics.ngrams',
-    'kernels.support',
+    'kernels.choose',
     *(name for name in PACKAGE if name.startswith('data.')),
 )
 

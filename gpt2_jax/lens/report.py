@@ -303,7 +303,7 @@ def _differentiating(cfg):
             return _target_losses(last, run(cfg, params, tokens_BT, tap), tokens_BT)
 
         T = tokens_BT.shape[1]
-        zero_BTD = jnp.zeros((1, T, cfg.n_embd), cfg.compute_dtype)
+        zero_BTD = jnp.zeros((1, T, cfg.n_embd), cfg.stream_dtype)
         _, pull_back = jax.vjp(losses, dict.fromkeys(names, zero_BTD), params)
 
         def of_one(position):

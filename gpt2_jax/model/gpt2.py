@@ -248,7 +248,7 @@ class GPT2(nn.Module):
         seeds = dropout_seeds(cfg, dropout_key)  # one for the embeddings, then three a block
         embed_BTD, pos_embed_TD = embed(self.wte.embedding, self.wpe.embedding, tokens_BT, pos)
         x_BTD = tap(self, 'embed', embed_BTD) + tap(self, 'pos_embed', pos_embed_TD)
-        x_BTD = dropout(x_BTD.astype(cfg.compute_dtype), seeds[0], cfg.embd_pdrop)
+        x_BTD = dropout(x_BTD.astype(cfg.stream_dtype), seeds[0], cfg.embd_pdrop)
         layers = []
         for i, block in enumerate(self.h):
             x_BTD, layer_cache = block(x_BTD, cache and cache[i], pos, seeds[1 + 3 * i : 4 + 3 * i])
