@@ -7,6 +7,7 @@ training/loop.py runs it on the batches of data/batches.py.
 
 import functools
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -178,7 +179,7 @@ def run_in_folder(
         f'finished {done:,} steps in {duration(summary["seconds_total"])}: best validation loss '
         f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
         f'{progress.final_val_loss:.4f}\n'
-        f'sample from it: python scripts/sample.py --ckpt_dir={workdir}'
+        f'sample from it: python scripts/sample.py --ckpt_dir={shlex.quote(str(workdir))}'
     )
     return 0
 
