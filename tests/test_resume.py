@@ -1,6 +1,7 @@
 """A stopped run resumes as if it had never been stopped, or says why it cannot resume."""
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.train import train
 from gpt2_jax.workdir import folder, restore
 from gpt2_jax.workdir.checksums import all_steps, best_step
 
@@ -244,6 +247,15 @@ def test_a_finished_run_says_so_and_changes_nothing(text, reference):
     assert code == 0
     assert f'is finished: {STEPS} steps, best validation loss {best:.4f}' in printed
     assert snapshot(reference) == before
+
+
+def test_a_terminal_does_not_obey_the_name_of_a_folder(text, reference, tmp_path, monkeypatch):
+    run = shutil.copytree(reference, tmp_path / 'a\x1b[2Jb')
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert train(make_config(text), run) == 0
+    assert r'a\x1b[2Jb is finished' in sys.stdout.getvalue()
+    assert '\x1b' not in sys.stdout.getvalue()
 
 
 def test_killed_between_the_last_save_and_the_summary(text, reference, tmp_path):
