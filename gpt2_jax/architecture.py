@@ -43,7 +43,8 @@ VOCAB_MULTIPLE = 128
 class GPT2Config:
     """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
-    `attention` and `kernels` choose an implementation; the modules of model/gpt2.py read neither.
+    `attention` and `kernels` choose implementations (kernels/choose.py); the modules of
+    model/gpt2.py read neither.
     """
 
     vocab_size: int = 50257
@@ -64,8 +65,8 @@ class GPT2Config:
     # In bf16 the residual stream takes half the memory and traffic; 'float32' rounds logits less.
     residual_dtype: str = 'compute'
     remat: bool = False
-    attention: str = 'xla'
-    kernels: str = 'xla'
+    attention: str = 'auto'
+    kernels: str = 'auto'
 
     @property
     def head_dim(self) -> int:

@@ -122,14 +122,15 @@ SETTINGS = {
     ),
     'model.attention': (
         GPT2.attention,
-        one_of('xla', 'cudnn'),
-        'xla: every step as in model/gpt2.py; cudnn: the fused GPU kernel (bfloat16, attn_pdrop 0)',
+        one_of('auto', 'xla', 'cudnn', 'fused'),
+        "xla: as in model/gpt2.py; cudnn: cuDNN's GPU kernel (bfloat16, attn_pdrop 0); fused: this "
+        "package's; auto: the fastest that model.kernels allows",
     ),
     'model.kernels': (
         GPT2.kernels,
-        one_of('xla', 'fused'),
-        'for training and decoding; xla: every step as in model/gpt2.py; '
-        'fused: GPU kernels that compute the same (one device)',
+        one_of('auto', 'xla', 'fused'),
+        'for training and decoding; auto: for each part the fastest that can run here; xla: every '
+        'step as in model/gpt2.py; fused: GPU kernels that compute the same',
     ),
     # -- data
     'data.corpus': (
@@ -174,6 +175,12 @@ SETTINGS = {
         'micro-batches per update: less memory, the same gradient',
     ),
     'train.seed': (0, below(0, 2**32), 'seed of initialisation, data order and dropout'),
+    'train.order': (
+        'keyed',
+        one_of('keyed', 'table'),
+        'order of the windows of an epoch; keyed: a permutation computed window by window; table: '
+        'that of runs before this setting, which need memory for a table of all windows',
+    ),
     'train.init_from': (
         '',
         TEXT,
@@ -197,12 +204,17 @@ SETTINGS = {
         'explain an update whose loss or gradient norm is more than so many standard deviations '
         'above those before it, and continue; 0: never',
     ),
+    'train.reduce_dtype': (
+        'float32',
+        one_of('float32', 'bfloat16'),
+        'dtype in which fused kernels send and add gradients between devices',
+    ),
     # -- optimizer
     'optim.implementation': (
-        'optax',
-        one_of('optax', 'explicit', 'fused'),
-        'AdamW, clipping and schedule; optax: from the library; explicit: written out from their '
-        'equations; fused: GPU kernels',
+        'auto',
+        one_of('auto', 'optax', 'explicit', 'fused'),
+        "AdamW with clipping; optax: the library's; explicit: its equations written out; fused: "
+        'GPU kernels; auto: fused on a GPU, else optax',
     ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
@@ -278,6 +290,9 @@ RENAMED_VALUES = {
     ('model.kernels', 'open'): 'xla',
     ('model.attention', 'explicit'): 'xla',
 }
+
+# What a setting that config.json does not have yet was before it was a setting.
+FORMER_VALUES = {'train.order': 'table'}
 
 # A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
@@ -402,6 +417,11 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': "
             'the fused kernel supports neither dropout of the pattern nor fp32'
         )
+    if (model.kernels, model.attention) == ('fused', 'xla'):
+        yield (
+            "model.attention = 'xla' contradicts model.kernels = 'fused': set model.kernels = "
+            "'auto', or model.attention to 'auto', 'fused' or 'cudnn'"
+        )
 
 
 def to_json(config: ConfigDict) -> str:
@@ -416,6 +436,7 @@ def from_json(text: str) -> ConfigDict:
     value that is not allowed.
     """
     config, renamed = default_config(), []
+    config.update_from_flattened_dict(FORMER_VALUES)
     sections = foreign.parse_json(text, 'the configuration', {str: {}})
     for section, values in sections.items():
         for name, value in values.items():
@@ -434,6 +455,9 @@ def from_json(text: str) -> ConfigDict:
             except (TypeError, ValueError, OverflowError):
                 problem = f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
                 raise UsageError(foreign.cut(problem)) from None
+    if (config.model.kernels, config.model.attention) == ('fused', 'xla'):  # allowed until now
+        config.model.attention = 'fused'
+        renamed.append("model.attention = 'xla' with fused kernels is now 'fused'")
     if renamed:
         print(f'[settings of an older version: {"; ".join(renamed)}]', file=sys.stderr)
     return resolve(config)

@@ -20,8 +20,10 @@ from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt
 from gpt2_jax.lens import flow as flow_lib
 from gpt2_jax.lens import report as report_lib
-from gpt2_jax.lens import terminal
 from gpt2_jax.library import Loaded
+from gpt2_jax.reports import model as model_report
+from gpt2_jax.reports import terminal
+from gpt2_jax.reports.flow import to_json, to_markdown, to_page
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 
@@ -85,7 +87,7 @@ def report(
         step_size=(train.batch_size, train.seq_len, train.grad_accum_steps),
         notify=notify,
     )
-    page = report_lib.render(found)
+    page = model_report.render(found)
     files.write_text(out, page)
     notify(f'wrote {out}: {len(tokens_T)} tokens, {len(page) / 1e6:.1f} MB')
 
@@ -99,7 +101,7 @@ def show(
     at: int = -1,
     head: tuple[int, int] | None = None,
 ) -> None:
-    """Prints a text with its losses, the guesses of the layers and a head: see lens.terminal."""
+    """Prints a text with its losses, the guesses of the layers and a head: see reports.terminal."""
     tokens_T, _ = text_to_show(loaded, prompt, new_tokens, seed)
     terminal.show(loaded, tokens_T, Console(highlight=False), at=at, head=head)
 
@@ -120,15 +122,14 @@ def shapes(config: ConfigDict, vocab_size: int, form: str, notify: Callable[[str
         grad_accum_steps=config.train.grad_accum_steps,
         make_step=training_step(config),
     )
-    write = {'md': flow_lib.to_markdown, 'json': flow_lib.to_json, 'html': flow_lib.to_page}
-    return write[form](flow)
+    return {'md': to_markdown, 'json': to_json, 'html': to_page}[form](flow)
 
 
 def as_xla(config: ConfigDict) -> ConfigDict:
     """The configuration on one device, without fused kernels: a trace cannot look into them."""
     config = config_lib.resolve(config).copy_and_resolve_references()
     config.model.update(kernels='xla', attention='xla')
-    if config.optim.implementation == 'fused':
+    if config.optim.implementation != 'explicit':
         config.optim.implementation = 'optax'
     config.mesh.update(data=1, fsdp=1, tensor=1)
     return config

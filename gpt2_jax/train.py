@@ -31,7 +31,7 @@ from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
 from gpt2_jax.training.resume import checkpoint_meta, corpus_identity, where_to_start
-from gpt2_jax.training.setup import Setup, build, check_kernels
+from gpt2_jax.training.setup import Setup, build
 from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, quarantine
@@ -186,13 +186,12 @@ def run_in_folder(
 
 
 def check_before_start(setup: Setup, fresh: bool) -> None:
-    """Raises UserError for kernels, data or weights that training cannot use.
+    """Raises UserError for data or weights that training cannot use.
 
     It is called before any folder is touched. One training and one validation batch are made only
     for the errors that they raise. Weights to start from are checked here only with `fresh`, which
     moves the old run aside; otherwise finetune.initial_state checks them.
     """
-    check_kernels(setup)
     if fresh:
         finetune.check(setup)
     feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import (
+    FORMER_VALUES,
     RENAMED_KEYS,
     RENAMED_VALUES,
     RESUMABLE_SECTIONS,
@@ -292,6 +293,16 @@ def test_evaluations_are_a_tenth_of_the_work_of_a_run(every, steps, tokens):
     assert resolve(config).eval.tokens == tokens
     config.eval.tokens = 0
     assert resolve(config).eval.tokens == 0
+
+
+def test_a_setting_that_a_file_lacks_has_the_value_from_before_it_was_a_setting():
+    assert default_config().train.order == 'keyed'
+    saved = json.loads(to_json(resolve(default_config())))
+    assert from_json(json.dumps(saved)).train.order == 'keyed'
+    del saved['train']['order']
+    assert from_json(json.dumps(saved)).train.order == 'table'
+    for key, value in FORMER_VALUES.items():
+        assert SETTINGS[key][1].test(value)
 
 
 def test_differences_are_the_settings_that_forbid_resuming():

@@ -33,9 +33,9 @@ def prefills_of_several_lengths():
 
 
 def test_kernels_and_precision_to_decode_with(monkeypatch):
-    model = tiny(dtype='bfloat16')
-    assert decoding.with_kernels(model, 'xla', '').cfg == model.cfg
-    assert decoding.with_kernels(model, 'auto', 'float32').cfg == tiny(dtype='float32').cfg
+    model, xla = tiny(dtype='bfloat16'), {'kernels': 'xla'}
+    assert decoding.with_kernels(model, 'xla', '').cfg == tiny(dtype='bfloat16', **xla).cfg
+    assert decoding.with_kernels(model, 'auto', 'float32').cfg == tiny(**xla).cfg
     with pytest.raises(UsageError, match=r'need an NVIDIA GPU.* --kernels=xla'):
         decoding.with_kernels(model, 'fused', '')
     monkeypatch.setattr(decoding, 'unmet_needs', lambda *machine: iter(()))

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import flat, relative_errors, rough_params, shapes, tiny, tokens
@@ -13,17 +14,18 @@ from tiny import flat, relative_errors, rough_params, shapes, tiny, tokens
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
-from gpt2_jax.kernels import cross_entropy, gelu, launch, norm
+from gpt2_jax.kernels import choose as kernel_choice
+from gpt2_jax.kernels import embedding, gelu, launch, norm
 from gpt2_jax.kernels.adamw import adamw
 from gpt2_jax.kernels.attention import attention
-from gpt2_jax.kernels.cross_entropy import head_loss
+from gpt2_jax.kernels.choose import Kernels, Place, choose
+from gpt2_jax.kernels.embedding import head_loss
 from gpt2_jax.kernels.norm import add_norm
-from gpt2_jax.kernels.support import unmet_needs
 from gpt2_jax.train import train
 from gpt2_jax.training import fused_step
 from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
 from gpt2_jax.training.programs import make_value_and_grad
-from gpt2_jax.training.step import init_state, make_train_step, token_losses
+from gpt2_jax.training.step import accumulate, init_state, make_train_step, token_losses
 
 # Three heads and a width between powers of two; two blocks of queries; an odd vocabulary in
 # several blocks. OTHER differs in every size: another head width, texts of 64 tokens in a context
@@ -33,8 +35,8 @@ OTHER = dict(n_layer=2, n_head=2, n_embd=64, n_positions=96, vocab_size=1030)
 DROPOUT = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
 ROWS = 4
 SCHEDULE = make_schedule(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2, steps=50)
-XLA = dict(kernels='xla', implementation='explicit')
-FUSED = dict(kernels='fused', implementation='fused')
+XLA = dict(kernels=kernel_choice.XLA, implementation='explicit')
+FUSED = dict(kernels=kernel_choice.FUSED, implementation='fused')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -43,7 +45,7 @@ def several_rows_a_program():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norm, 'NORM_PROGRAMS', 64)
         patch.setattr(gelu, 'GELU_PROGRAMS', 16)
-        patch.setattr(cross_entropy, 'COLUMNS', 64)
+        patch.setattr(embedding, 'COLUMNS', 64)
         yield
 
 
@@ -65,19 +67,21 @@ def batch(model, rows=ROWS):
     return {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]}
 
 
+def train_step(model, kernels, optim, n=1):
+    loss_and_grads = accumulate(make_value_and_grad(model, kernels), n)
+    return jax.jit(make_train_step(loss_and_grads, optim, SCHEDULE, seed=3))
+
+
 @functools.cache
 def first_update(kernels, implementation, grad_accum_steps=1, rows=ROWS, **changes):
     """First moments (a tenth of the gradients) and metrics of one update of rough parameters."""
-    model = tiny(**SIZE | changes, kernels=kernels)
+    model = tiny(**SIZE | changes)
     optim = optimizer(implementation, clip_norm=0)
-    state = init_state(rough_params(tiny(**SIZE | changes | {'attention': 'xla'}), std=0.1), optim)
-    update = jax.jit(
-        make_train_step(
-            make_value_and_grad(model), optim, SCHEDULE, seed=3, grad_accum_steps=grad_accum_steps
-        )
-    )
+    state = init_state(rough_params(model, std=0.1), optim)
+    update = train_step(model, kernels, optim, grad_accum_steps)
     state, metrics = update(state, batch(model, rows))
-    return flat(state.opt_state.m), metrics
+    moment = 'm' if implementation == 'explicit' else 'mu'
+    return flat(optax.tree.get(state.opt_state, moment)), metrics
 
 
 def check_equal(ours, theirs, tolerance=1e-5):
@@ -153,21 +157,44 @@ def test_cudnn_attention_between_the_kernels(monkeypatch):
         'cudnn_attention',
         functools.partial(jax.nn.dot_product_attention, is_causal=True),
     )
-    check_equal(first_update(**FUSED, attention='cudnn'), first_update(**XLA))
+    kernels = kernel_choice.FUSED._replace(attention='cudnn')
+    check_equal(first_update(kernels, 'fused'), first_update(**XLA))
+
+
+@pytest.mark.parametrize('part', ['attention', 'norm', 'gelu'])
+def test_one_part_by_xla_between_the_kernels(part):
+    kernels = kernel_choice.FUSED._replace(**{part: 'xla'})
+    check_equal(first_update(kernels, 'fused', **DROPOUT), first_update(**XLA, **DROPOUT))
+
+
+def test_rows_on_two_devices_have_the_masks_of_the_whole():
+    """Each half of the rows, with the number of its first row; another number changes the loss."""
+    model = tiny(**SIZE, **DROPOUT)
+    params, whole, key = rough_params(model, std=0.1), batch(model), jax.random.key(2)
+    run = jax.jit(make_value_and_grad(model, kernel_choice.FUSED), static_argnums=3)
+    n = whole['targets'].size
+    expected_loss, expected = run(params, whole, key, n)
+    halves = [
+        run(params, {name: x[first:][:2] for name, x in whole.items()}, key, n, first)
+        for first in (0, 2)
+    ]
+    loss, grads = jax.tree.map(jnp.add, *halves)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for name, leaf in flat(expected).items():
+        if 'c_attn/bias' not in name:
+            worst = np.max(np.abs(flat(grads)[name] - leaf))
+            assert worst < 1e-5 * np.max(np.abs(leaf)), name
+    second = {name: x[2:] for name, x in whole.items()}
+    assert abs(run(params, second, key, n)[0] - halves[1][0]) > 1e-4
 
 
 @pytest.mark.parametrize('implementation', ['explicit', 'optax'])
 def test_other_optimizers(implementation):
     """They accept the gradients of the kernels, with the rows that pad the vocabulary."""
     after = []
-    for kernels in ('xla', 'fused'):
-        model, optim = (
-            tiny(**SIZE, bias=False, kernels=kernels),
-            optimizer(implementation),
-        )
-        update = jax.jit(
-            make_train_step(make_value_and_grad(model), optim, SCHEDULE, seed=3, grad_accum_steps=1)
-        )
+    model, optim = tiny(**SIZE, bias=False), optimizer(implementation)
+    for kernels in (kernel_choice.XLA, kernel_choice.FUSED):
+        update = train_step(model, kernels, optim)
         state, metrics = update(init_state(rough_params(model, std=0.1), optim), batch(model))
         after.append((flat(state.params), metrics['grad_norm']))
     (expected, expected_norm), (ours, norm) = after
@@ -212,12 +239,8 @@ def test_updates_equal_the_explicit_optimizer():
 @pytest.mark.parametrize('changes', [{}, DROPOUT | {'residual_dtype': 'float32'}])
 def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
     monkeypatch.setattr(launch, 'interprets', lambda: False)
-    model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16', kernels='fused') | changes)
-    update = jax.jit(
-        make_train_step(
-            make_value_and_grad(model), optimizer('fused'), SCHEDULE, seed=0, grad_accum_steps=1
-        )
-    )
+    model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16') | changes)
+    update = train_step(model, kernel_choice.FUSED, optimizer('fused'))
     state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
     h100 = AbstractMesh(
         (1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')
@@ -255,23 +278,33 @@ def test_unsupported_configurations_are_refused(tmp_path):
             config[section][name] = value
         return resolve(config)
 
-    def needs(**changes):
+    def chosen(**changes):
         changed = config(**changes)
-        cfg = GPT2Config(**changed.model)
-        rows, n_devices = changed.train.batch_size, max(changed.mesh.values())
-        sizes = dict(n_devices=n_devices, rows=rows, seq_len=changed.train.seq_len)
-        return list(unmet_needs('training', cfg, 'gpu', **sizes))
+        train, tensor = changed.train, changed.mesh.tensor
+        place = Place('gpu', tensor, train.batch_size, train.seq_len)
+        return choose(GPT2Config(**changed.model), changed.optim.implementation, place)
 
-    assert needs() == []
-    for key, value, says in (
-        ('model__dtype', 'float32', 'bfloat16'),
-        ('model__activation_function', 'gelu', 'gelu_new'),
-        ('model__n_embd', 96, 'a head width n_embd / n_head = 16, 32, 64 or 128, not 48'),
-        ('train__seq_len', 96, 'seq_len to be a multiple of 64, not 96'),
-        ('train__batch_size', 24, 'a multiple of 2,048 tokens, not 24 rows x 128'),
-        ('mesh__data', 2, 'one device'),
+    kernels, reasons = chosen()
+    assert kernels == kernel_choice.FUSED._replace(evaluation='cudnn')
+    assert not reasons
+    for key, value, says, parts in (
+        ('model__dtype', 'float32', 'bfloat16', 'attention norm gelu loss decoding'),
+        ('model__activation_function', 'gelu', 'gelu_new', 'gelu'),
+        ('model__n_embd', 96, 'n_embd / n_head = 16, 32, 64 or 128, not 48', 'attention'),
+        ('train__seq_len', 96, 'seq_len to be a multiple of 64, not 96', 'attention norm gelu'),
+        ('train__batch_size', 24, 'a multiple of 2,048 tokens.*, not 24 rows x 128', 'norm gelu'),
+        ('mesh__tensor', 2, 'mesh.tensor = 1', 'attention norm gelu loss'),
     ):
-        assert re.search(says, needs(**{key: value})[0])
+        with pytest.raises(UsageError, match=f"= 'fused' needs .*{says}"):
+            chosen(**{key: value})
+        # 'auto' takes part by part what can run, and says why not the rest.
+        kernels, reasons = chosen(
+            **{key: value, 'model__kernels': 'auto', 'optim__implementation': 'auto'}
+        )
+        theirs = {part for part in Kernels._fields if getattr(kernels, part) != 'fused'}
+        assert theirs - {'evaluation'} == set(parts.split())
+        assert re.search(f'fused needs .*{says}', reasons[parts.split()[0]])
+        assert set(reasons) - {'evaluation'} == set(parts.split())
     for changes, says in (
         ({}, r"^model.kernels = 'fused' needs an NVIDIA GPU, .* cpu; else"),
         ({'model__kernels': 'xla'}, r"^optim.implementation = 'fused' needs an NVIDIA GPU"),
@@ -312,7 +345,7 @@ def test_every_logit_matters_to_the_loss():
 def test_the_target_is_read_before_it_is_overwritten():
     """On a GPU the gradient overwrites the logits; in the interpreter it has its own array."""
     call = jax.make_jaxpr(
-        lambda logits, targets: cross_entropy._softmax_gradient(logits, targets, 300)
+        lambda logits, targets: embedding._softmax_gradient(logits, targets, 300)
     )(jnp.zeros((8, 384)), jnp.zeros(8, jnp.int32)).eqns[-1]
     kernel = call.params['jaxpr']
     _, logits, gradient, _ = kernel.invars

@@ -40,7 +40,7 @@ from gpt2_jax.model.huggingface import (
 from gpt2_jax.model.ops import activate
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.programs import make_value_and_grad
-from gpt2_jax.training.step import init_state, make_train_step, token_losses
+from gpt2_jax.training.step import accumulate, init_state, make_train_step, token_losses
 from gpt2_jax.workdir import restore
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: these tests download nothing
@@ -501,11 +501,7 @@ def test_an_update_by_the_same_batch(earlier, eps):
 
     train_step = jax.jit(
         make_train_step(
-            make_value_and_grad(pair.model),
-            pair.optimizer,
-            pair.schedule,
-            seed=0,
-            grad_accum_steps=1,
+            accumulate(make_value_and_grad(pair.model), 1), pair.optimizer, pair.schedule, seed=0
         )
     )
     pair.state, metrics = train_step(

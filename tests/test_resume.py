@@ -22,8 +22,8 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.train import train
-from gpt2_jax.workdir import folder, restore
+from gpt2_jax.parallel import feed
+from gpt2_jax.workdir import checksums, folder, restore
 from gpt2_jax.workdir.checksums import all_steps, best_step
 
 STEPS = runs.SMALL['train.steps']
@@ -253,7 +253,7 @@ def test_a_terminal_does_not_obey_the_name_of_a_folder(text, reference, tmp_path
     run = shutil.copytree(reference, tmp_path / 'a\x1b[2Jb')
     monkeypatch.setattr(sys, 'stdout', io.StringIO())
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-    assert train(make_config(text), run) == 0
+    assert train_lib.train(make_config(text), run) == 0
     assert r'a\x1b[2Jb is finished' in sys.stdout.getvalue()
     assert '\x1b' not in sys.stdout.getvalue()
 
@@ -320,6 +320,27 @@ def test_other_settings_may_not_change(text, stopped):
         assert part in str(error.value)
     assert 'eval.every' not in str(error.value)
     assert snapshot(stopped) == before
+
+
+def test_a_run_of_an_older_version_keeps_its_order(text, stopped, monkeypatch):
+    """Such a run has no train.order in its files, and its epochs had tables."""
+    with pytest.raises(UsageError, match=r"train\.order: 'keyed' there, 'table' now"):
+        runs.quiet_train(make_config(text, train__order='table'), stopped)
+    checkpoint = stopped / checksums.FOLDER / '12'
+    meta = json.loads((checkpoint / 'meta/metadata').read_text())
+    settings = json.loads(meta['config'])
+    del settings['train']['order']
+    (checkpoint / 'meta/metadata').write_text(json.dumps(meta | {'config': json.dumps(settings)}))
+    checksums.write_checksums(checkpoint)
+    make, orders = feed.train_batches, []
+    monkeypatch.setattr(
+        feed, 'train_batches', lambda *a, **options: orders.append(options) or make(*a, **options)
+    )
+    code, printed = runs.quiet_train(make_config(text), stopped)
+    assert code == 0
+    assert "train.order stays 'table': an older version started this run\n" in printed
+    assert [(options['start'], options['order']) for options in orders] == [(12, 'table')]
+    assert json.loads((stopped / 'config.json').read_text())['train']['order'] == 'table'
 
 
 def test_a_changed_text_is_refused(text, stopped, tmp_path):

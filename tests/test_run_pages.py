@@ -125,6 +125,7 @@ def test_runs_are_compared(trained, folder, tab):
         np.testing.assert_allclose(entry['loss'], loss, rtol=1e-4)
     assert found['settings'] == {}
     tab.open(out)
+    assert 'null' not in tab.text('main')
     assert tab.run('document.querySelectorAll("#summary tbody tr").length') == 2
     best = min(record['loss'] for record in read_records(trained, 'val'))
     assert f'{best:.4f}' in tab.text('#summary')

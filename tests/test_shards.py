@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -465,7 +466,7 @@ def flip_one_bit(path):
         (lambda f: (f / 'val_00000.npy').write_bytes(b''), r'val_00000.npy is damaged'),
         (lambda f: (f / 'train_00000.npy').unlink(), r'train_00000.npy is missing'),
         (
-            lambda f: (f / 'train_00001.npy').replace(f / 'train_00000.npy'),
+            lambda f: shutil.copy(f / 'train_00001.npy', f / 'train_00000.npy'),
             r'train_00000.npy is damaged',
         ),
         (lambda f: (f / 'tokenizer.json').unlink(), r'tokenizer.json cannot be read: No such'),

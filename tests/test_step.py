@@ -18,6 +18,7 @@ from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.setup import build
 from gpt2_jax.training.step import (
     TrainState,
+    accumulate,
     init_state,
     make_eval_step,
     make_train_step,
@@ -42,11 +43,7 @@ def fresh_state(step=0) -> TrainState:
 def compiled(model, grad_accum_steps, seed=0):
     return jax.jit(
         make_train_step(
-            make_value_and_grad(model),
-            OPTIMIZER,
-            SCHEDULE,
-            seed=seed,
-            grad_accum_steps=grad_accum_steps,
+            accumulate(make_value_and_grad(model), grad_accum_steps), OPTIMIZER, SCHEDULE, seed=seed
         )
     )
 
@@ -182,7 +179,7 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
 
     train = setup.dataset.train
     batch = feed.train_batch(setup.mesh, train, step=0, **setup.batch_options)
-    sizes = {'batch_size': 4, 'seq_len': 8}
+    sizes = {'order': 'keyed', 'batch_size': 4, 'seq_len': 8}
     assert np.array_equal(
         batch['inputs'], feed.train_batch(setup.mesh, train, step=0, seed=7, **sizes)['inputs']
     )

@@ -19,10 +19,10 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors architecture',
+    'errors architecture permutation',
     'foreign progress',
     'files terminal',
-    'config',
+    'config verified',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -36,11 +36,11 @@ LAYERS = (
     'model.huggingface',
     # parallel: which devices, and how arrays lie on them
     'parallel.devices parallel.mesh parallel.partition',
-    'parallel.faults parallel.feed',
+    'parallel.faults parallel.feed parallel.collectives',
     # kernels: the same formulas as GPU kernels
-    'kernels.support',
+    'kernels.choose',
     'kernels.launch',
-    'kernels.attention kernels.norm kernels.gelu kernels.cross_entropy kernels.adamw',
+    'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
     'workdir.folder workdir.events workdir.checksums',
@@ -51,8 +51,9 @@ LAYERS = (
     # lens: what happens inside one forward and backward pass
     'lens.sites lens.subject',
     'lens.activations',
-    'lens.interventions lens.readings lens.hessian lens.flow',
-    'lens.report lens.terminal',
+    'lens.interventions lens.readings lens.hessian lens.jaxpr',
+    'lens.flow',
+    'lens.report',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
@@ -70,8 +71,8 @@ LAYERS = (
     'diagnostics.replay diagnostics.probes',
     'diagnostics.autopsy',
     # reports: what was found, for people
-    'reports.html',
-    'reports.step reports.looks',
+    'reports.html reports.flow reports.terminal',
+    'reports.step reports.looks reports.model',
     'reports.run reports.autopsy',
     'reports.compare',
     # the roof: one file a script, and what a run does now and then
@@ -98,7 +99,9 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'permutation',
     'progress',
+    'verified',
     'cli',
     'prepare',
     'inference.detokenizers',
@@ -109,7 +112,7 @@ NO_JAX = (
     'diagnostics.origins',
     'diagnostics.ledger',
     'diagnostics.ngrams',
-    'kernels.support',
+    'kernels.choose',
     *(name for name in PACKAGE if name.startswith('data.')),
 )
 

@@ -5,6 +5,7 @@ import os
 import jax
 
 from gpt2_jax.architecture import PRECISIONS, GPT2Config
+from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel import devices
 from gpt2_jax.training.optim import decay_mask
@@ -15,18 +16,11 @@ from gpt2_jax.workdir.log import duration
 # only the hint that a configuration was made for a GPU.
 CPU_CORE_FLOPS = 45e9
 
-# (model.kernels) -> the code that computes training, decoding and evaluation.
+# What the names in kernels/choose.py mean.
 KERNELS = {
-    'xla': 'xla: compiled by XLA from model/gpt2.py',
-    'fused': 'fused: GPU kernels for training and decoding; evaluation by XLA from model/gpt2.py',
-}
-
-# (model.kernels, model.attention) -> the code that computes attention in training.
-ATTENTION = {
-    ('xla', 'xla'): 'xla: scores, softmax and mix as in model/gpt2.py',
-    ('xla', 'cudnn'): "cudnn: cuDNN's fused kernel",
-    ('fused', 'xla'): 'fused: the kernel of kernels/attention.py',
-    ('fused', 'cudnn'): "cudnn: cuDNN's fused kernel",
+    'fused': 'GPU kernels of this package',
+    'cudnn': "cuDNN's attention",
+    'xla': 'compiled by XLA from model/gpt2.py',
 }
 
 
@@ -40,16 +34,14 @@ def describe(setup: Setup) -> list[str]:
     lines = [
         f'device     {devices.describe_device(setup.device)}; mesh data {config.mesh.data} x fsdp '
         f'{config.mesh.fsdp} x tensor {config.mesh.tensor}; jax {jax.__version__}',
-        f'precision  {_describe_precision(cfg)}',
-        f'kernels    {KERNELS[cfg.kernels]}',
-        f'attention  {ATTENTION[cfg.kernels, cfg.attention]}'
-        + ('; blocks recomputed in the backward pass' if cfg.remat else ''),
+        f'precision  {_describe_precision(cfg, setup.kernels)}',
+        *_describe_kernels(setup),
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} '
         f'{"held-out training" if config.data.holdout else "validation"} tokens, '
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} '
         f'heads, width {cfg.n_embd}, context {cfg.n_positions}',
-        f'optimizer  AdamW ({config.optim.implementation}): weight decay on {len(decayed)} leaves '
+        f'optimizer  AdamW ({setup.kernels.optimizer}): weight decay on {len(decayed)} leaves '
         f'with {count_params(decayed):,} parameters, none on {len(kept)} with '
         f'{count_params(kept):,}',
         f'step       {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
@@ -69,6 +61,24 @@ def describe(setup: Setup) -> list[str]:
     return lines
 
 
+def _describe_kernels(setup: Setup) -> list[str]:
+    """Which code computes each part; then, part by part, why not a faster one."""
+    parts = {name: [] for name in KERNELS}
+    for part, name in setup.kernels._asdict().items():
+        if part != 'optimizer':
+            parts[name].append(part)
+    text = '; '.join(
+        f'{name} ({KERNELS[name]}): {", ".join(names)}' for name, names in parts.items() if names
+    )
+    remat = '; blocks recomputed in the backward pass' if setup.model.cfg.remat else ''
+    needs = {}
+    for part, reason in setup.reasons.items():
+        needs.setdefault(reason, []).append(part)
+    return [f'kernels    {text}{remat}'] + [
+        f'           {", ".join(names)}: {reason}' for reason, names in needs.items()
+    ]
+
+
 def _describe_evaluation(setup: Setup) -> str:
     tokens, n_targets = setup.eval_tokens, len(setup.dataset.val) - 1
     part = 'all' if tokens == n_targets else f'{tokens:,} of the {n_targets:,}'
@@ -82,14 +92,14 @@ def _digits(number: float) -> str:
     return f'{number:.1f}' if number >= 1 else f'{number:.2g}'
 
 
-def _describe_precision(cfg: GPT2Config) -> str:
+def _describe_precision(cfg: GPT2Config, kernels: Kernels) -> str:
     text = (
         f'{cfg.dtype}: {PRECISIONS[cfg.dtype].meaning}; parameters, moments, softmax, LayerNorm '
         'and loss in fp32'
     )
     if cfg.compute_dtype == 'bfloat16':
         text += f'; the residual stream in {cfg.stream_dtype}'
-    if cfg.kernels == 'fused':
+    if kernels.fused_training:
         text += '; in training, logits in bf16'
     return text
 

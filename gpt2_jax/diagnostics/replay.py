@@ -20,7 +20,7 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
 from gpt2_jax.errors import UserError
-from gpt2_jax.kernels.support import usable
+from gpt2_jax.kernels.choose import usable
 from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.parallel.feed import Batch, train_batch
 from gpt2_jax.parallel.partition import make_unshard
@@ -253,6 +253,8 @@ def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
     )
     config = config.copy_and_resolve_references()
     config.model.update(kernels=cfg.kernels, attention=cfg.attention)
+    if config.optim.implementation == 'fused':
+        config.optim.implementation = 'auto'  # the same state
     if math.prod(config.mesh.values()) > jax.device_count():
         config.mesh.update(dict.fromkeys(config.mesh, 1))
     return build(config, run.dataset)
@@ -263,17 +265,12 @@ def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:
     setup = setup_here(config, run)
     n, unshard = setup.config.train.grad_accum_steps, make_unshard(setup.mesh)
     chunk_targets = programs.targets_at_once(setup, training=True)
-    value_and_grad = jax.jit(
-        programs.make_value_and_grad(setup.model, unshard, chunk_targets), static_argnums=3
-    )
+    loss_and_grads = jax.jit(programs.make_loss_and_grads(setup), static_argnums=3)
     micro_losses = jax.jit(make_token_losses(setup.model, unshard, chunk_targets))
 
     def gradient(params, batch, key):
-        total = jax.tree.map(jnp.zeros_like, params)
-        for part, part_key in micro_batches(batch, key, n):
-            _, grads = value_and_grad(params, part, part_key, batch['targets'].size)
-            total = jax.tree.map(jnp.add, total, as_parameters(grads, params))
-        return total
+        _, grads = loss_and_grads(params, batch, key, batch['targets'].size)
+        return as_parameters(grads, params)
 
     def losses(params, batch, key):
         parts = [micro_losses(params, *part) for part in micro_batches(batch, key, n)]

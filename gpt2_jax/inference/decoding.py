@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.sampling import AS_PREDICTED, Sampling, sample_token
-from gpt2_jax.kernels.support import unmet_needs
+from gpt2_jax.kernels.choose import Place, unmet_needs
 from gpt2_jax.model.gpt2 import GPT2, init_cache
 
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. A longer chunk
@@ -37,7 +37,7 @@ def with_kernels(model: GPT2, kernels: str, dtype: str) -> GPT2:
     the model's own. Raises UsageError if fused kernels are asked for and cannot run here.
     """
     cfg = dataclasses.replace(model.cfg, dtype=dtype or model.cfg.dtype)
-    need = next(unmet_needs('decoding', cfg, jax.default_backend()), None)
+    need = next(unmet_needs('decoding', 'fused', cfg, Place(jax.default_backend())), None)
     if kernels == 'fused' and need:
         raise UsageError(f'the fused kernels of decoding need {need}; otherwise give --kernels=xla')
     if kernels == 'auto':
@@ -58,7 +58,7 @@ def cast_params(model: GPT2, params):
         ),
         params,
     )
-    if model.cfg.kernels == 'xla':
+    if model.cfg.kernels != 'fused':
         return params, params
     from gpt2_jax.kernels import decode
 

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from gpt2_jax.kernels.choose import HEAD_DIMS, SEQ_LEN_MULTIPLE
 from gpt2_jax.kernels.launch import LOG2_E, SEED_SPECS, call, only, read_seed, seed_inputs
-from gpt2_jax.kernels.support import HEAD_DIMS, SEQ_LEN_MULTIPLE
 from gpt2_jax.model.dropout import keep_mask
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
@@ -36,13 +36,15 @@ def _scores(a, b, queries, keys, masked):
 
 def _keep(seed, rate, first_row, T, queries, keys):
     """The dropout mask of a block of one head's pattern, whose rows count from `first_row`."""
-    index = (first_row + queries).astype(jnp.uint32) * jnp.uint32(T) + keys.astype(jnp.uint32)
+    index = (first_row + queries.astype(jnp.uint32)) * jnp.uint32(T) + keys.astype(jnp.uint32)
     return keep_mask(index, seed, rate)
 
 
-def _first_row(T):
+def _first_row(ins, T):
     """The number of this head's first row of the pattern, among the rows of all texts and heads."""
-    return (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)) * T
+    text, head, H = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    before = 0 if ins['row'] is None else ins['row'][0]  # texts on the devices before this one
+    return ((before + jnp.uint32(text)) * jnp.uint32(H) + jnp.uint32(head)) * jnp.uint32(T)
 
 
 def _add_bias(rows, ins, part):
@@ -63,7 +65,7 @@ def _forward_kernel(ins, outs, *, rate):
     )  # long rows first, so that none is left to the end
     T, _, K = ins['qkv'].shape
     mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
-    first_row, biased = _first_row(T), ins['bias'] is not None
+    first_row, biased = _first_row(ins, T), ins['bias'] is not None
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
     if biased:
         outs['qkv'][mine, 0, :] = q
@@ -115,7 +117,7 @@ def _queries_backward_kernel(ins, outs, *, rate, inner):
     T, _, K = ins['qkv'].shape
     mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     q, dz, lse = ins['qkv'][mine, 0, :], ins['dz'][mine, :], ins['lse'][mine][:, None]
-    first_row, blocks = _first_row(T), BLOCK // inner
+    first_row, blocks = _first_row(ins, T), BLOCK // inner
     delta = (dz.astype(jnp.float32) * ins['z'][mine, :].astype(jnp.float32)).sum(-1)
     outs['delta'][mine], delta = delta, delta[:, None]
     dp_of_bias = 0.0
@@ -145,7 +147,7 @@ def _keys_backward_kernel(ins, outs, *, rate, inner):
     T, _, K = ins['qkv'].shape
     mine, keys = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     k, v = ins['qkv'][mine, 1, :], _add_bias(ins['qkv'][mine, 2, :], ins, 2)
-    first_row, blocks = _first_row(T), BLOCK // inner
+    first_row, blocks = _first_row(ins, T), BLOCK // inner
 
     def body(masked, j, carry):
         # Keys come before queries here, so that no product transposes a pattern.
@@ -213,7 +215,7 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
         in_specs=[only(ins, specs)],
         out_specs=only(shapes, out_specs),
         out_shape=shapes,
-        # Arrays are numbered in the order of their names: bias, qkv, site, words -> lse, qkv, z.
+        # Arrays are numbered in the order of their names: bias, qkv, .. -> lse, qkv, z.
         input_output_aliases={1: 1} if biased else {},
     )(ins)
     return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
@@ -225,7 +227,7 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
 
     The pattern never reaches memory. The backward pass computes it again from the log-sum-exp of
     its rows, and draws the same dropout mask from `seed`. The gradient of k's bias is exactly 0.
-    Raises ValueError unless T is a multiple of BLOCK and K one of support.HEAD_DIMS.
+    Raises ValueError unless T is a multiple of BLOCK and K one of choose.HEAD_DIMS.
     """
     return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)[0]
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from gpt2_jax.kernels.choose import ROWS_MULTIPLE
 from gpt2_jax.kernels.launch import LOG2_E, call, only, row_programs
-from gpt2_jax.kernels.support import ROWS_MULTIPLE
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 

@@ -3,7 +3,7 @@
     attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
     norm            x + dropout(branch + bias), and the LayerNorm of the sum
     gelu            gelu_new(x + bias)
-    cross_entropy   the loss of the tied head, and the gradient of its logits
+    embedding       the loss of the tied head with its gradients, and the gradient of the lookup
     adamw           the update of a parameter
 
 with their backward passes, and for decoding one token at a time:
@@ -34,6 +34,7 @@ LOG2_E = math.log2(math.e)
 SEED_SPECS = {
     'words': pl.BlockSpec((2,), lambda *grid: (0,)),
     'site': pl.BlockSpec((1,), lambda *grid: (0,)),
+    'row': pl.BlockSpec((1,), lambda *grid: (0,)),
 }
 
 
@@ -59,13 +60,15 @@ def only(present, specs):
 
 def seed_inputs(seed):
     """The inputs of SEED_SPECS from a seed of dropout.dropout_seeds, which may be None."""
-    words_2, site = (None, None) if seed is None else seed
-    return {'words': words_2, 'site': None if site is None else jnp.reshape(site, 1)}
+    if seed is None:
+        return dict.fromkeys(SEED_SPECS)
+    words_2, site, row = seed
+    return {'words': words_2, 'site': jnp.reshape(site, 1), 'row': jnp.reshape(row, 1)}
 
 
 def read_seed(ins):
     """The seed within a kernel, as dropout.keep_mask takes it."""
-    return (ins['words'][0], ins['words'][1]), ins['site'][0]
+    return (ins['words'][0], ins['words'][1]), ins['site'][0], ins['row'][0]
 
 
 def column_blocks(D, max_size):

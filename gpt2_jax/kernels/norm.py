@@ -35,7 +35,7 @@ def _rows(ref, index, D):
 
 def _element_index(row0, rows, D, width):
     """The index of each element of `rows` rows from `row0` in the whole array (N, D)."""
-    row = (row0 + jnp.arange(rows)).astype(jnp.uint32)
+    row = row0 + jnp.arange(rows).astype(jnp.uint32)
     return row[:, None] * jnp.uint32(D) + jnp.arange(width).astype(jnp.uint32)[None, :]
 
 
@@ -43,7 +43,9 @@ def _dropout(x, ins, rate, row0, D):
     """dropout(x) of the rows from `row0`."""
     if not rate:
         return x
-    keep = keep_mask(_element_index(row0, x.shape[0], D, x.shape[1]), read_seed(ins), rate)
+    seed = read_seed(ins)
+    first = jnp.uint32(row0) + seed[2]
+    keep = keep_mask(_element_index(first, x.shape[0], D, x.shape[1]), seed, rate)
     return jnp.where(keep, x * (1 / (1 - rate)), 0.0)
 
 

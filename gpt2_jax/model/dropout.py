@@ -9,17 +9,20 @@ from jax import lax
 from gpt2_jax.architecture import GPT2Config
 
 
-def dropout_seeds(cfg: GPT2Config, key):
-    """The seed of each dropout site, as a list: (two random words uint32, the site's number).
+def dropout_seeds(cfg: GPT2Config, key, first_row=0):
+    """The seed of each dropout site, as a list: (two random words uint32, the site's number, row).
 
     Site 0 is the embeddings. Then come, for each layer, the attention pattern, the output of
-    attention and the output of the MLP. Without a key every seed is None: no dropout.
+    attention and the output of the MLP. Without a key every seed is None: no dropout. `first_row`
+    is the number of the first row here in the whole micro-batch: a device that holds some of its
+    rows draws their part of the mask.
     """
     n_sites = 1 + 3 * cfg.n_layer
     if key is None:
         return [None] * n_sites
     words_2 = jax.random.bits(key, (2,), jnp.uint32)
-    return [(words_2, jnp.uint32(site)) for site in range(n_sites)]
+    row = jnp.uint32(first_row)
+    return [(words_2, jnp.uint32(site), row) for site in range(n_sites)]
 
 
 def hash_uint32(x):
@@ -34,7 +37,7 @@ def keep_mask(index, seed, rate: float):
 
     It takes a few multiplications. JAX's own generator would cost as much as the layers around it.
     """
-    (word_0, word_1), site = seed
+    (word_0, word_1), site, _ = seed
     site = site * jnp.uint32(0x9E3779B9)  # spreads the sites over the whole range
     multiplier = hash_uint32(word_1 ^ site) | 1
     draw = hash_uint32(index ^ hash_uint32(word_0 + site)) * multiplier
@@ -55,5 +58,6 @@ def dropout(x, seed, rate: float):
         lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
         for axis, stride in enumerate(strides)
     )
+    index += seed[2] * jnp.uint32(strides[0])
     scaled = x.astype(jnp.float32) / (1 - rate)
     return jnp.where(keep_mask(index, seed, rate), scaled, 0).astype(x.dtype)

@@ -14,16 +14,26 @@ Batch = dict[str, jax.Array]
 
 
 def train_batch(
-    mesh: Mesh, tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int
+    mesh: Mesh, tokens: Tokens, *, seed: int, order: str, step: int, batch_size: int, seq_len: int
 ) -> Batch:
     """The global batch of update number `step`: see batches.train_batch, also for its UserError."""
-    rows = batches.train_batch(tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
+    rows = batches.train_batch(
+        tokens, seed=seed, order=order, step=step, batch_size=batch_size, seq_len=seq_len
+    )
     return put_batch(mesh, rows)
 
 
 @contextlib.contextmanager
 def train_batches(
-    mesh: Mesh, tokens: Tokens, *, start: int, stop: int, seed: int, batch_size: int, seq_len: int
+    mesh: Mesh,
+    tokens: Tokens,
+    *,
+    start: int,
+    stop: int,
+    seed: int,
+    order: str,
+    batch_size: int,
+    seq_len: int,
 ) -> Iterator[Iterator[Batch]]:
     """The batches of updates start .. stop - 1 as an iterator; one thread makes them ahead of time.
 
@@ -32,7 +42,13 @@ def train_batches(
 
     def make(step):
         return train_batch(
-            mesh, tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len
+            mesh,
+            tokens,
+            seed=seed,
+            order=order,
+            step=step,
+            batch_size=batch_size,
+            seq_len=seq_len,
         )
 
     with contextlib.closing(batches.prefetch(make, start, stop)) as stream:

@@ -121,9 +121,10 @@ def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> 
 def _optimizer_conflicts(theirs, ours) -> list[str]:
     """Settings of the optim section that keep a saved optimizer state from being used, in words."""
     conflicts = []
-    if (ours.implementation, theirs.implementation) != ('optax', 'optax'):
+    if 'explicit' in (ours.implementation, theirs.implementation):
         conflicts.append(
-            "its optimizer can only be kept if optim.implementation is 'optax' in both runs, but "
+            "its optimizer can only be kept if optim.implementation is 'explicit' in neither run, "
+            'but '
             f'it is {theirs.implementation!r} there, {ours.implementation!r} here'
         )
     if (ours.clip_norm > 0) != (theirs.clip_norm > 0):

@@ -10,37 +10,40 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.kernels.adamw import MAX_VECTORS, adamw, adamw_vectors
 from gpt2_jax.kernels.attention import attention
-from gpt2_jax.kernels.cross_entropy import head_loss
+from gpt2_jax.kernels.choose import FUSED, Kernels
+from gpt2_jax.kernels.embedding import add_rows, head_loss
 from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds
-from gpt2_jax.model.gpt2 import embed
-from gpt2_jax.model.ops import cudnn_attention, matmul_rows
-from gpt2_jax.training.optim import (
-    AdamWState,
-    FusedOptimizer,
-    bias_correction,
-    decay_mask,
-    zero_moments,
-)
+from gpt2_jax.model.gpt2 import causal_attention, embed
+from gpt2_jax.model.ops import FAST, cudnn_attention, matmul_rows
+from gpt2_jax.parallel import collectives
+from gpt2_jax.training.optim import FusedOptimizer, bias_correction, decay_mask
+from gpt2_jax.training.optim import make_optimizer as make_optax
 
 
-def features(cfg: GPT2Config, params, x_BTD, dropout_key):
+def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUSED, first_row=0):
     """The final hidden states from the embeddings: (B, T, D) -> (N, D).
 
     A branch is what attention or MLP adds to the residual stream: (its product, its bias). Each
-    branch is added by the kernel that also computes the next LayerNorm.
+    branch is added by the kernel that also computes the next LayerNorm. A part that `kernels` does
+    not name 'fused' is computed by the formula of model/gpt2.py. `first_row` is the number of the
+    first text here in the whole micro-batch, for the dropout masks.
     """
     B, T, D = x_BTD.shape
     N, H, K = B * T, cfg.n_head, cfg.head_dim
-    seeds = dropout_seeds(cfg, dropout_key)
+    seeds = dropout_seeds(cfg, dropout_key, first_row)
 
     def add_and_norm(x_ND, branch, norm, seed):
-        seed = seed if cfg.resid_pdrop else None
+        if seed is not None:
+            seed = (*seed[:2], seed[2] * jnp.uint32(T)) if cfg.resid_pdrop else None
+        if kernels.norm != 'fused':
+            return xla_add_norm(cfg, x_ND, branch, norm, seed)
         scale_D, bias_D = norm['scale'], norm.get('bias')
         options = cfg.resid_pdrop, cfg.layer_norm_epsilon, cfg.compute_dtype
         return add_norm(x_ND, *branch, scale_D, bias_D, seed, *options)
@@ -51,7 +54,11 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key):
     def attention_branch(y_ND, attn, seed):
         qkv_BT3HK = matmul(y_ND, attn['c_attn']).reshape(B, T, 3, H, K)
         seed = seed if cfg.attn_pdrop else None
-        z_BTHK = attention(qkv_BT3HK, attn['c_attn'].get('bias'), seed, cfg.attn_pdrop)
+        bias_3HK = attn['c_attn'].get('bias')
+        if kernels.attention == 'fused':
+            z_BTHK = attention(qkv_BT3HK, bias_3HK, seed, cfg.attn_pdrop)
+        else:
+            z_BTHK = xla_attention(cfg, qkv_BT3HK, bias_3HK, seed)
         return matmul(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
 
     def cudnn_branch(y_ND, attn):
@@ -77,13 +84,17 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key):
     def block(x_ND, branch, h, seeds_3):
         """Adds `branch`, from the block before, and returns this block's own, not yet added."""
         x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_1'], seeds_3[0])
-        if cfg.attention == 'cudnn':
+        if kernels.attention == 'cudnn':
             branch = cudnn_branch(y_ND, h['attn'])
         else:
             branch = attention_branch(y_ND, h['attn'], seeds_3[1])
         x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_2'], seeds_3[2])
         c_fc, c_proj = h['mlp']['c_fc'], h['mlp']['c_proj']
-        h_NF = gelu(matmul(y_ND, c_fc), c_fc.get('bias'))
+        h_NF, bias_F = matmul(y_ND, c_fc), c_fc.get('bias')
+        if kernels.gelu == 'fused':
+            h_NF = gelu(h_NF, bias_F)
+        else:
+            h_NF = FAST.activate(cfg.activation_function, add_bias(h_NF, bias_F))
         return x_ND, (matmul(h_NF, c_proj), c_proj.get('bias'))
 
     x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
@@ -93,28 +104,58 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key):
     return add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])[1]
 
 
-def make_value_and_grad(cfg: GPT2Config) -> Callable:
+def add_bias(x, bias):
+    """x + bias in the dtype of x; a bias of None adds nothing."""
+    return x if bias is None else x + bias.astype(x.dtype)
+
+
+def xla_add_norm(cfg: GPT2Config, x_ND, branch, norm, seed):
+    """kernels/norm.py's add_norm, as model/gpt2.py computes it."""
+    branch_ND, branch_bias_D = branch
+    if branch_ND is not None:
+        x_ND = x_ND + dropout(add_bias(branch_ND, branch_bias_D), seed, cfg.resid_pdrop)
+    y_ND = FAST.normalize(x_ND.astype(jnp.float32), cfg.layer_norm_epsilon) * norm['scale']
+    return x_ND, add_bias(y_ND, norm.get('bias')).astype(cfg.compute_dtype)
+
+
+def xla_attention(cfg: GPT2Config, qkv_BT3HK, bias_3HK, seed):
+    """kernels/attention.py's attention, as model/gpt2.py computes it."""
+    q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(add_bias(qkv_BT3HK, bias_3HK), 2, 0)
+    k_BHSK, v_BHSK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
+    options = {'precision': cfg.precision, 'rate': cfg.attn_pdrop, 'seed': seed, 'ops': FAST}
+    return causal_attention(q_BTHK, k_BHSK, v_BHSK, **options)
+
+
+def make_value_and_grad(cfg: GPT2Config, kernels: Kernels = FUSED) -> Callable:
     """The function of step.plain_value_and_grad, by fused kernels."""
-    return functools.partial(value_and_grad, cfg)
+    return functools.partial(value_and_grad, cfg, kernels)
 
 
-def value_and_grad(cfg: GPT2Config, params, batch, dropout_key, n_targets: int):
-    """The summed loss of a (micro-)batch over `n_targets`, and its gradient.
-
-    The leaves 'kernel' are cast to the compute dtype before differentiation, so their gradients
-    stay in that dtype, as the matrix products return them, and are read at half the bytes. The
-    gradient of the token embedding may have rows of 0 after the last row.
-    """
+def cast_kernels(cfg: GPT2Config, params):
+    """The leaves 'kernel' in the compute dtype, the others as they are."""
 
     def cast(path, leaf):
         return leaf.astype(cfg.compute_dtype) if path[-1].key == 'kernel' else leaf
 
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def value_and_grad(
+    cfg: GPT2Config, kernels: Kernels, params, batch, dropout_key, n_targets: int, first_row=0
+):
+    """The summed loss of a (micro-)batch over `n_targets`, and its gradient.
+
+    The leaves 'kernel' are cast to the compute dtype before differentiation, so their gradients
+    stay in that dtype, as the matrix products return them, and are read at half the bytes. The
+    gradient of the token embedding may have rows of 0 after the last row. `first_row` is as in
+    `features`.
+    """
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
     embed_BTD, pos_embed_TD = embed(wte_VD, wpe_PD, batch['inputs'], 0)
     x_BTD = (embed_BTD + pos_embed_TD).astype(cfg.stream_dtype)
     y_ND, pull_back = jax.vjp(
-        lambda params, x_BTD: features(cfg, params, x_BTD, dropout_key),
-        jax.tree_util.tree_map_with_path(cast, params),
+        lambda params, x_BTD: features(cfg, params, x_BTD, dropout_key, kernels, first_row),
+        cast_kernels(cfg, params),
         x_BTD,
     )
     nats_N, dy_ND, dwte_VD = head_loss(y_ND, wte_VD, batch['targets'].reshape(-1), 1 / n_targets)
@@ -130,13 +171,12 @@ def value_and_grad(cfg: GPT2Config, params, batch, dropout_key, n_targets: int):
 def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
     """The table with each of `rows` added to the row of its token: the gradient of a lookup.
 
-    A GPU's scatter-add uses atomics, in no fixed order, so two runs differ; and the 16,384 rows of
-    a character model would wait for each other at 65 places (15 of 25 ms a step in bf16 on an
-    H100). For a small vocabulary a matrix product does it.
+    For a small vocabulary a matrix product does it: the 16,384 rows of a character model share 65
+    tokens, and one program would add up thousands of them.
     """
-    V = table_VD.shape[0]
+    V, D = table_VD.shape
     if V > 1024:
-        return table_VD.at[tokens_BT].add(rows_BTD.astype(table_VD.dtype))
+        return add_rows(table_VD, tokens_BT.reshape(-1), rows_BTD.reshape(-1, D))
     one_hot_BTV = jax.nn.one_hot(tokens_BT, V, dtype=cfg.compute_dtype)
     return table_VD + jnp.einsum(
         'BTV,BTD->VD',
@@ -147,19 +187,23 @@ def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
     )
 
 
-def global_norm(tree):
-    """sqrt(sum of all squares), fp32, in few passes.
+def sum_of_squares(leaves: list, weights: list[float]):
+    """The sum of weight x^2 over all elements x of all leaves, fp32, in few passes.
 
     Each matrix is summed by rows, all vectors are joined into one, and then these sums are summed.
     """
-    leaves = jax.tree.leaves(tree)
-    matrices = [leaf for leaf in leaves if leaf.size > 1 << 16]
-    vectors = [leaf.reshape(-1) for leaf in leaves if leaf.size <= 1 << 16]
-    parts = [jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1) for leaf in matrices]
-    if vectors:
-        parts.append(jnp.square(jnp.concatenate(vectors)))
+    parts, vectors = [], {}
+    for leaf, weight in zip(leaves, weights, strict=True):
+        if leaf.size > 1 << 16:
+            rows = jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1)
+            parts.append(rows if weight == 1 else rows * weight)
+        else:
+            vectors.setdefault(weight, []).append(leaf.astype(jnp.float32).reshape(-1))
+    for weight, group in vectors.items():
+        squares = jnp.square(jnp.concatenate(group))
+        parts.append(squares if weight == 1 else squares * weight)
     # Without the barrier XLA sums each part by itself: 100 small kernels for the 124M model.
-    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(parts)).sum())
+    return jax.lax.optimization_barrier(jnp.concatenate(parts)).sum()
 
 
 def make_optimizer(
@@ -170,23 +214,37 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> FusedOptimizer:
     """optim.make_optimizer's update, with one kernel for each matrix that reads and writes it once.
 
     XLA computes updates, moments and norms in several passes, and copies leaves that one pass reads
     and another overwrites: the copies alone take 1.3 of 28 ms a step (124M, H100).
-    """
 
-    def update(grads, state, params):
-        norm = global_norm(grads)
+    The state is that of optax, so that a checkpoint is not bound to the kernels it was made with.
+    On a mesh each device updates its own shards.
+    """
+    reference = make_optax(
+        schedule=schedule,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+    )
+
+    def update_shards(grads, state, params, weights, total):
+        """`weights` count each shard once, however many devices hold it; `total` adds over them."""
+        adam = optax.tree.get(state, 'ScaleByAdamState')
+        norm = jnp.sqrt(total(sum_of_squares(jax.tree.leaves(grads), weights)))
         scalars = {
-            'learning_rate': schedule(state.count),
+            'learning_rate': schedule(adam.count),
             'factor': jnp.where(norm > clip_norm, clip_norm / norm, 1) if clip_norm else 1.0,
-            'correct1': 1 / bias_correction(beta1, state.count + 1),
-            'correct2': 1 / bias_correction(beta2, state.count + 1),
+            'correct1': 1 / bias_correction(beta1, adam.count + 1),
+            'correct2': 1 / bias_correction(beta2, adam.count + 1),
         }
         scalars_4 = jnp.stack([jnp.float32(x) for x in scalars.values()])
-        leaves = list(zip(*map(jax.tree.leaves, (grads, state.m, state.v, params)), strict=True))
+        leaves = list(zip(*map(jax.tree.leaves, (grads, adam.mu, adam.nu, params)), strict=True))
         decays = jax.tree.leaves(decay_mask(params))
         matrices = [i for i, is_matrix in enumerate(decays) if is_matrix]
         vectors = [i for i, is_matrix in enumerate(decays) if not is_matrix]
@@ -194,19 +252,38 @@ def make_optimizer(
         for i in matrices:
             rates = beta1, beta2, eps, weight_decay
             *new[i], partial = adamw(*leaves[i], scalars_4, rates=rates)
-            sums.append(partial)
+            sums.append(partial * weights[i])
         for start in range(0, len(vectors), MAX_VECTORS):
             group = vectors[start : start + MAX_VECTORS]
             columns = map(list, zip(*(leaves[i] for i in group), strict=True))
             rates = beta1, beta2, eps, 0.0
             *together, partial = adamw_vectors(*columns, scalars_4, rates=rates)
             new |= zip(group, zip(*together, strict=True), strict=True)
-            sums.append(partial)
+            sums.append(partial * jnp.array([weights[i] for i in group])[:, None])
         tree = jax.tree.structure(params)
         columns = zip(*(new[i] for i in range(len(leaves))), strict=True)
         m, v, params = (jax.tree.unflatten(tree, column) for column in columns)
-        update_norm, param_norm = jnp.sqrt(jnp.concatenate(sums).sum(0))
+        update_norm, param_norm = jnp.sqrt(total(jnp.concatenate(sums).sum(0)))
         norms = {'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}
-        return params, AdamWState(state.count + 1, m, v), norms
+        return params, optax.tree.set(state, mu=m, nu=v, count=adam.count + 1), norms
 
-    return FusedOptimizer(zero_moments, update)
+    def update(grads, state, params):
+        if mesh is None or mesh.size == 1:
+            ones = [1.0] * len(jax.tree.leaves(params))
+            return update_shards(grads, state, params, ones, lambda x: x)
+        spec, state_spec = (collectives.specs(mesh, tree) for tree in (params, state))
+        weights = [
+            1 / collectives.copies(mesh, leaf_spec)
+            for leaf_spec in jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
+        ]
+        return jax.shard_map(
+            lambda *trees: update_shards(
+                *trees, weights, lambda x: jax.lax.psum(x, mesh.axis_names)
+            ),
+            mesh=mesh,
+            in_specs=(spec, state_spec, spec),
+            out_specs=(spec, state_spec, P()),
+            check_vma=False,
+        )(grads, state, params)
+
+    return FusedOptimizer(reference.init, update)

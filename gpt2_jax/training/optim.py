@@ -106,12 +106,12 @@ def make_optimizer(
 
 
 def as_parameters(grads, params):
-    """The gradients, cut and cast to the shapes and dtypes of the parameters.
+    """The gradients in fp32, cut to the shapes of the parameters.
 
     Without fused GPU kernels this changes nothing. The kernels may return bf16 gradients with rows
     of padding after the last row.
     """
-    return jax.tree.map(lambda g, p: g[: len(p)].astype(p.dtype), grads, params)
+    return jax.tree.map(lambda g, p: g[: len(p)].astype(jnp.float32), grads, params)
 
 
 def apply_update(optimizer: Optimizer, grads, opt_state, params):

@@ -1,20 +1,29 @@
 """What a run compiles: the initial state, the update, and helpers to compile in the background."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import jax
 import numpy as np
 
+from gpt2_jax.kernels.choose import XLA, Kernels
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import init_params
+from gpt2_jax.parallel.collectives import first_row, on_own_rows
 from gpt2_jax.parallel.faults import warn_about_program
 from gpt2_jax.parallel.mesh import batch_sharding, one_at_a_time
 from gpt2_jax.parallel.partition import make_unshard
 from gpt2_jax.progress import Progress
-from gpt2_jax.training.setup import Setup, check_kernels
-from gpt2_jax.training.step import TrainState, init_state, make_train_step, plain_value_and_grad
+from gpt2_jax.training.setup import Setup
+from gpt2_jax.training.step import (
+    TrainState,
+    accumulate,
+    init_state,
+    make_train_step,
+    plain_value_and_grad,
+)
 
 # Smaller vocabularies have all logits at once.
 LARGE_VOCAB = 4096
@@ -60,7 +69,7 @@ def compiler_options(setup: Setup) -> dict[str, bool]:
     fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
     (shakespeare_fast.py, H100).
     """
-    return {'xla_gpu_enable_triton_gemm': False} if setup.model.cfg.kernels == 'fused' else {}
+    return {'xla_gpu_enable_triton_gemm': False} if setup.kernels.fused_training else {}
 
 
 def targets_at_once(setup: Setup, training: bool) -> int:
@@ -78,32 +87,48 @@ def targets_at_once(setup: Setup, training: bool) -> int:
 
 
 def make_value_and_grad(
-    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
+    model: GPT2,
+    kernels: Kernels = XLA,
+    unshard: Callable = lambda params: params,
+    chunk_targets: int = 0,
 ) -> Callable:
-    """The loss and its gradient by model.kernels: see step.plain_value_and_grad and fused_step."""
-    if model.cfg.kernels == 'fused':
+    """The loss and its gradient on one device: see step.plain_value_and_grad and fused_step."""
+    if kernels.fused_training:
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
-        return fused_step.make_value_and_grad(model.cfg)
+        return fused_step.make_value_and_grad(model.cfg, kernels)
     return plain_value_and_grad(model, unshard, chunk_targets)
+
+
+def make_loss_and_grads(setup: Setup) -> Callable:
+    """The loss and its gradient on the mesh, over the micro-batches: see step.accumulate.
+
+    XLA divides the plain model over a mesh by itself. Fused kernels run on each device's own rows.
+    """
+    value_and_grad = make_value_and_grad(
+        setup.model, setup.kernels, make_unshard(setup.mesh), targets_at_once(setup, training=True)
+    )
+    n = setup.config.train.grad_accum_steps
+    if not setup.kernels.fused_training or setup.mesh.size == 1:
+        return accumulate(value_and_grad, n)
+    from gpt2_jax.training.fused_step import cast_kernels
+
+    def on_rows(params, micro_batch, dropout_key, n_targets):
+        row = first_row(len(micro_batch['inputs']))
+        return value_and_grad(params, micro_batch, dropout_key, n_targets, first_row=row)
+
+    cast = functools.partial(cast_kernels, setup.model.cfg)
+    return on_own_rows(setup.mesh, accumulate(on_rows, n), cast, setup.config.train.reduce_dtype)
 
 
 def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:
     """The update, train_step(state, batch) -> (state, metrics), which reuses the state's memory.
 
-    It is compiled at its first call or, given a pool, on a thread of that from now on. Raises
-    UsageError as check_kernels does.
+    It is compiled at its first call or, given a pool, on a thread of that from now on.
     """
-    check_kernels(setup)
     train = setup.config.train
     update = make_train_step(
-        make_value_and_grad(
-            setup.model, make_unshard(setup.mesh), targets_at_once(setup, training=True)
-        ),
-        setup.optimizer,
-        setup.schedule,
-        seed=train.seed,
-        grad_accum_steps=train.grad_accum_steps,
+        make_loss_and_grads(setup), setup.optimizer, setup.schedule, seed=train.seed
     )
     jitted = jax.jit(
         update,

@@ -63,7 +63,8 @@ def checkpoint_meta(setup: Setup, workdir: Path, progress: Progress) -> dict[str
 def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend: bool) -> Start:
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
-    An eval.tokens that was left open is set in the setup's configuration to what it was there.
+    An eval.tokens that was left open, and the order of a run of an older version, are set in the
+    setup's configuration to what they were there.
     Raises UsageError naming every setting that keeps the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
@@ -80,6 +81,9 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         # It was left open: keep the size, so that the losses compare.
         config.eval.tokens, _ = differ.pop('eval.tokens')
         say(f'eval.tokens stays {config.eval.tokens:,}, as at the start of this run')
+    if config.train.order == 'keyed' and 'train.order' in differ:
+        config.train.order, _ = differ.pop('train.order')
+        say("train.order stays 'table': an older version started this run")
     theirs, ours = meta['corpus'], corpus_identity(setup)
     if theirs['sha256'] != ours['sha256']:
         differ['data.corpus (its text)'] = tuple(

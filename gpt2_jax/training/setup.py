@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import load
 from gpt2_jax.data.dataset import Dataset
-from gpt2_jax.errors import UsageError
-from gpt2_jax.kernels.support import unmet_needs
+from gpt2_jax.kernels.choose import Kernels, Place, choose
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import flops_per_token, init_params
@@ -22,12 +21,17 @@ from gpt2_jax.training.step import TrainState, init_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The setup of a run. `shapes` and `layout` are TrainStates of shapes and of shardings."""
+    """The setup of a run. `shapes` and `layout` are TrainStates of shapes and of shardings.
+
+    `kernels` names the code of each part, and `reasons` says why a faster one was not taken.
+    """
 
     config: ConfigDict
     mesh: jax.sharding.Mesh
     dataset: Dataset
     model: GPT2
+    kernels: Kernels
+    reasons: dict[str, str]
     schedule: optax.Schedule
     optimizer: Optimizer
     shapes: TrainState
@@ -60,33 +64,49 @@ class Setup:
         return min(n_targets, self.config.eval.tokens or n_targets)
 
     @property
-    def batch_options(self) -> dict[str, int]:
+    def batch_options(self) -> dict[str, int | str]:
         """What addresses the batches of this run: the options of feed.train_batch."""
         train = self.config.train
-        return {'seed': train.seed, 'batch_size': train.batch_size, 'seq_len': train.seq_len}
+        return {
+            'seed': train.seed,
+            'order': train.order,
+            'batch_size': train.batch_size,
+            'seq_len': train.seq_len,
+        }
 
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     """The setup that a resolved configuration describes. Loads the data, unless they are given.
 
-    Raises UserError for data that cannot be read, UsageError for a mesh larger than the machine.
+    Raises UserError for data that cannot be read, UsageError for a mesh larger than the machine and
+    for kernels that cannot run on it.
     """
     mesh = make_mesh(**config.mesh)
     dataset = dataset or load.load_dataset(**config.data)
     cfg = GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size)
-    model = GPT2(cfg, training_ops(cfg.attention))
+    kernels, reasons = choose(cfg, config.optim.implementation, place_of(config, mesh))
+    model = GPT2(cfg, training_ops(kernels.evaluation))
     schedule = build_schedule(config)
-    optimizer = _build_optimizer(config, schedule)
+    optimizer = _build_optimizer(config, kernels.optimizer, schedule, mesh)
     shapes = jax.eval_shape(lambda: init_state(init_params(cfg, 0), optimizer))
     layout = partition.shardings(mesh, shapes)
-    return Setup(config, mesh, dataset, model, schedule, optimizer, shapes, layout)
+    return Setup(
+        config, mesh, dataset, model, kernels, reasons, schedule, optimizer, shapes, layout
+    )
+
+
+def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
+    """Where the update runs: its platform, and the share of a micro-batch that a device has."""
+    train, shares = config.train, mesh.shape['data'] * mesh.shape['fsdp']
+    rows = train.batch_size // train.grad_accum_steps // shares
+    return Place(mesh.devices.flat[0].platform, mesh.shape['tensor'], rows, train.seq_len)
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
     """The learning rate as a function of the update's number."""
     optim = config.optim
     return make_schedule(
-        implementation=optim.implementation,
+        implementation='explicit' if optim.implementation == 'explicit' else 'optax',
         learning_rate=optim.learning_rate,
         end_learning_rate=optim.end_learning_rate,
         warmup_steps=optim.warmup_steps,
@@ -94,7 +114,9 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
     )
 
 
-def _build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> Optimizer:
+def _build_optimizer(
+    config: ConfigDict, implementation: str, schedule: optax.Schedule, mesh: jax.sharding.Mesh
+) -> Optimizer:
     optim = config.optim
     options = {
         'schedule': schedule,
@@ -104,34 +126,8 @@ def _build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> Optimizer:
         'weight_decay': optim.weight_decay,
         'clip_norm': optim.clip_norm,
     }
-    if optim.implementation == 'fused':
+    if implementation == 'fused':
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
-        return fused_step.make_optimizer(**options)
-    return make_optimizer(implementation=optim.implementation, **options)
-
-
-def check_kernels(setup: Setup) -> None:
-    """Raises UsageError if the configuration asks for fast paths that cannot run here, and why."""
-    config, cfg = setup.config, setup.model.cfg
-    asked = {
-        'training': ('model.kernels', cfg.kernels == 'fused', 'model.kernels=xla'),
-        'optimizer': (
-            'optim.implementation',
-            config.optim.implementation == 'fused',
-            'optim.implementation=optax',
-        ),
-        'cudnn': ('model.attention', cfg.attention == 'cudnn', 'model.attention=xla'),
-    }
-    for part, (setting, is_asked, instead) in asked.items():
-        needs = unmet_needs(
-            part,
-            cfg,
-            setup.device.platform,
-            n_devices=setup.mesh.size,
-            rows=setup.rows_per_micro_batch,
-            seq_len=config.train.seq_len,
-        )
-        if is_asked and (need := next(needs, None)):
-            value = 'cudnn' if part == 'cudnn' else 'fused'
-            raise UsageError(f"{setting} = '{value}' needs {need}; else set --config.{instead}")
+        return fused_step.make_optimizer(mesh=mesh, **options)
+    return make_optimizer(implementation=implementation, **options)

@@ -56,20 +56,42 @@ def plain_value_and_grad(
     return jax.value_and_grad(mean_loss)
 
 
+def accumulate(value_and_grad: Callable, grad_accum_steps: int) -> Callable:
+    """loss_and_grads(params, batch, step_key, n_targets) -> (loss, grads), over micro-batches.
+
+    The rows of the batch are processed in `grad_accum_steps` equal micro-batches by one lax.scan,
+    and their gradients are added in fp32. Micro-batch m has the dropout key fold_in(step_key, m).
+    `value_and_grad` has the signature of `plain_value_and_grad`'s.
+    """
+
+    def loss_and_grads(params, batch: Batch, step_key, n_targets: int):
+        def micro_step(index, micro_batch):
+            return value_and_grad(
+                params, micro_batch, jax.random.fold_in(step_key, index), n_targets
+            )
+
+        def add_micro_step(total, indexed):
+            loss, grads = micro_step(*indexed)
+            return jax.tree.map(jnp.add, total, (loss, as_parameters(grads, params))), None
+
+        if grad_accum_steps == 1:
+            return micro_step(0, batch)
+        micro_batches = jax.tree.map(lambda x: split_rows(x, grad_accum_steps), batch)
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        indexed = jnp.arange(grad_accum_steps), micro_batches
+        return jax.lax.scan(add_micro_step, (jnp.float32(0), zero), indexed)[0]
+
+    return loss_and_grads
+
+
 def make_train_step(
-    value_and_grad: Callable,
-    optimizer: Optimizer,
-    schedule: optax.Schedule,
-    *,
-    seed: int,
-    grad_accum_steps: int,
+    loss_and_grads: Callable, optimizer: Optimizer, schedule: optax.Schedule, *, seed: int
 ) -> Callable:
     """The function train_step(state, batch) -> (state, metrics). Donate the state to jit.
 
-    The B rows of the batch are processed in `grad_accum_steps` equal micro-batches by one lax.scan,
-    and their gradients add up to the gradient of the mean loss over all B T targets. Dropout keys
-    are a function of (seed, step, micro-batch) alone, so a restarted run draws the same masks.
-    `value_and_grad` has the signature of `plain_value_and_grad`'s.
+    `loss_and_grads` (see `accumulate`) returns the mean loss over all B T targets and its gradient.
+    Dropout keys are a function of (seed, step, micro-batch) alone, so a restarted run draws the
+    same masks.
 
     The metrics are fp32 scalars: the loss in nats per token, the learning_rate of this update, and
     three global norms: grad_norm (the gradient before clipping), update_norm (the change of the
@@ -79,24 +101,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        n_targets = batch['targets'].size
-
-        def micro_step(index, micro_batch):
-            dropout_key = jax.random.fold_in(step_key, index)
-            return value_and_grad(state.params, micro_batch, dropout_key, n_targets)
-
-        def add_micro_step(total, indexed):
-            loss, grads = micro_step(*indexed)
-            grads = as_parameters(grads, state.params)
-            return jax.tree.map(jnp.add, total, (loss, grads)), None
-
-        if grad_accum_steps == 1:
-            loss, grads = micro_step(0, batch)
-        else:
-            micro_batches = jax.tree.map(lambda x: split_rows(x, grad_accum_steps), batch)
-            zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-            indexed = jnp.arange(grad_accum_steps), micro_batches
-            (loss, grads), _ = jax.lax.scan(add_micro_step, zero, indexed)
+        loss, grads = loss_and_grads(state.params, batch, step_key, batch['targets'].size)
         params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}
         return TrainState(state.step + 1, params, opt_state), metrics

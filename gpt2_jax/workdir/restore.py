@@ -12,7 +12,7 @@ from gpt2_jax import config as config_lib
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UserError
-from gpt2_jax.kernels.support import usable
+from gpt2_jax.kernels.choose import evaluation_attention, usable
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
@@ -37,8 +37,8 @@ class Restored:
 def load(run: Path, step: str) -> Restored:
     """The model of a run's folder at `step`: 'best', 'latest' or a number. Changes nothing.
 
-    If no checkpoint was evaluated, the latest counts as the best. Without an NVIDIA GPU the model
-    uses the 'xla' kernels, whatever it was trained with. Raises UserError if there is no such
+    If no checkpoint was evaluated, the latest counts as the best. Kernels that cannot run here are
+    replaced, whatever it was trained with. Raises UserError if there is no such
     checkpoint, or if it is damaged.
     """
     folder = run / FOLDER
@@ -58,7 +58,7 @@ def load(run: Path, step: str) -> Restored:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         items = storage.restore_items(manager, number, params=ocp.args.StandardRestore(zeros))
     check_step(path, storage.read_step(path))
-    model = GPT2(cfg, training_ops(cfg.attention))
+    model = GPT2(cfg, training_ops(evaluation_attention(cfg, jax.default_backend())))
     return Restored(number, model, items.params, tokenizer, config, meta)
 
 

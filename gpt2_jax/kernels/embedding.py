@@ -1,4 +1,8 @@
-"""The loss of the tied head, with the gradient of the logits, the largest of all arrays."""
+"""The token embedding at both ends of the model.
+
+head_loss: the loss of the tied head, with the gradient of the logits, the largest of all arrays.
+add_rows: the gradient of the lookup.
+"""
 
 import functools
 
@@ -9,10 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.architecture import padded_vocab
-from gpt2_jax.kernels.launch import LOG2_E, call
+from gpt2_jax.kernels.launch import LOG2_E, call, column_blocks
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
+ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
 
 
 def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
@@ -108,3 +113,57 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dx_ND = (product('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
     return nats_N, dx_ND, product('NV,ND->VD', dlogits_NV, x_ND) * scale
+
+
+def _add_rows_kernel(tokens_ref, order_ref, rows_ref, _, table_ref, *, N, D):
+    """The sum of the rows of one token, if this program is at the first of them, in fixed order."""
+    i, width = pl.program_id(0), table_ref.shape[-1]
+    token = tokens_ref[i]
+    column = pl.program_id(1) * width + jnp.arange(width)
+
+    def is_mine(at):
+        return (at < N) & (tokens_ref[jnp.minimum(at, N - 1)] == token)
+
+    def add(carry):
+        at, total = carry
+        for each in range(ADDED_ROWS):
+            row = rows_ref.at[order_ref[jnp.minimum(at + each, N - 1)], :]
+            mask = is_mine(at + each) & (column < D)
+            total += plgpu.load(row, mask=mask, other=0.0).astype(jnp.float32)
+        return at + ADDED_ROWS, total
+
+    @pl.when((i == 0) | (tokens_ref[jnp.maximum(i, 1) - 1] != token))
+    def _():
+        start = i, jnp.zeros(width, jnp.float32)
+        _, total = lax.while_loop(lambda carry: is_mine(carry[0]), add, start)
+        row = table_ref.at[token, :]
+        total += plgpu.load(row, mask=column < D, other=0.0)
+        plgpu.store(row, total, mask=column < D)
+
+
+@jax.jit
+def add_rows(table_VD, tokens_N, rows_ND):
+    """The table, fp32, with each row added to the row of its token, in its memory: (V, D).
+
+    Two runs give the same bits. XLA's scatter-add adds with atomics, in no fixed order. Here the
+    rows are sorted by token, and one program adds up all rows of a token.
+    """
+    (V, D), N = table_VD.shape, len(tokens_N)
+    order_N = jnp.argsort(tokens_N, stable=True).astype(jnp.int32)
+    width, blocks = column_blocks(D, 1024)
+    whole = pl.BlockSpec((N,), lambda i, j: (0,))
+    return call(
+        functools.partial(_add_rows_kernel, N=N, D=D),
+        grid=(N, blocks),
+        warps=ADD_WARPS,
+        name='add_rows',
+        in_specs=[
+            whole,
+            whole,
+            pl.BlockSpec((N, width), lambda i, j: (0, j)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec((V, width), lambda i, j: (0, j)),
+        out_shape=jax.ShapeDtypeStruct(table_VD.shape, table_VD.dtype),
+        input_output_aliases={3: 0},
+    )(tokens_N[order_N], order_N, rows_ND, table_VD)

@@ -1,0 +1,165 @@
+"""The one door to the fast paths: which code computes each part, here and in this configuration.
+
+A part is attention, norm, gelu or loss of a training step, the optimizer, the attention of an
+evaluation, or decoding. Each takes the fastest implementation whose needs are met:
+
+    fused   the GPU kernels of this package
+    cudnn   cuDNN's attention
+    xla     what XLA compiles from model/gpt2.py;  optax: the same of the optimizer
+
+Only the kernels import Pallas, so that asking costs nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.errors import UsageError
+
+# The fused kernels of training process queries and keys in blocks of the first number, and rows
+# (the tokens of a device's micro-batch) in groups of the second.
+SEQ_LEN_MULTIPLE = 64
+ROWS_MULTIPLE = 2048
+HEAD_DIMS = (16, 32, 64, 128)
+# Tokens of a device's micro-batch from which cuDNN's attention is the faster one without dropout:
+# its three products pay only if they are large.
+CUDNN_TOKENS = 24 * 1024
+
+
+class Kernels(NamedTuple):
+    """The implementation of each part."""
+
+    attention: str = 'xla'
+    norm: str = 'xla'
+    gelu: str = 'xla'
+    loss: str = 'xla'
+    optimizer: str = 'optax'
+    evaluation: str = 'xla'
+    decoding: str = 'xla'
+
+    @property
+    def fused_training(self) -> bool:
+        """Whether training/fused_step.py computes the loss and its gradient."""
+        return 'fused' in (self.attention, self.norm, self.gelu, self.loss)
+
+
+XLA = Kernels()
+FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'xla', 'fused')
+
+
+class Place(NamedTuple):
+    """Where a model runs: JAX's name of the platform, and one device's share of a micro-batch."""
+
+    platform: str
+    tensor: int = 1
+    rows: int | None = None
+    seq_len: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one device."""
+        return (self.rows or 0) * (self.seq_len or 0)
+
+
+def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator[str]:
+    """Yields what the implementation `name` of a part needs and lacks here; nothing if it can run.
+
+    `part` is a field of Kernels. Without `rows` and `seq_len` their needs are not looked at.
+    """
+    if name not in ('fused', 'cudnn'):
+        return
+    training = part in ('attention', 'norm', 'gelu', 'loss')
+    if place.platform != 'gpu':
+        yield f'an NVIDIA GPU, but this runs on {place.platform}'
+    if part == 'optimizer':
+        return
+    if cfg.dtype != 'bfloat16':
+        yield "model.dtype = 'bfloat16'"
+    if name == 'cudnn':
+        if training and cfg.attn_pdrop:
+            yield 'model.attn_pdrop = 0: its kernel has no dropout'
+        if cfg.head_dim % 8 or cfg.head_dim > 128:
+            yield (
+                f'a head width n_embd / n_head that is a multiple of 8 up to 128, not '
+                f'{cfg.head_dim}'
+            )
+        return
+    if training and place.tensor > 1:
+        yield 'mesh.tensor = 1: its kernels hold whole heads and rows'
+    if part == 'gelu' and cfg.activation_function != 'gelu_new':
+        yield "model.activation_function = 'gelu_new'"
+    if part == 'attention':
+        if cfg.head_dim not in HEAD_DIMS:
+            yield f'a head width n_embd / n_head = 16, 32, 64 or 128, not {cfg.head_dim}'
+        if place.seq_len and place.seq_len % SEQ_LEN_MULTIPLE:
+            yield f'train.seq_len to be a multiple of {SEQ_LEN_MULTIPLE}, not {place.seq_len}'
+    if part in ('norm', 'gelu') and place.tokens % ROWS_MULTIPLE:
+        tokens = f'{place.rows} rows x {place.seq_len} tokens'
+        yield f'a multiple of {ROWS_MULTIPLE:,} tokens on a device, not {tokens}'
+
+
+def choose(cfg: GPT2Config, optimizer: str, place: Place) -> tuple[Kernels, dict[str, str]]:
+    """The implementation of each part, and for each that a faster one was not taken for, why.
+
+    `optimizer` is the setting optim.implementation; model.kernels and model.attention are in `cfg`.
+    A setting of 'auto' takes the fastest that can run, any other forces its value. Raises
+    UsageError if what is forced cannot run here.
+    """
+    chosen, reasons = {}, {}
+    for part in Kernels._fields:
+        options, setting = _options(part, cfg, optimizer, place)
+        for name in options:
+            need = next(unmet_needs(part, name, cfg, place), None)
+            if need is None:
+                chosen[part] = name
+                break
+            if setting:
+                raise UsageError(
+                    f"{setting} = '{name}' needs {need}; else set --config.{setting}=auto"
+                )
+            reasons.setdefault(part, f'{name} needs {need}')
+    return Kernels(**chosen), reasons
+
+
+def _options(
+    part: str, cfg: GPT2Config, optimizer: str, place: Place
+) -> tuple[tuple[str, ...], str]:
+    """The implementations that may be taken, the fastest first, and the setting that forces one."""
+    if part == 'optimizer':
+        return (
+            (('fused', 'optax'), '')
+            if optimizer == 'auto'
+            else ((optimizer,), 'optim.implementation')
+        )
+    if part == 'decoding':  # scripts/sample.py has a flag of its own: a run is not refused for it
+        return (('xla',) if cfg.kernels == 'xla' else ('fused', 'xla')), ''
+    if part == 'evaluation':  # the fused kernel of this package is for training alone
+        is_xla = cfg.attention == 'xla' or (cfg.attention, cfg.kernels) == ('auto', 'xla')
+        return (('xla',) if is_xla else ('cudnn', 'xla')), ''
+    if part == 'attention' and cfg.attention != 'auto':
+        return (cfg.attention,), 'model.attention'
+    if cfg.kernels != 'auto':
+        return (cfg.kernels,), 'model.kernels'
+    if part == 'attention':
+        by_size = ('cudnn', 'fused') if place.tokens >= CUDNN_TOKENS else ('fused', 'cudnn')
+        return (*by_size, 'xla'), ''
+    return ('fused', 'xla'), ''
+
+
+def evaluation_attention(cfg: GPT2Config, platform: str) -> str:
+    """The attention of evaluation on this platform: 'cudnn' or 'xla'."""
+    options, _ = _options('evaluation', cfg, 'auto', Place(platform))
+    return next(
+        name for name in options if not any(unmet_needs('evaluation', name, cfg, Place(platform)))
+    )
+
+
+def usable(cfg: GPT2Config, platform: str) -> GPT2Config:
+    """The same model, with 'auto' for each setting that forces what cannot run on this platform."""
+    place, changes = Place(platform), {}
+    if cfg.kernels == 'fused' and any(unmet_needs('loss', 'fused', cfg, place)):
+        changes['kernels'] = 'auto'
+    if any(unmet_needs('attention', cfg.attention, cfg, place)):
+        changes['attention'] = 'auto'
+    return dataclasses.replace(cfg, **changes)

@@ -1,0 +1,76 @@
+"""A program on each device's own rows, with JAX's collectives around it (Rajbhandari et al. 2020).
+
+Each device gathers the parameters, computes the loss of its rows and its gradients, and these are
+summed over the devices; under fsdp a device receives the sum of its own shard alone.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.parallel.partition import shardings
+
+ROW_AXES = ('data', 'fsdp')  # the mesh axes that share the rows of a batch
+
+
+def specs(mesh: Mesh, tree):
+    """The PartitionSpec of each leaf, as shard_map takes them."""
+    return jax.tree.map(lambda sharding: sharding.spec, shardings(mesh, tree))
+
+
+def copies(mesh: Mesh, spec: P) -> int:
+    """How many devices hold the same shard of a leaf with this spec."""
+    return mesh.size // math.prod(mesh.shape[axis] for axis in spec if axis)
+
+
+def first_row(rows: int):
+    """The number of this device's first row, if each device of the mesh has `rows` rows."""
+    return lax.axis_index(ROW_AXES) * rows
+
+
+def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str) -> Callable:
+    """step.accumulate's function on a mesh, each device on its own rows.
+
+    `cast` prepares the shards for use, before they are gathered: bf16 takes half the transfers of
+    fp32. `dtype` is the one in which gradients are sent and added, once an update. The mesh axis
+    'tensor' must have size 1.
+    """
+
+    is_sharded = mesh.shape['fsdp'] > 1  # a collective over one device would copy each leaf
+
+    def gather(shard, spec: P):
+        """The whole leaf from its shards over 'fsdp'."""
+        if not is_sharded or 'fsdp' not in spec:
+            return shard
+        return lax.all_gather(shard, 'fsdp', axis=spec.index('fsdp'), tiled=True)
+
+    def add_up(gradient, spec: P):
+        """The sum over all devices, of the shard that this one holds."""
+        if not is_sharded or 'fsdp' not in spec:
+            return lax.psum(gradient, ROW_AXES)
+        axis = spec.index('fsdp')
+        own = lax.psum_scatter(gradient, 'fsdp', scatter_dimension=axis, tiled=True)
+        return lax.psum(own, 'data') if mesh.shape['data'] > 1 else own
+
+    def on_mesh(params, batch, step_key, n_targets: int):
+        spec = specs(mesh, params)
+
+        def here(shards, rows, key):
+            whole = jax.tree.map(gather, cast(shards), spec)
+            loss, grads = loss_and_grads(whole, rows, key, n_targets)
+            grads = jax.tree.map(lambda g: g.astype(dtype), grads)
+            return lax.psum(loss, ROW_AXES), jax.tree.map(add_up, grads, spec)
+
+        return jax.shard_map(
+            here,
+            mesh=mesh,
+            in_specs=(spec, P(ROW_AXES), P()),
+            out_specs=(P(), spec),
+            check_vma=False,
+        )(params, batch, step_key)
+
+    return on_mesh
