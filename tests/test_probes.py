@@ -25,7 +25,7 @@ STEPS = [0, 1, 2, 4, 8, 16]
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
-    with runs.compile_once():
+    with runs.compile_once(), runs.trace_once():
         yield
 
 

@@ -28,7 +28,7 @@ STEPS = runs.SMALL['train.steps']
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
-    with runs.compile_once():
+    with runs.compile_once(), runs.trace_once():
         yield
 
 

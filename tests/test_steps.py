@@ -33,7 +33,7 @@ STEPS, LONGER = 6, 10
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
-    with runs.compile_once():
+    with runs.compile_once(), runs.trace_once():
         yield
 
 

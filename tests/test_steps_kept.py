@@ -18,7 +18,7 @@ from gpt2_jax.workdir.storage import Kept, is_log_spaced
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once():
-    with runs.compile_once():
+    with runs.compile_once(), runs.trace_once():
         yield
 
 
