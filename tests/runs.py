@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import random
 import runpy
 import struct
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -19,7 +17,6 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.compat.proto.event_pb2 import Event
 
 from gpt2_jax import config as config_lib
@@ -80,29 +77,9 @@ def quiet_train(config, workdir: Path, **options) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@functools.cache
-def compile_cache() -> tempfile.TemporaryDirectory:
-    """A cache of compiled programs, for this process and the processes that it starts."""
-    return tempfile.TemporaryDirectory(prefix='compiled.', ignore_cleanup_errors=True)
-
-
-@contextlib.contextmanager
-def compile_once():
-    """Runs inside share their compiled programs: each run would compile its own again."""
-    changes = {
-        'jax_compilation_cache_dir': compile_cache().name,
-        'jax_persistent_cache_min_compile_time_secs': 0,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    try:
-        for name, value in changes.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def compile_cache() -> Path:
+    """The cache of compiled programs of this session of tests: see conftest.py."""
+    return Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
 
 
 @contextlib.contextmanager

@@ -21,12 +21,6 @@ TRAP = '§'
 QUIET = {'eval__every': 1000, 'eval__sample_tokens': 0, 'log__every': 1}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 def first_step_that_reads(addressing, position):
     """(step, row, place among the inputs) by a search through the batches."""
     T = addressing.seq_len

@@ -28,12 +28,6 @@ from gpt2_jax.inference import harness, lambada, score
 from gpt2_jax.workdir import restore
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """A finished run, its text, and the part of the text that was kept for validation."""
