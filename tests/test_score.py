@@ -41,7 +41,7 @@ def run(tmp_path_factory):
 
 def restored(tokenizer=SMALL, seed=0, **changes) -> restore.Restored:
     """A small random model, as restore.load returns it."""
-    model = tiny(vocab_size=tokenizer.vocab_size, **changes)
+    model = tiny(**{'n_layer': 1, 'vocab_size': tokenizer.vocab_size} | changes)
     config = default_config()
     config.model.update(
         {
