@@ -117,8 +117,9 @@ SETTINGS = {
     ),
     'model.remat': (
         GPT2.remat,
-        SWITCH,
-        'recompute each block in the backward pass: less memory, a third more work',
+        one_of('none', 'block', 'dots'),
+        'what the backward pass computes again; none: nothing; block: each block, for the least '
+        'memory and a third more work; dots: all of a block but its matrix products',
     ),
     'model.attention': (
         GPT2.attention,
@@ -295,6 +296,8 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {
     ('model.kernels', 'open'): 'xla',
     ('model.attention', 'explicit'): 'xla',
+    ('model.remat', False): 'none',
+    ('model.remat', True): 'block',
 }
 
 # What a setting that config.json does not have yet was before it was a setting.
@@ -452,7 +455,7 @@ def from_json(text: str) -> ConfigDict:
             if key != old_key:
                 renamed.append(f'{old_key} is now {key}')
             new_value = value
-            if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            if isinstance(value, str | bool) and (key, value) in RENAMED_VALUES:
                 new_value = RENAMED_VALUES[key, value]
                 renamed.append(f'{key} = {value!r} is now {new_value!r}')
             new_section, new_name = key.split('.')

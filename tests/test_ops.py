@@ -28,7 +28,7 @@ CASES = {
     'one head, exact gelu': dict(
         n_layer=1, n_head=1, activation_function='gelu', n_inner=24, n_positions=7
     ),
-    'dropout, remat': dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, remat=True),
+    'dropout, remat': dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, remat='block'),
 }
 
 
@@ -92,7 +92,7 @@ SMALL = dict(vocab_size=5, n_layer=1, n_head=2, n_embd=4, n_positions=3, n_inner
 TEXT_BT = np.array([[1, 4, 2, 3]])
 
 
-@pytest.fixture(scope='module', params=[False, True], ids=['plain', 'remat'])
+@pytest.fixture(scope='module', params=['none', 'block'])
 def small(request):
     """(logits of a vector of parameters, its loss, the same loss in fp64 by numpy, the vector)."""
     cfg = tiny(**SMALL, remat=request.param).cfg
@@ -164,7 +164,7 @@ def test_second_derivatives_equal_finite_differences(small):
     np.testing.assert_allclose(product @ w, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots'])
 def test_gradients_of_single_texts_by_vmap(remat):
     model = GPT2(tiny(n_layer=1, remat=remat).cfg)
     params, text_BT = rough_params(model), tokens(model, batch=4)
@@ -194,7 +194,7 @@ BLOCK_TAPS = [
 ]
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots'])
 def test_taps_see_every_activation_and_change_nothing(remat):
     model, seen = tiny(remat=remat), {}
     params, ids_BT = rough_params(model), tokens(model)
