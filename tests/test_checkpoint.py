@@ -38,8 +38,8 @@ STEPS = runs.SMALL['train.steps']
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 

@@ -30,8 +30,8 @@ STEPS = runs.SMALL['train.steps']
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 
@@ -120,7 +120,7 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
     draw, run = random.Random(3), tmp_path / 'run'
 
     def start():
-        return kill_runs.start(run, text, runs.compile_cache().name, runs.SMALL)
+        return kill_runs.start(run, text, runs.compile_cache(), runs.SMALL)
 
     moments = (kill_runs.kill(start(), run, draw, in_save=True, delay=0) for _ in range(3))
     assert any('in the save of' in str(moment) for moment in moments)  # usually the first

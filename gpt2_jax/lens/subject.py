@@ -64,7 +64,7 @@ def as_subject(source) -> Subject:
             f'cannot look into {type(source).__name__}: expected the folder of a run, the result '
             'of gpt2_jax.load, or (model, params)'
         )
-    cfg = dataclasses.replace(model if isinstance(model, GPT2Config) else model.cfg, remat=False)
+    cfg = dataclasses.replace(model if isinstance(model, GPT2Config) else model.cfg, remat='none')
     check_params(cfg, params)
     return Subject(cfg, jax.device_put(params), tokenizer)
 

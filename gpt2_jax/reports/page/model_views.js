@@ -137,14 +137,14 @@ function strongest(values, mark, count) {
     .map(one => ({...one, label: partName(one.layer, one.head), choose: () => change({layer: one.layer, head: one.head})}));
 }
 
-// The text with a line from a position to each that the head looks at.
-function textWithLines(query) {
+// The text with a line from a position to each that the head looks at; scrolled there if `follow`.
+function textWithLines(query, follow) {
   const box = el('div', {class: 'lines', id: 'lines'});
   const spans = FACTS.tokens.map((id, index) => {
     const w = weight(state.layer, state.head, query, index);
     const span = el('span', {class: `token ${index === query ? 'here' : ''}`, style: index <= query ? boxStyle('sequential', Math.sqrt(w)) : 'opacity:.45', 'data-at': index},
       visible(tokenText(id)).replace(/␣/g, ' '));
-    span.addEventListener('mouseenter', () => box.replaceWith(textWithLines(index)));
+    span.addEventListener('mouseenter', () => box.replaceWith(textWithLines(index, false)));
     box.append(span);
     if (/\n/.test(tokenText(id))) box.append(el('br'));
     return span;
@@ -152,6 +152,7 @@ function textWithLines(query) {
   const lines = svg('svg', {'aria-hidden': 'true'});
   box.append(lines);
   requestAnimationFrame(() => {
+    if (follow) box.parentElement.scrollTop = spans[query].offsetTop - 150;
     const frame = box.getBoundingClientRect();
     const middle = span => {
       const r = span.getClientRects()[0] || span.getBoundingClientRect();
@@ -213,7 +214,7 @@ function fillAttention(panel) {
   if (has('ablation')) facts.push(['mean loss without it', meanWithout({layer, part: head})]);
   const right = el('div', {},
     el('h3', {style: 'margin-top:0', id: 'head-name'}, `Head ${partName(layer, head)} `, ablateButton(layer, head)),
-    textWithLines(p),
+    el('div', {class: 'text'}, textWithLines(p, true)),
     el('p', {class: 'soft'}, 'Lines: from the marked position to what it looks at. Move over the text to see other positions.'),
     scaleKey('sequential', 'weight 0', '1, by its square root'), map);
   panel.append(el('div', wide ? {class: 'fixed', style: `grid-template-columns:${gridWidth}px minmax(0,1fr)`} : {}, left, right));
@@ -256,13 +257,14 @@ function fillLayers(panel) {
     const cells = [el('b', {class: 'code'}, name)];
     for (const lens of Object.keys(lenses)) {
       const tops = Array.from({length: SHAPE[`${lens}.top`][2]}, (_, k) => [at(`${lens}.top`, layer, p, k), topProbability(lens, layer, p, k)]);
-      cells.push(el('span', {}, tops.slice(0, 4).map(([id, probability]) => guess(id, probability, target))),
-        el('span', {class: 'n'}, String(at(`${lens}.rank`, layer, p))), percent(at(`${lens}.right`, layer, p)));
+      cells.push(el('span', {}, tops.slice(0, WORDS ? 2 : 4).map(([id, probability]) => guess(id, probability, target))),
+        el('span', {class: 'n'}, String(at(`${lens}.rank`, layer, p))));
+      if (!WORDS) cells.push(percent(at(`${lens}.right`, layer, p))); // two lenses with words are wide enough
     }
     return cells;
   }).reverse();
-  const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', 'probability of the right token'])];
-  panel.append(table(columns, rows, {id: 'layers'}), el('p', {class: 'soft'}, `rank and probability of ${guessName(p)}; the last layer on top`));
+  const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', ...(WORDS ? [] : ['probability'])])];
+  panel.append(table(columns, rows, {id: 'layers', class: WORDS ? 'words' : ''}), el('p', {class: 'soft'}, `rank${WORDS ? '' : ' and probability'} of ${guessName(p)}; the last layer on top`));
   panel.append(el('h3', {}, 'When does the model know? Rank of the right token'),
     el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), scaleKey('sequential', 'rank 1', `${FACTS.vocabulary.toLocaleString('en')}, logarithmic`)));
   const most = Math.log(FACTS.vocabulary);
@@ -435,7 +437,7 @@ function fillNorms(panel) {
 function fillCurvature(panel) {
   panel.append(el('h2', {}, 'Curvature of the loss'));
   if (!FACTS.curvature) return panel.append(missing('curvature'));
-  panel.append(explain(`How sharply the loss of this text (its first ${FACTS.firstTokens} tokens) bends around the parameters: the largest and the smallest eigenvalue of its second derivatives, in all parameters and in each part by itself. Steps of gradient descent above 2 / largest overshoot along that direction; a negative smallest one means a saddle.`));
+  panel.append(explain(`How sharply the loss of this text (its first ${FACTS.firstTokens} tokens) bends around the parameters: the largest and the smallest eigenvalue of its second derivatives, in all parameters${Object.keys(FACTS.curvature).length > 1 ? ' and in each part by itself' : ''}. Steps of gradient descent above 2 / largest overshoot along that direction; a negative smallest one means a saddle.`));
   const rows = Object.entries(FACTS.curvature);
   panel.append(el('h3', {}, 'Largest'), el('div', {id: 'curvature'}, bars(rows.map(([label, ends]) => ({label: label === 'all' ? 'whole model' : label, value: ends.top})))),
     el('h3', {}, 'Smallest'), bars(rows.map(([label, ends]) => ({label: label === 'all' ? 'whole model' : label, value: ends.bottom}))));
