@@ -64,7 +64,7 @@ class GPT2Config:
     dtype: str = 'float32'
     # In bf16 the residual stream takes half the memory and traffic; 'float32' rounds logits less.
     residual_dtype: str = 'compute'
-    remat: bool = False
+    remat: str = 'none'
     attention: str = 'auto'
     kernels: str = 'auto'
 

@@ -117,8 +117,9 @@ SETTINGS = {
     ),
     'model.remat': (
         GPT2.remat,
-        SWITCH,
-        'recompute each block in the backward pass: less memory, a third more work',
+        one_of('none', 'block', 'dots'),
+        'what the backward pass computes again; none: nothing; block: each block, for the least '
+        'memory and a third more work; dots: all of a block but its matrix products',
     ),
     'model.attention': (
         GPT2.attention,
@@ -203,6 +204,12 @@ SETTINGS = {
         at_least(0),
         'explain an update whose loss or gradient norm is more than so many standard deviations '
         'above those before it, and continue; 0: never',
+    ),
+    'train.deterministic': (
+        False,
+        SWITCH,
+        'on a GPU: the same bits from the same seed on any GPU of that kind, for 1 to 5 % of the '
+        'time; without it, on the machine that compiled the programs',
     ),
     'train.reduce_dtype': (
         'float32',
@@ -289,6 +296,8 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {
     ('model.kernels', 'open'): 'xla',
     ('model.attention', 'explicit'): 'xla',
+    ('model.remat', False): 'none',
+    ('model.remat', True): 'block',
 }
 
 # What a setting that config.json does not have yet was before it was a setting.
@@ -446,7 +455,7 @@ def from_json(text: str) -> ConfigDict:
             if key != old_key:
                 renamed.append(f'{old_key} is now {key}')
             new_value = value
-            if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            if isinstance(value, str | bool) and (key, value) in RENAMED_VALUES:
                 new_value = RENAMED_VALUES[key, value]
                 renamed.append(f'{key} = {value!r} is now {new_value!r}')
             new_section, new_name = key.split('.')

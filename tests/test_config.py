@@ -127,17 +127,18 @@ def test_settings_of_an_older_version_are_read_and_named(capsys):
     )
     old['train']['accumulate'] = old['train'].pop('grad_accum_steps')
     old['train']['init_which'] = old['train'].pop('init_step')
-    old['model'] |= {'kernels': 'open', 'attention': 'explicit'}
+    old['model'] |= {'kernels': 'open', 'attention': 'explicit', 'remat': True}
     del old['model']['residual_dtype']  # a setting that it did not have
     config = from_json(json.dumps(old))
     assert config.train.grad_accum_steps == 2
     assert config.train.init_step == '5'
     assert (config.model.kernels, config.model.attention) == ('xla', 'xla')
+    assert config.model.remat == 'block'
     assert config.model.residual_dtype == 'compute'
     assert capsys.readouterr().err == (
         "[settings of an older version: model.attention = 'explicit' is now 'xla'; model.kernels = "
-        "'open' is now 'xla'; train.accumulate is now train.grad_accum_steps; train.init_which is "
-        'now train.init_step]\n'
+        "'open' is now 'xla'; model.remat = True is now 'block'; train.accumulate is now "
+        'train.grad_accum_steps; train.init_which is now train.init_step]\n'
     )
     assert from_json(to_json(config)) == config
     assert capsys.readouterr().err == ''

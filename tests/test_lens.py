@@ -112,7 +112,7 @@ def test_activations_equal_numpy_name_by_name(changes):
     'changes',
     [
         {},
-        dict(remat=True),
+        dict(remat='block'),
         dict(dtype='bfloat16'),
         dict(dtype='bfloat16', residual_dtype='float32'),
     ],
@@ -513,7 +513,7 @@ def test_every_kind_of_model_is_accepted(model, params, text):
         ((model.cfg, params), text[0]),
         (with_tokenizer, word),
         (as_subject(with_tokenizer), text[:1]),
-        ((dataclasses.replace(model.cfg, remat=True), params), text[:1]),
+        ((dataclasses.replace(model.cfg, remat='block'), params), text[:1]),
     ):
         np.testing.assert_array_equal(lens.token_losses(source, given), expected)
 

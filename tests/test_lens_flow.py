@@ -20,7 +20,7 @@ SMALL = dict(n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=65)
 CONFIGS = {
     'plain': {},
     'no bias': dict(bias=False, n_inner=500),
-    'remat': dict(remat=True, n_layer=3),
+    'remat': dict(remat='block', n_layer=3),
     'bfloat16': dict(dtype='bfloat16'),
     'exact GELU': dict(activation_function='gelu'),
     'large vocabulary': dict(vocab_size=5000, n_layer=1),

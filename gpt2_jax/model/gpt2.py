@@ -36,7 +36,7 @@ from jax import lax
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.dropout import dropout, dropout_seeds
-from gpt2_jax.model.ops import PLAIN, Ops
+from gpt2_jax.model.ops import PLAIN, REMAT_POLICIES, Ops
 
 # The keys and values of all positions so far: one (k_BHSK, v_BHSK) for each layer. The head axis
 # comes before the position axis, so that the keys of one head are contiguous in memory.
@@ -219,7 +219,8 @@ class GPT2(nn.Module):
         init = nn.initializers.normal(cfg.initializer_range)
         self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init)
         self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init)
-        block = nn.remat(Block) if cfg.remat else Block
+        policy = REMAT_POLICIES.get(cfg.remat)
+        block = nn.remat(Block, policy=policy) if policy else Block
         self.h = [block(cfg, self.ops) for _ in range(cfg.n_layer)]
         self.ln_f = LayerNorm(cfg, self.ops)
 

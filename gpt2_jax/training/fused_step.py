@@ -21,7 +21,7 @@ from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.gpt2 import causal_attention, embed
-from gpt2_jax.model.ops import FAST, cudnn_attention, matmul_rows
+from gpt2_jax.model.ops import FAST, REMAT_POLICIES, cudnn_attention, matmul_rows
 from gpt2_jax.parallel import collectives
 from gpt2_jax.training.optim import FusedOptimizer, bias_correction, decay_mask
 from gpt2_jax.training.optim import make_optimizer as make_optax
@@ -97,9 +97,10 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
             h_NF = FAST.activate(cfg.activation_function, add_bias(h_NF, bias_F))
         return x_ND, (matmul(h_NF, c_proj), c_proj.get('bias'))
 
+    policy = REMAT_POLICIES.get(cfg.remat)
+    run = jax.checkpoint(block, policy=policy) if policy else block
     x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
     for i in range(cfg.n_layer):
-        run = jax.checkpoint(block) if cfg.remat else block
         x_ND, branch = run(x_ND, branch, params[f'h_{i}'], seeds[3 * i : 3 * i + 3])
     return add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])[1]
 
