@@ -425,7 +425,7 @@ def describe(planned: Plan, gpu: GPU, fraction: float = MEMORY_FRACTION) -> Iter
     rows, limit = largest_rows(case, gpu, fraction), fraction * gpu.memory / GIB
     yield f'largest    {rows} windows a device and micro-batch in {limit:.1f} GiB'
     shapes = parameter_shapes(case.cfg).items()
-    for line in rules.undivided(shapes, case.mesh, 12):
+    for line in rules.undivided(shapes, case.mesh):
         yield f'undivided  {line}'
     for t in planned.collectives:
         axes = ' and '.join(axis for axis in t.axes if case.mesh[axis] > 1)

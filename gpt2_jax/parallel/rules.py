@@ -49,12 +49,12 @@ def local_size(name: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> in
 
 
 def undivided(
-    leaves: Iterable[tuple[str, tuple[int, ...]]], mesh: Mapping[str, int], bytes_per_element: int
+    leaves: Iterable[tuple[str, tuple[int, ...]]], mesh: Mapping[str, int]
 ) -> Iterator[str]:
     """Yields a line for each (name, shape) with a dimension that its mesh axis does not divide.
 
-    Each device holds that dimension whole. Blocks are named together: h_*. `bytes_per_element`
-    counts the parameter and all that is held beside it.
+    Each device holds that dimension whole. Blocks are named together: h_*. The bytes are those of
+    the parameters and their two moments, in fp32.
     """
     found: dict[tuple, int] = {}
     for name, shape in leaves:
@@ -62,9 +62,9 @@ def undivided(
             if axis and size % mesh[axis]:
                 more = local_size(name, shape, mesh) * (mesh[axis] - 1) / mesh[axis]
                 key = re.sub(r'^h_\d+', 'h_*', name), size, axis
-                found[key] = found.get(key, 0) + round(more * bytes_per_element)
+                found[key] = found.get(key, 0) + round(12 * more)
     for (name, size, axis), more in found.items():
         yield (
             f'{name}: {size:,} is not a multiple of mesh.{axis} = {mesh[axis]}, so each device '
-            f'holds it whole: {more / 2**20:,.1f} MiB more than its share'
+            f'holds it whole: {more / 2**20:,.1f} MiB more than its share, moments included'
         )
