@@ -61,6 +61,7 @@ SHRUNKEN = {
     'convert': [],
     'lens report': ['--skip=jacobian,ablation,backward,curvature,shapes'],
     'lens show': [],
+    'plan': [],
     'steps': [],
 }
 

@@ -1,13 +1,15 @@
 """A description of a run, in lines for people."""
 
 import os
+from collections.abc import Iterator
 
 import jax
 
 from gpt2_jax.architecture import PRECISIONS, GPT2Config
 from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
-from gpt2_jax.parallel import devices
+from gpt2_jax.parallel import devices, rules
+from gpt2_jax.parallel.partition import leaf_name
 from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import duration
@@ -41,6 +43,7 @@ def describe(setup: Setup) -> list[str]:
     lines = [
         f'device     {devices.describe_device(setup.device)}; mesh data {config.mesh.data} x fsdp '
         f'{config.mesh.fsdp} x tensor {config.mesh.tensor}; jax {jax.__version__}',
+        *_describe_undivided(setup),
         f'precision  {_describe_precision(cfg, setup.kernels)}',
         *_describe_kernels(setup),
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} '
@@ -66,6 +69,16 @@ def describe(setup: Setup) -> list[str]:
             '--config=configs/quickstart.py'
         )
     return lines
+
+
+def _describe_undivided(setup: Setup) -> Iterator[str]:
+    """A line for each leaf with a dimension that the mesh does not divide, with its cost."""
+    leaves = [
+        (leaf_name(path), leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(setup.shapes.params)
+    ]
+    for line in rules.undivided(leaves, setup.mesh.shape):
+        yield f'undivided  {line}'
 
 
 def _describe_kernels(setup: Setup) -> list[str]:
