@@ -350,9 +350,7 @@ def test_keys_reach_everything(shown):
 def test_a_model_of_one_layer_and_one_of_forty_eight(tab, tmp_path, changes):
     """Two tokens are enough, and what every page has."""
     source = loaded(ByteTokenizer(), **changes)
-    # One operation at a time: 48 equal layers share them, which is quicker than one large program.
-    with jax.disable_jit(changes['n_layer'] > 1):
-        report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
+    report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
     path = tmp_path / 'report.html'
     path.write_text(report_lib.render(report), 'utf-8')
     tab.events.clear()
