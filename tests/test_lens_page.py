@@ -361,14 +361,16 @@ def test_keys_reach_everything(shown):
 
 
 @pytest.mark.parametrize(
-    'changes', [dict(n_layer=1, n_head=1), dict(n_layer=48, n_embd=8, n_head=4)]
+    'changes',
+    [
+        dict(n_layer=1, n_head=1),
+        pytest.param(dict(n_layer=48, n_embd=8, n_head=4), marks=pytest.mark.long),
+    ],
 )
 def test_a_model_of_one_layer_and_one_of_forty_eight(show, changes):
     """Two tokens are enough, and what every page has."""
     source = loaded(ByteTokenizer(), **changes)
-    # One operation at a time: 48 equal layers share them, which is quicker than one large program.
-    with jax.disable_jit(changes['n_layer'] > 1):
-        report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
+    report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
     tab = show(render(report))
     for view in tab.run('Object.keys(VIEWS)'):
         tab.run(f'change({{view: {view!r}}})')

@@ -55,7 +55,7 @@ def switched(name, value):
 @pytest.mark.parametrize(
     ('switch', 'value', 'optimizer'),
     [
-        ('jax_disable_jit', True, 'optax'),
+        pytest.param('jax_disable_jit', True, 'optax', marks=pytest.mark.long),
         ('jax_enable_x64', True, 'optax'),
         ('jax_enable_x64', True, 'explicit'),
         ('jax_debug_nans', True, 'optax'),
