@@ -26,6 +26,19 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 gc.set_threshold(200_000, 20, 100)
 
 
+def pytest_addoption(parser):
+    parser.addoption('--long', action='store_true', help='also the tests that take 10 s and more')
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests marked long, unless --long is given or a test is named by itself."""
+    if config.getoption('--long') or any('::' in argument for argument in config.args):
+        return
+    long = [item for item in items if item.get_closest_marker('long')]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(autouse=True)
 def machine_of_any_speed(monkeypatch):
     """No line that says how long something takes, which only a slow or busy machine prints."""

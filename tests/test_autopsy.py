@@ -80,6 +80,7 @@ def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatc
             assert tab.errors() == []
 
 
+@pytest.mark.long
 def test_a_huge_learning_rate_is_named(tmp_path):
     text = runs.write_text(tmp_path / 'text.txt', words=300)
     changes = {'optim__learning_rate': 1e30, 'optim__clip_norm': 0.0, 'optim__warmup_steps': 0}
@@ -89,6 +90,7 @@ def test_a_huge_learning_rate_is_named(tmp_path):
     assert 'a learning rate of 1e+30 is too high' in str(error.value)
 
 
+@pytest.mark.long
 def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
     lines = runs.write_text(tmp_path / 'text.txt', words=2400).read_text().splitlines()
     spoilt = 'qzxjvwqxzjvwzqjxwvzxqjvw'

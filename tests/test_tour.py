@@ -57,6 +57,7 @@ def program(cells) -> str:
     return '\n'.join(parts)
 
 
+@pytest.mark.long
 def test_every_cell_runs(cells, tmp_path):
     """As one script in a process of its own: no notebook server has to be installed for it."""
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
