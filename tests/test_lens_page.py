@@ -414,6 +414,7 @@ def large():
     return SimpleNamespace(source=source, tokens=tokens, report=report, without=without)
 
 
+@pytest.mark.long
 def test_a_page_of_the_size_of_gpt2(show, large):
     page = render(large.report)
     assert 5 * 2**20 < len(page.encode()) < 10 * 2**20
