@@ -71,7 +71,7 @@ def samples(run: Path) -> dict[int, str]:
 def texts(run: Path) -> tuple[str, str]:
     """The training and the validation text of a run."""
     setting = config.from_json((run / 'config.json').read_text('utf-8'))
-    dataset = load.load(**setting.data)
+    dataset = load.load_dataset(**setting.data)
     splits = (dataset.train, dataset.val)
     train, val = (dataset.tokenizer.decode(split.read(0, len(split))) for split in splits)
     return train, val
@@ -169,7 +169,7 @@ def draw_overfit(run: Path) -> None:
     steps, losses = curve(run, 'train')
     top.plot(steps, losses, color=BLUE, linewidth=0.6, alpha=0.35)
     top.plot(steps, smooth(losses), color=BLUE, linewidth=1.8)
-    top.annotate('training', (2350, 1.2), color=BLUE)
+    top.annotate('training', (1880, 1.0), color=BLUE)
     steps, losses = curve(run, 'val')
     top.plot(steps, losses, 'o-', color=VERMILION, linewidth=1.8, markersize=4)
     top.annotate('validation', (2020, 2.05), color=VERMILION)
