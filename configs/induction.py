@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/induction.py
 
-Hardware: 2 CPU cores. Time: 46 s, beside other work. Validation loss: 1.685 nats (seed 0).
+Hardware: 2 CPU cores. Time: 46 s, beside other work. Validation loss: 1.692 nats (seed 0).
 """
 
 from gpt2_jax.config import default_config
