@@ -205,6 +205,12 @@ SETTINGS = {
         'explain an update whose loss or gradient norm is more than so many standard deviations '
         'above those before it, and continue; 0: never',
     ),
+    'train.deterministic': (
+        False,
+        SWITCH,
+        'on a GPU: the same bits from the same seed on any GPU of that kind, for 1 to 5 % of the '
+        'time; without it, on the machine that compiled the programs',
+    ),
     'train.reduce_dtype': (
         'float32',
         one_of('float32', 'bfloat16'),

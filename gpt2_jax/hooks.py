@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,9 +205,15 @@ class ExplainSpikes:
         leaps, self.leaps = dict(reversed(self.leaps)), []  # of two values, the loss
         for at in sorted(leaps):
             self.pages += 1
-            by_hand = f'python scripts/steps.py autopsy --workdir={self.workdir} --step={at}'
-            why = by_hand if self.pages > self.PAGES else explained(self.workdir, at)
+            by_hand = self.pages > self.PAGES
+            why = autopsy_command(self.workdir, at) if by_hand else explained(self.workdir, at)
             self.log.say(f'step {at}: {leaps[at]}. {why}')
+
+
+def autopsy_command(workdir: Path, step: int) -> str:
+    """The command that explains an update, as a shell reads it."""
+    where = shlex.quote(str(workdir))
+    return f'python scripts/steps.py autopsy --workdir={where} --step={step}'
 
 
 def explained(workdir: Path, step: int) -> str:
@@ -216,8 +223,8 @@ def explained(workdir: Path, step: int) -> str:
     except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = ' '.join(str(error).split())[:200]
         return (
-            f'It could not be explained here ({reason}); python scripts/steps.py autopsy '
-            f'--workdir={workdir} --step={step} tries again'
+            f'It could not be explained here ({reason}); {autopsy_command(workdir, step)} tries '
+            'again'
         )
     return f'{" ".join(said)} {page} shows all of it'
 

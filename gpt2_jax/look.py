@@ -15,7 +15,6 @@ from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import load
 from gpt2_jax.diagnostics.benchmark import random_data
-from gpt2_jax.errors import UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt
@@ -63,7 +62,7 @@ def text_to_show(
 def report(
     loaded: Loaded,
     prompt: str,
-    out: Path,
+    out: str | Path,
     *,
     new_tokens: int | None = None,
     seed: int = 0,
@@ -72,10 +71,9 @@ def report(
 ) -> None:
     """Writes the page of a model on a text: one HTML file. See lens.report.collect.
 
-    Raises UserError before anything is computed if `out` is in no folder.
+    Raises UsageError before anything is computed if `out` cannot be written.
     """
-    if not out.parent.is_dir():
-        raise UserError(f'{out.parent} is not a folder: make it, or choose another --out')
+    out = files.output_path(out)
     tokens_T, n_given = text_to_show(loaded, prompt, new_tokens, seed, notify)
     train = loaded.config.train
     found = report_lib.collect(

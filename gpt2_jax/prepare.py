@@ -34,7 +34,14 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 MAX_BAD = 10  # files that cannot be read, until the first pass ends
 MAX_HELD = 1 << 24  # characters without a place to cut
 

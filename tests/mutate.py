@@ -263,7 +263,18 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> str | None:
         'PYTHONDONTWRITEBYTECODE': '1',
         'JAX_PLATFORMS': 'cpu',
     }
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-n', '0', '-p', 'no:cacheprovider']
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-q',
+        '-x',
+        '-n',
+        '0',
+        '--long',
+        '-p',
+        'no:cacheprovider',
+    ]
     process = subprocess.Popen(
         [*command, '--basetemp', folder.parent / 'tests', *tests],
         cwd=folder,

@@ -49,17 +49,17 @@ def decoded(model, params, ids_BT):
     ('batch', 'changes'),
     [
         (1, {}),
-        (1, dict(n_embd=24)),
-        (3, dict(n_embd=24)),
+        (1, dict(n_embd=24, n_layer=1)),
+        (3, dict(n_embd=24, n_layer=1)),
         (20, dict(n_embd=48, n_head=4, n_layer=1)),
-        (1, dict(bias=False, activation_function='gelu')),
-        (2, dict(bias=False, activation_function='gelu', n_inner=40)),
+        (1, dict(bias=False, activation_function='gelu', n_layer=1)),
+        (2, dict(bias=False, activation_function='gelu', n_inner=40, n_layer=1)),
     ],
 )
 def test_logits_at_every_position(batch, changes):
     model = tiny(**changes)
     params, ids_BT = rough_params(model), tokens(model, batch)
-    expected = np.asarray(model.apply({'params': params}, ids_BT))
+    expected = np.asarray(jax.jit(model.apply)({'params': params}, ids_BT))
     np.testing.assert_allclose(
         decoded(model, params, ids_BT), expected, rtol=0, atol=2e-6 * np.abs(expected).max()
     )
@@ -161,19 +161,19 @@ def test_drawn_tokens_equal_the_plain_sampler(sampling):
 
 
 @pytest.mark.parametrize(
-    ('samples', 'sampling'),
+    ('samples', 'n_layer', 'sampling'),
     [
-        (1, Sampling(0)),
-        (1, Sampling(2.0)),
-        (3, Sampling(2.0, 5)),
-        (2, Sampling(2.0, 7, 0.9)),
+        (1, 2, Sampling(0)),
+        (1, 1, Sampling(2.0)),
+        (3, 2, Sampling(2.0, 5)),
+        (2, 1, Sampling(2.0, 7, 0.9)),
     ],
 )
-def test_generated_text_equals_the_plain_model(samples, sampling):
+def test_generated_text_equals_the_plain_model(samples, n_layer, sampling):
     """Also across chunks and past the context."""
 
     def text(kernels):
-        model = tiny(n_positions=2 * CHUNK + 3, kernels=kernels)
+        model = tiny(n_layer=n_layer, n_positions=2 * CHUNK + 3, kernels=kernels)
         chunks = decoding.generate(
             model,
             rough_params(model, seed=13, std=0.6),

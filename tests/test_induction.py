@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'induction.md'
 # One head a layer and a steady learning rate: the head grows sooner.
@@ -23,6 +25,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.long
 def test_the_head_grows_and_the_model_needs_it(tmp_path, monkeypatch):
     """By the program of the page."""
     monkeypatch.chdir(tmp_path)

@@ -361,7 +361,11 @@ def test_keys_reach_everything(shown):
 
 
 @pytest.mark.parametrize(
-    'changes', [dict(n_layer=1, n_head=1), dict(n_layer=48, n_embd=8, n_head=4)]
+    'changes',
+    [
+        dict(n_layer=1, n_head=1),
+        pytest.param(dict(n_layer=48, n_embd=8, n_head=4), marks=pytest.mark.long),
+    ],
 )
 def test_a_model_of_one_layer_and_one_of_forty_eight(show, changes):
     """Two tokens are enough, and what every page has."""
@@ -410,6 +414,7 @@ def large():
     return SimpleNamespace(source=source, tokens=tokens, report=report, without=without)
 
 
+@pytest.mark.long
 def test_a_page_of_the_size_of_gpt2(show, large):
     page = render(large.report)
     assert 5 * 2**20 < len(page.encode()) < 10 * 2**20

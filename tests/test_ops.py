@@ -20,12 +20,14 @@ from gpt2_jax.model.ops import FAST, PLAIN, activate, fast_activate, fast_logits
 from gpt2_jax.training.step import token_losses
 
 # A head width of 32, three heads, an odd vocabulary above 1,024, texts of 21 tokens.
-ODD = dict(vocab_size=1030, n_head=3, n_embd=96, n_positions=21)
+ODD = dict(vocab_size=1030, n_layer=1, n_head=3, n_embd=96, n_positions=21)
 CASES = {
     'tiny': {},
     'odd sizes': ODD,
-    'no bias': ODD | dict(bias=False, n_layer=1),
-    'one head, exact gelu': dict(n_head=1, activation_function='gelu', n_inner=24, n_positions=7),
+    'no bias': ODD | dict(bias=False),
+    'one head, exact gelu': dict(
+        n_layer=1, n_head=1, activation_function='gelu', n_inner=24, n_positions=7
+    ),
     'dropout, remat': dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, remat='block'),
 }
 
@@ -61,7 +63,7 @@ def test_plain_and_fast_are_equal_in_fp32(name):
 def test_plain_and_fast_are_equal_in_bf16_to_its_rounding(residual_dtype):
     """Logits to 2^-7 of the largest, gradients to 2 % of their leaf's norm: a bf16 has 8 bits."""
     rounded = dict(dtype='bfloat16', residual_dtype=residual_dtype)
-    model = tiny(**ODD | dict(n_layer=1, embd_pdrop=0.1, resid_pdrop=0.3), **rounded)
+    model = tiny(**ODD | dict(embd_pdrop=0.1, resid_pdrop=0.3), **rounded)
     params, text_BT = rough_params(model, std=0.2), tokens(model)
     plain, fast = (value_and_grad(model.clone(ops=ops), params, text_BT) for ops in (PLAIN, FAST))
     assert np.abs(plain[0] - fast[0]).max() <= 2**-7 * np.abs(plain[0]).max()

@@ -1,6 +1,7 @@
 """A stopped run resumes as if it had never been stopped, or says why it cannot resume."""
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -28,8 +30,8 @@ STEPS = runs.SMALL['train.steps']
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 
@@ -118,7 +120,7 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
     draw, run = random.Random(3), tmp_path / 'run'
 
     def start():
-        return kill_runs.start(run, text, runs.compile_cache().name, runs.SMALL)
+        return kill_runs.start(run, text, runs.compile_cache(), runs.SMALL)
 
     moments = (kill_runs.kill(start(), run, draw, in_save=True, delay=0) for _ in range(3))
     assert any('in the save of' in str(moment) for moment in moments)  # usually the first
@@ -147,13 +149,16 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
         (signal.SIGUSR1, 8),
         (signal.SIGUSR2, 8),
         (signal.SIGHUP, 9),
+        (signal.SIGXCPU, 9),
     ],
 )
 def test_a_signal_saves_and_ends_the_run(number, at, text, reference, tmp_path):
     # A shell ignores Ctrl-C in its background jobs.
     before = signal.signal(number, signal.default_int_handler)
     config = make_config(text, log__every=1)
-    code, printed = runs.quiet_train(config, tmp_path, hooks=[SignalAt(at, number)])
+    # A limit of CPU seconds sends its signal again and again: the save must not end at it.
+    hooks = [SignalAt(at, number)] * (1 + (number == signal.SIGXCPU))
+    code, printed = runs.quiet_train(config, tmp_path, hooks=hooks)
     assert code == 128 + number
     assert f'stopped by {number.name} at step {at + 1}, which is saved' in printed
     assert signal.signal(number, before) is signal.default_int_handler
@@ -242,6 +247,15 @@ def test_a_finished_run_says_so_and_changes_nothing(text, reference):
     assert code == 0
     assert f'is finished: {STEPS} steps, best validation loss {best:.4f}' in printed
     assert snapshot(reference) == before
+
+
+def test_a_terminal_does_not_obey_the_name_of_a_folder(text, reference, tmp_path, monkeypatch):
+    run = shutil.copytree(reference, tmp_path / 'a\x1b[2Jb')
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert train_lib.train(make_config(text), run) == 0
+    assert r'a\x1b[2Jb is finished' in sys.stdout.getvalue()
+    assert '\x1b' not in sys.stdout.getvalue()
 
 
 def test_killed_between_the_last_save_and_the_summary(text, reference, tmp_path):
@@ -495,6 +509,17 @@ def test_a_folder_that_is_moved_before_it_is_locked(tmp_path, monkeypatch):
     assert (tmp_path / 'old/.lock').read_text() == ''
 
 
+def test_a_fresh_run_behind_a_link(tmp_path):
+    """The folder that the link leads to is moved; the link stays, and leads to a new folder."""
+    (tmp_path / 'disk/checkpoints').mkdir(parents=True)
+    (tmp_path / 'run').symlink_to(tmp_path / 'disk')
+    aside = folder.move_aside(tmp_path / 'run')
+    assert (aside / 'checkpoints').is_dir()
+    with folder.claim(tmp_path / 'run') as check:
+        check()
+    assert os.listdir(tmp_path / 'disk') == ['.lock']
+
+
 def test_links_are_not_followed(text, tmp_path):
     """A link in the place of a file that a run writes would have its target overwritten."""
     target, run = tmp_path / 'precious', tmp_path / 'run'
@@ -514,6 +539,19 @@ def test_links_are_not_followed(text, tmp_path):
     assert target.read_text() == 'mine'
     assert (run / 'samples.txt').is_file()
     assert (run / 'tensorboard/notes').read_text() == 'not a log'
+
+
+def test_a_copy_of_hard_links_keeps_its_logs(text, reference, stopped):
+    """As `cp -al` and many backups make them: records would be written into both."""
+    run, backup = stopped.rename(stopped.with_name('my run')), stopped.with_name('backup')
+    shutil.copytree(run, backup, copy_function=os.link)
+    before = {path: path.read_bytes() for path in backup.rglob('*') if path.is_file()}
+    code, printed = runs.quiet_train(make_config(text), run)
+    assert code == 0
+    assert printed.endswith(f"scripts/sample.py --ckpt_dir='{run}'\n")  # as a shell reads it
+    assert runs.differences(run, reference) == []
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {'.lock'}
 
 
 def test_logs_that_are_not_of_a_run_are_not_touched(text, tmp_path):

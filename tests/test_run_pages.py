@@ -19,12 +19,6 @@ from gpt2_jax.workdir.restore import load
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason='no Chromium')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('pages')

@@ -1,7 +1,7 @@
 """A description of a run, in lines for people."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import jax
 
@@ -82,21 +82,29 @@ def _describe_undivided(setup: Setup) -> Iterator[str]:
 
 
 def _describe_kernels(setup: Setup) -> list[str]:
-    """Which code computes each part; then, part by part, why not a faster one."""
-    parts = {name: [] for name in KERNELS}
-    for part, name in setup.kernels._asdict().items():
-        if part != 'optimizer':
-            parts[name].append(part)
+    """Which code computes each part; then why not a faster one, part by part."""
+    parts = setup.kernels._asdict()
+    parts.pop('optimizer')  # it has a line of its own
+    uses = {name: [part for part in parts if parts[part] == name] for name in KERNELS}
     text = '; '.join(
-        f'{name} ({KERNELS[name]}): {", ".join(names)}' for name, names in parts.items() if names
+        f'{name} ({KERNELS[name]}): {_list(names, parts)}' for name, names in uses.items() if names
     )
     remat = REMAT[setup.model.cfg.remat]
-    needs = {}
+    lacking = {}  # need -> (implementations, parts)
     for part, reason in setup.reasons.items():
-        needs.setdefault(reason, []).append(part)
+        name, _, need = reason.partition(' needs ')
+        names, wanting = lacking.setdefault(need, ({}, []))
+        names[name] = None
+        wanting.append(part)
     return [f'kernels    {text}{remat}'] + [
-        f'           {", ".join(names)}: {reason}' for reason, names in needs.items()
+        f'           {_list(wanting, Kernels._fields)}: {" and ".join(names)} '
+        f'{"need" if len(names) > 1 else "needs"} {need}'
+        for need, (names, wanting) in lacking.items()
     ]
+
+
+def _list(parts: list[str], all_parts: Collection[str]) -> str:
+    return 'all parts' if len(parts) == len(all_parts) else ', '.join(parts)
 
 
 def _describe_evaluation(setup: Setup) -> str:

@@ -42,6 +42,8 @@ SECTIONS = ('jacobian', 'ablation', 'backward', 'curvature', 'shapes')
 TOP = 6  # predictions kept for each layer and position
 NEURONS = 12  # kept for each position
 FIRST_TOKENS = 64  # of the text, for its average Jacobian and its curvature: many passes each
+# Larger models get the curvature of the whole model alone: each layer costs as much again.
+MAX_BY_LAYER = 20_000_000
 
 
 class Report(NamedTuple):
@@ -108,7 +110,13 @@ def collect(
     ends = None
     if parts.wants('curvature'):
         with parts('curvature'):
-            ends = curvature(subject, tokens_BT[:, :FIRST_TOKENS], most=30, tolerance=1e-2)
+            ends = curvature(
+                subject,
+                tokens_BT[:, :FIRST_TOKENS],
+                by_layer=count_params(subject.params) <= MAX_BY_LAYER,
+                most=30,
+                tolerance=1e-2,
+            )
     flow = None
     if parts.wants('shapes'):
         with parts('shapes'):

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
@@ -42,7 +43,7 @@ def load(path: str | Path, step: str = 'best') -> restore.Restored:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return restore.load(Path(path), step)
+        return restore.load(files.user_path(path), step)
     finally:
         logger.setLevel(level)
 

@@ -23,7 +23,13 @@ SCRIPTS = {
     'run': ('charts.js', 'run.js', 'run_over_time.js'),
     'compare': ('charts.js', 'compare.js'),
     'autopsy': ('charts.js', 'autopsy.js'),
-    'model': ('model_data.js', 'model_draw.js', 'model_views.js', 'model.js'),
+    'model': (
+        'model_data.js',
+        'model_draw.js',
+        'model_attention.js',
+        'model_views.js',
+        'model.js',
+    ),
 }
 
 

@@ -99,7 +99,8 @@ def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
     """Where the update runs: its platform, and the share of a micro-batch that a device has."""
     train, shares = config.train, mesh.shape['data'] * mesh.shape['fsdp']
     rows = train.batch_size // train.grad_accum_steps // shares
-    return Place(mesh.devices.flat[0].platform, mesh.shape['tensor'], rows, train.seq_len)
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape['tensor']
+    return Place(platform, tensor, rows, train.seq_len, train.deterministic)
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:

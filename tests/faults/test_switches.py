@@ -28,12 +28,6 @@ SHORT = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
     return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt', words=150)
@@ -61,7 +55,7 @@ def switched(name, value):
 @pytest.mark.parametrize(
     ('switch', 'value', 'optimizer'),
     [
-        ('jax_disable_jit', True, 'optax'),
+        pytest.param('jax_disable_jit', True, 'optax', marks=pytest.mark.long),
         ('jax_enable_x64', True, 'optax'),
         ('jax_enable_x64', True, 'explicit'),
         ('jax_debug_nans', True, 'optax'),

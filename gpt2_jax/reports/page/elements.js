@@ -55,7 +55,7 @@ function niceTicks(low, high, count) {
 
 const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits));
 
-const percent = (p) => `${p >= 0.0995 ? (100 * p).toFixed(0) : p >= 1e-4 ? (100 * p).toPrecision(2) : '< 0.01'}\u00a0%`;
+const percent = (p) => `${p >= 0.0995 ? (100 * p).toFixed(0) : p >= 1e-4 ? (100 * p).toPrecision(2) : '<\u00a00.01'}\u00a0%`;
 
 /* A token with signs for whitespace, so that it can be seen. */
 const visible = (token) => (token === '' ? '<end of text>'

@@ -34,9 +34,11 @@ function readAddress() {
   if (part && has('ablation') && part[1] < L) state.ablated = {layer: Number(part[1]), part: part[2] === undefined ? H : Number(part[2])};
 }
 
+const FULL_COLOUR = FACTS.vocabulary > 1000 ? 10 : 5; // nats of loss, from which on the colour stays
+
 // What the colours of the text show: the loss, or its change without the ablated part.
 function colourOf(p) {
-  if (!state.ablated) return boxStyle('warm', Math.min(1, at('loss', p) / 5));
+  if (!state.ablated) return boxStyle('warm', at('loss', p) / FULL_COLOUR);
   const {layer, part} = state.ablated;
   return boxStyle('diverging', diverging(at('ablation', layer, part, p), 2));
 }
@@ -44,8 +46,7 @@ function colourOf(p) {
 function drawText() {
   const box = $('tokens');
   if (!box.childElementCount) {
-    const words = FACTS.tokens.some(id => tokenText(id).length > 1);
-    box.classList.toggle('words', words);
+    box.classList.toggle('words', WORDS);
     FACTS.tokens.forEach((id, index) => {
       const text = tokenText(id);
       const span = el('span', {class: `token ${index >= FACTS.prompt ? 'own' : ''} ${index ? '' : 'first'}`, role: 'option', 'data-token': index, id: `token-${index}`},
@@ -69,7 +70,7 @@ function drawText() {
   }
   const own = FACTS.prompt < T;
   $('legend').replaceChildren(
-    state.ablated ? scaleKey('diverging', 'loss −2', '+2 nats') : scaleKey('warm', 'loss 0', '5 nats'),
+    state.ablated ? scaleKey('diverging', 'loss −2', '+2 nats') : scaleKey('warm', 'loss 0', `${FULL_COLOUR} nats`),
     own ? el('span', {}, 'dotted: written by the model') : '');
   const given = Math.max(0, FACTS.prompt - 1);
   $('mean').textContent = `mean loss of this text ${meanLoss().toFixed(3)} nats over ${T - 1} guesses`

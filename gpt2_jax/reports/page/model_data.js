@@ -50,6 +50,9 @@ function mean(values) {
   return values.length ? sum / values.length : 0;
 }
 
+// Whether tokens are pieces of words, not characters.
+const WORDS = FACTS.tokens.some(id => tokenText(id).length > 1);
+
 // The losses of the text itself: of every token but the first.
 const textLosses = () => Array.from({length: T - 1}, (_, p) => at('loss', p));
 const meanLoss = () => mean(textLosses());
