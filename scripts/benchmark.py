@@ -1,8 +1,11 @@
-"""Measures speed: training steps, decoding or start-up, as a table and as JSON.
+"""Measures speed: training steps, decoding, start-up or scale, as a table and as JSON.
 
 python scripts/benchmark.py --config=configs/shakespeare.py
 python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode
 python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
+python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=scale
+
+--what=scale trains GPT-2 124M and 1.5B on 1, 2, 4, .. of the devices, beside what is planned.
 """
 
 import json
@@ -16,7 +19,9 @@ from gpt2_jax.progress import Progress
 
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
-_WHAT = flags.DEFINE_enum('what', 'train', ['train', 'decode', 'startup'], 'What to measure.')
+_WHAT = flags.DEFINE_enum(
+    'what', 'train', ['train', 'decode', 'startup', 'scale'], 'What to measure.'
+)
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'Train on random tokens below this number; 0: on the corpus.', lower_bound=0
 )
@@ -35,6 +40,7 @@ _TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
 UNUSED = {
     'train': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
     'decode': (_SECONDS,),
+    'scale': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
     'startup': (_VOCAB_SIZE, _SECONDS, _NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
 }
 
@@ -61,7 +67,15 @@ def main(arguments: list[str]) -> None:
         return
     devices.select_platform(_PLATFORM.value)
     data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None
-    setup = build(config.resolve(_CONFIG.value), data)
+    resolved = config.resolve(_CONFIG.value)
+    if _WHAT.value == 'scale':
+        records = []
+        for record in benchmark.bench_scale(resolved, data, _WINDOWS.value, _SECONDS.value):
+            print(json.dumps(record), flush=True)
+            records.append(record)
+        print('\n'.join(benchmark.scale_table(records)))
+        return
+    setup = build(resolved, data)
     print('\n'.join(describe(setup)), flush=True)
     if _WHAT.value == 'train':
         figures = benchmark.bench_train(setup, _WINDOWS.value, _SECONDS.value)

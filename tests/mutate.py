@@ -82,7 +82,8 @@ TESTS = {
     'inference/lambada.py': 'score faults/readers',
     'inference/score.py': 'score errors',
 }
-# (pattern of 'file:source line', reason): breaks that change speed, a message or a type hint.
+# (pattern of 'file:source line  [old -> new]', reason): breaks that change speed, a message or a
+# type hint.
 EQUIVALENT = (
     (
         r'kernels/.*(WARPS|STAGES|PROGRAMS|_ROWS|_OUTS|_INPUTS|_ATTEND|COLUMNS|BLOCK)\b.* = ',
@@ -93,6 +94,8 @@ EQUIVALENT = (
     (r'.*jax\.jit', 'the same values, compiled in other pieces'),
     (r'.*precision=', 'matrix products of a CPU are always in full fp32'),
     (r'.*(foreign\.error|problem =|remedy =|more =)', 'the words of a message'),
+    (r'kernels/attention.*\[masked -> True\]', 'speed: a mask where every key is visible'),
+    (r'data/.*n_bytes=', 'the published size of a file that no test downloads'),
     (r'inference/decoding.*padding = ', 'speed: how far a prompt is padded'),
     (r'data/bin_files.*OTHER_MAGICS = ', 'the end of a range of dates'),
     (r'data/corpora.*def _repeated', 'the length of a text without end'),
@@ -233,7 +236,8 @@ def changed(value) -> str:
 def reason_to_skip(b: Break) -> str | None:
     """Why a break is known to change nothing that a test could see."""
     line = (ROOT / 'gpt2_jax' / b.file).read_text('utf-8').splitlines()[b.line - 1]
-    return next((why for pattern, why in EQUIVALENT if re.match(pattern, f'{b.file}:{line}')), None)
+    text = f'{b.file}:{line}  [{b.old} -> {b.new}]'
+    return next((why for pattern, why in EQUIVALENT if re.match(pattern, text)), None)
 
 
 def tests_of(file: str) -> list[str]:

@@ -3,11 +3,13 @@
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
+from gpt2_jax.architecture import PRESETS
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.diagnostics import benchmark
+from gpt2_jax.diagnostics import benchmark, plan
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices
@@ -70,6 +72,35 @@ def test_training_and_decoding(tiny_setup, monkeypatch):
     figures = benchmark.bench_decode(tiny_setup, 2, 3, 20, Sampling(1.0, 5))
     assert figures['tokens_per_second'] == 3 * 20 / figures['seconds']['median']
     assert figures['samples'] == 3
+
+
+def test_scale(monkeypatch):
+    """Tiny sizes in the place of the published ones; test_docs.py has the command."""
+    for name, width in (('gpt2', 8), ('gpt2-xl', 16)):
+        sizes = {'n_layer': 1, 'n_head': 1, 'n_embd': width}
+        monkeypatch.setitem(PRESETS, name, sizes)
+        monkeypatch.setitem(plan.SCALE_CASES, name, (2, plan.SCALE_CASES[name][1]))
+    config = default_config()
+    config.model.n_positions = 16
+    data = benchmark.random_data(300, 200)
+    records = list(benchmark.bench_scale(resolve(config), data, 2, 0.0))
+    counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
+    assert sorted((r['size'], r['devices']) for r in records) == [
+        (size, n) for size in ('gpt2', 'gpt2-xl') for n in counts
+    ]
+    peaks = [record['planned_memory_bytes'] for record in records]
+    assert peaks == sorted(peaks)
+    assert all(record['tokens_per_second'] > 0 for record in records)
+    records[0] |= {'tokens_per_second': 500.0, 'peak_memory_bytes': 3 * 2**30, 'mfu': 0.25}
+    slow = records[0] | {'devices': 2, 'tokens_per_second': 900.0}
+    large = records[0] | {'size': 'gpt2-xl', 'tokens_per_second': None}
+    lines = list(benchmark.scale_table([large, slow, records[0]]))
+    assert [line.split(' | ')[:6] for line in lines[2:]] == [
+        ['| gpt2', '1', '2', '500', '', '1.00'],
+        ['| gpt2', '2', '2', '900', '', '1.80'],
+        ['| gpt2-xl', '1', '2', 'out of memory', '', ''],
+    ]
+    assert '| 0.250 | 3.0 GiB |' in lines[2]
 
 
 STAND_IN = """

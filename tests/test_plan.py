@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import runs
 from jax.sharding import AbstractMesh
 from tiny import flat, shapes, tiny
 
@@ -183,6 +184,16 @@ def test_what_a_plan_says():
     assert re.search(r'by model.remat: none [\d.]+ GiB, dots [\d.]+ GiB, block [\d.]+ GiB', lines)
     assert 'h_*/mlp/c_fc/kernel: 768 is not a multiple of mesh.fsdp = 5' in lines
     assert 'no measured rates' in lines
+
+
+def test_the_script_names_what_is_wrong():
+    config = f'--config={SCALE.parents[1] / "configs" / "gpt2_124m.py"}'
+    code, _, err = runs.script('plan', config, '--table=1,two')
+    assert code == 2
+    assert '--table takes numbers of GPUs' in err
+    code, out, _ = runs.script('plan', config, '--table=1', '--gpu=h100')
+    assert code == 0
+    assert len(out.splitlines()) == 2 + len(plan.SCALE_CASES)
 
 
 def test_what_a_dimension_costs_that_does_not_divide():

@@ -179,18 +179,19 @@ def used_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def kept_by_block(cfg: GPT2Config, kernels: Kernels, T: int) -> dict[str, int]:
+def kept_by_block(cfg: GPT2Config, kernels: Kernels, T: int, tensor: int = 1) -> dict[str, int]:
     """What a block keeps for its backward pass without remat, in bytes a token.
 
-    The branches, the products that the residual stream adds up, are not kept.
+    The branches, the products that the residual stream adds up, are not kept. `tensor` devices
+    share heads and columns.
     """
     c, s = BYTES[cfg.compute_dtype], BYTES[cfg.stream_dtype]
-    D, F, H = cfg.n_embd, cfg.d_ff, cfg.n_head
+    D, F, H = cfg.n_embd, cfg.d_ff // tensor, cfg.n_head // tensor
     kept = {
         'resid_pre': s * D,
         'ln_1': c * D,
-        'q, k, v': 3 * c * D,
-        'z': c * D,
+        'q, k, v': 3 * c * D // tensor,
+        'z': c * D // tensor,
         'log-sum-exp': 4 * H,
         'resid_mid': s * D,
         'ln_2': c * D,
@@ -207,9 +208,9 @@ def kept_by_block(cfg: GPT2Config, kernels: Kernels, T: int) -> dict[str, int]:
     return kept
 
 
-def kept(cfg: GPT2Config, kernels: Kernels, T: int) -> int:
+def kept(cfg: GPT2Config, kernels: Kernels, T: int, tensor: int = 1) -> int:
     """Bytes a token that a block keeps until its backward pass, by model.remat."""
-    arrays = kept_by_block(cfg, kernels, T)
+    arrays = kept_by_block(cfg, kernels, T, tensor)
     if cfg.remat == 'none':
         return sum(arrays.values())
     branch = BYTES[cfg.compute_dtype] * cfg.n_embd
@@ -231,7 +232,8 @@ def memory(case: Case, kernels: Kernels) -> tuple[dict[str, int], str]:
     cfg, N, mesh = case.cfg, case.tokens, case.mesh
     c, s, D, F = BYTES[cfg.compute_dtype], BYTES[cfg.stream_dtype], cfg.n_embd, cfg.d_ff
     stored, (kernels_used, others_used) = stored_elements(cfg, mesh), used_elements(cfg, mesh)
-    used, vocab = kernels_used + others_used, padded_vocab(cfg.vocab_size) // mesh['tensor']
+    used, tensor = kernels_used + others_used, mesh['tensor']
+    vocab = padded_vocab(cfg.vocab_size) // (1 if cfg.vocab_size % tensor else tensor)
     casts = kernels_used * c if c == 2 or mesh['fsdp'] > 1 else 0
     always = {
         'parameters': 4 * stored,
@@ -239,7 +241,7 @@ def memory(case: Case, kernels: Kernels) -> tuple[dict[str, int], str]:
         'parameters as used': casts + (4 * others_used if mesh['fsdp'] > 1 else 0),
         'gradients of other micro-batches': 4 * used if case.micro_batches > 1 else 0,
     }
-    activations = N * (cfg.n_layer * kept(cfg, kernels, case.seq_len) + (s + c) * D + 8)
+    activations = N * (cfg.n_layer * kept(cfg, kernels, case.seq_len, tensor) + (s + c) * D + 8)
     logits = N * vocab * (c if kernels.loss == 'fused' else 8)
     table = vocab * D
     head = {
@@ -252,10 +254,10 @@ def memory(case: Case, kernels: Kernels) -> tuple[dict[str, int], str]:
     backward = {
         'activations': activations,
         'the head and its gradient': table * 4,
-        'gradient of the activations': N * (2 * c * F + (s + c) * D),
+        'gradient of the activations': N * (2 * c * F // tensor + (s + c) * D),
     }
     if cfg.remat != 'none':
-        again = sum(kept_by_block(cfg, kernels, case.seq_len).values())
+        again = sum(kept_by_block(cfg, kernels, case.seq_len, tensor).values())
         backward['a block computed again'] = N * again
     gradients = kernels_used * (c if kernels.fused_training else 4) + 4 * others_used
     if case.devices > 1:

@@ -4,6 +4,7 @@ The model contains no sharding. The path of an optimizer moment ends in its para
 same table serves the moments.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ PARTITION_RULES = (
 )
 
 
+@functools.cache
 def rule(name: str) -> tuple[str | None, ...]:
     """The mesh axis of each dimension of a leaf, by its path: 'h_0/mlp/c_fc/kernel'."""
     return next(axes for pattern, axes in PARTITION_RULES if re.search(pattern, name))
