@@ -113,7 +113,7 @@ def runs(tmp_path_factory) -> dict[str, dict]:
     done = subprocess.run(
         [sys.executable, '-W', 'error', __file__, str(folder / 'text.txt')],
         text=True,
-        timeout=300,
+        timeout=900,
         capture_output=True,
         env=os.environ
         | {
