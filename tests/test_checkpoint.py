@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import threading
 import time
 
 import jax
@@ -546,15 +547,18 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monke
 
 @pytest.mark.parametrize('every', [5, 1000])
 def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, monkeypatch):
-    seal = checksums.write_checksums
+    seal, failed = checksums.write_checksums, threading.Event()
 
     def fails(path):
         if path.name == '7':
+            failed.set()
             raise OSError(28, 'No space left on device')
         seal(path)
 
     def slowly(state):  # leaves time to notice before the next save
-        time.sleep(0.1 if state.step >= 7 else 0)
+        if state.step >= 7:
+            failed.wait(60)
+            time.sleep(0.1)
         return state
 
     monkeypatch.setattr(checkpoints_lib, 'write_checksums', fails)

@@ -163,12 +163,12 @@ def test_cudnn_attention_between_the_kernels(monkeypatch):
     check_equal(first_update(kernels, 'fused'), first_update(**XLA))
 
 
-@pytest.mark.parametrize('part', ['attention', 'norm', 'gelu'])
-def test_one_part_by_xla_between_the_kernels(part):
-    kernels = kernel_choice.FUSED._replace(**{part: 'xla'})
+def test_parts_by_xla_between_the_kernels():
+    kernels = kernel_choice.FUSED._replace(attention='xla', norm='xla', gelu='xla')
     check_equal(first_update(kernels, 'fused', **DROPOUT), first_update(**XLA, **DROPOUT))
 
 
+@pytest.mark.long
 def test_rows_on_two_devices_have_the_masks_of_the_whole():
     """Each half of the rows, with the number of its first row; another number changes the loss."""
     model = tiny(**SIZE, **DROPOUT)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -103,15 +104,14 @@ def run_on(
     }
 
 
-@pytest.fixture(scope='module')
-def runs(tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp('parallel')
+def run_all(folder: Path, which: str) -> dict[str, dict]:
+    """The runs of this file's last lines, in a process of eight devices."""
     # 2 divides this vocabulary, 4 does not.
     letters = [chr(code) for code in range(97, 97 + 30)]
     text = ''.join(np.random.default_rng(0).choice(letters, 1500))
     (folder / 'text.txt').write_text(text)
     done = subprocess.run(
-        [sys.executable, '-W', 'error', __file__, str(folder / 'text.txt')],
+        [sys.executable, '-W', 'error', __file__, str(folder / 'text.txt'), which],
         text=True,
         timeout=900,
         capture_output=True,
@@ -126,6 +126,16 @@ def runs(tmp_path_factory) -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> dict[str, dict]:
+    return run_all(tmp_path_factory.mktemp('parallel'), 'xla')
+
+
+@pytest.fixture(scope='module')
+def fused_runs(tmp_path_factory) -> dict[str, dict]:
+    return run_all(tmp_path_factory.mktemp('parallel'), 'fused')
+
+
 @pytest.mark.parametrize('mesh', MESHES[1:])
 def test_training_equals_one_device(runs, mesh):
     """Loss, norms and learning rate of every step, with dropout and two micro-batches."""
@@ -136,10 +146,11 @@ def test_training_equals_one_device(runs, mesh):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
-def test_fused_kernels_on_a_mesh_equal_one_device(runs, mesh):
+def test_fused_kernels_on_a_mesh_equal_one_device(fused_runs, mesh):
     """Each device on its own rows, with the dropout masks of the whole batch."""
-    fused, one = runs['fused ' + mesh], runs['one for fused']
+    fused, one = fused_runs[mesh], fused_runs[ONE]
     assert fused['devices'] == 2
     for ours, theirs in zip(fused['records'], one['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -150,17 +161,18 @@ def test_fused_kernels_on_a_mesh_equal_one_device(runs, mesh):
     assert set(collectives) == FUSED_COLLECTIVES[mesh]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
-def test_a_plan_has_the_bytes_of_the_collectives(runs, mesh):
+def test_a_plan_has_the_bytes_of_the_collectives(fused_runs, mesh):
     """Those of the compiled update, apart from a few scalars: the loss and the norms."""
     sizes = dict.fromkeys(FUSED_COLLECTIVES[mesh], 0)
-    program = runs['fused ' + mesh]['programs'][0]
+    program = fused_runs[mesh]['programs'][0]
     for shapes, kind in re.findall(r' = (.+?) (all-[a-z]+|reduce-scatter)\(', program):
         pieces = 2 if kind == 'reduce-scatter' else 1
         for shape in re.findall(r'f32\[([\d,]*)\]', shapes):
             sizes[kind] += 4 * pieces * math.prod(int(n) for n in shape.split(',') if n)
     planned = dict.fromkeys(sizes, 0)
-    for _, kind, _, size, _ in runs['fused ' + mesh]['planned']:
+    for _, kind, _, size, _ in fused_runs[mesh]['planned']:
         planned[kind] += size
     scalars = sizes.pop('all-reduce') - planned.pop('all-reduce')
     assert sizes == planned
@@ -233,8 +245,11 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 
 
 if __name__ == '__main__':
-    results = {mesh: run_on(mesh, sys.argv[1]) for mesh in MESHES}
-    results['one for fused'] = run_on(ONE, sys.argv[1], **FUSED_SIZES)
-    for mesh in FUSED_MESHES:
-        results['fused ' + mesh] = run_on(mesh, sys.argv[1], fused=True, **FUSED_SIZES)
+    _, text_path, which = sys.argv
+    if which == 'xla':
+        results = {mesh: run_on(mesh, text_path) for mesh in MESHES}
+    else:
+        results = {ONE: run_on(ONE, text_path, **FUSED_SIZES)}
+        for mesh in FUSED_MESHES:
+            results[mesh] = run_on(mesh, text_path, fused=True, **FUSED_SIZES)
     print(json.dumps(results))
