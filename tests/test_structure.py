@@ -36,7 +36,7 @@ LAYERS = (
     'model.huggingface',
     # parallel: which devices, and how arrays lie on them
     'parallel.devices parallel.mesh parallel.partition',
-    'parallel.faults parallel.feed parallel.collectives',
+    'parallel.faults parallel.feed parallel.collectives parallel.hosts',
     # kernels: the same formulas as GPU kernels
     'kernels.choose',
     'kernels.launch',

@@ -76,20 +76,22 @@ class GrowingFile:
 
 
 class Logger:
-    """Everything a run writes while it trains. Use as a context manager."""
+    """Everything a run writes while it trains. Use as a context manager.
 
-    def __init__(self, folder: Path, start: int, steps: int):
+    Without `writes` no file is written: of several processes one writes.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, writes: bool = True):
         name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
-        (folder / 'tensorboard').mkdir(exist_ok=True)
-        self._folder, self._folder_stat = folder, os.stat(folder)
+        paths = [folder / 'metrics.jsonl', folder / 'samples.txt', folder / 'tensorboard' / name]
+        if writes:
+            (folder / 'tensorboard').mkdir(exist_ok=True)
+        else:
+            paths = [Path(os.devnull)] * len(paths)
+        self._folder, self._folder_stat, self._writes = folder, os.stat(folder), writes
         with contextlib.ExitStack() as stack:
             self._files = [
-                stack.enter_context(contextlib.closing(GrowingFile(path)))
-                for path in (
-                    folder / 'metrics.jsonl',
-                    folder / 'samples.txt',
-                    folder / 'tensorboard' / name,
-                )
+                stack.enter_context(contextlib.closing(GrowingFile(path))) for path in paths
             ]
             self._metrics, self._samples, events = self._files
             self._events = RecordWriter(events)
@@ -191,6 +193,8 @@ class Logger:
         """
         for file in self._files:
             file.flush()
+        if not self._writes:
+            return
         try:
             moved = not os.path.samestat(os.stat(self._folder), self._folder_stat)
         except FileNotFoundError:

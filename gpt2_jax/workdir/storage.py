@@ -137,10 +137,18 @@ def _val_loss(metrics) -> float:
 
 
 def _read(path: Path, like, **options):
-    """An item as numpy arrays. `like` is its tree of shapes, with `...` for leaves to leave out."""
+    """An item as numpy arrays. `like` is its tree of shapes, with `...` for leaves to leave out.
+
+    Of several processes each reads for itself.
+    """
     as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=as_numpy, **options)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f'process_{here}'
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         return checkpointer.restore(LiteralPath(path.absolute()), args=args)
 
 

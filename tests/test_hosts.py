@@ -1,0 +1,137 @@
+"""Several processes equal one: rows, saves, signals, and the death of a process."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import together
+
+from gpt2_jax.workdir.checksums import FOLDER, committed_steps
+
+STEPS, SAVE = 80, 20
+SETTINGS = runs.SMALL | {
+    'model.embd_pdrop': 0.1,
+    'model.resid_pdrop': 0.0,
+    'train.steps': STEPS,
+    'train.grad_accum_steps': 1,
+    'optim.learning_rate': 1e-3,
+    'checkpoint.every': SAVE,
+    'eval.every': STEPS // 2,
+    'eval.sample_tokens': 3,
+    'log.every': 1,
+}
+END_SECONDS = 15  # within which the others end if one process dies
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('hosts')
+    runs.write_text(folder / 'text.txt', words=300)
+    (folder / 'defaults.py').write_text(
+        'from gpt2_jax.config import default_config as get_config\n'
+    )
+    return folder
+
+
+@pytest.fixture(scope='module')
+def starter(folder):
+    """Starts processes with two simulated devices each."""
+    env = {
+        'JAX_NUM_CPU_DEVICES': '2',
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    with together.Starter(folder, **env) as starter:
+        yield starter
+
+
+def arguments(folder: Path, run: str, **changes) -> list[str]:
+    settings = SETTINGS | {'data.corpus': folder / 'text.txt', 'mesh.data': 4}
+    settings |= {key.replace('__', '.'): value for key, value in changes.items()}
+    return [
+        f'--config={folder / "defaults.py"}',
+        f'--workdir={folder / run}',
+        '--platform=cpu',
+        *(f'--config.{key}={value}' for key, value in settings.items()),
+    ]
+
+
+def wait_until(happened, group) -> None:
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end, group.output(0) + group.output(1)
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(folder, starter) -> Path:
+    """The run of two processes that nothing interrupts."""
+    group = starter.start(together.as_processes(arguments(folder, 'undisturbed'), 2))
+    assert group.wait() == [0, 0], group.output(0) + group.output(1)
+    assert 'in 2 processes' in group.output(0)
+    assert 'finished 80 steps' in group.output(0)
+    assert 'step' not in group.output(1), 'one process speaks'
+    return folder / 'undisturbed'
+
+
+def test_a_run_that_loses_a_process_ends_and_resumes(folder, starter, undisturbed):
+    """One of two is killed; then one gets SIGTERM; then two finish, and one process does too."""
+    run, command = folder / 'run', arguments(folder, 'run')
+    group = starter.start(together.as_processes(command, 2))
+    wait_until((run / FOLDER / str(SAVE) / 'SHA256SUMS').exists, group)
+    time.sleep(random.uniform(0, 0.2))
+    os.kill(group.pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    first, second = group.wait()
+    assert time.monotonic() - killed < END_SECONDS
+    assert second == -signal.SIGKILL
+    assert first not in (0, None)
+    assert re.search('lost another one|another task died', group.output(0)), group.output(0)
+
+    group = starter.start(together.as_processes(command, 2))
+    group.wait_for('compiling the update')  # by now the logs end at the checkpoint
+    start = int(re.search(r'resuming from checkpoint (\d+)', group.output(0))[1])
+    assert start >= SAVE
+    wait_until(lambda: (run / 'metrics.jsonl').read_bytes().count(b'\n') > start + 2, group)
+    os.kill(group.pids[1], signal.SIGTERM)
+    assert group.wait() == [128 + signal.SIGTERM] * 2, group.output(0) + group.output(1)
+    stopped = int(re.search(r'stopped by SIGTERM at step (\d+), which', group.output(0))[1])
+    assert committed_steps(run / FOLDER)[-1] == stopped < STEPS
+    shutil.copytree(run, folder / 'alone')
+
+    group = starter.start(together.as_processes(command, 2))
+    assert group.wait() == [0, 0], group.output(0) + group.output(1)
+    assert f'resuming from checkpoint {stopped}' in group.output(0)
+    assert runs.differences(run, undisturbed) == []
+
+    changes = {key.replace('.', '__'): value for key, value in SETTINGS.items()}
+    with runs.compile_once():
+        code, out = runs.quiet_train(
+            runs.make_config(folder / 'text.txt', **changes), folder / 'alone'
+        )
+    assert code == 0
+    assert f'resuming from checkpoint {stopped}' in out
+    assert_close(folder / 'alone', undisturbed)
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """The records and the final parameters are equal to rounding.
+
+    The true gradient of k's bias is 0, and AdamW makes steps of any size out of its rounding.
+    """
+    for ours, theirs in zip(runs.metrics(run), runs.metrics(other), strict=True):
+        assert ours.pop('split') == theirs.pop('split')
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = runs.final_state(run), runs.final_state(other)
+    for name, leaf in ours.items():
+        rows = [0, 2] if name.endswith("['c_attn']['bias']") else ...
+        np.testing.assert_allclose(
+            leaf[rows], theirs[name][rows], rtol=1e-5, atol=1e-5, err_msg=name
+        )
