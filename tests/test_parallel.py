@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,13 +23,9 @@ MESHES = (ONE, DATA, FSDP, ALL, TENSOR)
 STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
 
 
-def run_on(mesh_sizes: str, corpus: str) -> dict:
-    """A few updates and an evaluation on one mesh, and how the state is sharded."""
-    from tiny import flat
-
+def make_setup(mesh_sizes: str, corpus: str):
+    """The setup of a small run on a mesh."""
     from gpt2_jax.config import default_config, resolve
-    from gpt2_jax.parallel import mesh
-    from gpt2_jax.training import programs
     from gpt2_jax.training.setup import build
 
     config = default_config()
@@ -45,8 +42,17 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
     config.train.update(steps=STEPS, batch_size=ROWS, grad_accum_steps=ACCUMULATE)
     config.optim.update(learning_rate=1e-2, warmup_steps=1)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
-    setup = build(resolve(config))
-    lowered = []
+    return build(resolve(config))
+
+
+def run_on(mesh_sizes: str, corpus: str) -> dict:
+    """A few updates and an evaluation on one mesh, and how the state is sharded."""
+    from tiny import flat
+
+    from gpt2_jax.parallel import mesh
+    from gpt2_jax.training import programs
+
+    setup, lowered = make_setup(mesh_sizes, corpus), []
 
     def compile_and_keep(mesh, function):
         def call(*args):
@@ -87,6 +93,31 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
     }
 
 
+def restore_tour(corpus: str) -> list[str]:
+    """A state saved on each mesh and restored on the next; the leaves that are not bit-equal."""
+    import jax
+    from tiny import flat
+
+    from gpt2_jax.training import programs
+    from gpt2_jax.workdir.checkpoints import Checkpoints
+
+    meta = {'config': '', 'tokenizer': '', 'progress': {}, 'log_sizes': {}}
+    meta['corpus'] = {'name': '', 'sha256': '', 'fallback': False}
+    first = None
+    for step, mesh_sizes in enumerate((DATA, TENSOR, ALL, ONE)):
+        setup = make_setup(mesh_sizes, corpus)
+        with Checkpoints(Path(corpus).with_name('tour')) as checkpoints:
+            if first is None:
+                state = programs.new_state(setup)
+                first = {name: np.asarray(leaf) for name, leaf in flat(state).items()}
+            else:
+                state = checkpoints.restore(step - 1, programs.abstract_state(setup))
+            numbered = state.replace(step=jax.device_put(np.int32(step), setup.layout.step))
+            checkpoints.save(step, numbered, meta, None)
+    del first['step']
+    return [name for name, leaf in first.items() if not np.array_equal(leaf, flat(state)[name])]
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp('parallel')
@@ -118,6 +149,10 @@ def test_training_equals_one_device(runs, mesh):
     assert runs[mesh]['devices'] in (4, 8)
     for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(runs):
+    assert runs['tour'] == []
 
 
 @pytest.mark.parametrize('mesh', MESHES[1:])
@@ -179,4 +214,5 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 
 
 if __name__ == '__main__':
-    print(json.dumps({mesh: run_on(mesh, sys.argv[1]) for mesh in MESHES}))
+    found = {mesh: run_on(mesh, sys.argv[1]) for mesh in MESHES}
+    print(json.dumps(found | {'tour': restore_tour(sys.argv[1])}))

@@ -43,7 +43,7 @@ LAYERS = (
     'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
-    'workdir.folder workdir.log workdir.checksums',
+    'workdir.folder workdir.log workdir.checksums workdir.fit',
     'workdir.storage workdir.history',
     'workdir.checkpoints',
     'workdir.restore',

@@ -12,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
+from gpt2_jax.workdir import fit
 from gpt2_jax.workdir.folder import check_path
 
 READ_BACK_BYTES = 1 << 28  # of arrays read at a time
@@ -83,13 +84,25 @@ def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.Chec
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):
-    """The named items of a checkpoint. Raises UserError if they are not what this version saves."""
+    """The named items of a checkpoint.
+
+    Raises UserError if they are not what this version saves, or hold other arrays than are wanted.
+    """
+    checkpoint = f'checkpoint {step} in {manager.directory}'
     try:
+        wanted = {
+            name: (fit.saved_leaves(LiteralPath(manager.directory, str(step), name)), args.item)
+            for name, args in items.items()
+            if isinstance(args, ocp.args.StandardRestore)
+        }
+        fit.check(
+            checkpoint, {name: (saved, fit.leaves(tree)) for name, (saved, tree) in wanted.items()}
+        )
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (MemoryError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise
     except Exception as error:  # Orbax has no error class of its own
-        raise _another_form(f'checkpoint {step} in {manager.directory}', error) from None
+        raise _another_form(checkpoint, error) from None
 
 
 def read_back(path: Path, step: int, items: dict[str, Any]) -> None:
