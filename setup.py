@@ -12,6 +12,7 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'gpt2_jax/__init__.py').rea
 # deprecated since JAX 0.11 and still there in 0.12.
 JAX_VERSIONS = '>=0.10.2,<0.13'
 PARQUET = ['pyarrow>=21,<27']
+GRAIN = ['grain>=0.2.18,<0.3']
 
 setup(
     name='gpt2_jax',
@@ -21,7 +22,7 @@ setup(
     long_description_content_type='text/markdown',
     license='MIT',
     packages=find_packages(include=['gpt2_jax', 'gpt2_jax.*']),
-    package_data={'gpt2_jax.lens': ['page/*'], 'gpt2_jax.reports': ['page/*']},
+    package_data={'gpt2_jax.reports': ['page/*']},
     python_requires='>=3.11',
     install_requires=[
         f'jax{JAX_VERSIONS}',
@@ -40,6 +41,7 @@ setup(
         'cuda12': [f'jax[cuda12]{JAX_VERSIONS}'],
         'cuda13': [f'jax[cuda13]{JAX_VERSIONS}'],
         'parquet': PARQUET,
+        'grain': GRAIN,
         'hub': ['huggingface_hub>=1,<3'],
         'parity': ['torch>=2.13,<2.14', 'transformers>=5.23,<6'],
         'test': [
@@ -48,6 +50,7 @@ setup(
             'pytest-xdist>=3.6,<4',
             'hypothesis>=6.140,<7',
             *PARQUET,
+            *GRAIN,
         ],
     },
 )

@@ -7,13 +7,12 @@ r"""GPT-2 124M from random weights, on 10 billion tokens of web text that you br
 The first command reads token files of llm.c or nanoGPT. The second reads, on 8 GPUs, a folder
 made by scripts/prepare.py --tokenizer=gpt2. An update is 480 windows of 1,024 tokens (0.49
 million), processed 12 windows at a time; if there is memory for more, lower
-train.grad_accum_steps. On a single NVIDIA GPU --config.model.kernels=fused with
---config.optim.implementation=fused is faster, and --config.model.attention=cudnn selects cuDNN's
-attention.
+train.grad_accum_steps. On NVIDIA GPUs the fused kernels are taken.
 
-Hardware: GPUs with 40 GiB or more. With fused kernels and cuDNN's attention, an H100 takes 60 ms
-and 16 GB for 32 windows: 544,000 tokens/s. Time and loss of the whole run: not measured. The
-schedule is the one of GPT-3's model of this size (Brown et al. 2020, table 2.1 and appendix B).
+Hardware: GPUs with 24 GiB or more. An H200 takes 23.5 ms for 12 windows (523,000 tokens/s) and
+59.0 ms and 15 GB for 32 (555,000); two of them take 63.3 ms for 64 (1,035,000).
+Time and loss of the whole run: not measured. The schedule is the one of GPT-3's model of this size
+(Brown et al. 2020, table 2.1 and appendix B).
 """
 
 from gpt2_jax.config import default_config

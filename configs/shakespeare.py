@@ -2,8 +2,7 @@
 
     python scripts/train.py --config=configs/shakespeare.py
 
-Hardware: one GPU. Time: 67 s on an H100, 8.0 ms a step, and 4.4 ms a step with
---config.model.kernels=fused and --config.optim.implementation=fused. Validation loss of the best
+Hardware: one GPU. Time: 4.0 ms a step on an H200. Validation loss of the best
 checkpoint, over the whole split: 1.452 nats (seed 0), reached at step 1,750; the remaining steps
 overfit, to 1.687.
 """

@@ -1,4 +1,4 @@
-"""configs/shakespeare.py by fused GPU kernels, with a schedule that ends when the model is best.
+"""configs/shakespeare.py with a schedule that ends when the model is best.
 
     python scripts/train.py --config=configs/shakespeare_fast.py
 
@@ -26,10 +26,8 @@ def get_config():
     config.model.embd_pdrop = config.model.attn_pdrop = config.model.resid_pdrop = 0.2
     config.model.bias = False
     config.model.dtype = 'bfloat16'
-    config.model.kernels = 'fused'
     config.train.steps = 2000
     config.train.batch_size = 64
-    config.optim.implementation = 'fused'
     config.optim.learning_rate = 1.5e-3
     config.optim.end_learning_rate = 1e-5
     config.optim.weight_decay = 0.5

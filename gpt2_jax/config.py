@@ -109,16 +109,23 @@ SETTINGS = {
         one_of(*PRECISIONS),
         'precision of the matrix products; parameters, softmax, LayerNorm and loss are always fp32',
     ),
+    'model.residual_dtype': (
+        GPT2.residual_dtype,
+        one_of('compute', 'float32'),
+        'precision of the residual stream; compute: as the activations; '
+        'float32: under bfloat16, nearer to fp32 and slower',
+    ),
     'model.remat': (
         GPT2.remat,
-        SWITCH,
-        'recompute each block in the backward pass: less memory, a third more work',
+        one_of('none', 'block', 'dots'),
+        'what the backward pass computes again; none: nothing; block: each block, for the least '
+        'memory and a third more work; dots: all of a block but its matrix products',
     ),
     'model.attention': (
         GPT2.attention,
         one_of('auto', 'xla', 'cudnn', 'fused'),
-        'auto: as model.kernels says, or cuDNN where it is faster; xla: as in model/gpt2.py; '
-        "cudnn: cuDNN's GPU kernel (bfloat16, attn_pdrop 0); fused: the GPU kernel of this package",
+        "xla: as in model/gpt2.py; cudnn: cuDNN's GPU kernel (bfloat16, attn_pdrop 0); fused: this "
+        "package's; auto: the fastest that model.kernels allows",
     ),
     'model.kernels': (
         GPT2.kernels,
@@ -169,6 +176,12 @@ SETTINGS = {
         'micro-batches per update: less memory, the same gradient',
     ),
     'train.seed': (0, below(0, 2**32), 'seed of initialisation, data order and dropout'),
+    'train.order': (
+        'keyed',
+        one_of('keyed', 'table'),
+        'order of the windows of an epoch; keyed: a permutation computed window by window; table: '
+        'that of runs before this setting, which need memory for a table of all windows',
+    ),
     'train.init_from': (
         '',
         TEXT,
@@ -192,6 +205,12 @@ SETTINGS = {
         'explain an update whose loss or gradient norm is more than so many standard deviations '
         'above those before it, and continue; 0: never',
     ),
+    'train.deterministic': (
+        False,
+        SWITCH,
+        'on a GPU: the same bits from the same seed on any GPU of that kind, for 1 to 5 % of the '
+        'time; without it, on the machine that compiled the programs',
+    ),
     'train.reduce_dtype': (
         'float32',
         one_of('float32', 'bfloat16'),
@@ -201,8 +220,8 @@ SETTINGS = {
     'optim.implementation': (
         'auto',
         one_of('auto', 'optax', 'explicit', 'fused'),
-        'AdamW, clipping and schedule; optax: from the library; explicit: written out from their '
-        'equations; fused: GPU kernels; auto: fused on a GPU, otherwise optax',
+        "AdamW with clipping; optax: the library's; explicit: its equations written out; fused: "
+        'GPU kernels; auto: fused on a GPU, else optax',
     ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
@@ -277,7 +296,12 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {
     ('model.kernels', 'open'): 'xla',
     ('model.attention', 'explicit'): 'xla',
+    ('model.remat', False): 'none',
+    ('model.remat', True): 'block',
 }
+
+# What a setting that config.json does not have yet was before it was a setting.
+FORMER_VALUES = {'train.order': 'table'}
 
 # A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
@@ -421,6 +445,7 @@ def from_json(text: str) -> ConfigDict:
     value that is not allowed.
     """
     config, renamed = default_config(), []
+    config.update_from_flattened_dict(FORMER_VALUES)
     sections = foreign.parse_json(text, 'the configuration', {str: {}})
     for section, values in sections.items():
         for name, value in values.items():
@@ -430,7 +455,7 @@ def from_json(text: str) -> ConfigDict:
             if key != old_key:
                 renamed.append(f'{old_key} is now {key}')
             new_value = value
-            if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            if isinstance(value, str | bool) and (key, value) in RENAMED_VALUES:
                 new_value = RENAMED_VALUES[key, value]
                 renamed.append(f'{key} = {value!r} is now {new_value!r}')
             new_section, new_name = key.split('.')

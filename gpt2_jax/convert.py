@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def from_hf(
     notify(
         f'wrote {ckpt_dir}: {count_params(params):,} parameters in fp32, {tokenizer.name} '
         'tokenizer\n'
-        f'sample from it: python scripts/sample.py --ckpt_dir={ckpt_dir}'
+        f'sample from it: python scripts/sample.py --ckpt_dir={shlex.quote(str(ckpt_dir))}'
     )
 
 

@@ -7,6 +7,7 @@ current folder, `$GPT2_JAX_DATA_DIR/NAME`, and `gpt2_jax/NAME` in the user's cac
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import glob
 import hashlib
@@ -34,8 +35,11 @@ TIMEOUT_SECONDS = 10  # of silence; a slow download that keeps moving is not cut
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, which takes its name, replacing an older file, once it is complete.
 
-    If the block raises, nothing is left. Raises OSError that names the file.
+    If the block raises, nothing is left. Raises OSError that names the file, also for a folder or a
+    device: root would replace /dev/null by a file.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, 'is not a regular file', str(path))
     part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
     try:
         with open(part, 'xb') as file:  # x: a link in this place is not followed
@@ -119,9 +123,12 @@ def sha256(path: str | os.PathLike) -> str:
 def user_path(path: str | os.PathLike) -> Path:
     """The path, or pattern, that a user wrote, with ~ for the home folder.
 
-    Raises UsageError for an address such as gs://bucket, and for text too long to be a path.
+    Raises UsageError for an address such as gs://bucket, for an empty text and one too long to be a
+    path, and for a relative path if the current folder was removed.
     """
     text = os.fspath(path)
+    if not text:
+        raise UsageError('a path is empty: is a variable of the shell not set?')
     if len(text) > MAX_PATH:
         problem = f'has {len(text):,} characters: expected a path of at most {MAX_PATH:,}'
         raise UsageError(str(foreign.error(text[-50:], problem)))
@@ -130,7 +137,28 @@ def user_path(path: str | os.PathLike) -> Path:
             f'{foreign.escape(text)} is an address: expected a path on this machine; copy what is '
             f'there to a folder first, {scheme[0]} is not supported'
         )
-    return Path(os.path.expanduser(text))
+    expanded = Path(os.path.expanduser(text))
+    try:
+        expanded.absolute()
+    except FileNotFoundError:
+        raise UsageError(
+            f'{foreign.escape(text)} cannot be found: the current folder was removed; change to '
+            'another one'
+        ) from None
+    return expanded
+
+
+def output_path(path: str | os.PathLike) -> Path:
+    """The path of a file to write, as `user_path`, checked before the work that makes the file.
+
+    Raises UsageError if its folder does not exist, or if it is a folder or a device.
+    """
+    out = user_path(path)
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f'cannot write {out}: {out.absolute().parent} is not a folder')
+    if not out.name or (out.exists() and not out.is_file()):
+        raise UsageError(f'cannot write {out}: it is not a regular file')
+    return out
 
 
 def matching(pattern: str) -> list[Path]:

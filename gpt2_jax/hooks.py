@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,9 +208,15 @@ class ExplainSpikes:
         leaps, self.leaps = dict(reversed(self.leaps)), []  # of two values, the loss
         for at in sorted(leaps):
             self.pages += 1
-            by_hand = f'python scripts/steps.py autopsy --workdir={self.workdir} --step={at}'
-            why = by_hand if self.pages > self.PAGES else explained(self.workdir, at)
+            by_hand = self.pages > self.PAGES
+            why = autopsy_command(self.workdir, at) if by_hand else explained(self.workdir, at)
             self.log.say(f'step {at}: {leaps[at]}. {why}')
+
+
+def autopsy_command(workdir: Path, step: int) -> str:
+    """The command that explains an update, as a shell reads it."""
+    where = shlex.quote(str(workdir))
+    return f'python scripts/steps.py autopsy --workdir={where} --step={step}'
 
 
 def explained(workdir: Path, step: int) -> str:
@@ -217,7 +224,7 @@ def explained(workdir: Path, step: int) -> str:
 
     Several processes do not replay the update: one does by hand.
     """
-    by_hand = f'python scripts/steps.py autopsy --workdir={workdir} --step={step}'
+    by_hand = autopsy_command(workdir, step)
     if several():
         return f'{by_hand} explains it'
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
@@ -83,7 +84,7 @@ def load(path: str | Path, step: str | int = 'best') -> Loaded:
     """
     restored = subject.load(path, str(step))
     return Loaded(
-        Path(path),
+        files.user_path(path),
         restored.step,
         GPT2(restored.model.cfg),
         jax.device_put(restored.params),

@@ -15,14 +15,15 @@ from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import load
 from gpt2_jax.diagnostics.benchmark import random_data
-from gpt2_jax.errors import UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt
 from gpt2_jax.lens import flow as flow_lib
 from gpt2_jax.lens import report as report_lib
-from gpt2_jax.lens import terminal
 from gpt2_jax.library import Loaded
+from gpt2_jax.reports import model as model_report
+from gpt2_jax.reports import terminal
+from gpt2_jax.reports.flow import to_json, to_markdown, to_page
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 
@@ -61,7 +62,7 @@ def text_to_show(
 def report(
     loaded: Loaded,
     prompt: str,
-    out: Path,
+    out: str | Path,
     *,
     new_tokens: int | None = None,
     seed: int = 0,
@@ -70,10 +71,9 @@ def report(
 ) -> None:
     """Writes the page of a model on a text: one HTML file. See lens.report.collect.
 
-    Raises UserError before anything is computed if `out` is in no folder.
+    Raises UsageError before anything is computed if `out` cannot be written.
     """
-    if not out.parent.is_dir():
-        raise UserError(f'{out.parent} is not a folder: make it, or choose another --out')
+    out = files.output_path(out)
     tokens_T, n_given = text_to_show(loaded, prompt, new_tokens, seed, notify)
     train = loaded.config.train
     found = report_lib.collect(
@@ -87,7 +87,7 @@ def report(
         step_size=(train.batch_size, train.seq_len, train.grad_accum_steps),
         notify=notify,
     )
-    page = report_lib.render(found)
+    page = model_report.render(found)
     files.write_text(out, page)
     notify(f'wrote {out}: {len(tokens_T)} tokens, {len(page) / 1e6:.1f} MB')
 
@@ -101,7 +101,7 @@ def show(
     at: int = -1,
     head: tuple[int, int] | None = None,
 ) -> None:
-    """Prints a text with its losses, the guesses of the layers and a head: see lens.terminal."""
+    """Prints a text with its losses, the guesses of the layers and a head: see reports.terminal."""
     tokens_T, _ = text_to_show(loaded, prompt, new_tokens, seed)
     terminal.show(loaded, tokens_T, Console(highlight=False), at=at, head=head)
 
@@ -122,8 +122,7 @@ def shapes(config: ConfigDict, vocab_size: int, form: str, notify: Callable[[str
         grad_accum_steps=config.train.grad_accum_steps,
         make_step=training_step(config),
     )
-    write = {'md': flow_lib.to_markdown, 'json': flow_lib.to_json, 'html': flow_lib.to_page}
-    return write[form](flow)
+    return {'md': to_markdown, 'json': to_json, 'html': to_page}[form](flow)
 
 
 def as_xla(config: ConfigDict) -> ConfigDict:

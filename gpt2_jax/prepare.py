@@ -34,7 +34,14 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
 
 SPLIT_BY = ('corpus', 'document', 'file')
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 MAX_BAD = 10  # files that cannot be read, until the first pass ends
 MAX_HELD = 1 << 24  # characters without a place to cut
 
@@ -402,12 +409,13 @@ def describe(manifest: dict[str, Any]) -> list[str]:
         'file': 'the last {:.4g} % of the characters of each file',
     }[manifest['split_by']].format(100 * manifest['val_fraction'])
     special = 'a token' if manifest['special_tokens'] else 'ordinary text'
-    left_out = ', '.join(f'{n:,} {reason}' for reason, n in inputs['left_out'].items())
+    read = (documents.counted(inputs[name], name) for name in ('files', 'documents'))
+    left_out = ', '.join(documents.counted(n, reason) for reason, n in inputs['left_out'].items())
     return [
         *lines,
         f'validation: {kept}',
         f'tokenizer {tokenizer["name"]}, vocabulary {tokenizer["vocab_size"]:,}, '
         f'{manifest["dtype"]}; <|endoftext|> in a text is {special}',
-        f'read {inputs["files"]:,} files, {inputs["documents"]:,} documents, '
-        f'{inputs["bytes"] / 1e6:.1f} MB; left out: {left_out or "nothing"}',
+        f'read {", ".join(read)}, {inputs["bytes"] / 1e6:.1f} MB; '
+        f'left out: {left_out or "nothing"}',
     ]

@@ -1,5 +1,6 @@
 """Text for a terminal, which obeys the control characters in it."""
 
+import sys
 from typing import TextIO
 
 from gpt2_jax.foreign import escape
@@ -12,3 +13,8 @@ def printable(text: str, stream: TextIO | None) -> str:
     Newlines and tabs stay. In a file or a pipe the text stays as it is.
     """
     return escape(text, keep='\n\t') if stream and stream.isatty() else text
+
+
+def say(text: str) -> None:
+    """Prints a line, which may hold names that others chose, at once."""
+    print(printable(text, sys.stdout), flush=True)

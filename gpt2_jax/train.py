@@ -8,6 +8,7 @@ training/loop.py runs it on the batches of data/batches.py.
 import contextlib
 import functools
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -27,6 +28,7 @@ from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel import feed, hosts
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.progress import Progress
+from gpt2_jax.terminal import say
 from gpt2_jax.training import finetune, loop
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
@@ -66,7 +68,7 @@ def train(
         check_before_start(setup, fresh)
         n_local = len(setup.mesh.local_devices)
         memory = estimate_memory(setup.shapes, setup.layout, setup.device, n_local)
-        print('\n'.join([*describe(setup), *memory]), flush=True)
+        say('\n'.join([*describe(setup), *memory]))
         kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
         with (
             claim(workdir, fresh) as check_claim,
@@ -87,12 +89,12 @@ def claim(workdir: Path, fresh: bool) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     if fresh and (aside := folder.move_aside(workdir)):
-        print(f'the old run was moved to {aside}')
+        say(f'the old run was moved to {aside}')
     with folder.claim(workdir) as check_claim:
         with Progress('verifying the checkpoints'):
             reports = quarantine(workdir / FOLDER)
         for report in reports:
-            print(report, flush=True)
+            say(report)
         hosts.barrier('the folder is claimed')
         yield check_claim
 
@@ -113,18 +115,18 @@ def run_in_folder(
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     check_processes(setup, workdir, start)
     if start == config.train.steps and (workdir / 'summary.json').exists():
-        print(
+        say(
             f'the run in {workdir} is finished: {start:,} steps, best validation loss '
             f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with '
             '--extend to continue, or start again with --fresh'
         )
         return 0
     if start:
-        print(f'resuming from checkpoint {start:,} in {workdir}', flush=True)
+        say(f'resuming from checkpoint {start:,} in {workdir}')
     for line in checkpoints.describe_kept(
         setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
     ):
-        print(line, flush=True)
+        say(line)
 
     train_step = compile_train_step(setup, pool)
     evaluate = make_evaluate(setup, pool=pool)
@@ -137,7 +139,13 @@ def run_in_folder(
         prepare_folder(setup, workdir, start, log_sizes)
 
     with (
-        Logger(workdir, start, config.train.steps, writes=hosts.is_first()) as log,
+        Logger(
+            workdir,
+            start,
+            config.train.steps,
+            config_lib.flatten(config),
+            writes=hosts.is_first(),
+        ) as log,
         loop.interrupts() as interrupt,
         feed.train_batches(
             setup.mesh,
@@ -188,20 +196,20 @@ def run_in_folder(
     with Progress('saving the last checkpoint'):
         checkpoints.wait()
     if probe and probe.count:
-        print(probe.cost(time.monotonic() - started))
+        say(probe.cost(time.monotonic() - started))
 
     if interrupt.seen:
         name = interrupt.seen.name
-        print(f'stopped by {name} at step {done:,}, which is saved; the same command resumes')
+        say(f'stopped by {name} at step {done:,}, which is saved; the same command resumes')
         return 128 + interrupt.seen
     summary = meter.summary(corpus_identity(setup))
     if hosts.is_first():
         files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
-    print(
+    say(
         f'finished {done:,} steps in {duration(summary["seconds_total"])}: best validation loss '
         f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
         f'{progress.final_val_loss:.4f}\n'
-        f'sample from it: python scripts/sample.py --ckpt_dir={workdir}'
+        f'sample from it: python scripts/sample.py --ckpt_dir={shlex.quote(str(workdir))}'
     )
     return 0
 
@@ -235,7 +243,7 @@ def check_processes(setup: Setup, workdir: Path, start: int) -> None:
 def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str, int]) -> None:
     """Cuts the logs back to where the run starts, and writes what sampling and resuming need."""
     for report in folder.cut_back(workdir, log_sizes):
-        print(report, flush=True)
+        say(report)
     probes.cut_back(workdir, start)
     (workdir / 'summary.json').unlink(missing_ok=True)
     files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))

@@ -15,7 +15,6 @@ the prompt alone.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -95,8 +94,7 @@ def main(arguments: list[str]) -> None:
     say(repr(loaded))
     with faults.memory_errors('sample'):
         if command == 'report':
-            out = Path(_OUT.value)
-            look.report(loaded, prompt, out, skip=_SKIP.value, notify=say, **options)
+            look.report(loaded, prompt, _OUT.value, skip=_SKIP.value, notify=say, **options)
         else:
             head = sites.parse_head(_HEAD.value) if _HEAD.value else None
             look.show(loaded, prompt, at=_AT.value, head=head, **options)

@@ -9,11 +9,10 @@ reading: checkpoints from step 0 on, and measurements at log-spaced steps.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "report: the run's folder.")
@@ -35,27 +34,26 @@ def notify(text: str) -> None:
 def main(arguments: list[str]) -> None:
     """One call of the library."""
     command, *folders = arguments or ['']
-    out = Path(_OUT.value)
     if command not in ('report', 'compare'):
         raise UsageError(f'expected a command, report or compare; got {command or "none"}')
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f'--out={out}: {out.absolute().parent} is not a folder')
+    out = files.output_path(_OUT.value)
     from gpt2_jax.parallel import devices
     from gpt2_jax.reports import compare, run
 
     if command == 'compare':
         cli.refuse([_WORKDIR, _STEPS], 'with compare')
         devices.select_platform(_PLATFORM.value)
-        runs = [Path(folder) for folder in folders]
+        runs = [files.user_path(folder) for folder in folders]
         print(compare.write_comparison(runs, out, text=_TEXT.value, notify=notify))
         return
     cli.no_more(folders)
     if _WORKDIR.value is None:
         raise UsageError("report needs --workdir: the run's folder")
+    workdir = files.user_path(_WORKDIR.value)
     devices.select_platform(_PLATFORM.value)
-    for line in run.write_steps(Path(_WORKDIR.value), out, _STEPS.value, notify=notify):
+    for line in run.write_steps(workdir, out, _STEPS.value, notify=notify):
         print(line)
-    print(run.write_run(Path(_WORKDIR.value), out, text=_TEXT.value, notify=notify))
+    print(run.write_run(workdir, out, text=_TEXT.value, notify=notify))
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt2_jax import cli
+from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
@@ -55,7 +55,7 @@ def find() -> None:
     from gpt2_jax.diagnostics import ledger
 
     options = {flag.name: flag.value for flag in FIND}
-    found = ledger.find(Path(_WORKDIR.value), **options)
+    found = ledger.find(files.user_path(_WORKDIR.value), **options)
     if _FORMAT.value == 'json':
         print(json.dumps(ledger.to_json(found), indent=1, ensure_ascii=False))
     else:
@@ -72,22 +72,24 @@ def the_step(command: str) -> tuple[Path, int]:
     cli.refuse(FIND, f'with {command}')
     if _STEP.value is None:
         raise UsageError(f'{command} needs --step: the update, from 1')
+    folder = files.user_path(_WORKDIR.value)
     from gpt2_jax.parallel import devices
 
     devices.select_platform(_PLATFORM.value)
-    return Path(_WORKDIR.value), _STEP.value
+    return folder, _STEP.value
 
 
 def show() -> None:
     """The replay of one update."""
+    out = None if _OUT.value is None else files.output_path(_OUT.value)
     folder, number = the_step('show')
     from gpt2_jax.diagnostics.replay import Replay
     from gpt2_jax.reports import step
 
     replay = Replay(folder, notify)
     found = step.to_json(replay.run, replay.open(number))
-    if _OUT.value:
-        print(step.write(found, Path(_OUT.value)))
+    if out:
+        print(step.write(found, out))
     elif _FORMAT.value == 'json':
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:

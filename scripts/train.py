@@ -42,6 +42,8 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, f
 def main(arguments: list[str]) -> int:
     """Calls the library once; returns the exit code."""
     cli.no_more(arguments)
+    default = f'runs/{cli.config_name()}'
+    workdir = files.user_path(default if _WORKDIR.value is None else _WORKDIR.value)
     with Progress('loading'):
         from gpt2_jax.parallel import devices, hosts
         from gpt2_jax.train import train
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
         devices.select_platform(_PLATFORM.value)
         return train(
             _CONFIG.value,
-            files.user_path(_WORKDIR.value or f'runs/{cli.config_name()}'),
+            workdir,
             extend=_EXTEND.value,
             fresh=_FRESH.value,
             started=STARTED,

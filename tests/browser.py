@@ -1,8 +1,10 @@
 """Headless Chromium over the pipe of its DevTools: opens a page, points, clicks, takes pictures.
 
-By hand, pictures of every view of a report, in light and dark, for a desk and for a phone:
+By hand, the size of pages and how soon they show; and pictures of a page, in light and dark, for a
+desk and for a phone, of every view if it has views:
 
-    python tests/browser.py report.html FOLDER [VIEW ..]
+    python tests/browser.py measure report.html run.html ..
+    python tests/browser.py pictures report.html FOLDER [VIEW ..]
 """
 
 import base64
@@ -93,11 +95,11 @@ class Browser:
             time.sleep(0.02)
 
     def middle(self, selector: str) -> tuple[float, float]:
-        """The middle of an element on the screen, scrolled into sight."""
+        """The middle of an element on the screen, scrolled into sight; of its widest line."""
         return tuple(
             self.run(
                 f'(e => {{ e.scrollIntoView({{block: "center", behavior: "instant"}}); '
-                'const r = e.getBoundingClientRect(); '
+                'const r = [...e.getClientRects()].reduce((a, b) => b.width > a.width ? b : a); '
                 f'return [r.x + r.width / 2, r.y + r.height / 2]; }})'
                 f'(document.querySelector({json.dumps(selector)}))'
             )
@@ -185,23 +187,41 @@ def browser() -> Iterator[Browser]:
             process.wait()
 
 
-def main(page: str, folder: str, *views: str) -> None:
-    """Pictures of the views, in both themes and two sizes."""
+def measure(*pages: str) -> None:
+    """Prints the size of each page and how soon it shows, in a browser of its own, and is ready."""
+    for page in map(Path, pages):
+        with browser() as tab:
+            tab.open(page)
+            ready = tab.run('performance.now()')
+            paint = 'performance.getEntriesByName("first-contentful-paint")'
+            tab.wait(f'{paint}.length')
+            first = tab.run(f'{paint}[0].startTime')
+            asked = [url for url in tab.requests() if not url.startswith(('file:', 'about:'))]
+            print(
+                f'{page.name}: {page.stat().st_size / 1e6:.2f} MB, first paint after {first:.0f} '
+                f'ms, ready after {ready:.0f} ms, {len(asked)} requests, errors: {tab.errors()}'
+            )
+
+
+def pictures(page: str, folder: str, *views: str) -> None:
+    """Pictures of a page or of its views, in both themes and two sizes."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     sizes = {'desk': (1280, 860), 'phone': (390, 844)}
     with browser() as tab:
         tab.open(Path(page))
-        for view in views or tab.run('Object.keys(VIEWS)'):
+        has_views = tab.run('typeof VIEWS !== "undefined"')
+        for view in views or (tab.run('Object.keys(VIEWS)') if has_views else ['page']):
             for name, (width, height) in sizes.items():
                 for theme in ('light', 'dark'):
                     tab.size(width, height)
-                    tab.run(f'setTheme({theme!r}); change({{view: {view!r}}})')
-                    tab.wait('true')
+                    tab.run(f'setTheme({theme!r})')
+                    if has_views:
+                        tab.run(f'change({{view: {view!r}}})')
                     time.sleep(0.3)
                     tab.picture(out / f'{view}-{name}-{theme}.png', whole=name == 'desk')
         print(tab.errors() or 'no error on the page')
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    {'measure': measure, 'pictures': pictures}[sys.argv[1]](*sys.argv[2:])

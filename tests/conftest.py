@@ -1,7 +1,8 @@
-"""Settings made before JAX starts: test programs compile in half the time without optimization."""
+"""Settings made before JAX starts: test programs compile in half the time, and once a session."""
 
 import gc
 import os
+import tempfile
 from importlib.metadata import version
 
 import pytest
@@ -10,6 +11,16 @@ FLAGS = ['--xla_backend_optimization_level=0']
 if version('jaxlib').startswith('0.10.'):  # later versions have no such flag
     FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('XLA_FLAGS', ' '.join(FLAGS))  # reaches the processes that tests start, too
+
+# One cache of compiled programs for all processes of a session, those of the tests included. The
+# first process makes it, and removes it when it ends.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix='compiled.', ignore_cleanup_errors=True)
+    os.environ |= {
+        'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
 
 # Tracing makes many objects that live long: looking for garbage less often saves 4 % of the time.
 gc.set_threshold(200_000, 20, 100)

@@ -1,6 +1,7 @@
 """Kills runs with SIGKILL repeatedly; each must end bit-equal to an uninterrupted run.
 
     python tests/kill_runs.py --runs=20
+    python tests/kill_runs.py --runs=20 --jobs=10       # ten at a time, on many cores
 
 Half of the kills come at a random moment, half of them while a checkpoint is being saved. The exit
 code is 1 if any run differs in its parameters, optimizer state, metrics, probes, samples, summary
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import runs
@@ -37,7 +39,8 @@ def start(
     The compilation cache only saves time.
     """
     config = text.with_name('defaults.py')
-    config.write_text('from gpt2_jax.config import default_config as get_config\n')
+    if not config.exists():  # written while another run reads it, it would be empty
+        config.write_text('from gpt2_jax.config import default_config as get_config\n')
     command = [
         sys.executable,
         ROOT / 'scripts/train.py',
@@ -112,8 +115,31 @@ def finish(process: subprocess.Popen) -> str:
     """Waits until the run ends by itself; returns its output."""
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     if process.returncode:
-        sys.exit(f'a run ended with {process.returncode}:\n{output}')
+        raise RuntimeError(f'a run ended with {process.returncode}:\n{output}')
     return output
+
+
+def kill_and_finish(
+    workdir: Path, text: Path, cache: Path, draw: random.Random, kills: int, seconds: float
+) -> tuple[list[str], str]:
+    """Kills a run up to `kills` times, then lets it end; returns the moments and its last output.
+
+    `seconds` is how long an uninterrupted run takes.
+    """
+    moments = []
+    while len(moments) < kills:
+        began = time.monotonic()
+        process = start(workdir, text, cache)
+        in_save = draw.random() < 0.5
+        when = kill(process, workdir, draw, in_save=in_save, seconds=seconds)
+        if when:
+            moments.append(when)
+        elif moments:
+            break
+        else:  # the machine became faster: run again, since every run must be killed
+            seconds = min(seconds, time.monotonic() - began)
+            shutil.rmtree(workdir)
+    return moments, finish(start(workdir, text, cache))
 
 
 def main() -> int:
@@ -125,8 +151,9 @@ def main() -> int:
         '--kills', type=int, default=4, help='how often each is killed before it may finish'
     )
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
+    parser.add_argument('--jobs', type=int, default=1, help='how many runs at a time')
     args = parser.parse_args()
-    draw, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix='kill_runs.'))
+    folder = Path(tempfile.mkdtemp(prefix='kill_runs.'))
     text, cache, reference = (
         runs.write_text(folder / 'text.txt'),
         folder / 'cache',
@@ -138,34 +165,24 @@ def main() -> int:
     seconds = time.monotonic() - began
     print(f'uninterrupted: {SETTINGS["train.steps"]} steps in {seconds:.1f} s', flush=True)
     bad = kills = in_saves = 0
-    for number in range(1, args.runs + 1):
-        workdir, moments = folder / f'run_{number}', []
-        while len(moments) < args.kills:
-            began = time.monotonic()
-            when = kill(
-                start(workdir, text, cache),
-                workdir,
-                draw,
-                in_save=draw.random() < 0.5,
-                seconds=seconds,
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = {}
+        for number in range(1, args.runs + 1):
+            draw = random.Random(f'{args.seed} {number}')
+            workdir = folder / f'run_{number}'
+            result = pool.submit(kill_and_finish, workdir, text, cache, draw, args.kills, seconds)
+            results[result] = workdir
+        for result in as_completed(results):
+            workdir, (moments, output) = results[result], result.result()
+            kills, in_saves = kills + len(moments), in_saves + sum('save' in w for w in moments)
+            wrong = runs.differences(workdir, reference)
+            bad += bool(wrong)
+            last = re.search(r'resuming from checkpoint (\d+)|is (finished)', output)
+            print(
+                f'{workdir.name}: killed after {", ".join(moments)}; last start from '
+                f'{last[1] or last[2] if last else 0}: {"; ".join(wrong) or "identical"}',
+                flush=True,
             )
-            if when:
-                moments.append(when)
-            elif moments:
-                break
-            else:  # the machine became faster: run again, since every run must be killed
-                seconds = min(seconds, time.monotonic() - began)
-                shutil.rmtree(workdir)
-        kills, in_saves = kills + len(moments), in_saves + sum('save' in when for when in moments)
-        output = finish(start(workdir, text, cache))
-        wrong = runs.differences(workdir, reference)
-        bad += bool(wrong)
-        last = re.search(r'resuming from checkpoint (\d+)|is (finished)', output)
-        print(
-            f'run {number:2}: killed after {", ".join(moments)}; last start from '
-            f'{last[1] or last[2] if last else 0}: {"; ".join(wrong) or "identical"}',
-            flush=True,
-        )
     print(
         f'{args.runs - bad} of {args.runs} runs are bit-equal to the uninterrupted run, after '
         f'{kills} kills, {in_saves} of them in a save'

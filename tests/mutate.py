@@ -3,22 +3,25 @@
     python tests/mutate.py --count=200 --seed=0
     python tests/mutate.py --files='model/*.py' --count=0           # every break of these files
     python tests/mutate.py --only='model/ops.py:53:22 -1 -> 0'      # one break again
-    for i in $(seq 16); do python tests/mutate.py --shard=$i/16 > $i.log & done; wait
+    python tests/mutate.py --count=200 --jobs=64 --minutes=9        # on many cores, in time
 
 A break changes an operator, a comparison, a constant, an axis or a dtype, or drops a line. The
 tests of its file (TESTS) run on it in order, and stop at the first that fails: the break is seen.
 Tests that run longer than the limit count as failed. A survivor is a missing test, or a change
 without effect; EQUIVALENT lists breaks of the second kind that need no look.
 
-Only a temporary copy of the working tree is changed, by each process its own. The first shard runs
-the tests without any break before. The exit status is 1 if a break survived, 2 if a test fails
-without one.
+Each job has its share of the cores, and changes a temporary copy of the package; git is not needed.
+The test files also run without any break. Each result is a line, when it comes. The last lines are
+the breaks that survived and, after Ctrl-C or if --minutes are over, those without a result. The
+exit status is 2 if a test fails without a break, otherwise 1 if a break survived or has no result.
 """
 
 import argparse
 import ast
+import collections
 import dataclasses
 import fnmatch
+import math
 import os
 import random
 import re
@@ -28,60 +31,56 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ('model', 'kernels', 'training', 'data', 'inference')
 
-# Pattern of files -> their tests, those most likely to see a break first. All patterns that match a
-# file count, in this order.
+# Pattern of files -> their tests, those most likely to see a break first, slow ones last. All
+# patterns that match a file count, in this order.
 TESTS = {
     'model/gpt2.py': 'model ops backward generate huggingface lens',
     'model/ops.py': 'ops model backward step',
     'model/dropout.py': 'model ops step kernels',
     'model/loss.py': 'loss model step score',
     'model/params.py': 'model step config',
-    'model/huggingface.py': 'huggingface',
-    'kernels.choose.py': 'kernels decode_kernels errors config',
+    'model/huggingface.py': 'huggingface faults/readers',
+    'kernels/choose.py': 'kernels decode_kernels errors',
     'kernels/launch.py': 'kernels decode_kernels',
     'kernels/decode.py': 'decode_kernels',
-    'kernels/sample.py': 'decode_kernels generate',
-    'kernels/*.py': 'kernels ops explicit_optim',
+    'kernels/sample.py': 'decode_kernels',
+    'kernels/[!ds]*.py': 'kernels ops',
     'training/optim.py': 'optim explicit_optim kernels step',
-    'training/step.py': 'step backward model evaluate',
+    'training/step.py': 'step backward model loss evaluate',
     'training/fused_step.py': 'kernels explicit_optim',
-    'training/finetune.py': 'finetune',
-    'training/setup.py': 'step train kernels config resume',
-    'training/programs.py': 'step train resume parallel',
-    'training/meter.py': 'resume train',
-    'training/resume.py': 'resume checkpoint',
-    'training/loop.py': 'resume train',
-    'training/*.py': 'train resume checkpoint parallel errors evaluate benchmark loss finetune',
-    'data/batches.py': 'batches step parallel',
-    'data/bin_files.py': 'token_files',
-    'data/dataset.py': 'shards token_files',
+    'training/finetune.py': 'finetune errors',
+    'training/setup.py': 'step train config errors resume parallel',
+    'training/programs.py': 'step train benchmark resume parallel',
+    'training/meter.py': 'train benchmark resume',
+    'training/resume.py': 'resume checkpoint finetune faults/readers',
+    'training/loop.py': 'train resume',
+    'data/batches.py': 'batches step parallel permutation',
+    'data/bin_files.py': 'token_files faults/readers',
+    'data/dataset.py': 'shards token_files corpora texts verified',
     'data/load.py': 'shards token_files corpora errors score',
-    'data/vocabulary.py': 'vocabulary bpe huggingface',
-    'data/tokenizers.py': 'tokenizers bpe generate',
-    'data/documents.py': 'documents shards texts',
-    'data/corpora.py': 'corpora errors',
-    'data/shards.py': 'shards',
-    'data/*.py': 'batches shards token_files corpora documents tokenizers bpe errors foreign texts',
-    'inference/detokenizers.py': 'detokenizers',
+    'data/vocabulary.py': 'vocabulary bpe huggingface foreign',
+    'data/tokenizers.py': 'tokenizers bpe shards generate faults/readers',
+    'data/documents.py': 'documents shards texts faults/readers',
+    'data/corpora.py': 'corpora foreign errors',
+    'data/shards.py': 'shards foreign errors faults/readers',
+    'inference/detokenizers.py': 'detokenizers score',
     'inference/texts.py': 'texts score',
-    'inference/evaluate.py': 'evaluate score resume parallel loss',
+    'inference/evaluate.py': 'evaluate score loss resume parallel',
+    'inference/decoding.py': 'generate decode_kernels lens_library errors',
     'inference/sampling.py': 'generate decode_kernels',
+    'inference/streaming.py': 'generate errors',
     'inference/harness.py': 'score',
-    'inference/lambada.py': 'score',
-    'inference/score.py': 'score',
-    'inference/*.py': 'generate decode_kernels score evaluate texts detokenizers loss lens_library',
-    # Slow: last.
-    'model/hugg*.py': 'faults/readers',
-    'data/[!b]*.py': 'faults/readers',
-    'data/bin*.py': 'faults/readers',
-    'training/r*.py': 'faults/readers',
+    'inference/lambada.py': 'score faults/readers',
+    'inference/score.py': 'score errors',
 }
 # (pattern of 'file:source line', reason): breaks that change speed, a message or a type hint.
 EQUIVALENT = (
@@ -248,18 +247,13 @@ def tests_of(file: str) -> list[str]:
 
 
 def copy_tree(folder: Path) -> None:
-    """The tracked and the new files of the working tree."""
-    listed = subprocess.run(
-        ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split('\0')):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    """The package with everything that its tests read, without what a test or a user left there."""
+    left_out = shutil.ignore_patterns('__pycache__', '.*', '*.egg-info')
+    for name in ('gpt2_jax', 'tests', 'scripts', 'configs', 'docs'):
+        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+    for path in ROOT.iterdir():
+        if path.suffix in ('.toml', '.md', '.py', '.cfg') or path.name == 'LICENSE':
+            shutil.copy(path, folder)
 
 
 def run_tests(folder: Path, tests: list[str], seconds: float) -> str | None:
@@ -307,6 +301,54 @@ def draw(arguments: argparse.Namespace) -> list[Break]:
     return breaks[: arguments.count or None]
 
 
+@dataclasses.dataclass
+class Job:
+    """Tests to run with a break, or without any: `result` is a line, once there is one."""
+
+    tests: list[str]
+    broken: Break | None = None
+    result: str | None = None
+
+    def __str__(self):
+        return str(self.broken or f'without any break, {self.tests[0]}')
+
+
+def run_jobs(jobs: Iterator[Job], cores: list[int], seconds: float, deadline: float) -> None:
+    """Runs jobs on `cores`, in a copy of the package, until none is left or the time is over."""
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, cores)  # of this thread and the processes that it starts
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as parent:
+        folder = Path(parent, 'gpt2_jax')
+        copy_tree(folder)
+        for job in jobs:
+            began = time.monotonic()
+            limit = min(seconds, deadline - began)
+            if limit <= 0:
+                return
+            if b := job.broken:
+                path = folder / 'gpt2_jax' / b.file
+                source = path.read_text('utf-8')
+                path.write_text(source[: b.start] + b.new + source[b.stop :], 'utf-8')
+            seen_by = run_tests(folder, job.tests, limit)
+            if b:
+                path.write_text(source, 'utf-8')
+            if seen_by and time.monotonic() > deadline:
+                return  # the time of all jobs was over, not that of this one
+            job.result = f'seen by {seen_by}' if seen_by else 'SURVIVED' if b else 'passes'
+            print(f'{job}: {job.result}, {time.monotonic() - began:.0f} s', flush=True)
+
+
+def in_turn(jobs: list[Job]) -> Iterator[Job]:
+    """The jobs one by one, for several threads."""
+    left, lock = iter(jobs), threading.Lock()
+
+    def following():
+        with lock:
+            return next(left, None)
+
+    return iter(following, None)
+
+
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -314,44 +356,46 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--files', default='*', help="pattern of files, such as 'model/*.py'")
     parser.add_argument('--only', action='append', help='a break, as it is printed; repeatable')
-    parser.add_argument('--shard', default='1/1', help='I/N: the I-th of N parts of the breaks')
     parser.add_argument('--list', action='store_true', help='print the breaks and run nothing')
+    parser.add_argument(
+        '--jobs', type=int, default=1, help='breaks at a time; they share the cores'
+    )
     parser.add_argument('--seconds', type=float, default=900, help='limit for the tests of a break')
+    parser.add_argument('--minutes', type=float, default=math.inf, help='limit for everything')
     arguments = parser.parse_args()
-    part, parts = map(int, arguments.shard.split('/'))
+    deadline = time.monotonic() + 60 * arguments.minutes
     breaks = draw(arguments)
-    mine = breaks[part - 1 :: parts]
+    if unknown := set(arguments.only or ()) - set(map(str, breaks)):
+        parser.error(f'there is no such break: {sorted(unknown)[0]!r}; --list prints them')
     if arguments.list:
-        print(*mine, sep='\n')
+        print(*breaks, sep='\n')
         return 0
-    if parts > 1:  # a few cores for each process, so that their threads do not compete
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[part - 1 :: parts] or [cores[part % len(cores)]])
+    files = dict.fromkeys(test for b in breaks for test in tests_of(b.file))
+    whole, broken = [Job([path]) for path in files], [Job(tests_of(b.file), b) for b in breaks]
+    jobs = in_turn(whole + broken)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else [0]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        shares = (
+            cores[i :: arguments.jobs] or [cores[i % len(cores)]] for i in range(arguments.jobs)
+        )
+        done = [pool.submit(run_jobs, jobs, share, arguments.seconds, deadline) for share in shares]
+        try:
+            for each in done:
+                each.result()  # raises what it raised
+        except KeyboardInterrupt:
+            print('stopping: the tests that run may end', flush=True)
+            collections.deque(jobs, maxlen=0)  # takes all that are left
 
-    survivors = []
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent, 'gpt2_jax')
-        copy_tree(folder)
-        if part == 1:
-            tests = dict.fromkeys(test for b in breaks for test in tests_of(b.file))
-            if failed := run_tests(folder, list(tests), 10 * arguments.seconds):
-                print(f'without any break: {failed}')
-                return 2
-        for i, b in enumerate(mine):
-            path = folder / 'gpt2_jax' / b.file
-            source = path.read_text('utf-8')
-            path.write_text(source[: b.start] + b.new + source[b.stop :], 'utf-8')
-            began = time.monotonic()
-            seen_by = run_tests(folder, tests_of(b.file), arguments.seconds)
-            path.write_text(source, 'utf-8')
-            if seen_by is None:
-                survivors.append(b)
-            took = time.monotonic() - began
-            result = f'seen by {seen_by}' if seen_by else 'SURVIVED'
-            print(f'{i + 1}/{len(mine)} {b}: {result}, {took:.0f} s', flush=True)
-    print(f'{len(mine)} breaks, {len(survivors)} survived')
-    print(*(f'--only={shlex.quote(str(b))}' for b in survivors), sep='\n')
-    return 1 if survivors else 0
+    survivors = [job for job in broken if job.result == 'SURVIVED']
+    without = [job for job in broken if job.result is None]
+    failed = [job for job in whole if job.result != 'passes']
+    print(f'{len(broken)} breaks: {len(survivors)} survived, {len(without)} have no result')
+    for words, some in (('survived', survivors), ('no result', without)):
+        for job in some:
+            print(f'{words}: --only={shlex.quote(str(job))}')
+    for job in failed:
+        print(f'{job}: {job.result or "no result"}')
+    return 2 if failed else 1 if survivors or without else 0
 
 
 if __name__ == '__main__':

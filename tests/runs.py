@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import io
 import json
 import os
@@ -10,20 +9,22 @@ import random
 import runpy
 import struct
 import sys
-import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.compat.proto.event_pb2 import Event
 
 from gpt2_jax import config as config_lib
 from gpt2_jax import train as train_lib
 from gpt2_jax.config import default_config
+from gpt2_jax.inference import evaluate
 from gpt2_jax.train import train
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
@@ -78,29 +79,56 @@ def quiet_train(config, workdir: Path, **options) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@functools.cache
-def compile_cache() -> tempfile.TemporaryDirectory:
-    """A cache of compiled programs, for this process and the processes that it starts."""
-    return tempfile.TemporaryDirectory(prefix='compiled.', ignore_cleanup_errors=True)
+def compile_cache() -> Path:
+    """The cache of compiled programs of this session of tests: see conftest.py."""
+    return Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
 
 
 @contextlib.contextmanager
-def compile_once():
-    """Runs inside share their compiled programs: each run would compile its own again."""
-    changes = {
-        'jax_compilation_cache_dir': compile_cache().name,
-        'jax_persistent_cache_min_compile_time_secs': 0,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    try:
-        for name, value in changes.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def trace_once():
+    """Runs inside with the same model and training share their first state and their programs.
+
+    To trace a program again takes longer than the few updates of a run. Runs in processes of their
+    own, as test_resume.py kills them, trace each time.
+    """
+    made, new_state = {}, programs.new_state
+
+    def key(setup, name):
+        config = json.loads(config_lib.to_json(setup.config))
+        parts = [config[part] for part in ('model', 'optim', 'train', 'mesh')]
+        return name, setup.model.cfg, json.dumps(parts)
+
+    def first_state(setup):
+        name = key(setup, 'state')
+        if name not in made:
+            made[name] = jax.device_get(new_state(setup))
+        return jax.device_put(made[name], setup.layout)
+
+    def shared(make):
+        def make_or_take(setup, *args):
+            name = key(setup, make.__name__)
+            if name in made:
+                return made[name]
+            program = make(setup, *args)
+
+            def run(*args):
+                result = program(*args)
+                made[name] = program  # not before: a run may end before its program is compiled
+                return result
+
+            return run
+
+        return make_or_take
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, 'new_state', first_state)
+        for module, name in (
+            (programs, 'compile_train_step'),
+            (train_lib, 'compile_train_step'),
+            (evaluate, 'make_jitted_eval_step'),
+        ):
+            patch.setattr(module, name, shared(getattr(module, name)))
         yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def script(name: str, *arguments) -> tuple[int, str, str]:
@@ -160,15 +188,18 @@ def metrics(run: Path) -> list[dict]:
 
 def events(run: Path) -> collections.Counter:
     """How often each (tag, step) occurs in a run's TensorBoard files."""
-    counts = collections.Counter()
-    for path in (run / 'tensorboard').iterdir():
+    return collections.Counter((value.tag, step) for step, value in event_values(run))
+
+
+def event_values(run: Path) -> Iterator[tuple[int, Any]]:
+    """(step, value) of everything in a run's TensorBoard files."""
+    for path in sorted((run / 'tensorboard').iterdir()):
         data = path.read_bytes()
         while data:  # length, checksum of the length, event, checksum of the event
             (length,) = struct.unpack('<Q', data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            counts.update((value.tag, event.step) for value in event.summary.value)
+            yield from ((event.step, value) for value in event.summary.value)
             data = data[12 + length + 4 :]
-    return counts
 
 
 def final_state(run: Path):

@@ -21,12 +21,6 @@ TRAP = '§'
 QUIET = {'eval__every': 1000, 'eval__sample_tokens': 0, 'log__every': 1}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 def first_step_that_reads(addressing, position):
     """(step, row, place among the inputs) by a search through the batches."""
     T = addressing.seq_len
@@ -59,10 +53,11 @@ def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatc
     lines = runs.write_text(tmp_path / 'text.txt', words=300).read_text().splitlines()
     lines[4] = lines[4][:9] + TRAP + lines[4][10:]
     (tmp_path / 'text.txt').write_text('\n'.join(lines))
-    settings = QUIET | {'train__grad_accum_steps': 2, 'model__n_layer': 4, 'model__n_embd': 8}
+    settings = QUIET | {'train__grad_accum_steps': 2, 'model__n_layer': 2, 'model__n_embd': 8}
+    settings |= {'model__n_head': 4}
     config = runs.make_config(tmp_path / 'text.txt', **settings)
     trap = sorted(set('\n'.join(lines))).index(TRAP)
-    plant(monkeypatch, 'z', layer=3, head=1, token=trap)
+    plant(monkeypatch, 'z', layer=1, head=2, token=trap)
     with pytest.raises(DivergedError) as error:
         runs.quiet_train(config, tmp_path / 'run')
     run = ledger.open_run(tmp_path / 'run')
@@ -70,16 +65,16 @@ def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatc
     step, row, place = first_step_that_reads(run.addressing, '\n'.join(lines).index(TRAP))
     message = str(error.value)
     assert f'training diverged at step {step}: loss = nan' in message
-    place = f'head 1, row {row}, position {place}'
-    assert f'is nan in the activation h_3.z, {place} (' in message
+    place = f'head 2, row {row}, position {place}'
+    assert f'is nan in the activation h_1.z, {place} (' in message
     assert f'{tmp_path / "text.txt"}:5, byte ' in message
     page = tmp_path / 'run' / 'autopsies' / f'step_{step}.html'
     assert f'{page} shows all of it' in message
     if CHROMIUM:
         with browser() as tab:
             tab.open(page)
-            assert 'head 1' in tab.text('#said')
-            assert tab.text('[data-bad=forward]') == 'h_3.z'
+            assert 'head 2' in tab.text('#said')
+            assert tab.text('[data-bad=forward]') == 'h_1.z'
             assert tab.run('Number(document.querySelector("[data-row]").dataset.row)') == row
             assert tab.text('.chosen') == TRAP
             assert tab.errors() == []

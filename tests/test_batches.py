@@ -1,14 +1,29 @@
 """Batches: the addressing rule in plain loops, every token once, rows alike for every reader."""
 
+import multiprocessing.reduction
+import re
+import runpy
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt2_jax.data.batches import epoch_order, eval_batches, prefetch, train_batch
+from gpt2_jax import permutation
+from gpt2_jax.config import SETTINGS
+from gpt2_jax.data.batches import (
+    ORDERS,
+    WindowSource,
+    eval_batches,
+    prefetch,
+    row_starts,
+    train_batch,
+)
 from gpt2_jax.data.dataset import Tokens
+from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UserError
+from gpt2_jax.prepare import prepare
 
 # 11 windows: batches span epochs, and epochs end within batches.
 N, T, B, SEED = 103, 8, 5, 3
@@ -24,15 +39,29 @@ def batch(tokens, step, **kwargs):
     )
 
 
-def test_addressing_rule_in_plain_loops():
+def keyed_epoch(n, epoch):
+    key = permutation.make_key(SEED, epoch)
+    offset = int(permutation.hash_uint64(key)) % T
+    return offset, [int(permutation.permute(i, key, n)) for i in range(n)]
+
+
+def table_epoch(n, epoch):
+    raw = np.random.Philox(np.random.SeedSequence([SEED, epoch])).random_raw(n + 1).tolist()
+    return raw[0] % T, sorted(range(n), key=lambda w: raw[1:][w])
+
+
+EPOCHS = {'keyed': keyed_epoch, 'table': table_epoch}
+
+
+@pytest.mark.parametrize('order', EPOCHS)
+def test_addressing_rule_in_plain_loops(order):
     n = (N - T) // T
     stream = []
     for epoch in range(4):
-        raw = np.random.Philox(np.random.SeedSequence([SEED, epoch])).random_raw(n + 1).tolist()
-        offset, keys = raw[0] % T, raw[1:]
-        stream += [offset + w * T for w in sorted(range(n), key=lambda w: keys[w])]
+        offset, windows = EPOCHS[order](n, epoch)
+        stream += [offset + w * T for w in windows]
     for step in range(len(stream) // B):
-        got = batch(sequence(), step)
+        got = batch(sequence(), step, order=order)
         assert got['inputs'].dtype == got['targets'].dtype == np.int32
         for row in range(B):
             start = stream[step * B + row]
@@ -40,15 +69,49 @@ def test_addressing_rule_in_plain_loops():
             assert got['targets'][row].tolist() == list(range(start + 1, start + T + 1))
 
 
-def test_the_stream_never_changes():
+@pytest.mark.parametrize(
+    ('order', 'offsets', 'windows'),
+    [
+        ('keyed', [5, 1, 0, 3], [7, 4, 0, 1, 10, 2, 8, 9, 5, 3, 6]),
+        ('table', [6, 4, 4, 7], [0, 1, 9, 6, 4, 5, 10, 8, 7, 3, 2]),
+    ],
+)
+def test_the_stream_never_changes(order, offsets, windows):
     """A run resumed later with another numpy must see the same batches: these values are fixed."""
-    offset, order = epoch_order(11, 8, 3, 0)
-    assert (offset, order.tolist()) == (6, [0, 1, 9, 6, 4, 5, 10, 8, 7, 3, 2])
+    made = ORDERS[order](11, 8, 3)
+    assert made.offset(np.arange(4)).tolist() == offsets
+    assert made.window(np.zeros(11, int), np.arange(11)).tolist() == windows
 
 
-def test_an_epoch_uses_each_window_once():
+def test_the_orders_are_the_values_of_the_setting():
+    assert set(ORDERS) == set(EPOCHS)
+    assert all(SETTINGS['train.order'][1].test(name) for name in ORDERS)
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_positions_are_the_inverse_of_windows(order):
+    made, epoch = ORDERS[order](37, 8, 3), np.arange(6)[:, None] + np.zeros(37, int)
+    windows = made.window(epoch, np.arange(37) + np.zeros((6, 1), int))
+    assert np.array_equal(made.position(epoch, windows), np.arange(37) + np.zeros((6, 1), int))
+    assert len({tuple(row) for row in windows.tolist()}) == 6
+
+
+def test_a_batch_of_any_step_needs_no_table():
+    """Of a text of 10^15 tokens, which no table of windows would fit: no target twice."""
+    order = ORDERS['keyed'](10**15 // 1024 - 1, 1024, 0)
+    per_epoch = order.n_windows
+    rows = np.concatenate([np.arange(first, first + 500) for first in (0, per_epoch - 500)])
+    windows = (row_starts(order, rows) - int(order.offset(np.array(0)))) // 1024
+    assert len(set(windows.tolist())) == 1000
+    assert 0 <= windows.min() <= windows.max() < per_epoch
+    assert np.median(windows) == pytest.approx(per_epoch / 2, rel=0.1)
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_an_epoch_uses_each_window_once(order):
     n = (N - T) // T
-    stream = np.concatenate([batch(sequence(), step)['targets'] for step in range(2 * n)])
+    batches = [batch(sequence(), step, order=order)['targets'] for step in range(2 * n)]
+    stream = np.concatenate(batches)
     epochs = stream[: B * n].reshape(-1, n * T)
     for targets in epochs:
         assert len(set(targets.tolist())) == n * T
@@ -56,9 +119,8 @@ def test_an_epoch_uses_each_window_once():
     assert len({targets.min() for targets in epochs}) > 1  # at other offsets
     orders = {tuple(targets - targets.min()) for targets in epochs}
     assert len(orders) == len(epochs)
-    assert not np.array_equal(
-        batch(sequence(), 0)['inputs'], batch(sequence(), 0, seed=SEED + 1)['inputs']
-    )
+    first, other = (batch(sequence(), 0, order=order, seed=seed) for seed in (SEED, SEED + 1))
+    assert not np.array_equal(first['inputs'], other['inputs'])
 
 
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])
@@ -101,6 +163,54 @@ def test_too_short_text():
         UserError, match=r'15 tokens, too few for train.seq_len = 8, which needs 16: .*shorter'
     ):
         batch(sequence(2 * T - 1), 0)
+
+
+@pytest.mark.parametrize('n_tokens', [0, 1, T, T + 1, 2 * T, 2 * T + 1, N])
+def test_a_window_source_has_each_whole_window_once(n_tokens):
+    source = WindowSource(sequence(n_tokens, (1, 20) if n_tokens == N else ()), T)
+    elements = list(source)
+    assert len(source) == len(elements) == max(n_tokens - 1, 0) // T
+    for w, element in enumerate(elements):
+        assert element['inputs'].tolist() == list(range(w * T, w * T + T))
+        assert element['targets'].tolist() == list(range(w * T + 1, w * T + T + 1))
+        assert element['inputs'].dtype == element['targets'].dtype == np.int32
+        assert np.array_equal(source[np.int64(w)]['inputs'], element['inputs'])
+    with pytest.raises(IndexError):
+        source[len(source)]
+    assert repr(source) == f'WindowSource({n_tokens} tokens, seq_len=8)'
+
+
+def test_grain_reads_a_folder_as_the_page_says(tmp_path, monkeypatch, capsys):
+    grain = pytest.importorskip('grain')
+    text = ''.join(np.random.default_rng(0).choice(list('abcdefgh '), 3000))
+    (tmp_path / 'book.txt').write_text(text)
+    folder = tmp_path / 'prepared/books'
+    prepare(
+        [str(tmp_path / 'book.txt')],
+        str(folder),
+        tokenizer_name='char',
+        val_fraction=0.1,
+        shard_tokens=500,
+    )
+    windows = WindowSource(open_shards(folder).train, 64)
+    assert isinstance(windows, grain.sources.RandomAccessDataSource)
+    page = (Path(__file__).parents[1] / 'docs/library.md').read_text('utf-8')
+    (program,) = [b for b in re.findall(r'```python\n(.*?)```', page, re.S) if 'grain' in b]
+    (tmp_path / 'program.py').write_text(program)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    names = runpy.run_path('program.py')
+    assert capsys.readouterr().out == '(8, 64) (8, 64)\n' * (len(windows) // 8)
+    assert len(windows) // 8 == 5
+    # The element of a shuffled dataset is a window, and each comes once.
+    shuffled = grain.MapDataset.source(names['windows']).shuffle(seed=0)
+    starts = [shuffled[i]['inputs'] for i in range(len(shuffled))]
+    assert sorted(x.tobytes() for x in starts) == sorted(x['inputs'].tobytes() for x in windows)
+    # Its worker processes receive a copy of the source.
+    (copy,) = multiprocessing.reduction.ForkingPickler.loads(
+        multiprocessing.reduction.ForkingPickler.dumps((windows,))
+    )
+    assert np.array_equal(copy[7]['targets'], windows[7]['targets'])
 
 
 @pytest.mark.parametrize(

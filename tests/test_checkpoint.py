@@ -42,8 +42,8 @@ STEPS = runs.SMALL['train.steps']
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 
@@ -406,6 +406,13 @@ def test_a_bad_latest_checkpoint_is_renamed_and_training_resumes_from_the_one_be
         rf'checkpoint {STEPS} cannot be used: {reason}; renamed to {re.escape(str(aside))}', printed
     )
     assert runs.differences(run, finished) == []
+
+
+def test_a_file_in_the_place_of_the_checkpoints(tmp_path):
+    """It is found before training, and not at the first save."""
+    (tmp_path / 'checkpoints').write_text('')
+    with pytest.raises(UserError, match=r'checkpoints is not a folder, and .* could not'):
+        quarantine(tmp_path / 'checkpoints')
 
 
 def test_renamed_checkpoints_get_different_names(tmp_path):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import (
+    FORMER_VALUES,
     RENAMED_KEYS,
     RENAMED_VALUES,
     RESUMABLE_SECTIONS,
@@ -126,15 +127,18 @@ def test_settings_of_an_older_version_are_read_and_named(capsys):
     )
     old['train']['accumulate'] = old['train'].pop('grad_accum_steps')
     old['train']['init_which'] = old['train'].pop('init_step')
-    old['model'] |= {'kernels': 'open', 'attention': 'explicit'}
+    old['model'] |= {'kernels': 'open', 'attention': 'explicit', 'remat': True}
+    del old['model']['residual_dtype']  # a setting that it did not have
     config = from_json(json.dumps(old))
     assert config.train.grad_accum_steps == 2
     assert config.train.init_step == '5'
     assert (config.model.kernels, config.model.attention) == ('xla', 'xla')
+    assert config.model.remat == 'block'
+    assert config.model.residual_dtype == 'compute'
     assert capsys.readouterr().err == (
         "[settings of an older version: model.attention = 'explicit' is now 'xla'; model.kernels = "
-        "'open' is now 'xla'; train.accumulate is now train.grad_accum_steps; train.init_which is "
-        'now train.init_step]\n'
+        "'open' is now 'xla'; model.remat = True is now 'block'; train.accumulate is now "
+        'train.grad_accum_steps; train.init_which is now train.init_step]\n'
     )
     assert from_json(to_json(config)) == config
     assert capsys.readouterr().err == ''
@@ -290,6 +294,16 @@ def test_evaluations_are_a_tenth_of_the_work_of_a_run(every, steps, tokens):
     assert resolve(config).eval.tokens == tokens
     config.eval.tokens = 0
     assert resolve(config).eval.tokens == 0
+
+
+def test_a_setting_that_a_file_lacks_has_the_value_from_before_it_was_a_setting():
+    assert default_config().train.order == 'keyed'
+    saved = json.loads(to_json(resolve(default_config())))
+    assert from_json(json.dumps(saved)).train.order == 'keyed'
+    del saved['train']['order']
+    assert from_json(json.dumps(saved)).train.order == 'table'
+    for key, value in FORMER_VALUES.items():
+        assert SETTINGS[key][1].test(value)
 
 
 def test_differences_are_the_settings_that_forbid_resuming():

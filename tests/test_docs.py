@@ -132,7 +132,7 @@ def folder(tmp_path_factory):
     tokenizer = tokenizers.make_tokenizer('char', text)
     assert tokenizer.vocab_size == 64
     (published / OUR_TOKENIZER).write_text(tokenizers.to_json(tokenizer), 'utf-8')
-    with pytest.MonkeyPatch.context() as patch, runs.compile_once():
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (line, _), *_ = commands(README.read_text('utf-8'))
         run(split(line.partition('&&')[2], {}))
@@ -144,22 +144,21 @@ def test_every_command_runs_or_says_that_it_does_not(page, folder, tmp_path, mon
     work, variables = tmp_path / 'work', {}
     shutil.copytree(folder, work, symlinks=True)
     monkeypatch.chdir(work)
-    with runs.compile_once():
-        for line, is_run in commands(page.read_text('utf-8')):
-            if assigned := re.fullmatch(r"(\w+)='([^']*)'", line):
-                variables[assigned[1]] = assigned[2]
-                continue
-            for command in line.split(' && '):
-                words = split(command, variables)
-                if words[0] == 'python':
-                    assert (ROOT / words[1]).is_file(), line
-                if words[0] == 'python' and words[1].startswith('scripts/'):
-                    run(words) if is_run else check_flags(words, monkeypatch)
-                elif page == README and command in INSTALL:
-                    check_installation(words)
-                else:
-                    assert not is_run, f'{page.name}: mark this line with "{NOT_RUN}": {line}'
-                    check_installation(words)
+    for line, is_run in commands(page.read_text('utf-8')):
+        if assigned := re.fullmatch(r"(\w+)='([^']*)'", line):
+            variables[assigned[1]] = assigned[2]
+            continue
+        for command in line.split(' && '):
+            words = split(command, variables)
+            if words[0] == 'python':
+                assert (ROOT / words[1]).is_file(), line
+            if words[0] == 'python' and words[1].startswith('scripts/'):
+                run(words) if is_run else check_flags(words, monkeypatch)
+            elif page == README and command in INSTALL:
+                check_installation(words)
+            else:
+                assert not is_run, f'{page.name}: mark this line with "{NOT_RUN}": {line}'
+                check_installation(words)
 
 
 def check_installation(words: list[str]) -> None:

@@ -26,12 +26,6 @@ def get_config():
 """
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     """A folder with files of every wrong kind, and a finished run."""
@@ -588,7 +582,7 @@ def test_a_full_disk(kilobytes, fragments, made, tmp_path):
         'os.execv(sys.executable, sys.argv[1:])'
     ).format(kilobytes * 1024)
     # A copy, since the cache may get half an entry.
-    cache = shutil.copytree(runs.compile_cache().name, tmp_path / 'cache')
+    cache = shutil.copytree(runs.compile_cache(), tmp_path / 'cache')
     env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache)}
     done = subprocess.run(
         [sys.executable, '-c', code, *command], env=env, capture_output=True, text=True, timeout=120

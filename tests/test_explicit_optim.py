@@ -29,7 +29,7 @@ def make(implementation, steps=100, **changes):
 
 def test_equal_updates_over_100_steps():
     """From the same gradients, about half of them clipped, through warmup and cosine."""
-    start = rough_params(tiny())
+    start = rough_params(tiny(n_layer=1))
     optimizers = [make(implementation) for implementation in IMPLEMENTATIONS]
     both = [(start, optimizer.init(start)) for optimizer in optimizers]
 
@@ -49,7 +49,7 @@ def test_equal_updates_over_100_steps():
         grads = jax.tree.map(
             lambda leaf, std=spread: np.float32(rng.normal(0, std, leaf.shape)), start
         )
-        clipped += float(optax.tree.norm(grads)) > 1
+        clipped += sum(np.square(leaf).sum() for leaf in flat(grads).values()) > 1
         both, updates = update(both, grads)
         for trees in (updates, [params for params, _ in both]):
             theirs, ours = map(flat, trees)

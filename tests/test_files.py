@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +155,42 @@ def test_text_too_long_for_a_path_is_refused():
     for path in (files.user_path, files.matching):
         with pytest.raises(UsageError, match=r'\[\[\[ has 99,999 characters: expected a path'):
             path('[' * 99_999)
+
+
+def test_the_current_folder_was_removed(tmp_path, monkeypatch):
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir(tmp_path / 'gone')
+    (tmp_path / 'gone').rmdir()
+    assert files.user_path(tmp_path) == tmp_path
+    for path in ('runs/a', '.'):
+        with pytest.raises(UsageError, match='cannot be found: the current folder was removed'):
+            files.user_path(path)
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    """Root could replace /dev/null by a file."""
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'link').symlink_to('pipe')
+    (tmp_path / 'folder').mkdir()
+    for name in ('pipe', 'link', 'folder'):
+        with pytest.raises(OSError, match='is not a regular file'):
+            files.write_text(tmp_path / name, 'x')
+        with pytest.raises(UsageError, match=f'{name}: it is not a regular file'):
+            files.output_path(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ['folder', 'link', 'pipe']
+    assert stat.S_ISFIFO(os.stat(tmp_path / 'link').st_mode)
+
+
+def test_paths_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert files.output_path('a.html') == Path('a.html')
+    assert files.output_path('~/a.html') == tmp_path / 'a.html'
+    for path in ('no/a.html', '.', '..', '/'):
+        with pytest.raises(UsageError, match=f'^cannot write {re.escape(path)}: '):
+            files.output_path(path)
+    with pytest.raises(UsageError, match='a path is empty: is a variable of the shell not set'):
+        files.output_path('')
 
 
 def test_user_paths(monkeypatch):

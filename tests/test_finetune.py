@@ -152,7 +152,7 @@ def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
         (
             dict(optim__implementation='explicit'),
             dict(keep_optimizer=True),
-            "is 'optax' there, 'explicit' here",
+            "is 'auto' there, 'explicit' here",
         ),
         (
             dict(optim__clip_norm=0.0),

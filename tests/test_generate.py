@@ -33,9 +33,9 @@ def prefills_of_several_lengths():
 
 
 def test_kernels_and_precision_to_decode_with(monkeypatch):
-    model = tiny(dtype='bfloat16')
-    assert decoding.with_kernels(model, 'xla', '').cfg == model.cfg
-    assert decoding.with_kernels(model, 'auto', 'float32').cfg == tiny(dtype='float32').cfg
+    model, xla = tiny(dtype='bfloat16'), {'kernels': 'xla'}
+    assert decoding.with_kernels(model, 'xla', '').cfg == tiny(dtype='bfloat16', **xla).cfg
+    assert decoding.with_kernels(model, 'auto', 'float32').cfg == tiny(**xla).cfg
     with pytest.raises(UsageError, match=r'need an NVIDIA GPU.* --kernels=xla'):
         decoding.with_kernels(model, 'fused', '')
     monkeypatch.setattr(decoding, 'unmet_needs', lambda *machine: iter(()))
@@ -139,9 +139,16 @@ def test_a_full_context_is_reported_once():
         with pytest.raises(
             UsageError, match=f'{len(prompt)} prompt tokens and {n} new ones .* context of 20'
         ):
-            text(prompt, max_new_tokens=n, strict_context=True)
+            generate(MODEL, PARAMS, prompt, max_new_tokens=n, strict_context=True)
     with pytest.raises(UsageError, match='the prompt is empty'):
-        text([], max_new_tokens=1)
+        generate(MODEL, PARAMS, [], max_new_tokens=1)
+
+
+def test_an_error_comes_before_the_prompt(capsys):
+    options = dict(num_samples=1, max_new_tokens=CONTEXT, strict_context=True)
+    with pytest.raises(UsageError, match='5 prompt tokens'):
+        print_samples(MODEL, PARAMS, ByteTokenizer(), 'ROMEO', **options)
+    assert capsys.readouterr().out == ''
 
 
 def test_a_prompt_longer_than_the_context_is_reported():

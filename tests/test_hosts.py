@@ -43,12 +43,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def starter(folder):
     """Starts processes with two simulated devices each."""
-    env = {
-        'JAX_NUM_CPU_DEVICES': '2',
-        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
-    with together.Starter(folder, **env) as starter:
+    with together.Starter(folder, JAX_NUM_CPU_DEVICES='2') as starter:
         yield starter
 
 
@@ -112,10 +107,8 @@ def test_a_run_that_loses_a_process_ends_and_resumes(folder, starter, undisturbe
     assert runs.differences(run, undisturbed) == []
 
     changes = {key.replace('.', '__'): value for key, value in SETTINGS.items()}
-    with runs.compile_once():
-        code, out = runs.quiet_train(
-            runs.make_config(folder / 'text.txt', **changes), folder / 'alone'
-        )
+    config = runs.make_config(folder / 'text.txt', **changes)
+    code, out = runs.quiet_train(config, folder / 'alone')
     assert code == 0
     assert f'resuming from checkpoint {stopped}' in out
     assert_close(folder / 'alone', undisturbed)

@@ -74,14 +74,22 @@ def text_at(folder, rows, origin, n_bytes):
 
 
 @pytest.mark.parametrize(
-    ('tokenizer', 'block_bytes'), [('char', 7), ('byte', 1 << 20), ('gpt2', 7), ('gpt2', 1 << 20)]
+    ('tokenizer', 'order', 'block_bytes'),
+    [
+        ('char', 'keyed', 7),
+        ('byte', 'keyed', 1 << 20),
+        ('gpt2', 'keyed', 7),
+        ('gpt2', 'table', 1 << 20),
+    ],
 )
-def test_tokens_of_any_row_are_where_the_ledger_says(tmp_path, monkeypatch, tokenizer, block_bytes):
+def test_tokens_of_any_row_are_where_the_ledger_says(
+    tmp_path, monkeypatch, tokenizer, order, block_bytes
+):
     monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
-    assert check_random_targets(tmp_path, tokenizer, n_steps=12, n_rows=25) > 100
+    assert check_random_targets(tmp_path, tokenizer, order, n_steps=12, n_rows=25) > 100
 
 
-def check_random_targets(tmp_path, tokenizer, n_steps, n_rows):
+def check_random_targets(tmp_path, tokenizer, order, n_steps, n_rows):
     """Of random targets: text, file, line and byte; and back from the token to the row.
 
     Returns how many were compared: separators have no text.
@@ -95,13 +103,15 @@ def check_random_targets(tmp_path, tokenizer, n_steps, n_rows):
         shard_tokens=97,
         split_by='file',
     )
-    folder = run_folder(tmp_path / 'run', tmp_path / 'shards', tokenizer, train__steps=200)
+    options = {'train__steps': 200, 'train__order': order}
+    folder = run_folder(tmp_path / 'run', tmp_path / 'shards', tokenizer, **options)
     run = ledger.open_run(folder)
     assert len(run.dataset.train.arrays) > 5
     draw, steps, files, n = np.random.default_rng(0), run.config.train.steps, set(), 0
-    _, seed, B, T = run.addressing
+    _, seed, B, T, _ = run.addressing
     for step in draw.integers(1, steps + 1, n_steps).tolist():
-        batch = train_batch(run.dataset.train, seed=seed, step=step - 1, batch_size=B, seq_len=T)
+        options = {'seed': seed, 'order': order, 'batch_size': B, 'seq_len': T}
+        batch = train_batch(run.dataset.train, step=step - 1, **options)
         starts = row_starts(run.addressing, step)
         for row, column in draw.integers(0, (B, T), (n_rows, 2)):
             position = int(starts[row] + 1 + column)
@@ -119,15 +129,19 @@ def check_random_targets(tmp_path, tokenizer, n_steps, n_rows):
     return n
 
 
-def test_sightings_equal_a_search_through_all_batches():
+@pytest.mark.parametrize('order', ['keyed', 'table'])
+@pytest.mark.parametrize('pairs', [1, 20, 1 << 16])
+def test_sightings_equal_a_search_through_all_batches(order, pairs, monkeypatch):
     """With token i = i, the batches themselves say which positions they hold."""
-    addressing, steps = Addressing(203, seed=5, batch_size=3, seq_len=8), 30
+    monkeypatch.setattr(ledger, 'PAIRS', pairs)
+    addressing, steps = Addressing(203, seed=5, batch_size=3, seq_len=8, order=order), 30
     tokens = Tokens((np.arange(203),))
     start = np.array([0, 1, 7, 50, 90, 195, 202])
     stop = np.array([1, 4, 30, 58, 91, 203, 203])
     expected = []
     for step in range(1, steps + 1):
-        batch = train_batch(tokens, seed=5, step=step - 1, batch_size=3, seq_len=8)
+        options = {'seed': 5, 'order': order, 'batch_size': 3, 'seq_len': 8}
+        batch = train_batch(tokens, step=step - 1, **options)
         assert (batch['inputs'][:, 0] == row_starts(addressing, step)).all()
         for row, targets in enumerate(batch['targets']):
             for i, ends in enumerate(zip(start, stop, strict=True)):

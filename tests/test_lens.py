@@ -108,7 +108,15 @@ def test_activations_equal_numpy_name_by_name(changes):
         np.testing.assert_allclose(x, expected[name], **CLOSE, err_msg=name)
 
 
-@pytest.mark.parametrize('changes', [{}, dict(remat=True), dict(dtype='bfloat16')])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        dict(remat='block'),
+        dict(dtype='bfloat16'),
+        dict(dtype='bfloat16', residual_dtype='float32'),
+    ],
+)
 def test_capturing_changes_no_logit(changes):
     """Bit for bit, with remat and in bfloat16."""
     model = tiny(n_embd=32, **changes)
@@ -505,7 +513,7 @@ def test_every_kind_of_model_is_accepted(model, params, text):
         ((model.cfg, params), text[0]),
         (with_tokenizer, word),
         (as_subject(with_tokenizer), text[:1]),
-        ((dataclasses.replace(model.cfg, remat=True), params), text[:1]),
+        ((dataclasses.replace(model.cfg, remat='block'), params), text[:1]),
     ):
         np.testing.assert_array_equal(lens.token_losses(source, given), expected)
 

@@ -11,14 +11,16 @@ from tiny import tiny
 from gpt2_jax import lens
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.errors import UsageError
-from gpt2_jax.lens import flow as flow_lib
+from gpt2_jax.lens.flow import plain_step
+from gpt2_jax.lens.jaxpr import PHASES
 from gpt2_jax.model.params import count_params, flops_per_token, init_params
+from gpt2_jax.reports import flow as flow_report
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=65)
 CONFIGS = {
     'plain': {},
     'no bias': dict(bias=False, n_inner=500),
-    'remat': dict(remat=True, n_layer=3),
+    'remat': dict(remat='block', n_layer=3),
     'bfloat16': dict(dtype='bfloat16'),
     'exact GELU': dict(activation_function='gelu'),
     'large vocabulary': dict(vocab_size=5000, n_layer=1),
@@ -85,17 +87,17 @@ def test_dimensions_have_names(flow):
 
 def test_operations_come_in_the_order_of_the_pass(flow):
     phases = [operation.phase for operation in flow.operations]
-    assert phases == sorted(phases, key=flow_lib.PHASES.index)
+    assert phases == sorted(phases, key=PHASES.index)
 
     def places(phase):
-        names = [section.title for section in flow_lib.sections(flow) if section.phase == phase]
+        names = [section.title for section in flow_report.sections(flow) if section.phase == phase]
         return names
 
     assert places('forward') == ['embed', 'h_0 to h_1', 'ln_f', 'logits', 'loss']
     assert places('backward')[-2:] == ['h_1 to h_0', 'embed']
-    total = sum(section.total('flops') for section in flow_lib.sections(flow))
+    total = sum(section.total('flops') for section in flow_report.sections(flow))
     assert total == flow.flops
-    assert sum(s.total('n_params') for s in flow_lib.sections(flow)) == flow.n_params
+    assert sum(s.total('n_params') for s in flow_report.sections(flow)) == flow.n_params
 
 
 def test_a_loop_counts_each_of_its_rounds():
@@ -103,7 +105,7 @@ def test_a_loop_counts_each_of_its_rounds():
     cfg = tiny(n_layer=1).cfg
 
     def make_step(sizes):
-        step, (state, *_) = flow_lib.plain_step(sizes)
+        step, (state, *_) = plain_step(sizes)
         rows, T = sizes.batch_size // sizes.grad_accum_steps, sizes.seq_len
 
         def accumulated(state, tokens_ABT):
@@ -126,17 +128,17 @@ def test_a_loop_counts_each_of_its_rounds():
     once = sum(operation.flops / operation.times for operation in flow.operations)
     assert once == pytest.approx(flow.xla_flops, rel=XLA_BOUND)
     assert flow.n_params == one.n_params
-    assert 'a loop counted once' in flow_lib.heading(flow)
+    assert 'a loop counted once' in flow_report.heading(flow)
 
 
 def test_formats(flow):
-    data = json.loads(flow_lib.to_json(flow))
+    data = json.loads(flow_report.to_json(flow))
     assert data['parameters'] == flow.n_params == sum(o['n_params'] for o in data['operations'])
     assert len(data['operations']) == len(flow.operations)
-    markdown, page = flow_lib.to_markdown(flow), flow_lib.to_html(flow)
+    markdown, page = flow_report.to_markdown(flow), flow_report.to_html(flow)
     assert f'{flow.n_params:,} parameters' in markdown
     assert f'{flow.n_params:,} parameters' in page
-    sections = flow_lib.sections(flow)
+    sections = flow_report.sections(flow)
     for field, whole in (('n_params', flow.n_params), ('flops', flow.flops)):
         assert sum(section.total(field) for section in sections) == whole
     assert f'h_0 to h_1 (2 x {len(sections[1].operations)} operations; sums of all 2)' in page
@@ -154,7 +156,7 @@ def test_formats(flow):
 
 def test_a_step_of_another_shape_at_other_sizes_is_reported():
     def make_step(sizes):
-        step, arguments = flow_lib.plain_step(sizes)
+        step, arguments = plain_step(sizes)
         changed = (lambda *args: (step(*args), args[1] + 1)) if sizes.batch_size == 3 else step
         return changed, arguments
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import compile_once, make_config, quiet_train, write_text
+from runs import make_config, quiet_train, write_text
 
 import gpt2_jax
 from gpt2_jax import lens
@@ -28,8 +28,7 @@ def folder(tmp_path_factory):
     config = make_config(
         text, data__tokenizer='byte', model__n_positions=32, train__steps=2, eval__every=1
     )
-    with compile_once():
-        assert quiet_train(config, path / 'runs/quickstart')[0] == 0
+    assert quiet_train(config, path / 'runs/quickstart')[0] == 0
     return path
 
 

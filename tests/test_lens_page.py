@@ -17,6 +17,8 @@ from gpt2_jax import lens
 from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens import report as report_lib
+from gpt2_jax.lens.readings import residual_stream, unembed
+from gpt2_jax.reports.model import render
 
 # The end of a script and an entity in the text, a line break, a tab, characters of several bytes.
 TEXT = 'ab</b>\n&lt;é\tab ab'
@@ -44,21 +46,20 @@ def report(source):
 
 @pytest.fixture(scope='module')
 def page(report):
-    return report_lib.render(report)
+    return render(report)
 
 
 def unpacked(page: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The facts and the arrays of a page, read as the browser reads them."""
-    facts = json.loads(re.search(r'id="facts">(.*?)</script>', page, re.DOTALL)[1])
-    block = gzip.decompress(base64.b64decode(re.search(r'id="arrays">(.*?)</script>', page)[1]))
+    facts = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     arrays = {}
-    for entry in facts['arrays']:
-        kind = {'u1': '<u1', 'u4': '<u4', 'f4': '<f4', 'f2': '<u2'}[entry['kind']]
-        size = int(np.prod(entry['shape'], dtype=int))
-        array = np.frombuffer(block, kind, size, entry['start']).reshape(entry['shape'])
-        if entry['kind'] == 'f2':
+    for name, entry in facts['arrays'].items():
+        block = gzip.decompress(base64.b64decode(entry['data']))
+        kind = '<u2' if entry['type'] == 'bfloat16' else np.dtype(entry['type']).newbyteorder('<')
+        array = np.frombuffer(block, kind).reshape(entry['shape'])
+        if entry['type'] == 'bfloat16':
             array = (array.astype('<u4') << 16).view('<f4')
-        arrays[entry['name']] = array
+        arrays[name] = array
     return facts, arrays
 
 
@@ -152,10 +153,9 @@ def test_tokens_are_shown_as_text(source, page):
 
 
 def test_the_page_is_one_file(page):
-    assert '{{' not in re.sub(r'<script.*?</script>', '', page, flags=re.DOTALL)
-    assert '<title>A &lt;model></title>' in page
+    assert '<title>A &lt;model&gt;</title>' in page
     assert not re.search(r'(src|href)="?(https?:)?//', page)
-    assert len(re.findall('</script>', page)) == 3  # the text of the model closes none
+    assert len(re.findall('</script>', page)) == 2  # the text of the model closes none
     assert "default-src 'none'" in page
 
 
@@ -169,8 +169,8 @@ def test_parts_can_be_left_out(source):
 
 
 def test_a_large_page_has_coarser_patterns(report, monkeypatch):
-    monkeypatch.setattr(report_lib, 'MAX_BYTES', 1000)
-    facts, arrays = unpacked(report_lib.render(report))
+    monkeypatch.setattr('gpt2_jax.reports.model.MAX_BYTES', 1000)
+    facts, arrays = unpacked(render(report))
     assert facts['levels'] == 15
     fine = (report.arrays['pattern'] / 255) ** 2
     np.testing.assert_allclose((arrays['pattern'] / 15) ** 2, fine, atol=1 / 14)
@@ -188,17 +188,24 @@ def tab():
 
 
 @pytest.fixture
-def shown(tab, page, tmp_path):
-    """The page in a browser; afterwards nothing may have gone wrong, and nothing been asked for."""
+def show(tab, tmp_path):
+    """Shows a page in a browser. In the end nothing may have gone wrong or been asked for."""
     path = tmp_path / 'report.html'
-    path.write_text(page, 'utf-8')
     tab.events.clear()
-    tab.open(path)
-    yield tab
+
+    def show(page: str):
+        path.write_text(page, 'utf-8')
+        tab.open(path)
+        return tab
+
+    yield show
     assert tab.errors() == []
-    address = path.as_uri()
-    asked = [url for url in tab.requests() if not url.startswith((address, 'about:'))]
-    assert asked == []
+    assert [url for url in tab.requests() if not url.startswith((path.as_uri(), 'about:'))] == []
+
+
+@pytest.fixture
+def shown(show, page):
+    return show(page)
 
 
 def test_hovering_a_token_tells_its_loss_and_the_guesses(shown, source, tokens):
@@ -237,24 +244,37 @@ def percent(text: str) -> float:
     return float(text.replace('%', '').strip()) / 100
 
 
+def click_head(tab, cfg, layer: int, head: int) -> None:
+    """In the picture of all heads, where names stand to the left and above."""
+    left, top = 34, 16
+    width, height = tab.run(
+        '(c => [c.clientWidth, c.clientHeight])(document.getElementById("heads"))'
+    )
+    x = left + (width - left) * (head + 0.5) / cfg.n_head
+    tab.click('#heads', x=x, y=top + (height - top) * (layer + 0.5) / cfg.n_layer)
+
+
+def texts(tab, selector: str) -> list[str]:
+    return tab.run(f'[...document.querySelectorAll({selector!r})].map(e => e.textContent)')
+
+
+def weights_shown(tab) -> dict[int, float]:
+    """The largest weights of the chosen head from the chosen position, by position."""
+    labels, numbers = texts(tab, '#weights .label'), texts(tab, '#weights .number')
+    return {int(label.split(' ')[0]): percent(n) for label, n in zip(labels, numbers, strict=True)}
+
+
 def test_selecting_a_head_shows_its_weights(shown, source):
     """By the picture of all heads, by key, and from the address."""
     layer, head, position = 1, 0, 8
     pattern = lens.capture(source, TEXT, f'h_{layer}.pattern')[f'h_{layer}.pattern'][0]
     shown.click(f'#token-{position + 1}')
-    width, height = shown.run(
-        '(c => [c.clientWidth, c.clientHeight])(document.getElementById("heads"))'
-    )
-    shown.click('#heads', x=34 + (width - 34) / 4, y=16 + (height - 16) * 3 / 4)
+    click_head(shown, source.model.cfg, layer, head)
     assert shown.text('#head-name').startswith('Head h_1.attn.0')
-    labels = shown.run('[...document.querySelectorAll("#weights .label")].map(e => e.textContent)')
-    numbers = shown.run(
-        '[...document.querySelectorAll("#weights .number")].map(e => e.textContent)'
-    )
-    assert len(labels) == 6
-    for label, number in zip(labels, numbers, strict=True):
-        weight = pattern[head, position, int(label.split(' ')[0])]
-        assert percent(number) == pytest.approx(weight, abs=0.011)
+    weights = weights_shown(shown)
+    assert len(weights) == 6
+    for at, weight in weights.items():
+        assert weight == pytest.approx(pattern[head, position, at], abs=0.011)
     shown.key('ArrowUp')  # the picture of all heads has the focus
     assert shown.text('#head-name').startswith('Head h_0.attn.0')
     shown.key('ArrowDown')
@@ -295,10 +315,7 @@ def test_the_layers_have_the_ranks_of_the_lens(shown, source, tokens):
     shown.run('change({p: 5})')
     logits = lens.logit_lens(source, TEXT)[:, 0, 5]
     ranks = (logits > logits[:, tokens[6], None]).sum(-1) + 1
-    rows = shown.run(
-        '[...document.querySelectorAll("#layers tbody tr")].map(r => r.children[2].textContent)'
-    )
-    assert [int(rank) for rank in rows] == ranks[::-1].tolist()
+    assert list(map(int, texts(shown, '#layers td:nth-child(3)'))) == ranks[::-1].tolist()
 
 
 def test_the_attribution_sums_to_the_logit(shown, source, tokens):
@@ -307,8 +324,7 @@ def test_the_attribution_sums_to_the_logit(shown, source, tokens):
     logit = lens.capture(source, TEXT, 'logits')['logits'][0, 5, tokens[6]]
     total = signed(shown.text('#attribution-sum').rpartition(' ')[2])
     assert total == pytest.approx(logit, abs=6e-4)
-    parts = shown.run('[...document.querySelectorAll("#terms .number")].map(e => e.textContent)')
-    assert sum(map(signed, parts)) == pytest.approx(logit, abs=0.01)
+    assert sum(map(signed, texts(shown, '#terms .number'))) == pytest.approx(logit, abs=0.01)
 
 
 def test_every_view_is_drawn_in_both_themes_and_on_a_phone(shown):
@@ -347,15 +363,80 @@ def test_keys_reach_everything(shown):
 @pytest.mark.parametrize(
     'changes', [dict(n_layer=1, n_head=1), dict(n_layer=48, n_embd=8, n_head=4)]
 )
-def test_a_model_of_one_layer_and_one_of_forty_eight(tab, tmp_path, changes):
+def test_a_model_of_one_layer_and_one_of_forty_eight(show, changes):
     """Two tokens are enough, and what every page has."""
     source = loaded(ByteTokenizer(), **changes)
-    report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
-    path = tmp_path / 'report.html'
-    path.write_text(report_lib.render(report), 'utf-8')
-    tab.events.clear()
-    tab.open(path)
+    # One operation at a time: 48 equal layers share them, which is quicker than one large program.
+    with jax.disable_jit(changes['n_layer'] > 1):
+        report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
+    tab = show(render(report))
     for view in tab.run('Object.keys(VIEWS)'):
         tab.run(f'change({{view: {view!r}}})')
         assert tab.text('#view')
-    assert tab.errors() == []
+
+
+# A page of GPT-2's size: layers, heads, vocabulary and tokens of the smallest GPT-2. Only the width
+# is small, which no part of a page but a few names depends on.
+
+LARGE = dict(n_layer=12, n_head=12, n_embd=24, n_positions=256, vocab_size=50257)
+
+
+@pytest.fixture(scope='module')
+def large():
+    """The model and its text; the page's arrays, of which the slow ones are noise but for a head.
+
+    The noise compresses less than any figures of a model do.
+    """
+    rng = np.random.default_rng(0)
+    model = tiny(**LARGE)
+    source = SimpleNamespace(model=model, params=rough_params(model))
+    L, H, T = model.cfg.n_layer, model.cfg.n_head, model.cfg.n_positions
+    tokens = rng.integers(0, model.cfg.vocab_size, T).astype(np.int32)
+    report = report_lib.collect(source, tokens, skip=report_lib.SECTIONS)
+    arrays = dict(report.arrays)
+    noise = {
+        'ablation': (L, H + 1, T),
+        'gradient.resid': (L + 1, T * (T + 1) // 2),
+        'gradient.params': (T, len(report.facts['leaves'])),
+    }
+    arrays |= {name: rng.random(shape, np.float32) for name, shape in noise.items()}
+    arrays |= {
+        f'jacobian.{name}': rng.permuted(arrays[f'logit.{name}'], axis=0)
+        for name in ('top', 'prob', 'rank', 'right')
+    }
+    without = lens.ablate(source, tokens, 'h_7.attn.3')['h_7.attn.3'][0]
+    arrays['ablation'][7, 3, :-1] = without - arrays['loss'][:-1]
+    # Words of seven letters: more than the tokens of GPT-2's BPE have.
+    text = {token: f' word{token % 1000:03}' for token in report.facts['text']}
+    report = report._replace(arrays=arrays, facts=report.facts | {'text': text})
+    return SimpleNamespace(source=source, tokens=tokens, report=report, without=without)
+
+
+def test_a_page_of_the_size_of_gpt2(show, large):
+    page = render(large.report)
+    assert 5 * 2**20 < len(page.encode()) < 10 * 2**20
+    taken = lens.capture(large.source, large.tokens)
+    probs = np.asarray(jax.nn.softmax(taken['logits'][0, 99]))
+    right = large.tokens[100]
+    tab = show(page)
+    tab.hover('#token-100')
+    tab.wait('!document.getElementById("tip").hidden')
+    assert f'loss {-np.log(probs[right]):.3f} nats' in tab.text('#tip')
+    assert f'rank {(probs > probs[right]).sum() + 1}' in tab.text('#tip')
+
+    tab.click('#token-100')
+    click_head(tab, large.source.model.cfg, 7, 3)
+    assert tab.text('#head-name').startswith('Head h_7.attn.3')
+    for at, weight in weights_shown(tab).items():
+        assert weight == pytest.approx(taken['h_7.pattern'][0, 3, 99, at], abs=0.011)
+
+    tab.click('#ablate')
+    assert float(tab.text('#chosen-without')) == pytest.approx(large.without[99], abs=6e-4)
+    tab.key('2')
+    ranks = []
+    for name in residual_stream(large.source.model.cfg):
+        logits_V = unembed(large.source, taken[name][:, 99:100])[0, 0]
+        ranks.append((logits_V > logits_V[right]).sum() + 1)
+    assert list(map(int, texts(tab, '#layers td:nth-child(3)'))) == ranks[::-1]
+    for view in tab.run('Object.keys(VIEWS)'):
+        tab.run(f'change({{view: {view!r}}})')

@@ -85,7 +85,7 @@ def test_the_length_of_a_chunk():
 @pytest.mark.parametrize('chunk_targets', [6, 36])
 def test_chunks_of_the_model_change_no_value(chunk_targets):
     """With dropout, whose masks do not depend on the chunks."""
-    model = tiny(vocab_size=150, resid_pdrop=0.2)
+    model = tiny(vocab_size=150, n_layer=1, resid_pdrop=0.2)
     params, ids_BT = rough_params(model), tokens(model, batch=3)
     batch = {'inputs': ids_BT, 'targets': np.roll(ids_BT, -1, 1)}
     key = jax.random.key(3)

@@ -20,13 +20,15 @@ from gpt2_jax.model.ops import FAST, PLAIN, activate, fast_activate, fast_logits
 from gpt2_jax.training.step import token_losses
 
 # A head width of 32, three heads, an odd vocabulary above 1,024, texts of 21 tokens.
-ODD = dict(vocab_size=1030, n_head=3, n_embd=96, n_positions=21)
+ODD = dict(vocab_size=1030, n_layer=1, n_head=3, n_embd=96, n_positions=21)
 CASES = {
     'tiny': {},
     'odd sizes': ODD,
-    'no bias': ODD | dict(bias=False, n_layer=1),
-    'one head, exact gelu': dict(n_head=1, activation_function='gelu', n_inner=24, n_positions=7),
-    'dropout, remat': dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, remat=True),
+    'no bias': ODD | dict(bias=False),
+    'one head, exact gelu': dict(
+        n_layer=1, n_head=1, activation_function='gelu', n_inner=24, n_positions=7
+    ),
+    'dropout, remat': dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, remat='block'),
 }
 
 
@@ -57,9 +59,11 @@ def test_plain_and_fast_are_equal_in_fp32(name):
         assert error <= 1e-6 * largest.max(), leaf_name
 
 
-def test_plain_and_fast_are_equal_in_bf16_to_its_rounding():
+@pytest.mark.parametrize('residual_dtype', ['compute', 'float32'])
+def test_plain_and_fast_are_equal_in_bf16_to_its_rounding(residual_dtype):
     """Logits to 2^-7 of the largest, gradients to 2 % of their leaf's norm: a bf16 has 8 bits."""
-    model = tiny(**ODD | dict(n_layer=1, embd_pdrop=0.1, resid_pdrop=0.3), dtype='bfloat16')
+    rounded = dict(dtype='bfloat16', residual_dtype=residual_dtype)
+    model = tiny(**ODD | dict(embd_pdrop=0.1, resid_pdrop=0.3), **rounded)
     params, text_BT = rough_params(model, std=0.2), tokens(model)
     plain, fast = (value_and_grad(model.clone(ops=ops), params, text_BT) for ops in (PLAIN, FAST))
     assert np.abs(plain[0] - fast[0]).max() <= 2**-7 * np.abs(plain[0]).max()
@@ -88,7 +92,7 @@ SMALL = dict(vocab_size=5, n_layer=1, n_head=2, n_embd=4, n_positions=3, n_inner
 TEXT_BT = np.array([[1, 4, 2, 3]])
 
 
-@pytest.fixture(scope='module', params=[False, True], ids=['plain', 'remat'])
+@pytest.fixture(scope='module', params=['none', 'block'])
 def small(request):
     """(logits of a vector of parameters, its loss, the same loss in fp64 by numpy, the vector)."""
     cfg = tiny(**SMALL, remat=request.param).cfg
@@ -160,7 +164,7 @@ def test_second_derivatives_equal_finite_differences(small):
     np.testing.assert_allclose(product @ w, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots'])
 def test_gradients_of_single_texts_by_vmap(remat):
     model = GPT2(tiny(n_layer=1, remat=remat).cfg)
     params, text_BT = rough_params(model), tokens(model, batch=4)
@@ -190,7 +194,7 @@ BLOCK_TAPS = [
 ]
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots'])
 def test_taps_see_every_activation_and_change_nothing(remat):
     model, seen = tiny(remat=remat), {}
     params, ids_BT = rough_params(model), tokens(model)
@@ -255,19 +259,22 @@ def check_rounded_once(got, exact, fp32_error):
     assert np.all(np.abs(np.float64(got) - exact) <= half_ulp + fp32_error)
 
 
-def test_a_bf16_model_rounds_each_activation_once():
+@pytest.mark.parametrize('residual_dtype', ['compute', 'float32'])
+def test_a_bf16_model_rounds_each_activation_once(residual_dtype):
     """Each activation, computed in fp64 from the ones before it and rounded once.
 
-    So LayerNorm, softmax, GELU, the sum of the embeddings, scores and logits are in fp32. It runs
-    without jit, because XLA may leave out a rounding between two operations.
+    So LayerNorm, softmax, GELU, the sum of the embeddings, scores and logits are in fp32, and the
+    residual stream too if the setting says so. It runs without jit, because XLA may leave out a
+    rounding between two operations.
     """
-    cfg = tiny(dtype='bfloat16', bias=False).cfg
+    cfg = tiny(dtype='bfloat16', residual_dtype=residual_dtype, bias=False).cfg
     params, taps = rough_params(tiny(bias=False)), {}
     ops = FAST._replace(tap=lambda name, x: taps.setdefault(name, x))
     GPT2(cfg, ops).apply({'params': params}, tokens(tiny()))
     exact = {name: np.float64(x) for name, x in taps.items()}
     for name, x in taps.items():
         fp32 = name.split('.')[-1] in ('embed', 'pos_embed', 'attn_scores', 'pattern', 'logits')
+        fp32 |= '.resid_' in name and residual_dtype == 'float32'
         assert x.dtype == (jnp.float32 if fp32 else jnp.bfloat16), name
 
     def bf16(x):
@@ -283,7 +290,8 @@ def test_a_bf16_model_rounds_each_activation_once():
     def check_fp32(name, expected):
         np.testing.assert_allclose(exact[name], expected, rtol=0, atol=2e-6 * expected.max())
 
-    check('h_0.resid_pre', exact['embed'] + exact['pos_embed'])
+    check_stream = check_fp32 if residual_dtype == 'float32' else check
+    check_stream('h_0.resid_pre', exact['embed'] + exact['pos_embed'])
     for i in range(2):
         t = {name.split('.')[1]: x for name, x in exact.items() if name.startswith(f'h_{i}.')}
         block = params[f'h_{i}']
@@ -300,12 +308,12 @@ def test_a_bf16_model_rounds_each_activation_once():
         check(f'h_{i}.z', np.einsum('BHTS,BSHK->BTHK', bf16(t['pattern']), t['v']))
         projection_HKD = bf16(block['attn']['c_proj']['kernel'])
         check(f'h_{i}.attn_out', np.einsum('BTHK,HKD->BTD', t['z'], projection_HKD))
-        check(f'h_{i}.resid_mid', t['resid_pre'] + t['attn_out'])
+        check_stream(f'h_{i}.resid_mid', t['resid_pre'] + t['attn_out'])
         check(f'h_{i}.ln_2', norm(t['resid_mid'], block['ln_2']['scale']))
         check(f'h_{i}.mlp_pre', t['ln_2'] @ bf16(block['mlp']['c_fc']['kernel']))
         check(f'h_{i}.mlp_post', GELU['gelu_new'](t['mlp_pre']))
         check(f'h_{i}.mlp_out', t['mlp_post'] @ bf16(block['mlp']['c_proj']['kernel']))
-        check(f'h_{i}.resid_post', t['resid_mid'] + t['mlp_out'])
+        check_stream(f'h_{i}.resid_post', t['resid_mid'] + t['mlp_out'])
     check('ln_f', norm(exact['h_1.resid_post'], params['ln_f']['scale']))
     check_fp32('logits', exact['ln_f'] @ bf16(params['wte']['embedding']).T)
 
@@ -330,7 +338,7 @@ def test_dropout_in_bf16_is_rounded_once(path, rate):
     seed = dropout_seeds(tiny().cfg, jax.random.key(0))[2]
     if path == 'fused':
         one_D, zero_ND = jnp.ones(128), jnp.zeros_like(x_ND)
-        got, _ = add_norm(zero_ND, x_ND, None, one_D, None, seed, rate, 1e-5)
+        got, _ = add_norm(zero_ND, x_ND, None, one_D, None, seed, rate, 1e-5, 'float32')
     else:
         got = dropout(x_ND, seed, rate)
     keep = keep_mask(jnp.arange(x_ND.size, dtype=jnp.uint32).reshape(x_ND.shape), seed, rate)

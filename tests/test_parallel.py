@@ -20,18 +20,28 @@ from gpt2_jax.parallel.devices import peak_flops
 # data x fsdp x tensor
 ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
 MESHES = (ONE, DATA, FSDP, ALL, TENSOR)
+# Fused kernels, interpreted, on two devices: fewer rows, and positions in whole blocks.
+FUSED_MESHES = ('2 1 1', '1 2 1')
+FUSED_COLLECTIVES = {
+    '2 1 1': {'all-reduce'},
+    '1 2 1': {'all-gather', 'reduce-scatter', 'all-reduce'},
+}
+FUSED_SIZES = {'rows': 4, 'heads': 2, 'T': 64, 'steps': 2}
 STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
 
 
-def make_setup(mesh_sizes: str, corpus: str):
+def make_setup(
+    mesh_sizes: str, corpus: str, fused=False, *, rows=ROWS, heads=HEADS, T=T, steps=STEPS
+):
     """The setup of a small run on a mesh."""
     from gpt2_jax.config import default_config, resolve
-    from gpt2_jax.training.setup import build
+    from gpt2_jax.kernels.choose import FUSED, XLA
+    from gpt2_jax.training import setup as setup_lib
 
     config = default_config()
     config.model.update(
         n_layer=1,
-        n_head=HEADS,
+        n_head=heads,
         n_embd=32,
         n_positions=T,
         embd_pdrop=0.1,
@@ -39,20 +49,21 @@ def make_setup(mesh_sizes: str, corpus: str):
         resid_pdrop=0.1,
     )
     config.data.corpus = corpus
-    config.train.update(steps=STEPS, batch_size=ROWS, grad_accum_steps=ACCUMULATE)
+    config.train.update(steps=steps, batch_size=rows, grad_accum_steps=ACCUMULATE)
     config.optim.update(learning_rate=1e-2, warmup_steps=1)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
-    return build(resolve(config))
+    with mock.patch.object(setup_lib, 'choose', return_value=(FUSED if fused else XLA, {})):
+        return setup_lib.build(resolve(config))
 
 
-def run_on(mesh_sizes: str, corpus: str) -> dict:
+def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS, **sizes) -> dict:
     """A few updates and an evaluation on one mesh, and how the state is sharded."""
     from tiny import flat
 
     from gpt2_jax.parallel import mesh
     from gpt2_jax.training import programs
 
-    setup, lowered = make_setup(mesh_sizes, corpus), []
+    setup, lowered = make_setup(mesh_sizes, corpus, fused, steps=steps, **sizes), []
 
     def compile_and_keep(mesh, function):
         def call(*args):
@@ -72,7 +83,7 @@ def run_on(mesh_sizes: str, corpus: str) -> dict:
     ):
         train_step, evaluate = programs.compile_train_step(setup), make_evaluate(setup)
     state, records = programs.new_state(setup), []
-    for step in range(STEPS):
+    for step in range(steps):
         state, metrics = train_step(
             state,
             feed.train_batch(setup.mesh, setup.dataset.train, step=step, **setup.batch_options),
@@ -155,6 +166,20 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(runs):
     assert runs['tour'] == []
 
 
+@pytest.mark.parametrize('mesh', FUSED_MESHES)
+def test_fused_kernels_on_a_mesh_equal_one_device(runs, mesh):
+    """Each device on its own rows, with the dropout masks of the whole batch."""
+    fused, one = runs['fused ' + mesh], runs['one for fused']
+    assert fused['devices'] == 2
+    for ours, theirs in zip(fused['records'], one['records'], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    kernels = [name for name in fused['sizes'] if name.endswith('kernel')]
+    pieces = {fused['sizes'][name] / fused['stored'][name] for name in kernels}
+    assert pieces == {int(mesh.split()[1])}
+    collectives = re.findall(r' (all-[a-z]+|reduce-scatter)\(', fused['programs'][0])
+    assert set(collectives) == FUSED_COLLECTIVES[mesh]
+
+
 @pytest.mark.parametrize('mesh', MESHES[1:])
 def test_evaluation_equals_one_device(runs, mesh):
     assert runs[mesh]['evaluation'] == pytest.approx(runs[ONE]['evaluation'], rel=1e-5)
@@ -214,5 +239,9 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 
 
 if __name__ == '__main__':
-    found = {mesh: run_on(mesh, sys.argv[1]) for mesh in MESHES}
-    print(json.dumps(found | {'tour': restore_tour(sys.argv[1])}))
+    results = {mesh: run_on(mesh, sys.argv[1]) for mesh in MESHES}
+    results['one for fused'] = run_on(ONE, sys.argv[1], **FUSED_SIZES)
+    for mesh in FUSED_MESHES:
+        results['fused ' + mesh] = run_on(mesh, sys.argv[1], fused=True, **FUSED_SIZES)
+    results['tour'] = restore_tour(sys.argv[1])
+    print(json.dumps(results))

@@ -24,8 +24,8 @@ STEPS = [0, 1, 2, 4, 8, 16]
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 

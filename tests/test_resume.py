@@ -1,6 +1,7 @@
 """A stopped run resumes as if it had never been stopped, or says why it cannot resume."""
 
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,15 +22,16 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.workdir import folder, restore
+from gpt2_jax.parallel import feed
+from gpt2_jax.workdir import checksums, folder, restore
 from gpt2_jax.workdir.checksums import all_steps, best_step
 
 STEPS = runs.SMALL['train.steps']
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 
@@ -117,7 +120,7 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
     draw, run = random.Random(3), tmp_path / 'run'
 
     def start():
-        return kill_runs.start(run, text, runs.compile_cache().name, runs.SMALL)
+        return kill_runs.start(run, text, runs.compile_cache(), runs.SMALL)
 
     moments = (kill_runs.kill(start(), run, draw, in_save=True, delay=0) for _ in range(3))
     assert any('in the save of' in str(moment) for moment in moments)  # usually the first
@@ -146,13 +149,16 @@ def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
         (signal.SIGUSR1, 8),
         (signal.SIGUSR2, 8),
         (signal.SIGHUP, 9),
+        (signal.SIGXCPU, 9),
     ],
 )
 def test_a_signal_saves_and_ends_the_run(number, at, text, reference, tmp_path):
     # A shell ignores Ctrl-C in its background jobs.
     before = signal.signal(number, signal.default_int_handler)
     config = make_config(text, log__every=1)
-    code, printed = runs.quiet_train(config, tmp_path, hooks=[SignalAt(at, number)])
+    # A limit of CPU seconds sends its signal again and again: the save must not end at it.
+    hooks = [SignalAt(at, number)] * (1 + (number == signal.SIGXCPU))
+    code, printed = runs.quiet_train(config, tmp_path, hooks=hooks)
     assert code == 128 + number
     assert f'stopped by {number.name} at step {at + 1}, which is saved' in printed
     assert signal.signal(number, before) is signal.default_int_handler
@@ -243,6 +249,15 @@ def test_a_finished_run_says_so_and_changes_nothing(text, reference):
     assert snapshot(reference) == before
 
 
+def test_a_terminal_does_not_obey_the_name_of_a_folder(text, reference, tmp_path, monkeypatch):
+    run = shutil.copytree(reference, tmp_path / 'a\x1b[2Jb')
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert train_lib.train(make_config(text), run) == 0
+    assert r'a\x1b[2Jb is finished' in sys.stdout.getvalue()
+    assert '\x1b' not in sys.stdout.getvalue()
+
+
 def test_killed_between_the_last_save_and_the_summary(text, reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / 'run')
     (run / 'summary.json').unlink()
@@ -305,6 +320,27 @@ def test_other_settings_may_not_change(text, stopped):
         assert part in str(error.value)
     assert 'eval.every' not in str(error.value)
     assert snapshot(stopped) == before
+
+
+def test_a_run_of_an_older_version_keeps_its_order(text, stopped, monkeypatch):
+    """Such a run has no train.order in its files, and its epochs had tables."""
+    with pytest.raises(UsageError, match=r"train\.order: 'keyed' there, 'table' now"):
+        runs.quiet_train(make_config(text, train__order='table'), stopped)
+    checkpoint = stopped / checksums.FOLDER / '12'
+    meta = json.loads((checkpoint / 'meta/metadata').read_text())
+    settings = json.loads(meta['config'])
+    del settings['train']['order']
+    (checkpoint / 'meta/metadata').write_text(json.dumps(meta | {'config': json.dumps(settings)}))
+    checksums.write_checksums(checkpoint)
+    make, orders = feed.train_batches, []
+    monkeypatch.setattr(
+        feed, 'train_batches', lambda *a, **options: orders.append(options) or make(*a, **options)
+    )
+    code, printed = runs.quiet_train(make_config(text), stopped)
+    assert code == 0
+    assert "train.order stays 'table': an older version started this run\n" in printed
+    assert [(options['start'], options['order']) for options in orders] == [(12, 'table')]
+    assert json.loads((stopped / 'config.json').read_text())['train']['order'] == 'table'
 
 
 def test_a_changed_text_is_refused(text, stopped, tmp_path):
@@ -473,6 +509,17 @@ def test_a_folder_that_is_moved_before_it_is_locked(tmp_path, monkeypatch):
     assert (tmp_path / 'old/.lock').read_text() == ''
 
 
+def test_a_fresh_run_behind_a_link(tmp_path):
+    """The folder that the link leads to is moved; the link stays, and leads to a new folder."""
+    (tmp_path / 'disk/checkpoints').mkdir(parents=True)
+    (tmp_path / 'run').symlink_to(tmp_path / 'disk')
+    aside = folder.move_aside(tmp_path / 'run')
+    assert (aside / 'checkpoints').is_dir()
+    with folder.claim(tmp_path / 'run') as check:
+        check()
+    assert os.listdir(tmp_path / 'disk') == ['.lock']
+
+
 def test_links_are_not_followed(text, tmp_path):
     """A link in the place of a file that a run writes would have its target overwritten."""
     target, run = tmp_path / 'precious', tmp_path / 'run'
@@ -492,6 +539,19 @@ def test_links_are_not_followed(text, tmp_path):
     assert target.read_text() == 'mine'
     assert (run / 'samples.txt').is_file()
     assert (run / 'tensorboard/notes').read_text() == 'not a log'
+
+
+def test_a_copy_of_hard_links_keeps_its_logs(text, reference, stopped):
+    """As `cp -al` and many backups make them: records would be written into both."""
+    run, backup = stopped.rename(stopped.with_name('my run')), stopped.with_name('backup')
+    shutil.copytree(run, backup, copy_function=os.link)
+    before = {path: path.read_bytes() for path in backup.rglob('*') if path.is_file()}
+    code, printed = runs.quiet_train(make_config(text), run)
+    assert code == 0
+    assert printed.endswith(f"scripts/sample.py --ckpt_dir='{run}'\n")  # as a shell reads it
+    assert runs.differences(run, reference) == []
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {'.lock'}
 
 
 def test_logs_that_are_not_of_a_run_are_not_touched(text, tmp_path):

@@ -19,12 +19,6 @@ from gpt2_jax.workdir.restore import load
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason='no Chromium')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('pages')
@@ -125,6 +119,7 @@ def test_runs_are_compared(trained, folder, tab):
         np.testing.assert_allclose(entry['loss'], loss, rtol=1e-4)
     assert found['settings'] == {}
     tab.open(out)
+    assert 'null' not in tab.text('main')
     assert tab.run('document.querySelectorAll("#summary tbody tr").length') == 2
     best = min(record['loss'] for record in read_records(trained, 'val'))
     assert f'{best:.4f}' in tab.text('#summary')

@@ -28,12 +28,6 @@ from gpt2_jax.inference import harness, lambada, score
 from gpt2_jax.workdir import restore
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """A finished run, its text, and the part of the text that was kept for validation."""
@@ -47,7 +41,7 @@ def run(tmp_path_factory):
 
 def restored(tokenizer=SMALL, seed=0, **changes) -> restore.Restored:
     """A small random model, as restore.load returns it."""
-    model = tiny(vocab_size=tokenizer.vocab_size, **changes)
+    model = tiny(**{'n_layer': 1, 'vocab_size': tokenizer.vocab_size} | changes)
     config = default_config()
     config.model.update(
         {

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.dataset import MAX_OPEN, SPLITS, Tokens, from_text
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.prepare import SIGNALS, SPLIT_BY, prepare
+from gpt2_jax.prepare import SIGNALS, SPLIT_BY, describe, prepare
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5
@@ -293,6 +294,7 @@ def test_empty_files_are_left_out_and_counted(texts, tmp_path):
     (tmp_path / 'f.txt').write_bytes(b'\xef\xbb\xbf')  # a byte order mark alone
     manifest = write([str(tmp_path / '*.*')], tmp_path / 'a')
     assert manifest['inputs']['left_out'] == {'empty files': 3, '.png files': 1}
+    assert describe(manifest)[-1].endswith('MB; left out: 3 empty files, 1 .png file')
     write(texts, tmp_path / 'b')
     a, b = (open_shards(tmp_path / name) for name in 'ab')
     assert a.sha256 == b.sha256
@@ -464,7 +466,7 @@ def flip_one_bit(path):
         (lambda f: (f / 'val_00000.npy').write_bytes(b''), r'val_00000.npy is damaged'),
         (lambda f: (f / 'train_00000.npy').unlink(), r'train_00000.npy is missing'),
         (
-            lambda f: (f / 'train_00001.npy').replace(f / 'train_00000.npy'),
+            lambda f: shutil.copy(f / 'train_00001.npy', f / 'train_00000.npy'),
             r'train_00000.npy is damaged',
         ),
         (lambda f: (f / 'tokenizer.json').unlink(), r'tokenizer.json cannot be read: No such'),

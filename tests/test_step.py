@@ -179,7 +179,7 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
 
     train = setup.dataset.train
     batch = feed.train_batch(setup.mesh, train, step=0, **setup.batch_options)
-    sizes = {'batch_size': 4, 'seq_len': 8}
+    sizes = {'order': 'keyed', 'batch_size': 4, 'seq_len': 8}
     assert np.array_equal(
         batch['inputs'], feed.train_batch(setup.mesh, train, step=0, seed=7, **sizes)['inputs']
     )

@@ -17,8 +17,8 @@ from gpt2_jax.workdir.storage import Kept, is_log_spaced
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
+def trace_once():
+    with runs.trace_once():
         yield
 
 

@@ -19,10 +19,10 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors architecture',
+    'errors architecture permutation',
     'foreign progress',
     'files terminal',
-    'config',
+    'config verified',
     # data: from raw text to the batch of a step
     'data.documents data.vocabulary',
     'data.tokenizers',
@@ -43,15 +43,17 @@ LAYERS = (
     'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
-    'workdir.folder workdir.log workdir.checksums workdir.fit',
+    'workdir.folder workdir.events workdir.checksums workdir.fit',
+    'workdir.log',
     'workdir.storage workdir.history',
     'workdir.checkpoints',
     'workdir.restore',
     # lens: what happens inside one forward and backward pass
     'lens.sites lens.subject',
     'lens.activations',
-    'lens.interventions lens.readings lens.hessian lens.flow',
-    'lens.report lens.terminal',
+    'lens.interventions lens.readings lens.hessian lens.jaxpr',
+    'lens.flow',
+    'lens.report',
     # training: one update, and the loop around it
     'training.optim',
     'training.step training.fused_step',
@@ -69,8 +71,8 @@ LAYERS = (
     'diagnostics.replay diagnostics.probes',
     'diagnostics.autopsy',
     # reports: what was found, for people
-    'reports.html',
-    'reports.step reports.looks',
+    'reports.html reports.flow reports.terminal',
+    'reports.step reports.looks reports.model',
     'reports.run reports.autopsy',
     'reports.compare',
     # the roof: one file a script, and what a run does now and then
@@ -97,7 +99,9 @@ NO_JAX = (
     'config',
     'files',
     'foreign',
+    'permutation',
     'progress',
+    'verified',
     'cli',
     'prepare',
     'inference.detokenizers',

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import compile_cache, write_text
+from runs import write_text
 
 ROOT = Path(__file__).parents[1]
 TOUR = ROOT / 'docs' / 'tour.ipynb'
@@ -66,12 +66,7 @@ def test_every_cell_runs(cells, tmp_path):
     done = subprocess.run(
         [sys.executable, 'tour.py'],
         cwd=tmp_path,
-        env=os.environ
-        | {
-            'PYTHONPATH': str(ROOT),
-            'JAX_COMPILATION_CACHE_DIR': compile_cache().name,
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        },
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -49,6 +49,24 @@ def test_a_run_describes_its_text(tmp_path, holdout, eval_tokens, expected):
     assert sum(expected in line for line in describe(build(resolve(config)))) == 1
 
 
+@pytest.mark.parametrize(
+    ('dtype', 'residual_dtype', 'expected'),
+    [
+        ('float32', 'compute', 'loss in fp32'),
+        ('bfloat16', 'compute', 'the residual stream in bfloat16'),
+        ('bfloat16', 'float32', 'the residual stream in float32'),
+    ],
+)
+def test_a_run_describes_its_precision(tmp_path, dtype, residual_dtype, expected):
+    (tmp_path / 'text.txt').write_text('abcde' * 20)
+    config = default_config()
+    config.data.corpus = str(tmp_path / 'text.txt')
+    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
+    config.model.update(dtype=dtype, residual_dtype=residual_dtype)
+    lines = [line for line in describe(build(resolve(config))) if line.startswith('precision')]
+    assert [line.endswith(expected) for line in lines] == [True]
+
+
 def run_meter(seconds, monkeypatch):
     """Twelve updates of so many seconds; returns the meter, its clock, what it showed and said."""
     now, shown, said = [0.0], [], []

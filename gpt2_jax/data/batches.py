@@ -4,24 +4,29 @@ B is the number of rows of a batch and T their length, as in `model/gpt2.py`. A 
 n windows in each epoch, and row i of the batch of step s is found as follows:
 
     g                   = s B + i, the number of the row, counted from the start of the run
-    row g               = window order_e[g mod n] of epoch e = g div n
+    row g               = window order_e(g mod n) of epoch e = g div n
     window w of epoch e = tokens offset_e + w T .. offset_e + w T + T,  0 <= w < n
     n                   = floor(N / T) - 1: one window fewer than the text holds, so that n windows
                           fit at any offset
 
 A window has T + 1 tokens: the first T are the inputs, the last T the targets. offset_e is a random
-number in 0 .. T - 1, and order_e a random order of the n windows. So no target is used twice within
-an epoch, the windows of the next epoch begin at other positions, and one batch may span epochs.
+number in 0 .. T - 1, and order_e a random permutation of the n windows. So no target is used twice
+within an epoch, the windows of the next epoch begin at other positions, and one batch may span
+epochs. Both depend on (seed, e) alone, and none of this holds a table of the windows: a step takes
+the same time and memory in a text of 100 billion tokens.
 """
 
 import collections
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 
+from gpt2_jax import permutation
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
 
@@ -29,16 +34,83 @@ Item = TypeVar('Item')
 HostBatch = dict[str, np.ndarray]  # 'inputs' and 'targets', and 'mask' in evaluation: all (B, T)
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(n: int, T: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
-    """The offset of an epoch, in [0, T), and the order of its windows, int64 (n,).
+@dataclasses.dataclass(frozen=True)
+class KeyedOrder:
+    """The offset of each epoch and the order of its windows, by a keyed permutation.
 
-    They depend on (seed, epoch) alone; neither may be negative. Only the raw 64-bit stream is used,
-    which numpy keeps the same in every version, and random words are sorted for the order. numpy
-    may change `shuffle` and `integers`: then a resumed run would see other batches.
+    All arguments are integer arrays that broadcast, and so are the results, int64.
     """
-    raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n + 1)
-    return int(raw[0]) % T, np.argsort(raw[1:], kind='stable')
+
+    n_windows: int
+    seq_len: int
+    seed: int
+
+    def offset(self, epoch: np.ndarray) -> np.ndarray:
+        """offset_e, in 0 .. T - 1."""
+        key = permutation.make_key(self.seed, epoch)
+        return (permutation.hash_uint64(key) % np.uint64(self.seq_len)).astype(np.int64)
+
+    def window(self, epoch: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """order_e(position): the window at a position, 0 .. n - 1, of the epoch."""
+        key = permutation.make_key(self.seed, epoch)
+        return permutation.permute(position, key, self.n_windows)
+
+    def position(self, epoch: np.ndarray, window: np.ndarray) -> np.ndarray:
+        """The inverse: where the epoch has that window."""
+        key = permutation.make_key(self.seed, epoch)
+        return permutation.unpermute(window, key, self.n_windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOrder:
+    """The same by sorting n random numbers: the order of the runs of older versions.
+
+    Each epoch has a table of all windows, which is made at its beginning. Only the raw 64-bit
+    stream is used, which numpy keeps the same in every version.
+    """
+
+    n_windows: int
+    seq_len: int
+    seed: int
+
+    def offset(self, epoch: np.ndarray) -> np.ndarray:
+        """offset_e, in 0 .. T - 1."""
+        offsets = [int(_raw(self.seed, e, 1)[0]) % self.seq_len for e in epoch.ravel().tolist()]
+        return np.array(offsets, np.int64).reshape(epoch.shape)
+
+    def window(self, epoch: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """order_e(position)."""
+        out = np.empty(position.shape, np.int64)
+        for e in np.unique(epoch).tolist():
+            out[epoch == e] = _table(self.n_windows, self.seed, e)[position[epoch == e]]
+        return out
+
+    def position(self, epoch: np.ndarray, window: np.ndarray) -> np.ndarray:
+        """The inverse: where the epoch has that window."""
+        out = np.empty(window.shape, np.int64)
+        for e in np.unique(epoch).tolist():
+            inverse = np.argsort(_table(self.n_windows, self.seed, e))
+            out[epoch == e] = inverse[window[epoch == e]]
+        return out
+
+
+def _raw(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.argsort(_raw(seed, epoch, n + 1)[1:], kind='stable')
+
+
+Order = KeyedOrder | TableOrder
+ORDERS = {'keyed': KeyedOrder, 'table': TableOrder}  # the values of the setting train.order
+
+
+def row_starts(order: Order, rows: np.ndarray) -> np.ndarray:
+    """The positions in the text of the first input of each of the rows g: int64, like `rows`."""
+    epoch, position = np.divmod(rows, order.n_windows)
+    return order.offset(epoch) + order.window(epoch, position) * order.seq_len
 
 
 def train_batch(
@@ -48,6 +120,7 @@ def train_batch(
     step: int,
     batch_size: int,
     seq_len: int,
+    order: str = 'keyed',
     lo: int = 0,
     hi: int | None = None,
 ) -> HostBatch:
@@ -63,13 +136,35 @@ def train_batch(
             f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which '
             f'needs {2 * T}: use a shorter train.seq_len or more text'
         )
-    inputs, targets = np.empty((2, hi - lo, T), np.int32)
-    for row, g in enumerate(range(step * batch_size + lo, step * batch_size + hi)):
-        offset, order = epoch_order(n, T, seed, g // n)
-        start = offset + int(order[g % n]) * T
+    inputs, targets = np.empty((2, hi - lo, T), np.int32)  # first: it fails if B T is too large
+    rows = np.arange(step * batch_size + lo, step * batch_size + hi)
+    for row, start in enumerate(row_starts(ORDERS[order](n, T, seed), rows).tolist()):
         window = tokens.read(start, start + T + 1)
         inputs[row], targets[row] = window[:-1], window[1:]
     return {'inputs': inputs, 'targets': targets}
+
+
+class WindowSource:
+    """The windows of a text in their order: a `grain.sources.RandomAccessDataSource`.
+
+    Element w has the inputs and targets, int32 (T,), of window w of an epoch with offset 0. grain
+    shuffles and batches them. grain is not needed here: its protocol is `len`, an index, and a text
+    that identifies the source in a checkpoint of its own.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int):
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return max(len(self.tokens) - 1, 0) // self.seq_len
+
+    def __getitem__(self, w: SupportsIndex) -> HostBatch:
+        start = range(len(self))[operator.index(w)] * self.seq_len  # IndexError outside
+        window = self.tokens.read(start, start + self.seq_len + 1).astype(np.int32)
+        return {'inputs': window[:-1], 'targets': window[1:]}
+
+    def __repr__(self) -> str:
+        return f'WindowSource({len(self.tokens)} tokens, seq_len={self.seq_len})'
 
 
 def eval_starts(

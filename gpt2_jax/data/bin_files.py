@@ -7,7 +7,6 @@ so neither kind can be mistaken for the other.
 
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from gpt2_jax.data.dataset import (
     KeptFile,
     Tokens,
     sha256_of,
-    verify_ids,
+    verify_files,
 )
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
@@ -35,7 +34,7 @@ EXPECTED = 'expected GPT-2 tokens of 16 bits'
 def open_token_files(
     pattern: str, tokenizer: Tokenizer, wanted: tuple[str, ...] = SPLITS
 ) -> Dataset:
-    """Opens the files that match a pattern, in the order of their names, after reading each once.
+    """Opens the files that match a pattern, in the order of their names, verified as in dataset.py.
 
     A file with 'val' (or 'valid', 'validation', 'eval') as a word of its name is for validation,
     any other for training. Only the files of the `wanted` splits are opened, and each of these
@@ -53,15 +52,11 @@ def open_token_files(
             )
     used = [pair for pair in zip(paths, splits, strict=True) if pair[1] in wanted]
 
-    def open_one(pair):
-        ids = _open(pair[0])
-        return ids, verify_ids(ids, tokenizer.vocab_size, remedy=EXPECTED)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside the interpreter lock
-        opened = list(pool.map(open_one, used))
+    opened = [_open(path) for path, _ in used]
+    digests = verify_files(opened, tokenizer.vocab_size, remedy=EXPECTED)
     arrays = {split: [] for split in SPLITS}
     identity = [tokenizers.fingerprint(tokenizer)]
-    for (_, split), (ids, digest) in zip(used, opened, strict=True):
+    for (_, split), ids, digest in zip(used, opened, digests, strict=True):
         arrays[split].append(ids)
         identity.append((split, digest))
     return Dataset(

@@ -93,9 +93,14 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], collections.Counter]:
             else:
                 left_out['empty files'] += 1
         if len(found) == before:
-            reasons = ', '.join(f'{n} {reason}' for reason, n in left_out.most_common(5))
+            reasons = ', '.join(counted(n, reason) for reason, n in left_out.most_common(5))
             raise foreign.error(name, 'holds no text', f'left out: {reasons or "nothing"}')
     return found, left_out
+
+
+def counted(n: int, plural: str) -> str:
+    """'2,000 empty files', '1 empty file'."""
+    return f'{n:,} {plural.removesuffix("s") if n == 1 else plural}'
 
 
 def _expand_lists(inputs: Iterable[str]) -> Iterator[str]:

@@ -8,7 +8,6 @@ tokens.
 
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +22,10 @@ from gpt2_jax.data.dataset import (
     KeptFile,
     Tokens,
     sha256_of,
-    verify_ids,
+    verify_files,
 )
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.foreign import PLAIN_NAME, SHA256, Maybe, integer, one_of
-from gpt2_jax.progress import Progress
 
 FORMAT = 1  # of manifest.json; other formats are refused
 MANIFEST, TOKENIZER = 'manifest.json', 'tokenizer.json'
@@ -84,8 +82,9 @@ def is_prepared(path: str | os.PathLike) -> bool:
 
 
 def open_shards(folder: str | os.PathLike) -> Dataset:
-    """Opens a prepared folder after reading each of its files and checking it against the manifest.
+    """Opens a prepared folder whose files are what the manifest says, by size, form and SHA-256.
 
+    The SHA-256 of large data is computed once, in the background (see dataset.verify_files).
     Raises UserError naming the file that is missing, damaged, of another format or tokenizer, or
     that holds an id outside the vocabulary. Nothing outside the folder is opened.
     """
@@ -103,21 +102,12 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
     ]
     tokenizer = _open_tokenizer(folder / TOKENIZER, fingerprint)
 
-    def open_shard(shard):
-        _, file, n_tokens, sha256 = shard
-        ids = _open_shard(folder / file, dtype, n_tokens)
-        verify_ids(ids, tokenizer.vocab_size, sha256=sha256, remedy=RESTORE)
-        return ids
-
-    n_bytes = dtype.itemsize * sum(n_tokens for _, _, n_tokens, _ in shards)
+    opened = [_open_shard(folder / file, dtype, n_tokens) for _, file, n_tokens, _ in shards]
+    sums = [sha256 for *_, sha256 in shards]
+    verify_files(opened, tokenizer.vocab_size, sha256=sums, remedy=RESTORE)
     arrays = {split: [] for split in SPLITS}
-    with (
-        Progress('verified', n_bytes) as progress,
-        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing runs outside the interpreter lock
-    ):
-        for (split, _, n_tokens, _), ids in zip(shards, pool.map(open_shard, shards), strict=True):
-            arrays[split].append(ids)
-            progress.add(dtype.itemsize * n_tokens)
+    for (split, *_), ids in zip(shards, opened, strict=True):
+        arrays[split].append(ids)
     return Dataset(
         folder.resolve().name,
         tokenizer,

@@ -128,7 +128,7 @@ def examine(replay: Replay, step: int) -> Autopsy:
     trees = [_summaries(tree) for tree in (params, gradient, state.params)]
     parameters = {name: tuple(tree[name] for tree in trees) for name in trees[0]}
 
-    look = looking(dataclasses.replace(setup.model.cfg, remat=False, attention='xla'))
+    look = looking(dataclasses.replace(setup.model.cfg, remat='none', attention='xla'))
     culprit = _bad_parameter(parameters, 'parameter before', 0)
     for m, (part, key) in enumerate(micro_batches(batch, replay.dropout_key(step), n)):
         activations, gradients = (

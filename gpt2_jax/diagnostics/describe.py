@@ -23,6 +23,13 @@ KERNELS = {
     'xla': 'compiled by XLA from model/gpt2.py',
 }
 
+# What the backward pass computes again, by model.remat.
+REMAT = {
+    'none': '',
+    'block': '; blocks recomputed in the backward pass',
+    'dots': '; blocks recomputed in the backward pass, except their matrix products',
+}
+
 
 def describe(setup: Setup) -> list[str]:
     """One line each on device, precision, kernels, attention, data, model, training and cost."""
@@ -72,7 +79,7 @@ def _describe_kernels(setup: Setup) -> list[str]:
     text = '; '.join(
         f'{name} ({KERNELS[name]}): {", ".join(names)}' for name, names in parts.items() if names
     )
-    remat = '; blocks recomputed in the backward pass' if setup.model.cfg.remat else ''
+    remat = REMAT[setup.model.cfg.remat]
     needs = {}
     for part, reason in setup.reasons.items():
         needs.setdefault(reason, []).append(part)
@@ -100,7 +107,7 @@ def _describe_precision(cfg: GPT2Config, kernels: Kernels) -> str:
         'and loss in fp32'
     )
     if cfg.compute_dtype == 'bfloat16':
-        text += '; the residual stream in bf16 too'
+        text += f'; the residual stream in {cfg.stream_dtype}'
     if kernels.fused_training:
         text += '; in training, logits in bf16'
     return text

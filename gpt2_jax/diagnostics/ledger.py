@@ -2,7 +2,7 @@
 
 The batch of a step is a function of (tokens, seed, step), and so is its inverse (letters as in
 data/batches.py): the target at token p stands, in epoch e, in window w = (p - 1 - offset_e) div T,
-and window w is row g = e n + inverse_order_e[w], counted through all steps, B to a step.
+and window w is row g = e n + inverse_order_e(w), counted through all steps, B to a step.
 
 Steps are counted as in metrics.jsonl: step 1 is the first update. Token positions count from 0,
 from the beginning of the training text. No JAX.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt2_jax.data.batches import epoch_order
+from gpt2_jax.data import batches
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.load import load_dataset
 from gpt2_jax.diagnostics.origins import Origin, Origins, TokenBytes, open_origins
@@ -24,26 +24,32 @@ from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.workdir import history
 
 BLOCK = 1 << 22  # tokens searched at once
+PAIRS = 1 << 16  # of a text and an epoch, looked up at once
 NO_TEXT = b'\xff'  # stands for a separator in a search; never a byte of UTF-8
 CONTEXT = 24  # tokens shown on each side of an occurrence
 
 
 class Addressing(NamedTuple):
-    """What the batches of a run are a function of: N tokens, a seed, B rows of T tokens."""
+    """What the batches of a run are a function of: N tokens, a seed, B rows of T tokens.
+
+    `order` is the setting train.order.
+    """
 
     n_tokens: int
     seed: int
     batch_size: int
     seq_len: int
+    order: str = 'keyed'
 
     @property
     def n_windows(self) -> int:
         """The windows of an epoch."""
         return (self.n_tokens - self.seq_len) // self.seq_len
 
-    def epoch(self, e: int) -> tuple[int, np.ndarray]:
-        """The offset of epoch e and the order of its windows."""
-        return epoch_order(self.n_windows, self.seq_len, self.seed, e)
+    @property
+    def windows(self) -> batches.Order:
+        """The order of the windows of every epoch."""
+        return batches.ORDERS[self.order](self.n_windows, self.seq_len, self.seed)
 
 
 class Sightings(NamedTuple):
@@ -66,11 +72,8 @@ def row_starts(addressing: Addressing, step: int) -> np.ndarray:
 
     Row i holds the T + 1 tokens from there; its targets are all but the first one.
     """
-    n, starts = addressing.n_windows, []
-    for g in range((step - 1) * addressing.batch_size, step * addressing.batch_size):
-        offset, order = addressing.epoch(g // n)
-        starts.append(offset + int(order[g % n]) * addressing.seq_len)
-    return np.array(starts)
+    B = addressing.batch_size
+    return batches.row_starts(addressing.windows, np.arange((step - 1) * B, step * B))
 
 
 def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
@@ -81,26 +84,25 @@ def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
     start, stop = np.atleast_1d(start), np.atleast_1d(stop)
     n, B, T = addressing.n_windows, addressing.batch_size, addressing.seq_len
     n_rows = steps * B
-    found = []
-    for e in range(-(-n_rows // n)):
-        offset, order = addressing.epoch(e)
-        inverse = np.empty(n, np.int64)
-        inverse[order] = np.arange(n)
+    epochs, order, found = np.arange(-(-n_rows // n)), addressing.windows, []
+    # For each text and epoch, the first window that has a part of it, the second, and so on.
+    for block in np.array_split(epochs, 1 + len(epochs) * len(start) // PAIRS):
+        offset = order.offset(block)[:, None]
         lowest, highest = (start - 1 - offset) // T, (stop - 2 - offset) // T
         for more in range(int((highest - lowest).max(initial=-1)) + 1):
             window = lowest + more
-            here = np.flatnonzero((window >= 0) & (window <= highest) & (window < n))
-            window = window[here]
-            g = e * n + inverse[window]
-            here, window, g = here[g < n_rows], window[g < n_rows], g[g < n_rows]
-            target = offset + window * T + 1  # the position of the row's first target
+            at, here = np.nonzero((window >= 0) & (window <= highest) & (window < n))
+            window, epoch = window[at, here], block[at]
+            g = epoch * n + order.position(epoch, window)
+            here, window, at, g = (x[g < n_rows] for x in (here, window, at, g))
+            target = offset[at, 0] + window * T + 1  # the position of the row's first target
             first = np.maximum(start[here] - target, 0)
             last = np.minimum(stop[here] - 1 - target, T - 1)
             whole = last - first + 1 == (stop - start)[here]
             found.append(np.stack([g // B + 1, g % B, here, first, last, whole]))
     step, row, text, first, last, whole = np.concatenate([np.zeros((6, 0), int), *found], axis=1)
-    order = np.lexsort((text, row, step))
-    return Sightings(*(x[order] for x in (text, step, row, first, last, whole.astype(bool))))
+    sorting = np.lexsort((text, row, step))
+    return Sightings(*(x[sorting] for x in (text, step, row, first, last, whole.astype(bool))))
 
 
 def occurrences(
@@ -167,7 +169,9 @@ def open_run(folder: Path) -> Run:
             'restore the text'
         )
     train = config.train
-    addressing = Addressing(len(dataset.train), train.seed, train.batch_size, train.seq_len)
+    addressing = Addressing(
+        len(dataset.train), train.seed, train.batch_size, train.seq_len, train.order
+    )
     if addressing.n_windows < 1:
         raise UserError(
             f'the training text of {folder} has {addressing.n_tokens} tokens: too few for a window'

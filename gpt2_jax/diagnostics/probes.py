@@ -84,7 +84,9 @@ class Measure:
     def __init__(self, setup: Setup, pool: Executor | None = None):
         self.setup = setup
         # Rematerialisation changes no value, and a fused attention never writes its pattern.
-        self.cfg = dataclasses.replace(setup.model.cfg, remat=False, attention='xla', kernels='xla')
+        self.cfg = dataclasses.replace(
+            setup.model.cfg, remat='none', attention='xla', kernels='xla'
+        )
         self.tokens_RT = probe_text(setup)
         T = self.tokens_RT.shape[1]
         repeated = repeated_tokens(self.cfg, ROWS)[:, :T] if T >= 4 else self.tokens_RT

@@ -174,13 +174,13 @@ def generate(
     strict_context: bool = False,
     notify: Callable[[str], None] = print,
 ) -> Iterator[np.ndarray]:
-    """Continues `prompt` (T,) `num_samples` times; yields chunks, int32 (num_samples, n).
+    """Continuations of `prompt` (T,), in chunks: an iterator of int32 (num_samples, n).
 
     Sample i depends on (params, prompt, sampling, seed, i) alone. Every token is drawn from all
     tokens before it, of a long prompt the last n_positions. GPT-2's learned positions cannot slide,
     so a token that has no position left restarts the context from its last half with a fresh
-    prefill; `notify` is called the first time. Raises UsageError for an empty prompt and, with
-    `strict_context`, if the context would restart.
+    prefill; `notify` is called the first time. Raises UsageError, before the first chunk, for an
+    empty prompt and, with `strict_context`, if the context would restart.
     """
     context = model.cfg.n_positions
     if not len(prompt):
@@ -191,11 +191,17 @@ def generate(
             f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it '
             'restart'
         )
-    chunks = decode_chunks(
-        model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify
+    return _fetch(
+        decode_chunks(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify)
     )
+
+
+def _fetch(chunks) -> Iterator[np.ndarray]:
+    """The tokens of `decode_chunks` on the host, each chunk after the next one was dispatched.
+
+    So the device always has work.
+    """
     chunk = next(chunks, None)
     while chunk is not None:
-        # Fetch a chunk after the next one was dispatched, so that the device always has work.
         (tokens_BC, n), chunk = chunk, next(chunks, None)
         yield np.asarray(tokens_BC)[:, :n]

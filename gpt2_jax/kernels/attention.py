@@ -11,12 +11,14 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.kernels.choose import HEAD_DIMS, SEQ_LEN_MULTIPLE
 from gpt2_jax.kernels.launch import LOG2_E, SEED_SPECS, call, only, read_seed, seed_inputs
 from gpt2_jax.model.dropout import keep_mask
+from gpt2_jax.model.ops import KEPT_BY_DOTS
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 BLOCK = SEQ_LEN_MULTIPLE  # queries, and keys, processed at a time
@@ -234,6 +236,10 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
 
 def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
     z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)
+    # With model.remat = 'dots' these are kept: else the backward pass would run this kernel again.
+    qkv_BT3HK, z_BTHK, lse_BHT = (
+        checkpoint_name(x, KEPT_BY_DOTS) for x in (qkv_BT3HK, z_BTHK, lse_BHT)
+    )
     return z_BTHK, (qkv_BT3HK, bias_3HK, seed, z_BTHK, lse_BHT)
 
 

@@ -49,12 +49,16 @@ FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'xla', 'fused')
 
 
 class Place(NamedTuple):
-    """Where a model runs: JAX's name of the platform, and one device's share of a micro-batch."""
+    """Where a model runs: JAX's name of the platform, and one device's share of a micro-batch.
+
+    `deterministic` is the setting train.deterministic.
+    """
 
     platform: str
     tensor: int = 1
     rows: int | None = None
     seq_len: int | None = None
+    deterministic: bool = False
 
     @property
     def tokens(self) -> int:
@@ -79,6 +83,8 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
     if name == 'cudnn':
         if training and cfg.attn_pdrop:
             yield 'model.attn_pdrop = 0: its kernel has no dropout'
+        if training and place.deterministic:
+            yield 'train.deterministic = False: it adds gradients in no fixed order'
         if cfg.head_dim % 8 or cfg.head_dim > 128:
             yield (
                 f'a head width n_embd / n_head that is a multiple of 8 up to 128, not '

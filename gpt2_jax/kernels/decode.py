@@ -86,7 +86,8 @@ def _linear_kernel(ins, y_ref, *, B, D, N, eps, gelu, precision):
         if ins['scale'] is None:
             return x
         y = (x.astype(jnp.float32) - mean) * rstd * _tile(ins['scale'], D, j, block)
-        return (y if ins['shift'] is None else y + _tile(ins['shift'], D, j, block)).astype(x.dtype)
+        y = y if ins['shift'] is None else y + _tile(ins['shift'], D, j, block)
+        return y.astype(ins['w'].dtype)
 
     # A single row's weights are loaded first of all, so that they arrive during the LayerNorm.
     w = [weights(j) for j in range(blocks)] if rows == 1 else None
@@ -119,7 +120,8 @@ def linear(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
     """residual + gelu(LayerNorm(x) W^T + b): (B, D) -> (B, N). All but the product are optional.
 
     `weights` is {'kernel': (N, D), 'bias': (N,)}, and `norm` is {'scale': (D,), 'bias': (D,)}; the
-    biases may be left out. `dtype` is the result's, by default that of x.
+    biases may be left out. `dtype` is the result's: by default that of the residual or, without
+    one, of the weights.
     """
     (B, D), N = x_BD.shape, weights['kernel'].shape[0]
     rows = 1 if B == 1 else max(16, min(MAX_ROWS, pl.next_power_of_2(B)))
@@ -127,7 +129,8 @@ def linear(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
         (ONE_PROGRAMS, ONE_OUTS) if B == 1 else (ROWS_PROGRAMS, ROWS_OUTS)
     )
     outs = max(min_outs, min(max_outs, 2 ** (max(N // programs, 1).bit_length() - 1)))
-    norm = norm or {}
+    norm, like = norm or {}, weights['kernel'] if residual_BN is None else residual_BN
+    dtype = dtype or like.dtype
     ins = {
         'x': x_BD,
         'w': weights['kernel'],
@@ -159,7 +162,7 @@ def linear(cfg: GPT2Config, x_BD, weights, norm=None, residual_BN=None, *, gelu=
         stages=ROWS_STAGES,
         in_specs=[only(ins, specs)],
         out_specs=specs['residual'],
-        out_shape=jax.ShapeDtypeStruct((B, N), dtype or x_BD.dtype),
+        out_shape=jax.ShapeDtypeStruct((B, N), dtype),
     )(ins)
 
 
@@ -265,7 +268,7 @@ def next_logits(cfg: GPT2Config, weights, token_B, cache: Cache, pos):
     """
     B, pos_1, layers = token_B.shape[0], jnp.reshape(pos, 1), []
     embed_B1D, pos_embed_1D = embed(weights['wte'], weights['wpe'], token_B[:, None], pos)
-    x_BD = (embed_B1D + pos_embed_1D).astype(cfg.compute_dtype)[:, 0]
+    x_BD = (embed_B1D + pos_embed_1D).astype(cfg.stream_dtype)[:, 0]
     in_kernel = cfg.activation_function == 'gelu_new'  # Pallas' Triton has no erf for 'gelu'
     for h, (k_BHSK, v_BHSK) in zip(weights['h'], cache, strict=True):
         qkv_B3HK = linear(cfg, x_BD, h['c_attn'], h['ln_1']).reshape(B, 3, cfg.n_head, cfg.head_dim)

@@ -112,8 +112,8 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
-def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
     N, D = x_ND.shape
     row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)  # the backward pass needs more
     width, adds = pl.next_power_of_2(D), branch_ND is not None
@@ -136,7 +136,12 @@ def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rat
     }
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     statistic = jax.ShapeDtypeStruct((N,), jnp.float32)
-    shapes = {'x': like_x if adds else None, 'y': like_x, 'mean': statistic, 'rstd': statistic}
+    shapes = {
+        'x': like_x if adds else None,
+        'y': jax.ShapeDtypeStruct(x_ND.shape, dtype),
+        'mean': statistic,
+        'rstd': statistic,
+    }
     outs = call(
         functools.partial(_add_norm_kernel, D=D, rate=rate, eps=eps),
         grid=(N // NORM_ROWS,),
@@ -149,26 +154,28 @@ def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rat
     return outs['x'] if adds else x_ND, outs['y'], outs['mean'], outs['rstd']
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
     """x + dropout(branch + branch_bias), and the LayerNorm of the sum: (N, D), (N, D).
 
-    `branch` (with branch_bias), `branch_bias` alone, and `bias` may be None. Raises ValueError
-    unless N is a multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a smaller multiple of
-    NORM_BACKWARD_ROWS.
+    The sum has the dtype of x, and its LayerNorm has `dtype`, as the branch. `branch` (with
+    branch_bias), `branch_bias` alone, and `bias` may be None. Raises ValueError unless N is a
+    multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a smaller multiple of NORM_BACKWARD_ROWS.
     """
-    return _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps)[:2]
+    return _add_norm_forward(
+        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype
+    )[:2]
 
 
-def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps):
+def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
     x_ND, y_ND, *statistics = _add_norm_forward(
-        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps
+        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype
     )
     present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
     return (x_ND, y_ND), (x_ND, *statistics, scale_D, seed, present)
 
 
-def _add_norm_bwd(rate, _, saved, cotangents):
+def _add_norm_bwd(rate, _eps, _dtype, saved, cotangents):
     *arrays, present = saved
     return *_add_norm_backward(*arrays, *cotangents, present, rate), None
 
@@ -180,6 +187,8 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
     width = pl.next_power_of_2(D)
     programs = row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)
     drops = adds and rate > 0
+    # Without dropout the branch has the gradient of x, unless it has another dtype.
+    apart = drops or (adds and x_ND.dtype != dy_ND.dtype)
     summed = ('scale',) + ('bias',) * has_bias + ('branch_bias',) * has_branch_bias
     rows = pl.BlockSpec((N // programs, width), lambda i: (i, 0))
     row = pl.BlockSpec((N // programs,), lambda i: (i,))
@@ -203,7 +212,7 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     shapes = {
         'dx': like_x,
-        'dbranch': like_x if drops else None,
+        'dbranch': jax.ShapeDtypeStruct(x_ND.shape, dy_ND.dtype) if apart else None,
         'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32),
     }
     mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
@@ -216,7 +225,7 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
         out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}),
         out_shape=shapes,
     )(ins)
-    dbranch = (outs['dbranch'] if drops else outs['dx']) if adds else None
+    dbranch = (outs['dbranch'] if apart else outs['dx']) if adds else None
     sums = dict(zip(summed, outs['sums'].sum(0), strict=True))
     return outs['dx'], dbranch, sums.get('branch_bias'), sums['scale'], sums.get('bias')
 

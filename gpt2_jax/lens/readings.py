@@ -43,7 +43,7 @@ def _unembedding(cfg):
     """The compiled function (params, x_BTD) -> logits_BTV: final LayerNorm and output head."""
 
     def unembed(params, x_BTD):
-        y_BTD = LayerNorm(cfg).apply({'params': params['ln_f']}, x_BTD.astype(cfg.compute_dtype))
+        y_BTD = LayerNorm(cfg).apply({'params': params['ln_f']}, x_BTD.astype(cfg.stream_dtype))
         return GPT2(cfg).apply({'params': params}, y_BTD, method='head')
 
     return jax.jit(unembed)
@@ -94,7 +94,7 @@ def _jacobian_rows(cfg):
 
     def rows_of(params, tokens_BT, rows_R):
         B, T = tokens_BT.shape
-        zero_BTD = jnp.zeros((B, T, cfg.n_embd), cfg.compute_dtype)
+        zero_BTD = jnp.zeros((B, T, cfg.n_embd), cfg.stream_dtype)
 
         def last_stream(added):
             taken = {}

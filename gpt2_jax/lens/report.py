@@ -1,20 +1,12 @@
-"""One page that shows a model at work on a text: `collect` computes it, `render` writes it.
-
-The page is one HTML file with its data, style and scripts inside (the folder page/). It asks
-nothing from a network. Arrays travel as one gzip-compressed block in base64, which the browser
-unpacks.
+"""Everything that the page about a model at work on a text shows: reports/model.py writes it.
 
 At each position the model guesses the next token. That token is the position's target; at the last
 position, which no token follows, the target is the likeliest one.
 """
 
-import base64
 import functools
-import gzip
-import json
 import time
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -45,17 +37,13 @@ from gpt2_jax.lens.subject import (
 )
 from gpt2_jax.model.params import count_params
 
-PAGE = Path(__file__).parent / 'page'
-STYLE = 'page.css'
-# In this order: each file uses names of those before it only.
-SCRIPTS = ('data.js', 'draw.js', 'views.js', 'page.js')
-
 # What can be left out of a page; each costs many passes of the model.
 SECTIONS = ('jacobian', 'ablation', 'backward', 'curvature', 'shapes')
 TOP = 6  # predictions kept for each layer and position
 NEURONS = 12  # kept for each position
 FIRST_TOKENS = 64  # of the text, for its average Jacobian and its curvature: many passes each
-MAX_BYTES = 10 * 2**20
+# Larger models get the curvature of the whole model alone: each layer costs as much again.
+MAX_BY_LAYER = 20_000_000
 
 
 class Report(NamedTuple):
@@ -122,7 +110,13 @@ def collect(
     ends = None
     if parts.wants('curvature'):
         with parts('curvature'):
-            ends = curvature(subject, tokens_BT[:, :FIRST_TOKENS], most=30, tolerance=1e-2)
+            ends = curvature(
+                subject,
+                tokens_BT[:, :FIRST_TOKENS],
+                by_layer=count_params(subject.params) <= MAX_BY_LAYER,
+                most=30,
+                tolerance=1e-2,
+            )
     flow = None
     if parts.wants('shapes'):
         with parts('shapes'):
@@ -309,7 +303,7 @@ def _differentiating(cfg):
             return _target_losses(last, run(cfg, params, tokens_BT, tap), tokens_BT)
 
         T = tokens_BT.shape[1]
-        zero_BTD = jnp.zeros((1, T, cfg.n_embd), cfg.compute_dtype)
+        zero_BTD = jnp.zeros((1, T, cfg.n_embd), cfg.stream_dtype)
         _, pull_back = jax.vjp(losses, dict.fromkeys(names, zero_BTD), params)
 
         def of_one(position):
@@ -344,67 +338,3 @@ def _scores(subject: Subject) -> dict[str, np.ndarray]:
     if subject.cfg.n_positions < 4:
         return {}
     return {f'score.{name}': s for name, s in head_scores(subject)._asdict().items()}
-
-
-# Writing the page
-
-
-def as_bytes(array: np.ndarray, name: str) -> tuple[str, bytes]:
-    """A little-endian copy and its type: 'u1', 'u4', 'f4', or 'f2', the upper half of 'f4'."""
-    if array.dtype == np.uint8:
-        return 'u1', array.tobytes()
-    if array.dtype.kind in 'ui':
-        return 'u4', array.astype('<u4').tobytes()
-    if name == 'gradient.resid' or name.endswith('.prob'):
-        bits = array.astype('<f4').view('<u4')
-        return 'f2', ((bits + 0x8000) >> 16).astype('<u2').tobytes()
-    return 'f4', array.astype('<f4').tobytes()
-
-
-def packed(arrays: dict[str, np.ndarray]) -> tuple[list[dict], str]:
-    """Where each array lies in the unpacked block, and the block: gzip, base64."""
-    index, block = [], bytearray()
-    for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
-        kind, data = as_bytes(array, name)
-        block += bytes(-len(block) % 4)
-        index.append({'name': name, 'kind': kind, 'shape': array.shape, 'start': len(block)})
-        block += data
-    return index, base64.b64encode(gzip.compress(bytes(block), 6, mtime=0)).decode()
-
-
-def render(report: Report) -> str:
-    """The page, one HTML file. Patterns are rounded to 16 levels if it would exceed 10 MiB."""
-    page = _render(report)
-    if len(page) > MAX_BYTES and 'pattern' in report.arrays:
-        coarse = np.round(report.arrays['pattern'] / 17).astype(np.uint8)
-        page = _render(
-            report._replace(
-                arrays=report.arrays | {'pattern': coarse}, facts=report.facts | {'levels': 15}
-            )
-        )
-    return page
-
-
-def _render(report: Report) -> str:
-    index, block = packed(report.arrays)
-    facts = report.facts | {'arrays': index}
-    replacements = {
-        'TITLE': _escaped(report.facts['title']),
-        'STYLE': (PAGE / STYLE).read_text('utf-8'),
-        'SCRIPT': '\n'.join((PAGE / name).read_text('utf-8') for name in SCRIPTS),
-        'FACTS': json.dumps(facts).replace('<', '\\u003c'),
-        'ARRAYS': block,
-        'SHAPES': flow_lib.to_html(report.flow) if report.flow else '',
-    }
-    page = (PAGE / 'page.html').read_text('utf-8')
-    before, *rest = page.split('{{')
-    parts = [before]
-    for piece in rest:
-        name, _, after = piece.partition('}}')
-        parts += [replacements[name], after]
-    return ''.join(parts)
-
-
-def _escaped(text: str) -> str:
-    return text.replace('&', '&amp;').replace('<', '&lt;')

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
@@ -42,7 +43,7 @@ def load(path: str | Path, step: str = 'best') -> restore.Restored:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return restore.load(Path(path), step)
+        return restore.load(files.user_path(path), step)
     finally:
         logger.setLevel(level)
 
@@ -63,7 +64,7 @@ def as_subject(source) -> Subject:
             f'cannot look into {type(source).__name__}: expected the folder of a run, the result '
             'of gpt2_jax.load, or (model, params)'
         )
-    cfg = dataclasses.replace(model if isinstance(model, GPT2Config) else model.cfg, remat=False)
+    cfg = dataclasses.replace(model if isinstance(model, GPT2Config) else model.cfg, remat='none')
     check_params(cfg, params)
     return Subject(cfg, jax.device_put(params), tokenizer)
 

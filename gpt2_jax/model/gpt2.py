@@ -36,7 +36,7 @@ from jax import lax
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.dropout import dropout, dropout_seeds
-from gpt2_jax.model.ops import PLAIN, Ops
+from gpt2_jax.model.ops import PLAIN, REMAT_POLICIES, Ops
 
 # The keys and values of all positions so far: one (k_BHSK, v_BHSK) for each layer. The head axis
 # comes before the position axis, so that the keys of one head are contiguous in memory.
@@ -219,7 +219,8 @@ class GPT2(nn.Module):
         init = nn.initializers.normal(cfg.initializer_range)
         self.wte = nn.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=init)
         self.wpe = nn.Embed(cfg.n_positions, cfg.n_embd, embedding_init=init)
-        block = nn.remat(Block) if cfg.remat else Block
+        policy = REMAT_POLICIES.get(cfg.remat)
+        block = nn.remat(Block, policy=policy) if policy else Block
         self.h = [block(cfg, self.ops) for _ in range(cfg.n_layer)]
         self.ln_f = LayerNorm(cfg, self.ops)
 
@@ -248,7 +249,7 @@ class GPT2(nn.Module):
         seeds = dropout_seeds(cfg, dropout_key)  # one for the embeddings, then three a block
         embed_BTD, pos_embed_TD = embed(self.wte.embedding, self.wpe.embedding, tokens_BT, pos)
         x_BTD = tap(self, 'embed', embed_BTD) + tap(self, 'pos_embed', pos_embed_TD)
-        x_BTD = dropout(x_BTD.astype(cfg.compute_dtype), seeds[0], cfg.embd_pdrop)
+        x_BTD = dropout(x_BTD.astype(cfg.stream_dtype), seeds[0], cfg.embd_pdrop)
         layers = []
         for i, block in enumerate(self.h):
             x_BTD, layer_cache = block(x_BTD, cache and cache[i], pos, seeds[1 + 3 * i : 4 + 3 * i])

@@ -25,6 +25,19 @@ from jax import lax
 
 from gpt2_jax.architecture import ACTIVATIONS, padded_vocab
 
+# What a block keeps for its backward pass, by model.remat ('none' keeps what JAX needs). 'block'
+# keeps the inputs of the block. 'dots' keeps its matrix products too, without those of attention,
+# whose pattern would be kept with them; a kernel names what it would keep itself
+# (kernels/attention.py: q, k, v, z and the log-sum-exp).
+KEPT_BY_DOTS = 'attention'
+REMAT_POLICIES = {
+    'block': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT_BY_DOTS),
+    ),
+}
+
 
 class Ops(NamedTuple):
     """The functions that the modules of gpt2.py call; hashable, so static under jit.
@@ -94,7 +107,7 @@ def matmul_rows(x_N, kernel, precision):
 
 
 def _matmul_rows_forward(x_N, kernel, precision):
-    return matmul_rows(x_N, kernel, precision), (x_N, kernel)
+    return matmul(x_N, kernel, x_N.ndim - 1, precision), (x_N, kernel)
 
 
 def _matmul_rows_backward(precision, saved, dy_N):

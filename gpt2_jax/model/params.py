@@ -18,7 +18,7 @@ def init_params(cfg: GPT2Config, seed: int):
     ends_key, blocks_key = jax.random.split(jax.random.key(seed))
     ends = GPT2(dataclasses.replace(cfg, n_layer=0))
     params = ends.init(ends_key, jnp.zeros((1, 1), jnp.int32))['params']
-    x_BTD = jnp.zeros((1, 1, cfg.n_embd), cfg.compute_dtype)
+    x_BTD = jnp.zeros((1, 1, cfg.n_embd), cfg.stream_dtype)
 
     def init_block(key):
         return Block(cfg, PLAIN).init(key, x_BTD, None, 0, (None,) * 3)['params']

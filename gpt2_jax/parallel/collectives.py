@@ -40,14 +40,30 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     'tensor' must have size 1.
     """
 
+    is_sharded = mesh.shape['fsdp'] > 1  # a collective over one device would copy each leaf
+
+    def gather(shard, spec: P):
+        """The whole leaf from its shards over 'fsdp'."""
+        if not is_sharded or 'fsdp' not in spec:
+            return shard
+        return lax.all_gather(shard, 'fsdp', axis=spec.index('fsdp'), tiled=True)
+
+    def add_up(gradient, spec: P):
+        """The sum over all devices, of the shard that this one holds."""
+        if not is_sharded or 'fsdp' not in spec:
+            return lax.psum(gradient, ROW_AXES)
+        axis = spec.index('fsdp')
+        own = lax.psum_scatter(gradient, 'fsdp', scatter_dimension=axis, tiled=True)
+        return lax.psum(own, 'data') if mesh.shape['data'] > 1 else own
+
     def on_mesh(params, batch, step_key, n_targets: int):
         spec = specs(mesh, params)
 
         def here(shards, rows, key):
-            whole = jax.tree.map(_gather, cast(shards), spec)
+            whole = jax.tree.map(gather, cast(shards), spec)
             loss, grads = loss_and_grads(whole, rows, key, n_targets)
-            grads = jax.tree.map(lambda g, p: g[: len(p)].astype(dtype), grads, whole)
-            return lax.psum(loss, ROW_AXES), jax.tree.map(_sum, grads, spec)
+            grads = jax.tree.map(lambda g: g.astype(dtype), grads)
+            return lax.psum(loss, ROW_AXES), jax.tree.map(add_up, grads, spec)
 
         return jax.shard_map(
             here,
@@ -58,19 +74,3 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
         )(params, batch, step_key)
 
     return on_mesh
-
-
-def _gather(shard, spec: P):
-    """The whole leaf from its shards over 'fsdp'."""
-    if 'fsdp' not in spec:
-        return shard
-    return lax.all_gather(shard, 'fsdp', axis=spec.index('fsdp'), tiled=True)
-
-
-def _sum(gradient, spec: P):
-    """The sum over all devices, of the shard that this one holds."""
-    if 'fsdp' not in spec:
-        return lax.psum(gradient, ROW_AXES)
-    axis = spec.index('fsdp')
-    own = lax.psum_scatter(gradient, 'fsdp', scatter_dimension=axis, tiled=True)
-    return lax.psum(own, 'data')

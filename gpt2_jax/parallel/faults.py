@@ -11,7 +11,7 @@ from gpt2_jax.parallel.devices import describe_device, free_memory
 
 ADVICE = {
     'train': 'lower --config.train.batch_size, raise --config.train.grad_accum_steps (the same '
-    'gradient in less memory), lower --config.train.seq_len, set --config.model.remat=True, or '
+    'gradient in less memory), lower --config.train.seq_len, set --config.model.remat=block, or '
     'choose a smaller model.n_layer or model.n_embd',
     'score': 'lower --batch_size',
     'sample': 'lower --num_samples',

@@ -14,7 +14,7 @@ Batch = dict[str, jax.Array]
 
 
 def train_batch(
-    mesh: Mesh, tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int
+    mesh: Mesh, tokens: Tokens, *, seed: int, order: str, step: int, batch_size: int, seq_len: int
 ) -> Batch:
     """The global batch of update number `step`: see batches.train_batch, also for its UserError.
 
@@ -22,14 +22,29 @@ def train_batch(
     """
     lo, hi = own_rows(mesh, batch_size)
     rows = batches.train_batch(
-        tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len, lo=lo, hi=hi
+        tokens,
+        seed=seed,
+        order=order,
+        step=step,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lo=lo,
+        hi=hi,
     )
     return put_batch(mesh, rows, first=lo, n_rows=batch_size)
 
 
 @contextlib.contextmanager
 def train_batches(
-    mesh: Mesh, tokens: Tokens, *, start: int, stop: int, seed: int, batch_size: int, seq_len: int
+    mesh: Mesh,
+    tokens: Tokens,
+    *,
+    start: int,
+    stop: int,
+    seed: int,
+    order: str,
+    batch_size: int,
+    seq_len: int,
 ) -> Iterator[Iterator[Batch]]:
     """The batches of updates start .. stop - 1 as an iterator; one thread makes them ahead of time.
 
@@ -38,7 +53,13 @@ def train_batches(
 
     def make(step):
         return train_batch(
-            mesh, tokens, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len
+            mesh,
+            tokens,
+            seed=seed,
+            order=order,
+            step=step,
+            batch_size=batch_size,
+            seq_len=seq_len,
         )
 
     with contextlib.closing(batches.prefetch(make, start, stop)) as stream:

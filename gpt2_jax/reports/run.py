@@ -18,6 +18,7 @@ from gpt2_jax.diagnostics.replay import Replay, setup_here
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.lens import flow as flow_lib
 from gpt2_jax.model.params import count_params
+from gpt2_jax.reports import flow as flow_report
 from gpt2_jax.reports import step as step_report
 from gpt2_jax.reports.html import packed, write_page
 from gpt2_jax.reports.looks import (
@@ -191,5 +192,5 @@ def _flow(setup) -> list[dict[str, Any]]:
             'bytes': section.total('n_bytes'),
             'parameters': section.total('n_params'),
         }
-        for section in flow_lib.sections(flow)
+        for section in flow_report.sections(flow)
     ]

@@ -21,7 +21,7 @@ from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.gpt2 import causal_attention, embed
-from gpt2_jax.model.ops import FAST, cudnn_attention, matmul_rows
+from gpt2_jax.model.ops import FAST, REMAT_POLICIES, cudnn_attention, matmul_rows
 from gpt2_jax.parallel import collectives
 from gpt2_jax.training.optim import FusedOptimizer, bias_correction, decay_mask
 from gpt2_jax.training.optim import make_optimizer as make_optax
@@ -45,9 +45,8 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
         if kernels.norm != 'fused':
             return xla_add_norm(cfg, x_ND, branch, norm, seed)
         scale_D, bias_D = norm['scale'], norm.get('bias')
-        return add_norm(
-            x_ND, *branch, scale_D, bias_D, seed, cfg.resid_pdrop, cfg.layer_norm_epsilon
-        )
+        options = cfg.resid_pdrop, cfg.layer_norm_epsilon, cfg.compute_dtype
+        return add_norm(x_ND, *branch, scale_D, bias_D, seed, *options)
 
     def matmul(x_N, params):
         return matmul_rows(x_N, params['kernel'], cfg.precision)
@@ -98,9 +97,10 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
             h_NF = FAST.activate(cfg.activation_function, add_bias(h_NF, bias_F))
         return x_ND, (matmul(h_NF, c_proj), c_proj.get('bias'))
 
+    policy = REMAT_POLICIES.get(cfg.remat)
+    run = jax.checkpoint(block, policy=policy) if policy else block
     x_ND, branch = dropout(x_BTD, seeds[0], cfg.embd_pdrop).reshape(N, D), (None, None)
     for i in range(cfg.n_layer):
-        run = jax.checkpoint(block) if cfg.remat else block
         x_ND, branch = run(x_ND, branch, params[f'h_{i}'], seeds[3 * i : 3 * i + 3])
     return add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])[1]
 
@@ -153,7 +153,7 @@ def value_and_grad(
     """
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
     embed_BTD, pos_embed_TD = embed(wte_VD, wpe_PD, batch['inputs'], 0)
-    x_BTD = (embed_BTD + pos_embed_TD).astype(cfg.compute_dtype)
+    x_BTD = (embed_BTD + pos_embed_TD).astype(cfg.stream_dtype)
     y_ND, pull_back = jax.vjp(
         lambda params, x_BTD: features(cfg, params, x_BTD, dropout_key, kernels, first_row),
         cast_kernels(cfg, params),

@@ -59,14 +59,16 @@ def interrupts() -> Iterator[Interrupt]:
     """Notes the first signal that asks the process to end, and says so; a second one ends it.
 
     The signals are SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2, by which Slurm, LSF and Grid Engine warn
-    of a time limit, and SIGHUP, which arrives when the terminal is closed. Under nohup SIGHUP stays
-    ignored.
+    of a time limit, SIGXCPU, which arrives at a limit of CPU seconds, and SIGHUP, which arrives
+    when the terminal is closed. Under nohup SIGHUP stays ignored.
     """
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number, frame):
         interrupt.arrived = signal.Signals(number)
         restore()
+        if number == signal.SIGXCPU:  # it comes again every second
+            signal.signal(number, signal.SIG_IGN)
         if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for fd in terminals:
@@ -81,7 +83,7 @@ def interrupts() -> Iterator[Interrupt]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in numbers}

@@ -62,14 +62,24 @@ def abstract_batch(setup: Setup, rows: int, **dtypes):
     }
 
 
-def compiler_options(setup: Setup) -> dict[str, bool]:
+def compiler_options(setup: Setup) -> dict[str, bool | int]:
     """Options of XLA for the programs of training and evaluation.
 
     With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as
     fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
     (shakespeare_fast.py, H100).
+
+    XLA times several kernels for a matrix product and takes the fastest, so two machines may take
+    different ones and round differently. With train.deterministic it takes the first (a step takes
+    1 to 2 % longer with GPT-2 124M, 5 % with shakespeare.py, H100). The fused kernels add in fixed
+    order; XLA's scatter-add does not unless it is told to.
     """
-    return {'xla_gpu_enable_triton_gemm': False} if setup.kernels.fused_training else {}
+    options = {'xla_gpu_enable_triton_gemm': False} if setup.kernels.fused_training else {}
+    if setup.config.train.deterministic and setup.device.platform == 'gpu':
+        options['xla_gpu_autotune_level'] = 0
+        if not setup.kernels.fused_training:
+            options['xla_gpu_exclude_nondeterministic_ops'] = True
+    return options
 
 
 def targets_at_once(setup: Setup, training: bool) -> int:

@@ -10,6 +10,7 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import foreign
 from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UsageError
+from gpt2_jax.terminal import say
 from gpt2_jax.training.meter import Progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.workdir import folder, history
@@ -62,7 +63,8 @@ def checkpoint_meta(setup: Setup, workdir: Path, progress: Progress) -> dict[str
 def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend: bool) -> Start:
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
-    An eval.tokens that was left open is set in the setup's configuration to what it was there.
+    An eval.tokens that was left open, and the order of a run of an older version, are set in the
+    setup's configuration to what they were there.
     Raises UsageError naming every setting that keeps the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
@@ -78,7 +80,10 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     if 'eval.tokens' in differ and config.eval.tokens == config_lib.usual_eval_tokens(config):
         # It was left open: keep the size, so that the losses compare.
         config.eval.tokens, _ = differ.pop('eval.tokens')
-        print(f'eval.tokens stays {config.eval.tokens:,}, as at the start of this run')
+        say(f'eval.tokens stays {config.eval.tokens:,}, as at the start of this run')
+    if config.train.order == 'keyed' and 'train.order' in differ:
+        config.train.order, _ = differ.pop('train.order')
+        say("train.order stays 'table': an older version started this run")
     theirs, ours = meta['corpus'], corpus_identity(setup)
     if theirs['sha256'] != ours['sha256']:
         differ['data.corpus (its text)'] = tuple(
@@ -86,7 +91,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         )
     elif 'data.corpus' in differ:  # the text is the same, at another place
         there, now = differ.pop('data.corpus')
-        print(f'data.corpus is now {now}: the text is the same as in {there}')
+        say(f'data.corpus is now {now}: the text is the same as in {there}')
     if differ:
         fields = '; '.join(f'{key}: {a!r} there, {b!r} now' for key, (a, b) in differ.items())
         can_extend = 'train.steps' in differ and longer
@@ -98,7 +103,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         )
     progress = read_progress(meta, workdir)
     if extend and longer:
-        print(_describe_extension(old, config, start))
+        say(_describe_extension(old, config, start))
         progress.extensions.append({'step': start, 'planned': old.train.steps})
     if progress.best_step not in saved:  # it was damaged: the best of those that can be restored
         progress.best_step, progress.best_val_loss = best_step(workdir / FOLDER)

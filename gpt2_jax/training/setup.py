@@ -64,10 +64,15 @@ class Setup:
         return min(n_targets, self.config.eval.tokens or n_targets)
 
     @property
-    def batch_options(self) -> dict[str, int]:
+    def batch_options(self) -> dict[str, int | str]:
         """What addresses the batches of this run: the options of feed.train_batch."""
         train = self.config.train
-        return {'seed': train.seed, 'batch_size': train.batch_size, 'seq_len': train.seq_len}
+        return {
+            'seed': train.seed,
+            'order': train.order,
+            'batch_size': train.batch_size,
+            'seq_len': train.seq_len,
+        }
 
 
 def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
@@ -94,7 +99,8 @@ def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
     """Where the update runs: its platform, and the share of a micro-batch that a device has."""
     train, shares = config.train, mesh.shape['data'] * mesh.shape['fsdp']
     rows = train.batch_size // train.grad_accum_steps // shares
-    return Place(mesh.devices.flat[0].platform, mesh.shape['tensor'], rows, train.seq_len)
+    platform, tensor = mesh.devices.flat[0].platform, mesh.shape['tensor']
+    return Place(platform, tensor, rows, train.seq_len, train.deterministic)
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:

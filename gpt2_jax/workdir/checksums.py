@@ -127,8 +127,11 @@ def quarantine(folder: Path) -> list[str]:
     """Renames each damaged or unfinished checkpoint to STEP.damaged; returns one line for each.
 
     A whole checkpoint under the name of another step gets its own name back. Raises UserError, and
-    renames nothing, if checkpoints were saved and none is left that can be used.
+    renames nothing, if checkpoints were saved and none is left that can be used, or if `folder` is
+    a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'{folder} is not a folder, and checkpoints could not be saved: remove it')
     bad, usable = {}, []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := re.fullmatch(rf'({STEP_NAME})(\.orbax-checkpoint-tmp.*)?', path.name):

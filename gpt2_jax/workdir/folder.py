@@ -4,10 +4,12 @@ import contextlib
 import datetime
 import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gpt2_jax import files
 from gpt2_jax.errors import UsageError, UserError
 
 # They grow while a run trains. A resumed run cuts them back to its first step.
@@ -55,7 +57,7 @@ def claim(folder: Path) -> Iterator[Callable[[], None]]:
     """
     check_path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # where a link leads may be missing
         with _lock(folder) as lock:
             logs = sorted(log_sizes(folder))
             if logs and not is_run(folder):
@@ -158,12 +160,16 @@ def cut_back(folder: Path, sizes: dict[str, int]) -> list[str]:
     """Truncates the logs to their sizes at a checkpoint, so that every step gets one record.
 
     Returns one line for each log that has lost records since. A link or a pipe in the place of a
-    log is removed: records would be written to its target.
+    log is removed: records would be written to its target. A log with hard links (`cp -al`, as many
+    backups) becomes a file of its own.
     """
     now, reports = log_sizes(folder), []
     for path in (path for pattern in LOGS for path in folder.glob(pattern)):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             path.unlink()
+        elif path.is_file() and path.stat().st_nlink > 1:
+            with open(path, 'rb') as shared, files.new_file(path) as own:
+                shutil.copyfileobj(shared, own)
     for name, size in now.items():
         if name not in sizes:
             (folder / name).unlink()

@@ -8,10 +8,10 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich import progress
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 # Not a SummaryWriter of any library: these load TensorFlow or torch where it is installed, for
 # seconds.
@@ -20,6 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from gpt2_jax import files
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import printable
+from gpt2_jax.workdir import events
 
 PLAIN_SECONDS = 5  # between progress lines if the output is not a terminal, to keep a log short
 LIVE_SECONDS = 0.5  # between changes of the live line while a run evaluates
@@ -78,12 +79,21 @@ class GrowingFile:
 class Logger:
     """Everything a run writes while it trains. Use as a context manager.
 
+    `settings` are those of the run, by name; TensorBoard gets them once, when the run begins.
     Without `writes` no file is written: of several processes one writes.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, writes: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        steps: int,
+        settings: dict[str, Any],
+        writes: bool = True,
+    ):
         name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
         paths = [folder / 'metrics.jsonl', folder / 'samples.txt', folder / 'tensorboard' / name]
+        begins = not any(folder.glob('tensorboard/events.out.tfevents.*'))
         if writes:
             (folder / 'tensorboard').mkdir(exist_ok=True)
         else:
@@ -93,9 +103,12 @@ class Logger:
             self._files = [
                 stack.enter_context(contextlib.closing(GrowingFile(path))) for path in paths
             ]
-            self._metrics, self._samples, events = self._files
-            self._events = RecordWriter(events)
+            self._metrics, self._samples, event_file = self._files
+            self._events = RecordWriter(event_file)
             self._event(file_version='brain.Event:2')
+            if begins:
+                self._event(step=start, summary=events.settings(settings))
+                self._event(step=start, summary=events.loss_chart())
             self._close = stack.pop_all().close
         self._last_line = 0.0
         self._live = None
@@ -144,7 +157,7 @@ class Logger:
         return Progress(what, total, unit, 1, self.work, every)
 
     def record(self, step: int, split: str, values: dict[str, float | None]) -> None:
-        """Writes a line of metrics.jsonl and the same figures as TensorBoard events.
+        """Writes a line of metrics.jsonl, and its figures as TensorBoard events.
 
         None stands for an unknown figure. Raises ValueError for a figure that is not finite.
         """
@@ -155,17 +168,13 @@ class Logger:
 
     def figures(self, step: int, split: str, values: dict[str, float | None]) -> None:
         """Writes figures as TensorBoard events alone."""
-        known = [
-            Summary.Value(tag=f'{split}/{name}', simple_value=value)
-            for name, value in values.items()
-            if value is not None
-        ]
-        self._event(step=step, summary=Summary(value=known))
+        self._event(step=step, summary=events.figures(split, values))
 
     def sample(self, step: int, text: str) -> None:
-        """Writes a sampled text to samples.txt and to the console."""
+        """Writes a sampled text to samples.txt, to TensorBoard and to the console."""
         self._samples.write(f'=== step {step} ===\n{text}\n\n'.encode())
         self._samples.flush()
+        self._event(step=step, summary=events.text('sample', text))
         self.say(f'--- sample at step {step} ---\n{text.strip()}\n---')
 
     def progress(

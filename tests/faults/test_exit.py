@@ -60,7 +60,7 @@ def test_a_terminal_that_is_closed(tmp_path):
     settings |= {'eval.every': 100_000}
     ours, theirs = pty.openpty()
     process = kill_runs.start(
-        tmp_path / 'run', text, runs.compile_cache().name, settings, terminal=theirs
+        tmp_path / 'run', text, runs.compile_cache(), settings, terminal=theirs
     )
     os.close(theirs)
     printed = b''

@@ -16,12 +16,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize('url', ['gs://b/r', 's3://b/r', 'hf://x', 'file:///tmp/x', 'https://x/y'])
-@pytest.mark.parametrize('script', ['train', 'sample', 'evaluate', 'convert'])
+@pytest.mark.parametrize(
+    'script', ['train', 'sample', 'evaluate', 'convert', 'runs', 'steps', 'lens']
+)
 def test_urls_are_refused(url, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = {
         'train': [f'--config={ROOT}/configs/quickstart.py', f'--workdir={url}'],
         'convert': [f'--ckpt_dir={url}', '--to_hf=out'],
+        'runs': ['report', f'--workdir={url}', '--out=x.html'],
+        'steps': ['find', f'--workdir={url}', '--text=x'],
+        'lens': ['show', f'--ckpt_dir={url}', '--prompt=x'],
     }.get(script, [f'--ckpt_dir={url}'])
     code, _, err = runs.script(script, *arguments)
     assert code == 2

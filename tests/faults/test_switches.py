@@ -28,12 +28,6 @@ SHORT = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compile_once():
-    with runs.compile_once():
-        yield
-
-
 @pytest.fixture(scope='module')
 def text(tmp_path_factory):
     return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt', words=150)

@@ -6,7 +6,7 @@ const isBad = (summary) => summary.n_bad > 0;
 
 function heading() {
   const { culprit, metrics } = data;
-  main.append(
+  append(main, [
     el('header', {}, el('h1', {}, `Step ${number(data.step)}, examined`),
       el('span', { class: 'lead' }, data.run), el('span', { class: 'spacer' }), themeButton()),
     el('div', { id: 'said' }, data.said.map((sentence) => el('p', {}, sentence))),
@@ -17,7 +17,7 @@ function heading() {
     factList(Object.entries(metrics).map(([name, x]) => [name.replace('_', ' '), fixed(x)])),
     el('p', { class: 'note' },
       `Computed again from checkpoint ${number(data.checkpoint)}, with the batch and the dropout masks of this step.`),
-  );
+  ]);
 }
 
 function leadUpSection() {

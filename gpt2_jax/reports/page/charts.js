@@ -1,16 +1,17 @@
 'use strict';
 /* Charts: lines, heat maps, rows of tokens. Built on elements.js. */
 
-// -- axes
+addEventListener('scroll', hideTip, { passive: true });
 
-function niceTicks(low, high, count) {
-  const span = high - low || 1, raw = span / count;
-  const unit = 10 ** Math.floor(Math.log10(raw));
-  const step = unit * [1, 2, 2.5, 5, 10].find((m) => unit * m >= raw);
-  const ticks = [];
-  for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-9; t += step) ticks.push(Math.abs(t) < step * 1e-9 ? 0 : t);
-  return ticks;
+const seriesColor = (i) => `var(--c${i % 7})`;
+
+/* A function from values to [r, g, b]. Values that are not finite are grey. */
+function colorScale(kind, low, high) {
+  const span = high - low || 1;
+  return (value) => (Number.isFinite(value) ? shade(kind, (value - low) / span) : [128, 128, 128]);
 }
+
+// -- axes
 
 function logTicks(low, high, most) {
   const ticks = [];
@@ -42,15 +43,17 @@ function axis(low, high, kind) {
   return { place: (v) => (v - low) / (high - low || 1), ticks: (n) => niceTicks(low, high, n) };
 }
 
-/* At most `most` points of a curve, the extremes of each stretch among them. */
-function thin(points, most) {
-  if (points.length <= most) return points;
-  const kept = [], size = Math.ceil((2 * points.length) / most);
-  for (let i = 0; i < points.length; i += size) {
-    const part = points.slice(i, i + size);
-    const lowest = part.reduce((a, b) => (b[1] < a[1] ? b : a));
-    const highest = part.reduce((a, b) => (b[1] > a[1] ? b : a));
-    kept.push(...(lowest[0] < highest[0] ? [lowest, highest] : lowest === highest ? [lowest] : [highest, lowest]));
+/* The points of a curve that differ on the screen: the lowest and the highest at each pixel across. */
+function thin(points, X) {
+  const kept = [];
+  for (let i = 0; i < points.length;) {
+    const pixel = Math.round(X(points[i][0]));
+    let lowest = points[i], highest = points[i];
+    for (; i < points.length && Math.round(X(points[i][0])) === pixel; i++) {
+      if (points[i][1] < lowest[1]) lowest = points[i];
+      if (points[i][1] > highest[1]) highest = points[i];
+    }
+    kept.push(...(lowest === highest ? [lowest] : lowest[0] < highest[0] ? [lowest, highest] : [highest, lowest]));
   }
   return kept;
 }
@@ -111,7 +114,7 @@ function lineChart(options) {
         svg('text', { x: left + 6, y: Y(r.y) - 4, 'data-reference': r.name }, `${r.name} ${format(r.y)}`));
     });
     for (const s of shown) {
-      const path = thin(s.points, 1600).map(([x, y], i) => `${i ? 'L' : 'M'}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join('');
+      const path = thin(s.points, X).map(([x, y], i) => `${i ? 'L' : 'M'}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join('');
       picture.append(svg('path', { class: 'curve', d: path, stroke: s.color, 'stroke-width': s.width, 'stroke-dasharray': s.dash || '' }));
       if (s.points.length < 40) {
         for (const [x, y] of s.points) picture.append(svg('circle', { cx: X(x), cy: Y(y), r: 2.2, fill: s.color }));
@@ -276,9 +279,10 @@ function tokenRow(options) {
   const node = el('div', { class: 'tokens' });
   let { values, kind = 'sequential', low = 0, high = 1 } = options;
   const spans = options.tokens.map((token, i) => {
-    const shown = visible(token);
+    // A space within a token is a space; a token of spaces has a sign to point at.
+    const shown = /^ +$/.test(token) ? '\u00b7'.repeat(token.length) : visible(token).replaceAll('\u2423', ' ');
     const span = el('span', options.onPick ? { tabindex: 0, role: 'button' } : {}, shown);
-    if (shown.endsWith('\u21b5')) span.append(document.createTextNode('\n'));
+    if (token.endsWith('\n')) span.append(document.createTextNode('\n'));
     if (options.tell) {
       span.addEventListener('pointerenter', (event) => showTip(event.clientX, event.clientY, options.tell(i)));
       span.addEventListener('pointerleave', hideTip);

@@ -9,7 +9,7 @@ const best = (run) => (run.curves.val.loss?.length ? Math.min(...run.curves.val.
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
 
 function heading() {
-  main.append(
+  append(main, [
     el('header', {}, el('h1', {}, 'Runs compared'), el('span', { class: 'spacer' }), themeButton()),
     el('div', { class: 'card scroll' }, el('table', { id: 'summary' },
       el('thead', {}, el('tr', {}, ['run', 'best validation loss', 'bits per byte', 'steps', 'parameters', 'tokens per second', 'seconds', 'device'].map((head) => el('th', {}, head)))),
@@ -24,7 +24,7 @@ function heading() {
           el('td', {}, run.summary?.device ?? ''));
       })))),
     same(RUNS.map((run) => run.sha256)) ? null : el('p', { class: 'note' }, 'The runs have different texts or tokenizers: losses per token are not comparable, bits per byte are if the text is the same.'),
-  );
+  ]);
 }
 
 function curvesSection() {
@@ -96,14 +96,15 @@ async function distributionsSection() {
   function draw() {
     const series = RUNS.map((run, i) => {
       const place = namesOf(run).indexOf(name);
-      return place < 0 ? null : { name: run.name, x: centers, y: [...at(unpacked[i][kind], run.dynamics.steps.length - 1, place)].map((c) => c / 255), color: color(i), rms: scale(run, place) };
+      return place < 0 ? null : { name: run.name, x: centers, y: [...viewAt(unpacked[i][kind], run.dynamics.steps.length - 1, place)].map((c) => c / 255), color: color(i), rms: scale(run, place) };
     }).filter(Boolean);
     replace(picture, lineChart({ title: `${name}: distribution`, xLabel: 'in units of the rms', height: 240, series }).node);
     replace(sizes, table(['run', 'rms of the elements'], series.map((s) => [s.name, number(s.rms)])));
   }
   function choose() {
     const names = [...new Set(RUNS.flatMap(namesOf))];
-    if (!names.includes(name)) name = names.at(kind === 'activation_bins' ? -2 : 0);
+    const shared = names.filter((one) => RUNS.every((run) => namesOf(run).includes(one)));
+    if (!names.includes(name)) name = (shared.length ? shared : names).at(kind === 'activation_bins' ? -2 : 0);
     replace(chooser, select('of', names.map((value) => [value, value]), name, (value) => { name = value; draw(); }));
     draw();
   }
@@ -116,16 +117,17 @@ async function distributionsSection() {
 function headsSection() {
   const names = { previous: 'to the token before', duplicate: 'to the same token, earlier', induction: 'to what followed it (induction)', entropy: 'entropy, nats' };
   let measure = 'previous';
-  const list = el('div', { class: 'grid' });
+  const list = el('div', { class: 'grid' }), key = el('span', {});
   function draw() {
     const all = RUNS.map((run) => run.dynamics[measure].at(-1)), high = measure === 'entropy' ? Math.max(...all.flat(2)) : 1;
     replace(list, RUNS.map((run, i) => el('div', { class: 'card' }, el('h3', {}, named(i)), heatMap({
       rows: all[i].map((_, layer) => `h_${layer}`), columns: all[i][0].map((_, head) => head), values: all[i], low: 0, high, rowHeight: 24, columnName: 'head', columnTicks: all[i][0].map((_, h) => h), label: `${measure} of each head of ${run.name}`,
-    }).node)), el('div', {}, scaleKey('sequential', 0, high)));
+    }).node)));
+    replace(key, scaleKey('sequential', 0, high));
   }
   draw();
   main.append(section('Heads', 'Scores on random tokens that are repeated once, at the last step of each run.',
-    el('div', { class: 'row' }, segments('Score', Object.entries(names), measure, (value) => { measure = value; draw(); })), list));
+    el('div', { class: 'row' }, segments('Score', Object.entries(names), measure, (value) => { measure = value; draw(); }), key), list));
 }
 
 function samplesSection() {
@@ -135,6 +137,7 @@ function samplesSection() {
 
 async function comparePage() {
   heading();
+  await painted();
   curvesSection();
   settingsSection();
   textSection();

@@ -16,7 +16,7 @@ function append(node, children) {
 function set(node, attributes) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
-    else if (name === 'style') Object.assign(node.style, value);
+    else if (name === 'style' && typeof value === 'object') Object.assign(node.style, value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
   }
   return node;
@@ -43,27 +43,38 @@ function number(x, digits = 4) {
   return x.toLocaleString('en', { maximumSignificantDigits: digits });
 }
 
-const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits));
-
-const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2)) + ' %';
-
-/* What to show for a token: its own text, with whitespace made visible. */
-function visible(token) {
-  if (token === '') return '<end of text>';
-  return token.replace(/\n/g, '\u21b5').replace(/\t/g, '\u2192').replace(/\r/g, '\u240d').replace(/^ +$/, (s) => '\u00b7'.repeat(s.length));
+/* About `count` round numbers between low and high. */
+function niceTicks(low, high, count) {
+  const span = high - low || 1, raw = span / count;
+  const unit = 10 ** Math.floor(Math.log10(raw));
+  const step = unit * [1, 2, 2.5, 5, 10].find((m) => unit * m >= raw);
+  const ticks = [];
+  for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-9; t += step) ticks.push(Math.abs(t) < step * 1e-9 ? 0 : t);
+  return ticks;
 }
 
-/* An array as page.py packs it: {type, shape, data}, gzip-compressed and in base64. */
+const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits));
+
+const percent = (p) => `${p >= 0.0995 ? (100 * p).toFixed(0) : p >= 1e-4 ? (100 * p).toPrecision(2) : '<\u00a00.01'}\u00a0%`;
+
+/* A token with signs for whitespace, so that it can be seen. */
+const visible = (token) => (token === '' ? '<end of text>'
+  : token.replace(/\n/g, '\u23ce').replace(/\t/g, '\u21e5').replace(/\r/g, '\u240d').replace(/ /g, '\u2423'));
+
+/* An array as html.py packs it: {type, shape, data}, gzip-compressed and in base64. */
 async function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.data), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
   const block = await new Response(stream).arrayBuffer();
-  const kinds = { uint8: Uint8Array, float32: Float32Array, int32: Int32Array };
-  return { shape: packed.shape, values: new kinds[packed.type](block) };
+  const kinds = { uint8: Uint8Array, float32: Float32Array, int32: Int32Array, bfloat16: Uint16Array };
+  let values = new kinds[packed.type](block);
+  // A bfloat16 is the upper half of a float32.
+  if (packed.type === 'bfloat16') values = new Float32Array(Uint32Array.from(values, (half) => half << 16).buffer);
+  return { shape: packed.shape, values };
 }
 
 /* A view of an unpacked array at leading indices. */
-function at(array, ...indices) {
+function viewAt(array, ...indices) {
   let size = array.values.length, offset = 0;
   for (let i = 0; i < indices.length; i++) {
     size /= array.shape[i];
@@ -72,37 +83,17 @@ function at(array, ...indices) {
   return array.values.subarray(offset, offset + size);
 }
 
-// -- theme
-
-const themeListeners = [];
-const systemDark = matchMedia('(prefers-color-scheme: dark)');
-const isDark = () => document.documentElement.dataset.theme === 'dark';
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  for (const listener of themeListeners) listener();
-}
-
-function themeButton() {
-  const button = el('button', {
-    title: 'Light or dark',
-    onclick: () => setTheme(isDark() ? 'light' : 'dark'),
-  }, '\u25d0 theme');
-  return button;
-}
-
-setTheme(systemDark.matches ? 'dark' : 'light');
-systemDark.addEventListener('change', () => setTheme(systemDark.matches ? 'dark' : 'light'));
-
-const cssColor = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const seriesColor = (i) => `var(--c${i % 7})`;
-
-// -- colour scales: from the page's ground to one strong colour, or to two; safe for colour-blind eyes
+// -- theme, and colour scales: from the page's ground to one strong colour, or to two; safe for
+// colour-blind eyes, and lightness alone tells small from large
 
 const RAMPS = {
   sequential: {
     light: ['#ffffff', '#d5e4f1', '#8fbbdc', '#3d86bb', '#0f4f88', '#08264a'],
     dark: ['#1b1f23', '#1f3c5e', '#2f6a8f', '#6a9a80', '#c9bb58', '#ffea70'],
+  },
+  warm: {
+    light: ['#ffffff', '#fdebd3', '#fdc785', '#f08a2c', '#b84a00'],
+    dark: ['#1b1f23', '#3d2a14', '#7a4714', '#d07f25', '#ffd9a8'],
   },
   diverging: {
     light: ['#0b4f8a', '#5c9ccb', '#c4ddee', '#ffffff', '#f7cfae', '#e08a44', '#a14400'],
@@ -110,39 +101,58 @@ const RAMPS = {
   },
 };
 
+const ramps = {}; // by kind, of the present theme: 256 colours [r, g, b]
+const themeListeners = [];
+const systemDark = matchMedia('(prefers-color-scheme: dark)');
+const root = document.documentElement;
+const isDark = () => root.dataset.theme === 'dark';
+
+function setTheme(theme) {
+  root.dataset.theme = theme;
+  for (const [kind, { [theme]: stops }] of Object.entries(RAMPS)) {
+    ramps[kind] = Array.from({ length: 256 }, (_, i) => mix(stops, i / 255));
+    root.style.setProperty(`--${kind}`, stops.join(','));
+  }
+  for (const listener of themeListeners) listener();
+}
+
 function mix(stops, t) {
-  const place = Math.min(Math.max(t, 0), 1) * (stops.length - 1);
+  const place = t * (stops.length - 1);
   const i = Math.min(Math.floor(place), stops.length - 2), f = place - i;
-  const part = (hex, k) => parseInt(hex.slice(1 + 2 * k, 3 + 2 * k), 16);
-  return [0, 1, 2].map((k) => Math.round(part(stops[i], k) * (1 - f) + part(stops[i + 1], k) * f));
+  const channel = (hex, k) => parseInt(hex.slice(1 + 2 * k, 3 + 2 * k), 16);
+  return [0, 1, 2].map((k) => Math.round(channel(stops[i], k) * (1 - f) + channel(stops[i + 1], k) * f));
 }
 
-/* A function from values to [r, g, b]. Values that are not finite are grey. */
-function colorScale(kind, low, high) {
-  const stops = RAMPS[kind][isDark() ? 'dark' : 'light'];
-  const table = Array.from({ length: 256 }, (_, i) => mix(stops, i / 255));
-  const span = high - low || 1;
-  return (value) => (Number.isFinite(value)
-    ? table[Math.round(Math.min(Math.max((value - low) / span, 0), 1) * 255)]
-    : [128, 128, 128]);
-}
+const themeButton = () => el('button', {
+  title: 'Light or dark',
+  onclick: () => setTheme(isDark() ? 'light' : 'dark'),
+}, '\u25d0 theme');
 
-const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? '#16181b' : '#f4f5f6');
+setTheme(systemDark.matches ? 'dark' : 'light');
+systemDark.addEventListener('change', () => setTheme(systemDark.matches ? 'dark' : 'light'));
+
+const cssColor = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
 
+/* The colour of x, 0 to 1, as [r, g, b]. */
+const shade = (kind, x) => ramps[kind][Math.round(Math.min(Math.max(x, 0), 1) * 255)];
+
+/* Black or white text on a colour: the one with a contrast of at least 4.5 (WCAG 2). */
+function inkOn(rgb) {
+  const [r, g, b] = rgb.map((c) => (c > 10 ? ((c / 255 + 0.055) / 1.055) ** 2.4 : c / 3295));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? '#000000' : '#ffffff';
+}
+
+/* The colours of a scale between its ends, numbers or texts. */
 function scaleKey(kind, low, high, format = number) {
-  const bar = el('i');
-  const paint = () => {
-    bar.style.background = `linear-gradient(90deg, ${RAMPS[kind][isDark() ? 'dark' : 'light'].join(',')})`;
-  };
-  themeListeners.push(paint);
-  paint();
-  return el('div', { class: 'scale' }, format(low), bar, format(high));
+  const [first, last] = [low, high].map((end) => (typeof end === 'number' ? format(end) : end));
+  const colours = el('i', { style: { background: `linear-gradient(90deg, var(--${kind}))` } });
+  return el('span', { class: 'scale' }, first, colours, last);
 }
 
 // -- the tooltip, one for the page, also announced to screen readers
 
-const tip = el('div', { class: 'tip', hidden: '', role: 'status' });
+const tip = el('div', { id: 'tip', class: 'tip', hidden: '', role: 'status' });
 document.body.append(tip);
 
 function showTip(x, y, ...content) {
@@ -154,7 +164,6 @@ function showTip(x, y, ...content) {
 }
 
 const hideTip = () => { tip.hidden = true; };
-addEventListener('scroll', hideTip, { passive: true });
 addEventListener('keydown', (event) => { if (event.key === 'Escape') hideTip(); });
 
 const tipTable = (rows) =>
@@ -187,10 +196,11 @@ function factList(facts) {
     .map(([name, value]) => el('div', { class: 'fact' }, el('b', {}, value), el('span', {}, name))));
 }
 
-function table(heads, rows) {
-  return el('div', { class: 'scroll' }, el('table', {},
+function table(heads, rows, attributes = {}) {
+  const cell = (x) => (typeof x === 'number' ? el('td', { class: 'number' }, number(x)) : el('td', {}, x));
+  return el('div', { class: 'scroll' }, el('table', attributes,
     el('thead', {}, el('tr', {}, heads.map((head) => el('th', {}, head)))),
-    el('tbody', {}, rows.map((row) => el('tr', {}, row.map((cell) => el('td', {}, cell)))))));
+    el('tbody', {}, rows.map((row) => el('tr', {}, row.map(cell))))));
 }
 
 /* A command to copy. */
@@ -203,6 +213,9 @@ const section = (title, lead, ...content) =>
   append(el('section', {}, el('h2', {}, title), lead && el('p', { class: 'lead' }, lead)), content);
 
 const main = document.querySelector('main');
+
+/* Lets the browser show what is drawn so far, before longer work. */
+const painted = () => new Promise((resolve) => { requestAnimationFrame(() => setTimeout(resolve)); });
 
 /* Draws the page; body.dataset.ready says that it is complete. */
 async function start(draw) {

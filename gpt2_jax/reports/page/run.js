@@ -122,7 +122,7 @@ function slider() {
     range.value = state.at;
     range.setAttribute('aria-valuetext', `step ${number(step())}`);
     label.textContent = `step ${number(step())}`;
-    const mean = at(looks.loss, state.at).reduce((a, b) => a + b, 0) / (T - 1);
+    const mean = viewAt(looks.loss, state.at).reduce((a, b) => a + b, 0) / (T - 1);
     loss.textContent = `${mean.toFixed(4)} nats on this text`;
   });
   main.append(el('div', { class: 'sticky' }, el('div', { class: 'row', style: { margin: 0 } },
@@ -132,7 +132,7 @@ function slider() {
 // -- the text, and what each layer predicts
 
 function textSection() {
-  const losses = () => [null, ...at(looks.loss, state.at)];
+  const losses = () => [null, ...viewAt(looks.loss, state.at)];
   const row = tokenRow({
     tokens: TOKENS, values: [null], low: 0, high: 6, onPick: (i) => moveTo({ token: Math.max(1, i) }),
     tell: (i) => [el('b', {}, JSON.stringify(TOKENS[i])), i === 0 ? el('div', { class: 'note' }, 'no loss: nothing comes before it')
@@ -144,7 +144,7 @@ function textSection() {
     row.choose(state.token);
     const p = state.token - 1;
     replace(title, 'What comes after ', el('span', { class: 'name' }, JSON.stringify(TOKENS.slice(Math.max(0, p - 11), p + 1).join(''))), '?');
-    const top = at(looks.top, state.at), probability = at(looks.probability, state.at);
+    const top = viewAt(looks.top, state.at), probability = viewAt(looks.probability, state.at);
     const K = looks.top.shape[3];
     replace(layers, el('table', {},
       el('thead', {}, el('tr', {}, ['read after', 'it would write', `right: ${JSON.stringify(TOKENS[state.token])}`].map((head) => el('th', {}, head)))),
@@ -153,7 +153,7 @@ function textSection() {
           const i = (layer * T + p) * K + k;
           return [data.vocabulary[top[i]], probability[i]];
         });
-        const right = at(looks.right, state.at, layer)[p], rank = at(looks.rank, state.at, layer)[p];
+        const right = viewAt(looks.right, state.at, layer)[p], rank = viewAt(looks.rank, state.at, layer)[p];
         return el('tr', {},
           el('td', { class: 'name' }, layer === 0 ? 'embedding' : `h_${layer - 1}`),
           el('td', {}, guesses.map(([token, probability_]) => el('span', { style: { display: 'inline-block', marginRight: '12px' } },

@@ -37,7 +37,7 @@ function layersSection() {
   const lines = (names, values) => names.map((name, i) => ({ name, x: PROBED, y: values.map((probe) => probe[i]), color: color(i, names.length) }));
   const losses = [];
   const rows = looks.probeLoss.shape[1];
-  for (let t = 0; t < looks.probeLoss.shape[2]; t++) losses.push(PROBED.map((_, p) => at(looks.probeLoss, p, 0)[t]));
+  for (let t = 0; t < looks.probeLoss.shape[2]; t++) losses.push(PROBED.map((_, p) => viewAt(looks.probeLoss, p, 0)[t]));
   const first = dynamics.tokens[0].slice(1).map((id, i) => `${i + 1} ${visible(data.vocabulary[id])}`);
   const tokens = heatOverProbes({ rows: first, values: losses, low: 0, high: 6, rowHeight: 11, label: 'Loss of each probe token over training', mostLabels: first.length > 70 ? 35 : first.length });
   main.append(section('Layers and tokens over time', `Measured on the probe text: ${rows} rows of ${dynamics.tokens[0].length} tokens from the beginning of the validation text.`,
@@ -88,7 +88,7 @@ function distributionsSection() {
   let kind = 'activation_bins', name = dynamics.activations.at(-2), follow = () => {};
   const holder = el('div', {}), picture = el('div', {}), chooser = el('span', {});
   onMove.push(() => follow());
-  const counts = (probe) => at(looks[kind], probe, kinds[kind][1].indexOf(name));
+  const counts = (probe) => viewAt(looks[kind], probe, kinds[kind][1].indexOf(name));
   function draw() {
     const values = centers.map((_, b) => PROBED.map((__, p) => Math.sqrt(counts(p)[centers.length - 1 - b] / 255)));
     const heat = heatMap({
@@ -157,12 +157,13 @@ function configurationSection() {
 }
 
 async function runPage() {
+  heading();
+  await painted();
   for (const [name, value] of Object.entries(data.looks)) looks[name] = name === 'samples' ? value : await unpack(value);
   for (const name of ['weight_bins', 'gradient_bins', 'activation_bins']) looks[name] = await unpack(data.dynamics[name]);
   looks.probeLoss = await unpack(data.dynamics.loss);
   const best = data.heads.findIndex((head) => head.kind !== null);
   if (best >= 0) Object.assign(state, { layer: Math.floor(best / H), head: best % H });
-  heading();
   curvesSection();
   slider();
   textSection();

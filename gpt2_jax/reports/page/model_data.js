@@ -1,27 +1,17 @@
-// The data of the page: facts as JSON, and arrays unpacked from one compressed block.
+// The data of the page: facts, and arrays by name.
 
-const FACTS = JSON.parse(document.getElementById('facts').textContent);
+const FACTS = data;
 const T = FACTS.tokens.length;
 const L = FACTS.layers;
 const H = FACTS.heads;
 const ARRAYS = {};
 const SHAPE = {};
 
-async function unpack() {
-  const packed = Uint8Array.from(atob(document.getElementById('arrays').textContent), c => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
-  const block = await new Response(stream).arrayBuffer();
-  for (const {name, kind, shape, start} of FACTS.arrays) {
-    const size = shape.reduce((a, b) => a * b, 1);
+async function unpackArrays() {
+  for (const [name, packed] of Object.entries(FACTS.arrays)) {
+    const {shape, values} = await unpack(packed);
     SHAPE[name] = shape;
-    if (kind === 'u1') ARRAYS[name] = new Uint8Array(block, start, size);
-    if (kind === 'u4') ARRAYS[name] = new Uint32Array(block, start, size);
-    if (kind === 'f4') ARRAYS[name] = new Float32Array(block, start, size);
-    if (kind === 'f2') { // the upper half of the bits of a float
-      const upper = new Uint16Array(block, start, size);
-      const bits = Uint32Array.from(upper, half => half << 16);
-      ARRAYS[name] = new Float32Array(bits.buffer);
-    }
+    ARRAYS[name] = values;
   }
 }
 
@@ -51,9 +41,6 @@ const tokenText = id => FACTS.text[id];
 const textAt = index => index < T ? tokenText(FACTS.tokens[index]) : '';
 const targetText = p => tokenText(at('target', p));
 
-// Spaces and ends of lines as signs that can be seen.
-const visible = text => text.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣').replace(/\r/g, '␍');
-
 const LAYER_NAMES = ['embed', ...Array.from({length: L}, (_, i) => `h_${i}`)];
 const partName = (layer, part) => part < H ? `h_${layer}.attn.${part}` : `h_${layer}.mlp`;
 
@@ -62,6 +49,9 @@ function mean(values) {
   for (const value of values) sum += value;
   return values.length ? sum / values.length : 0;
 }
+
+// Whether tokens are pieces of words, not characters.
+const WORDS = FACTS.tokens.some(id => tokenText(id).length > 1);
 
 // The losses of the text itself: of every token but the first.
 const textLosses = () => Array.from({length: T - 1}, (_, p) => at('loss', p));
@@ -105,13 +95,4 @@ const SCORES = {
   induction: 'what followed the same token (induction)',
 };
 
-// Numbers for people.
-function number(x, digits = 3) {
-  if (!Number.isFinite(x)) return '–';
-  const text = x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3)
-    ? x.toExponential(digits - 1)
-    : x.toFixed(Math.max(0, digits - Math.max(0, Math.floor(Math.log10(Math.abs(x) || 1)))));
-  return text.replace(/-/g, '−');
-}
 const signed = x => Math.abs(x) < 5e-4 ? '0' : (x < 0 ? '−' : '+') + Math.abs(x).toFixed(3);
-const percent = x => x >= 0.0995 ? `${(100 * x).toFixed(0)}\u00a0%` : `${(100 * x).toFixed(1)}\u00a0%`;

@@ -34,18 +34,19 @@ function readAddress() {
   if (part && has('ablation') && part[1] < L) state.ablated = {layer: Number(part[1]), part: part[2] === undefined ? H : Number(part[2])};
 }
 
+const FULL_COLOUR = FACTS.vocabulary > 1000 ? 10 : 5; // nats of loss, from which on the colour stays
+
 // What the colours of the text show: the loss, or its change without the ablated part.
 function colourOf(p) {
-  if (!state.ablated) return boxStyle('orange', Math.min(1, at('loss', p) / 5));
+  if (!state.ablated) return boxStyle('warm', at('loss', p) / FULL_COLOUR);
   const {layer, part} = state.ablated;
-  return boxStyle('both', diverging(at('ablation', layer, part, p), 2));
+  return boxStyle('diverging', diverging(at('ablation', layer, part, p), 2));
 }
 
 function drawText() {
   const box = $('tokens');
   if (!box.childElementCount) {
-    const words = FACTS.tokens.some(id => tokenText(id).length > 1);
-    box.classList.toggle('words', words);
+    box.classList.toggle('words', WORDS);
     FACTS.tokens.forEach((id, index) => {
       const text = tokenText(id);
       const span = el('span', {class: `token ${index >= FACTS.prompt ? 'own' : ''} ${index ? '' : 'first'}`, role: 'option', 'data-token': index, id: `token-${index}`},
@@ -69,7 +70,7 @@ function drawText() {
   }
   const own = FACTS.prompt < T;
   $('legend').replaceChildren(
-    state.ablated ? scale('both', 'loss −2', '+2 nats') : scale('orange', 'loss 0', '5 nats'),
+    state.ablated ? scaleKey('diverging', 'loss −2', '+2 nats') : scaleKey('warm', 'loss 0', `${FULL_COLOUR} nats`),
     own ? el('span', {}, 'dotted: written by the model') : '');
   const given = Math.max(0, FACTS.prompt - 1);
   $('mean').textContent = `mean loss of this text ${meanLoss().toFixed(3)} nats over ${T - 1} guesses`
@@ -129,13 +130,9 @@ function drawView() {
   scrollTo({top: scrolled, behavior: 'instant'});
 }
 
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  try { localStorage.setItem('theme', theme); } catch { /* a file of its own keeps nothing */ }
-}
-
 function listen() {
-  $('theme').onclick = () => { setTheme(isDark() ? 'light' : 'dark'); change({}); };
+  $('theme').onclick = () => setTheme(isDark() ? 'light' : 'dark');
+  themeListeners.push(() => change({}));
   $('help').onclick = () => $('guide').showModal();
   $('keys').append(...Object.entries(KEYS).flatMap(([key, what]) => [el('dt', {}, key), el('dd', {}, what)]));
   $('tokens').addEventListener('click', event => {
@@ -144,7 +141,7 @@ function listen() {
   });
   $('tokens').addEventListener('mousemove', event => {
     const token = event.target.closest('.token');
-    if (token) showTip(event, ...aboutToken(Number(token.dataset.token)));
+    if (token) tipAt(event, ...aboutToken(Number(token.dataset.token)));
     else hideTip();
   });
   $('tokens').addEventListener('mouseleave', hideTip);
@@ -180,21 +177,19 @@ function listen() {
   });
   let waiting;
   addEventListener('resize', () => { clearTimeout(waiting); waiting = setTimeout(() => { drawText(); drawView(); }, 120); });
-  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', event => { setTheme(event.matches ? 'dark' : 'light'); change({}); });
 }
 
-async function start() {
-  let theme;
-  try { theme = localStorage.getItem('theme'); } catch { /* as above */ }
-  document.documentElement.dataset.theme = theme || (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
+async function modelPage() {
+  $('title').textContent = FACTS.title;
   $('title').title = FACTS.path;
   const narrow = matchMedia('(max-width: 860px)');
   const fold = () => { $('chosen').open = !narrow.matches; };
   narrow.addEventListener('change', fold);
   fold();
   $('about').textContent = `${FACTS.parameters.toLocaleString('en')} parameters · ${L} layers · ${H} heads · width ${FACTS.width} · ${FACTS.vocabulary.toLocaleString('en')} tokens (${FACTS.tokenizer})`;
+  await painted();
   try {
-    await unpack();
+    await unpackArrays();
   } catch (error) {
     $('view').append(el('p', {class: 'failed'}, `The data of this page cannot be unpacked: ${error}. A browser of 2023 or later is needed.`));
     return;
@@ -212,7 +207,4 @@ async function start() {
   readAddress();
   listen();
   change({});
-  document.body.dataset.ready = 'true';
 }
-
-start();

@@ -9,11 +9,7 @@ const room = () => Math.max(260, document.getElementById('view').clientWidth);
 // The guess that the views are about.
 const guessName = p => p === T - 1 ? `the most likely token (${visible(targetText(p))}), taken as if it were right` : `token ${p + 1}, ‘${visible(targetText(p))}’`;
 
-function choice(label, options, current, change) {
-  const select = el('select', {'aria-label': label, onchange: event => change(event.target.value)});
-  for (const [value, name] of Object.entries(options)) select.append(el('option', {value, selected: value === current}, name));
-  return el('label', {}, `${label} `, select);
-}
+const choice = (label, options, chosen, change) => select(label, Object.entries(options), chosen, change);
 
 const missing = section => el('p', {class: 'explain'}, `This page was made without this part (--skip=${section}).`);
 
@@ -25,7 +21,6 @@ const thumbnails = new Map();
 function headPictures(size) {
   const key = `${size} ${isDark()}`;
   if (!thumbnails.has(key)) {
-    const colours = ramp('blue');
     const image = new ImageData(size, size);
     const each = [];
     for (let layer = 0; layer < L; layer++) {
@@ -37,7 +32,7 @@ function headPictures(size) {
             const [p0, p1] = [Math.floor(row * T / size), Math.max(Math.floor(row * T / size) + 1, Math.floor((row + 1) * T / size))];
             const [s0, s1] = [Math.floor(column * T / size), Math.max(Math.floor(column * T / size) + 1, Math.floor((column + 1) * T / size))];
             for (let p = p0; p < p1; p++) for (let s = s0; s < s1; s++) most = Math.max(most, rootWeight(layer, head, p, s));
-            const [r, g, b] = colours[Math.round(255 * most)];
+            const [r, g, b] = shade('sequential', most);
             image.data.set([r, g, b, 255], 4 * (row * size + column));
           }
         }
@@ -78,7 +73,7 @@ function headGrid(width) {
   const pictures = headPictures(Math.min(size, 64));
   const canvas = sharpCanvas(left + H * step, top + L * step, context => {
     context.imageSmoothingEnabled = false;
-    context.fillStyle = ink('--soft');
+    context.fillStyle = cssColor('--soft');
     context.font = '11px system-ui, "DejaVu Sans", sans-serif';
     context.textBaseline = 'middle';
     context.textAlign = 'center';
@@ -90,17 +85,17 @@ function headGrid(width) {
       const [layer, head] = [Math.floor(i / H), i % H];
       const [x, y] = [left + head * step, top + layer * step];
       context.drawImage(pictures[i], x, y, size, size);
-      context.strokeStyle = ink('--line');
+      context.strokeStyle = cssColor('--line');
       context.lineWidth = 1;
       context.strokeRect(x - .5, y - .5, size + 1, size + 1);
       const strength = Math.max(0, values[i]) / most;
       if (strength > FRAMED) {
-        context.strokeStyle = ink('--warm');
+        context.strokeStyle = cssColor('--mark');
         context.lineWidth = 1 + 3 * strength;
         context.strokeRect(x - 1, y - 1, size + 2, size + 2);
       }
       if (state.ablated && state.ablated.layer === layer && state.ablated.part === head) {
-        context.strokeStyle = ink('--warm');
+        context.strokeStyle = cssColor('--mark');
         context.lineWidth = 2;
         context.beginPath();
         context.moveTo(x, y); context.lineTo(x + size, y + size);
@@ -108,7 +103,7 @@ function headGrid(width) {
         context.stroke();
       }
       if (layer === state.layer && head === state.head) {
-        context.strokeStyle = ink('--ink');
+        context.strokeStyle = cssColor('--ink');
         context.lineWidth = 2;
         context.setLineDash([3, 2]);
         context.strokeRect(x - 1.5, y - 1.5, size + 3, size + 3);
@@ -126,7 +121,7 @@ function headGrid(width) {
   canvas.addEventListener('mousemove', event => {
     const found = headOf(event);
     if (!found) return hideTip();
-    showTip(event, `${partName(...found)}\n${mark.name}: ${mark.format(mark.value(...found))}`);
+    tipAt(event, `${partName(...found)}\n${mark.name}: ${mark.format(mark.value(...found))}`);
   });
   canvas.addEventListener('mouseleave', hideTip);
   canvas.addEventListener('click', event => {
@@ -142,21 +137,22 @@ function strongest(values, mark, count) {
     .map(one => ({...one, label: partName(one.layer, one.head), choose: () => change({layer: one.layer, head: one.head})}));
 }
 
-// The text with a line from a position to each that the head looks at.
-function textWithLines(query) {
+// The text with a line from a position to each that the head looks at; scrolled there if `follow`.
+function textWithLines(query, follow) {
   const box = el('div', {class: 'lines', id: 'lines'});
   const spans = FACTS.tokens.map((id, index) => {
     const w = weight(state.layer, state.head, query, index);
-    const span = el('span', {class: `token ${index === query ? 'here' : ''}`, style: index <= query ? boxStyle('blue', Math.sqrt(w)) : 'opacity:.45', 'data-at': index},
+    const span = el('span', {class: `token ${index === query ? 'here' : ''}`, style: index <= query ? boxStyle('sequential', Math.sqrt(w)) : 'opacity:.45', 'data-at': index},
       visible(tokenText(id)).replace(/␣/g, ' '));
-    span.addEventListener('mouseenter', () => box.replaceWith(textWithLines(index)));
+    span.addEventListener('mouseenter', () => box.replaceWith(textWithLines(index, false)));
     box.append(span);
     if (/\n/.test(tokenText(id))) box.append(el('br'));
     return span;
   });
-  const svg = el('svg', {'aria-hidden': 'true'});
-  box.append(svg);
+  const lines = svg('svg', {'aria-hidden': 'true'});
+  box.append(lines);
   requestAnimationFrame(() => {
+    if (follow) box.parentElement.scrollTop = spans[query].offsetTop - 150;
     const frame = box.getBoundingClientRect();
     const middle = span => {
       const r = span.getClientRects()[0] || span.getBoundingClientRect();
@@ -168,10 +164,10 @@ function textWithLines(query) {
       if (w < .03) continue;
       const [x2, y2] = middle(spans[s]);
       const lift = Math.min(26, 8 + Math.abs(x2 - x1) / 8);
-      const path = el('path', {d: `M${x1},${y1 + 2} C${x1},${y1 - lift} ${x2},${y2 - lift} ${x2},${y2 + 2}`, fill: 'none', 'stroke-width': .6 + 4.5 * w, 'stroke-linecap': 'round'});
-      path.style.stroke = ink('--warm');
+      const path = svg('path', {d: `M${x1},${y1 + 2} C${x1},${y1 - lift} ${x2},${y2 - lift} ${x2},${y2 + 2}`, fill: 'none', 'stroke-width': .6 + 4.5 * w, 'stroke-linecap': 'round'});
+      path.style.stroke = cssColor('--mark');
       path.style.opacity = .3 + .7 * w;
-      svg.append(path);
+      lines.append(path);
     }
   });
   return box;
@@ -218,9 +214,9 @@ function fillAttention(panel) {
   if (has('ablation')) facts.push(['mean loss without it', meanWithout({layer, part: head})]);
   const right = el('div', {},
     el('h3', {style: 'margin-top:0', id: 'head-name'}, `Head ${partName(layer, head)} `, ablateButton(layer, head)),
-    textWithLines(p),
+    el('div', {class: 'text'}, textWithLines(p, true)),
     el('p', {class: 'soft'}, 'Lines: from the marked position to what it looks at. Move over the text to see other positions.'),
-    scale('blue', 'weight 0', '1, by its square root'), map);
+    scaleKey('sequential', 'weight 0', '1, by its square root'), map);
   panel.append(el('div', wide ? {class: 'fixed', style: `grid-template-columns:${gridWidth}px minmax(0,1fr)`} : {}, left, right));
   panel.append(el('div', {class: 'side'},
     el('div', {class: 'grow'}, el('h3', {}, `From position ${p} ‘${labels[p]}’, where ${p === T - 1 ? 'the token after the text' : `token ${p + 1} ‘${labels[p + 1]}’`} is guessed`), el('div', {id: 'weights'}, bars(top, {limit: 1, format: percent}))),
@@ -247,7 +243,7 @@ function toggleAblation(layer, part) {
 
 function guess(id, probability, target) {
   const text = visible(tokenText(id));
-  return el('span', {class: `guess ${id === target ? 'right' : ''}`, style: boxStyle('blue', Math.sqrt(probability))}, el('b', {}, text), el('small', {}, percent(probability)));
+  return el('span', {class: `guess ${id === target ? 'right' : ''}`, style: boxStyle('sequential', Math.sqrt(probability))}, el('b', {}, text), el('small', {}, percent(probability)));
 }
 
 function fillLayers(panel) {
@@ -261,20 +257,21 @@ function fillLayers(panel) {
     const cells = [el('b', {class: 'code'}, name)];
     for (const lens of Object.keys(lenses)) {
       const tops = Array.from({length: SHAPE[`${lens}.top`][2]}, (_, k) => [at(`${lens}.top`, layer, p, k), topProbability(lens, layer, p, k)]);
-      cells.push(el('span', {}, tops.slice(0, 4).map(([id, probability]) => guess(id, probability, target))),
-        el('span', {class: 'n'}, String(at(`${lens}.rank`, layer, p))), percent(at(`${lens}.right`, layer, p)));
+      cells.push(el('span', {}, tops.slice(0, WORDS ? 2 : 4).map(([id, probability]) => guess(id, probability, target))),
+        el('span', {class: 'n'}, String(at(`${lens}.rank`, layer, p))));
+      if (!WORDS) cells.push(percent(at(`${lens}.right`, layer, p))); // two lenses with words are wide enough
     }
     return cells;
   }).reverse();
-  const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', 'probability of the right token'])];
-  panel.append(table(columns, rows, {id: 'layers'}), el('p', {class: 'soft'}, `rank and probability of ${guessName(p)}; the last layer on top`));
+  const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', ...(WORDS ? [] : ['probability'])])];
+  panel.append(table(columns, rows, {id: 'layers', class: WORDS ? 'words' : ''}), el('p', {class: 'soft'}, `rank${WORDS ? '' : ' and probability'} of ${guessName(p)}; the last layer on top`));
   panel.append(el('h3', {}, 'When does the model know? Rank of the right token'),
-    el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), scale('blue', 'rank 1', `${FACTS.vocabulary.toLocaleString('en')}, logarithmic`)));
+    el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), scaleKey('sequential', 'rank 1', `${FACTS.vocabulary.toLocaleString('en')}, logarithmic`)));
   const most = Math.log(FACTS.vocabulary);
   const labels = Array.from({length: T}, (_, i) => visible(targetText(i)));
   const names = [...LAYER_NAMES].reverse();
   panel.append(heatMap({
-    rows: names, columns: labels, width: room(), cellHeight: Math.max(5, Math.min(24, 420 / (L + 1))), ramp: 'blue',
+    rows: names, columns: labels, width: room(), cellHeight: Math.max(5, Math.min(24, 420 / (L + 1))), kind: 'sequential',
     value: (r, c) => Math.log(at(`${state.lens}.rank`, L - r, c)) / most,
     about: (r, c) => `${guessName(c)}\nafter ${names[r]}: rank ${at(`${state.lens}.rank`, L - r, c)}, ${percent(at(`${state.lens}.right`, L - r, c))}`,
     choose: (r, c) => change({p: c}), here: {column: p},
@@ -294,8 +291,8 @@ function gridOfParts({cell, columns, width, current}) {
   for (let layer = 0; layer < L; layer++) {
     box.append(el('tr', {}, el('th', {}, `h_${layer}`), columns.map((_, part) => {
       const {value, limit, warm, about, click} = cell(layer, part);
-      const button = el('button', {type: 'button', style: boxStyle('both', divergingRoot(signed(value) === '0' ? 0 : warm ? value : -value, limit)), class: current(layer, part) ? 'here' : '', 'aria-label': about, onclick: click, 'data-part': partName(layer, part)}, signed(value));
-      button.addEventListener('mousemove', event => showTip(event, about));
+      const button = el('button', {type: 'button', style: boxStyle('diverging', divergingRoot(signed(value) === '0' ? 0 : warm ? value : -value, limit)), class: current(layer, part) ? 'here' : '', 'aria-label': about, onclick: click, 'data-part': partName(layer, part)}, signed(value));
+      button.addEventListener('mousemove', event => tipAt(event, about));
       button.addEventListener('mouseleave', hideTip);
       return el('td', {}, button);
     })));
@@ -336,7 +333,7 @@ function fillAttribution(panel) {
       return {value, limit, about: `${partName(layer, part)}: ${signed(value)}`, click: () => part < H ? change({layer, head: part, view: 'attention'}) : toggleAblation(layer, part)};
     },
     current: (layer, part) => layer === state.layer && part === state.head,
-  }), el('p', {class: 'legend'}, scale('both', signed(limit), `${signed(-limit)}, by the square root`), 'Click a head to see where it looks.'));
+  }), el('p', {class: 'legend'}, scaleKey('diverging', signed(limit), `${signed(-limit)}, by the square root`), 'Click a head to see where it looks.'));
 }
 
 // Ablation
@@ -352,7 +349,7 @@ function fillAblation(panel) {
     cell: (layer, part) => ({value: means[layer][part], limit, warm: true, about: `${partName(layer, part)}: mean loss ${signed(means[layer][part])}`, click: () => { change({...(part < H ? {layer, head: part} : {}), ablated: state.ablated && state.ablated.layer === layer && state.ablated.part === part ? null : {layer, part}}); }}),
     current: (layer, part) => state.ablated && state.ablated.layer === layer && state.ablated.part === part,
   }));
-  panel.append(el('p', {class: 'legend'}, scale('both', signed(-limit), `${signed(limit)} nats, by the square root`), 'Orange: the loss rises, so the part helps. Blue: it falls.'));
+  panel.append(el('p', {class: 'legend'}, scaleKey('diverging', signed(-limit), `${signed(limit)} nats, by the square root`), 'Orange: the loss rises, so the part helps. Blue: it falls.'));
   const all = means.flatMap((row, layer) => row.map((value, part) => ({label: partName(layer, part), value, warm: value > 0, choose: () => change({ablated: {layer, part}})}))).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
   panel.append(el('h3', {}, 'Largest changes of the mean loss'), el('div', {id: 'ablations'}, bars(all.slice(0, 10), {format: signed})));
   if (state.ablated) {
@@ -382,12 +379,12 @@ function fillBackward(panel) {
   for (let layer = 0; layer <= L; layer++) for (let s = 0; s <= p; s++) most = Math.max(most, at('gradient.resid', layer, pair(p, s)));
   const decades = 4;
   panel.append(heatMap({
-    rows: names, columns: labels, width: room(), cellHeight: Math.max(5, Math.min(26, 440 / (L + 1))), ramp: 'orange',
+    rows: names, columns: labels, width: room(), cellHeight: Math.max(5, Math.min(26, 440 / (L + 1))), kind: 'warm',
     value: (r, s) => { const g = gradientNorm(L - r, p, s); return g > 0 ? Math.max(0, 1 + Math.log10(g / most) / decades) : 0; },
     about: (r, s) => s > p ? `position ${s} comes later: no gradient` : `after ${names[r]}, position ${s} ‘${labels[s]}’: ${number(gradientNorm(L - r, p, s))}`,
     choose: (r, s) => change({p: s}), here: {column: p},
     label: `Norm of the gradient after each of ${L + 1} layers at each position; it is largest, ${number(most)}, near position ${p}`,
-  }), scale('orange', number(most / 10 ** decades), `${number(most)}, logarithmic`));
+  }), scaleKey('warm', number(most / 10 ** decades), `${number(most)}, logarithmic`));
   panel.append(asTable('As a table', () => table(['position', ...LAYER_NAMES], Array.from({length: p + 1}, (_, s) => [`${s} ${labels[s]}`, ...LAYER_NAMES.map((_, layer) => number(gradientNorm(layer, p, s)))]))));
 
   panel.append(el('h3', {}, 'The gradient in every parameter'), explain('The norm of the gradient of this loss in each array of parameters: what this one guess would teach the model.'));
@@ -397,11 +394,11 @@ function fillBackward(panel) {
   const largest = Math.max(...FACTS.leaves.map(value), 1e-30);
   const scaled = g => g > 0 ? Math.max(0, 1 + Math.log10(g / largest) / 3) : 0;
   if (kinds.length) panel.append(heatMap({
-    rows: kinds.map(kind => KINDS[kind]), columns: LAYER_NAMES.slice(1), width: Math.min(room(), 130 + 44 * L), cellHeight: 22, ramp: 'orange',
+    rows: kinds.map(kind => KINDS[kind]), columns: LAYER_NAMES.slice(1), width: Math.min(room(), 130 + 44 * L), cellHeight: 22, kind: 'warm',
     value: (r, layer) => scaled(value(`h_${layer}/${kinds[r]}`)),
     about: (r, layer) => `h_${layer}/${kinds[r]}\ngradient ${number(value(`h_${layer}/${kinds[r]}`))}, parameter ${number(FACTS.leafNorms[leaf(`h_${layer}/${kinds[r]}`)])}`,
     label: 'Norm of the gradient in the parameters of each layer',
-  }), scale('orange', number(largest / 1000), `${number(largest)}, logarithmic`));
+  }), scaleKey('warm', number(largest / 1000), `${number(largest)}, logarithmic`));
   const ends = FACTS.leaves.filter(name => !/^h_\d/.test(name));
   panel.append(el('h3', {}, 'Outside the layers'), bars(ends.map(name => ({label: name, value: value(name), warm: true})), {limit: largest}));
   panel.append(asTable('All parameters, as a table', () => table(['parameter', 'gradient', 'its own norm', 'ratio'],
@@ -420,8 +417,8 @@ function fillNorms(panel) {
   };
   panel.append(el('h2', {}, `How large the numbers are at position ${p}`),
     explain('The residual stream after each layer, and what attention and the MLP of that layer add to it: the norm at the position before the chosen token, and its mean over the text (dashed).'));
-  const lines = [...series('resid', 'residual stream', ink('--ink'), 0)];
-  if (L) lines.push(...series('attn', 'attention', ink('--accent'), 1), ...series('mlp', 'MLP', ink('--warm'), 1));
+  const lines = [...series('resid', 'residual stream', cssColor('--ink'), 0)];
+  if (L) lines.push(...series('attn', 'attention', cssColor('--accent'), 1), ...series('mlp', 'MLP', cssColor('--mark'), 1));
   panel.append(el('div', {id: 'norms'}, lineChart({series: lines, names: LAYER_NAMES, width: Math.min(room(), 860), label: `Norms after each layer: the residual stream grows from ${number(lines[0].values[0])} to ${number(lines[0].values[L])}`})));
   panel.append(asTable('As a table', () => table(['after', 'residual stream', 'attention', 'MLP'], LAYER_NAMES.map((name, layer) => [name, at('norm.resid', layer, p), layer ? at('norm.attn', layer - 1, p) : '', layer ? at('norm.mlp', layer - 1, p) : '']))));
   panel.append(el('h3', {}, 'The residual stream at every position'));
@@ -432,7 +429,7 @@ function fillNorms(panel) {
     value: (r, c) => at('norm.resid', L - r, c) / most,
     about: (r, c) => `after ${names[r]}, position ${c} ‘${visible(textAt(c))}’: ${number(at('norm.resid', L - r, c))}`,
     choose: (r, c) => change({p: c}), here: {column: p}, label: 'Norm of the residual stream after each layer at each position',
-  }), scale('blue', 'norm 0', number(most)));
+  }), scaleKey('sequential', 'norm 0', number(most)));
 }
 
 // Curvature and shapes
@@ -440,7 +437,7 @@ function fillNorms(panel) {
 function fillCurvature(panel) {
   panel.append(el('h2', {}, 'Curvature of the loss'));
   if (!FACTS.curvature) return panel.append(missing('curvature'));
-  panel.append(explain(`How sharply the loss of this text (its first ${FACTS.firstTokens} tokens) bends around the parameters: the largest and the smallest eigenvalue of its second derivatives, in all parameters and in each part by itself. Steps of gradient descent above 2 / largest overshoot along that direction; a negative smallest one means a saddle.`));
+  panel.append(explain(`How sharply the loss of this text (its first ${FACTS.firstTokens} tokens) bends around the parameters: the largest and the smallest eigenvalue of its second derivatives, in all parameters${Object.keys(FACTS.curvature).length > 1 ? ' and in each part by itself' : ''}. Steps of gradient descent above 2 / largest overshoot along that direction; a negative smallest one means a saddle.`));
   const rows = Object.entries(FACTS.curvature);
   panel.append(el('h3', {}, 'Largest'), el('div', {id: 'curvature'}, bars(rows.map(([label, ends]) => ({label: label === 'all' ? 'whole model' : label, value: ends.top})))),
     el('h3', {}, 'Smallest'), bars(rows.map(([label, ends]) => ({label: label === 'all' ? 'whole model' : label, value: ends.bottom}))));
@@ -449,9 +446,9 @@ function fillCurvature(panel) {
 
 function fillShapes(panel) {
   panel.append(el('h2', {}, 'Every operation of a step'));
-  const content = document.getElementById('shapes').content;
-  if (!content.childElementCount) return panel.append(missing('shapes'));
-  panel.append(explain('What runs in a training step, in order, read off the traced program: the shape of each result, the parameters that are used there for the first time, and the FLOPs.'), content.cloneNode(true));
+  if (!FACTS.shapes) return panel.append(missing('shapes'));
+  panel.append(explain('What runs in a training step, in order, read off the traced program: the shape of each result, the parameters that are used there for the first time, and the FLOPs.'),
+    document.createRange().createContextualFragment(FACTS.shapes));
 }
 
 const VIEWS = {
