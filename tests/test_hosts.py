@@ -1,5 +1,6 @@
 """Several processes equal one: rows, saves, signals, and the death of a process."""
 
+import contextlib
 import os
 import random
 import re
@@ -8,14 +9,17 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
 import together
 
+from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.parallel import hosts, mesh
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
-STEPS, SAVE = 80, 20
+STEPS, SAVE = 40, 10
 SETTINGS = runs.SMALL | {
     'model.embd_pdrop': 0.1,
     'model.resid_pdrop': 0.0,
@@ -48,7 +52,8 @@ def starter(folder):
 
 
 def arguments(folder: Path, run: str, **changes) -> list[str]:
-    settings = SETTINGS | {'data.corpus': folder / 'text.txt', 'mesh.data': 4}
+    """A command line. No process holds a whole matrix: each has two of four shards."""
+    settings = SETTINGS | {'data.corpus': folder / 'text.txt', 'mesh.fsdp': 4}
     settings |= {key.replace('__', '.'): value for key, value in changes.items()}
     return [
         f'--config={folder / "defaults.py"}',
@@ -71,9 +76,99 @@ def undisturbed(folder, starter) -> Path:
     group = starter.start(together.as_processes(arguments(folder, 'undisturbed'), 2))
     assert group.wait() == [0, 0], group.output(0) + group.output(1)
     assert 'in 2 processes' in group.output(0)
-    assert 'finished 80 steps' in group.output(0)
+    assert 'finished 40 steps' in group.output(0)
     assert 'step' not in group.output(1), 'one process speaks'
     return folder / 'undisturbed'
+
+
+def test_all_processes_train_the_same_model_in_the_same_folder(folder, starter):
+    """Else nothing is written, and each says what differs."""
+    commands = together.as_processes(arguments(folder, 'here'), 2)
+    commands[1] += [f'--workdir={folder / "there"}', '--config.optim.learning_rate=2e-3']
+    group = starter.start(commands)
+    assert group.wait() == [2, 2], group.output(0) + group.output(1)
+    for index, name in enumerate(('here', 'there')):
+        assert (
+            'error: not the same in all processes of this run: the settings; the folder '
+            f'{folder / name}, which all must share\n'
+        ) in group.output(index)
+    assert not (folder / 'here' / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        ((None, 2, None), '--num_processes needs --coordinator=HOST:PORT'),
+        (('auto', None, 1), '--process_id needs --coordinator=HOST:PORT'),
+        (('a:1', None, 0), '--coordinator=a:1 needs --num_processes too'),
+        (('a:1', None, None), 'needs --num_processes and --process_id too'),
+        (('a', 2, 0), '--coordinator=a: expected HOST:PORT, or auto'),
+        (('a:1', 2, 2), '--process_id=2 with --num_processes=2: expected one of 0 .. 1'),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, words):
+    with pytest.raises(UsageError, match=re.escape(words)), hosts.joined(*flags):
+        pass
+
+
+SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_PROCID': '1'}
+OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:3', 'OMPI_COMM_WORLD_RANK': '1'}
+KUBERNETES = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'}
+
+
+@pytest.mark.parametrize(
+    ('environment', 'joins'),
+    [
+        ({}, False),
+        (SLURM | {'SLURM_NTASKS': '2'}, True),
+        (SLURM | {'SLURM_NTASKS': '1'}, False),
+        ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '8'}, False),  # in a batch script, without srun
+        (OPEN_MPI | {'OMPI_COMM_WORLD_SIZE': '4'}, True),
+        (OPEN_MPI | {'OMPI_COMM_WORLD_SIZE': '1'}, False),
+        (KUBERNETES, True),
+        ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),
+        ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
+        ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+    ],
+)
+def test_launchers_are_recognised(environment, joins, monkeypatch):
+    """JAX reads the address, the number and the id from the environment, if there are several."""
+    for name in os.environ.keys() & {*SLURM, *OPEN_MPI, *KUBERNETES, 'SLURM_NTASKS'}:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name == 'kubernetes' or None)
+    calls = []
+    monkeypatch.setattr('jax.distributed.initialize', lambda **options: calls.append(options))
+    with preserved('jax_enable_preemption_service'), hosts.joined(None, None, None):
+        pass
+    assert len(calls) == joins
+    assert 'coordinator_address' not in dict(*calls)
+
+
+@contextlib.contextmanager
+def preserved(setting: str):
+    """Gives a setting of JAX its value back."""
+    before = getattr(jax.config, setting)
+    yield
+    jax.config.update(setting, before)
+
+
+def test_processes_that_cannot_join_say_so(monkeypatch):
+    def fail(**options):
+        raise ValueError('coordinator_address should be defined.')
+
+    monkeypatch.setattr('jax.distributed.initialize', fail)
+    refused = pytest.raises(UserError, match='could not join the others of its run: coordinator')
+    with preserved('jax_enable_preemption_service'), refused, hosts.joined('auto', None, None):
+        pass
+
+
+def test_a_mesh_has_all_devices_of_all_processes(monkeypatch):
+    monkeypatch.setattr('jax.process_count', lambda: 2)
+    monkeypatch.setattr('jax.devices', lambda: [None] * 4)
+    with pytest.raises(UsageError, match=r'= 2, but the 2 processes have 4 devices: .*data=4'):
+        mesh.make_mesh(data=2, fsdp=1, tensor=1)
 
 
 def test_a_run_that_loses_a_process_ends_and_resumes(folder, starter, undisturbed):
