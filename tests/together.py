@@ -13,6 +13,8 @@ import contextlib
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -54,8 +56,16 @@ class Group:
             assert time.monotonic() < end, self.output(index)
             time.sleep(0.01)
 
-    def wait(self) -> list[int]:
-        """The exit codes, minus the number of the signal for a process that was killed."""
+    def wait(self, seconds: float = 300) -> list[int]:
+        """The exit codes, minus the number of the signal for a process that was killed.
+
+        Kills the processes, and fails, if they take longer.
+        """
+        if not select.select([self._starter.stdout], [], [], seconds)[0]:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
+            outputs = '\n'.join(map(self.output, range(len(self.pids))))
+            raise AssertionError(f'still running after {seconds} s:\n{outputs}')
         return json.loads(self._starter.stdout.readline())
 
 

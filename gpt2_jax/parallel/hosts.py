@@ -26,7 +26,7 @@ from gpt2_jax.progress import Progress
 
 # A process without a sign of life for this long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 10
-JOIN_SECONDS = 300  # for all processes to start
+JOIN_SECONDS = 600  # for all processes to start: Kubernetes may wait 300 s before a restart
 BARRIER_SECONDS = 24 * 3600  # a process that died ends the wait long before
 AGREE_SECONDS = 1  # between comparisons of the signals that arrived, about
 AUTO = 'auto'  # as --coordinator: JAX finds the address, the number and the id by itself
