@@ -27,12 +27,17 @@ from gpt2_jax.progress import Progress
 # A process without a sign of life for this long is taken for dead, and the others end.
 HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 600  # for all processes to start: Kubernetes may wait 300 s before a restart
+SAME_ERROR_SECONDS = 2  # within which all processes find the same error
 BARRIER_SECONDS = 24 * 3600  # a process that died ends the wait long before
 AGREE_SECONDS = 1  # between comparisons of the signals that arrived, about
 AUTO = 'auto'  # as --coordinator: JAX finds the address, the number and the id by itself
 
 # What the error of a collective says if a process at the other end is gone.
 LOST = 'Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|[Cc]oordination|[Hh]eartbeat|[Bb]arrier'
+
+
+class LostProcess(UserError):
+    """Another process of the run has ended, so that this one cannot continue."""
 
 
 @contextlib.contextmanager
@@ -66,8 +71,17 @@ def joined(
             f'this process could not join the others of its run: {reason}; check --coordinator, '
             '--num_processes and --process_id, or the launcher'
         ) from None
-    yield
-    jax.distributed.shutdown()  # waits for the others; after an error nobody does
+    try:
+        yield
+    except LostProcess:
+        raise
+    except UserError:
+        # If all have the error, each reports it; else the others end because this process does.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            barrier('all have an error', SAME_ERROR_SECONDS)
+            jax.distributed.shutdown()
+        raise
+    jax.distributed.shutdown()  # waits for the others
 
 
 def _options(
@@ -130,13 +144,13 @@ def one_voice() -> Iterator[None]:
         yield
 
 
-def barrier(name: str) -> None:
+def barrier(name: str, seconds: int = BARRIER_SECONDS) -> None:
     """Waits until all processes are here; no two calls may have the same name.
 
-    It occupies no device, and may be called in a thread.
+    It occupies no device, and may be called in a thread. Raises JaxRuntimeError after `seconds`.
     """
     wait = multihost.get_barrier_sync_fn()
-    wait(key=f'gpt2_jax: {name}', timeout_ms=BARRIER_SECONDS * 1000)
+    wait(key=f'gpt2_jax: {name}', timeout_ms=seconds * 1000)
 
 
 def differing(values: dict[str, Any]) -> list[str]:
@@ -147,10 +161,6 @@ def differing(values: dict[str, Any]) -> list[str]:
     codes_PN = multihost_utils.process_allgather(codes)
     same = (codes_PN == codes_PN[0]).all(0)
     return [name for name, equal in zip(values, same, strict=True) if not equal]
-
-
-class LostProcess(UserError):
-    """Another process of the run has ended, so that this one cannot continue."""
 
 
 @contextlib.contextmanager
