@@ -168,7 +168,9 @@ def lost_processes() -> Iterator[None]:
     """Turns the error of a collective into LostProcess if another process is gone."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of JAX, or of Orbax around it
         if not several() or not re.search(LOST, str(error)):
             raise
         reason = ' '.join(str(error).split())[:300]
