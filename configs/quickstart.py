@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/quickstart.py
 
-Hardware: 2 CPU cores. Time: 84 to 93 s. Validation loss: 1.777 nats, over the whole split.
+Hardware: 2 CPU cores. Time: 84 to 93 s. Validation loss: 1.768 nats, over the whole split.
 
 If neither the corpus nor a network is available, it trains on the English help texts inside
 Python, and says so.

@@ -62,6 +62,7 @@ SHRUNKEN = {
     'convert': [],
     'lens report': ['--skip=jacobian,ablation,backward,curvature,shapes'],
     'lens show': [],
+    'plan': [],
     'steps': [],
 }
 

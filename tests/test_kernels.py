@@ -386,9 +386,9 @@ def test_embeddings_are_summed_in_fp32(monkeypatch):
         seen['y'] = y_ND
         return jnp.zeros(len(y_ND)), dy_ND, jnp.zeros_like(wte_VD)
 
-    monkeypatch.setattr(fused_step, 'features', lambda cfg, params, x, key: x.reshape(dy_ND.shape))
+    monkeypatch.setattr(fused_step, 'features', lambda cfg, params, x, *_: x.reshape(dy_ND.shape))
     monkeypatch.setattr(fused_step, 'head_loss', head_loss)
-    _, grads = fused_step.value_and_grad(model.cfg, params, data, None, 1)
+    _, grads = fused_step.make_value_and_grad(model.cfg)(params, data, None, 1)
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
     sums_BTD = wte_VD[data['inputs']] + wpe_PD[: dy_BTD.shape[1]]
     np.testing.assert_array_equal(seen['y'], jnp.bfloat16(sums_BTD).reshape(dy_ND.shape))

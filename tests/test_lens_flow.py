@@ -9,11 +9,11 @@ import pytest
 from tiny import tiny
 
 from gpt2_jax import lens
-from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.architecture import GPT2Config, flops_per_token
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.flow import plain_step
 from gpt2_jax.lens.jaxpr import PHASES
-from gpt2_jax.model.params import count_params, flops_per_token, init_params
+from gpt2_jax.model.params import count_params, init_params
 from gpt2_jax.reports import flow as flow_report
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=65)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import flat, rough_params, shapes, tiny, tokens
 
-from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.architecture import GPT2Config, flops_per_token
 from gpt2_jax.config import default_config
 from gpt2_jax.model.dropout import dropout_seeds, keep_mask
 from gpt2_jax.model.gpt2 import (
@@ -22,7 +22,7 @@ from gpt2_jax.model.gpt2 import (
     init_cache,
 )
 from gpt2_jax.model.ops import activate, matmul_rows
-from gpt2_jax.model.params import count_params, flops_per_token, init_params
+from gpt2_jax.model.params import count_params, init_params
 from gpt2_jax.training.step import token_losses
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)  # fp32 against fp64, for values about 1

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -60,6 +61,9 @@ def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS
     """A few updates and an evaluation on one mesh, and how the state is sharded."""
     from tiny import flat
 
+    from gpt2_jax.diagnostics import plan
+    from gpt2_jax.diagnostics.describe import describe
+    from gpt2_jax.kernels.choose import FUSED
     from gpt2_jax.parallel import mesh
     from gpt2_jax.training import programs
 
@@ -101,6 +105,8 @@ def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS
         'devices': setup.mesh.size,
         'sizes': sizes,
         'stored': stored,
+        'described': list(describe(setup)),
+        'planned': plan.collectives(plan.case_of(setup.config, setup.model.cfg.vocab_size), FUSED),
     }
 
 
@@ -178,6 +184,30 @@ def test_fused_kernels_on_a_mesh_equal_one_device(runs, mesh):
     assert pieces == {int(mesh.split()[1])}
     collectives = re.findall(r' (all-[a-z]+|reduce-scatter)\(', fused['programs'][0])
     assert set(collectives) == FUSED_COLLECTIVES[mesh]
+
+
+@pytest.mark.parametrize('mesh', FUSED_MESHES)
+def test_a_plan_has_the_bytes_of_the_collectives(runs, mesh):
+    """Those of the compiled update, apart from a few scalars: the loss and the norms."""
+    sizes = dict.fromkeys(FUSED_COLLECTIVES[mesh], 0)
+    program = runs['fused ' + mesh]['programs'][0]
+    for shapes, kind in re.findall(r' = (.+?) (all-[a-z]+|reduce-scatter)\(', program):
+        pieces = 2 if kind == 'reduce-scatter' else 1
+        for shape in re.findall(r'f32\[([\d,]*)\]', shapes):
+            sizes[kind] += 4 * pieces * math.prod(int(n) for n in shape.split(',') if n)
+    planned = dict.fromkeys(sizes, 0)
+    for _, kind, _, size, _ in runs['fused ' + mesh]['planned']:
+        planned[kind] += size
+    scalars = sizes.pop('all-reduce') - planned.pop('all-reduce')
+    assert sizes == planned
+    assert 0 < scalars <= 32
+
+
+def test_a_run_names_what_its_mesh_does_not_divide(runs):
+    for mesh, named in ((TENSOR, ['wte/embedding: 30']), (ALL, []), (ONE, [])):
+        lines = [line for line in runs[mesh]['described'] if line.startswith('undivided')]
+        assert len(lines) == len(named)
+        assert all(name in line for name, line in zip(named, lines, strict=True))
 
 
 @pytest.mark.parametrize('mesh', MESHES[1:])

@@ -35,7 +35,8 @@ LAYERS = (
     'model.params',
     'model.huggingface',
     # parallel: which devices, and how arrays lie on them
-    'parallel.devices parallel.mesh parallel.partition',
+    'parallel.devices parallel.mesh parallel.rules',
+    'parallel.partition',
     'parallel.faults parallel.feed parallel.collectives parallel.hosts',
     # kernels: the same formulas as GPU kernels
     'kernels.choose',
@@ -66,7 +67,8 @@ LAYERS = (
     'inference.streaming inference.score',
     'inference.lambada inference.harness',
     # diagnostics: what a run is, what happened in it, and how fast
-    'diagnostics.describe diagnostics.benchmark diagnostics.ngrams diagnostics.origins',
+    'diagnostics.describe diagnostics.plan diagnostics.ngrams diagnostics.origins',
+    'diagnostics.benchmark',
     'diagnostics.ledger',
     'diagnostics.replay diagnostics.probes',
     'diagnostics.autopsy',
@@ -113,6 +115,8 @@ NO_JAX = (
     'diagnostics.ledger',
     'diagnostics.ngrams',
     'kernels.choose',
+    'parallel.rules',
+    'diagnostics.plan',
     *(name for name in PACKAGE if name.startswith('data.')),
 )
 

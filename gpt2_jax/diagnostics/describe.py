@@ -1,13 +1,15 @@
 """A description of a run, in lines for people."""
 
 import os
+from collections.abc import Collection, Iterator
 
 import jax
 
 from gpt2_jax.architecture import PRECISIONS, GPT2Config
 from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
-from gpt2_jax.parallel import devices
+from gpt2_jax.parallel import devices, rules
+from gpt2_jax.parallel.partition import leaf_name
 from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import duration
@@ -43,6 +45,7 @@ def describe(setup: Setup) -> list[str]:
     lines = [
         f'device     {devices.describe_device(setup.device)}; mesh data {config.mesh.data} x fsdp '
         f'{config.mesh.fsdp} x tensor {config.mesh.tensor}{processes}; jax {jax.__version__}',
+        *_describe_undivided(setup),
         f'precision  {_describe_precision(cfg, setup.kernels)}',
         *_describe_kernels(setup),
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} '
@@ -70,22 +73,40 @@ def describe(setup: Setup) -> list[str]:
     return lines
 
 
+def _describe_undivided(setup: Setup) -> Iterator[str]:
+    """A line for each leaf with a dimension that the mesh does not divide, with its cost."""
+    leaves = [
+        (leaf_name(path), leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(setup.shapes.params)
+    ]
+    for line in rules.undivided(leaves, setup.mesh.shape):
+        yield f'undivided  {line}'
+
+
 def _describe_kernels(setup: Setup) -> list[str]:
-    """Which code computes each part; then, part by part, why not a faster one."""
-    parts = {name: [] for name in KERNELS}
-    for part, name in setup.kernels._asdict().items():
-        if part != 'optimizer':
-            parts[name].append(part)
+    """Which code computes each part; then why not a faster one, part by part."""
+    parts = setup.kernels._asdict()
+    parts.pop('optimizer')  # it has a line of its own
+    uses = {name: [part for part in parts if parts[part] == name] for name in KERNELS}
     text = '; '.join(
-        f'{name} ({KERNELS[name]}): {", ".join(names)}' for name, names in parts.items() if names
+        f'{name} ({KERNELS[name]}): {_list(names, parts)}' for name, names in uses.items() if names
     )
     remat = REMAT[setup.model.cfg.remat]
-    needs = {}
+    lacking = {}  # need -> (implementations, parts)
     for part, reason in setup.reasons.items():
-        needs.setdefault(reason, []).append(part)
+        name, _, need = reason.partition(' needs ')
+        names, wanting = lacking.setdefault(need, ({}, []))
+        names[name] = None
+        wanting.append(part)
     return [f'kernels    {text}{remat}'] + [
-        f'           {", ".join(names)}: {reason}' for reason, names in needs.items()
+        f'           {_list(wanting, Kernels._fields)}: {" and ".join(names)} '
+        f'{"need" if len(names) > 1 else "needs"} {need}'
+        for need, (names, wanting) in lacking.items()
     ]
+
+
+def _list(parts: list[str], all_parts: Collection[str]) -> str:
+    return 'all parts' if len(parts) == len(all_parts) else ', '.join(parts)
 
 
 def _describe_evaluation(setup: Setup) -> str:

@@ -1,4 +1,4 @@
-"""The parameters of a model: initial values, their number, and the arithmetic they cost."""
+"""The parameters of a model: initial values, and their number."""
 
 import dataclasses
 import math
@@ -35,14 +35,3 @@ def init_params(cfg: GPT2Config, seed: int):
 def count_params(params) -> int:
     """The number of elements in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:
-    """Model FLOPs of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
-
-    6 for each weight that multiplies a token (the tied head counts, the embedding lookups do not),
-    and 12 L D T for the two products of attention, without a discount for the causal half.
-    """
-    D, F = cfg.n_embd, cfg.d_ff
-    matmul_weights = cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D
-    return 6 * matmul_weights + 12 * cfg.n_layer * D * seq_len

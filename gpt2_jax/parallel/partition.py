@@ -1,29 +1,10 @@
-"""How the parameters and the optimizer state are sharded: one table of path patterns.
-
-The model contains no sharding. The path of an optimizer moment ends in its parameter's path, so the
-same table serves the moments.
-"""
-
-import re
+"""The shardings of the parameters and of the optimizer state, by the table in rules.py."""
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Path pattern -> mesh axis of each dimension. Tensor parallelism (Shoeybi et al. 2019, Megatron-LM,
-# section 3) shards heads, feed-forward columns and the vocabulary; fsdp shards another dimension of
-# the same leaf (Rajbhandari et al. 2020, ZeRO, stage 3).
-PARTITION_RULES = (
-    (r'attn/c_attn/kernel$', P('fsdp', None, 'tensor', None)),
-    (r'attn/c_attn/bias$', P(None, 'tensor', None)),
-    (r'attn/c_proj/kernel$', P('tensor', None, 'fsdp')),
-    (r'mlp/c_fc/kernel$', P('fsdp', 'tensor')),
-    (r'mlp/c_fc/bias$', P('tensor')),
-    (r'mlp/c_proj/kernel$', P('tensor', 'fsdp')),
-    (r'wte/embedding$', P('tensor', 'fsdp')),
-    (r'wpe/embedding$', P(None, 'fsdp')),
-    (r'', P()),  # biases of the residual stream, LayerNorms, counters: replicated
-)
+from gpt2_jax.parallel import rules
 
 
 def shardings(mesh: Mesh, tree, drop: str | None = None):
@@ -46,14 +27,13 @@ def make_unshard(mesh: Mesh):
     )
 
 
-def _spec(path, leaf, mesh: Mesh, drop: str | None) -> P:
-    """The rule of one leaf, without `drop` and without axes that do not divide their dimension."""
-    name = '/'.join(
+def leaf_name(path) -> str:
+    """'h_0/attn/c_attn/kernel', from a path of jax.tree_util."""
+    return '/'.join(
         str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
     )
-    rule = next(spec for pattern, spec in PARTITION_RULES if re.search(pattern, name))
 
-    def keep(axis: str | None, size: int) -> str | None:
-        return axis if axis and axis != drop and size % mesh.shape[axis] == 0 else None
 
-    return P(*(keep(axis, leaf.shape[i]) for i, axis in enumerate(rule)))
+def _spec(path, leaf, mesh: Mesh, drop: str | None) -> P:
+    """The rule of one leaf, without `drop` and without axes that do not divide their dimension."""
+    return P(*rules.axes(leaf_name(path), leaf.shape, mesh.shape, drop))

@@ -6,13 +6,13 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.architecture import GPT2Config, flops_per_token
 from gpt2_jax.data import load
 from gpt2_jax.data.dataset import Dataset
 from gpt2_jax.kernels.choose import Kernels, Place, choose
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
-from gpt2_jax.model.params import flops_per_token, init_params
+from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.optim import Optimizer, make_optimizer, make_schedule
@@ -54,7 +54,7 @@ class Setup:
 
     @property
     def flops_per_token(self) -> int:
-        """Model FLOPs of one training token: see params.flops_per_token."""
+        """Model FLOPs of one training token: see architecture.flops_per_token."""
         return flops_per_token(self.model.cfg, self.config.train.seq_len)
 
     @property
