@@ -27,7 +27,7 @@ SETTINGS = runs.SMALL | {
     'train.grad_accum_steps': 1,
     'optim.learning_rate': 1e-3,
     'checkpoint.every': SAVE,
-    'eval.every': STEPS // 2,
+    'eval.every': STEPS,
     'eval.sample_tokens': 3,
     'log.every': 1,
 }
@@ -169,6 +169,29 @@ def test_a_mesh_has_all_devices_of_all_processes(monkeypatch):
     monkeypatch.setattr('jax.devices', lambda: [None] * 4)
     with pytest.raises(UsageError, match=r'= 2, but the 2 processes have 4 devices: .*data=4'):
         mesh.make_mesh(data=2, fsdp=1, tensor=1)
+
+
+def test_signals_are_compared_once_a_second(monkeypatch):
+    """With calls 10 ms apart: after 1, 2, 4, .. more calls, and then after every 100."""
+    clock, number, compared = [0.0], [0], []
+
+    def allgather(mine):
+        compared.append(clock[0])
+        return np.stack([mine, np.float32([number[0], 0])])
+
+    monkeypatch.setattr('jax.process_count', lambda: 2)
+    monkeypatch.setattr('gpt2_jax.parallel.hosts.time.monotonic', lambda: clock[0])
+    monkeypatch.setattr('jax.experimental.multihost_utils.process_allgather', allgather)
+    agreement, seen = hosts.Agreement(), []
+    for call in range(1, 600):
+        clock[0] = call / 100
+        number[0] = signal.SIGTERM if call >= 300 else 0  # of the other process
+        seen.append(agreement(None))
+    at = np.round(100 * np.array(compared)).astype(int)
+    assert list(np.diff(at)[:6]) == [2, 4, 8, 16, 32, 64]
+    assert 99 <= np.diff(at)[6] <= 100
+    assert 300 <= at[-1] < 400, 'after an agreement nothing is compared'
+    assert seen == [None] * (at[-1] - 1) + [signal.SIGTERM] * (600 - at[-1])
 
 
 def test_a_run_that_loses_a_process_ends_and_resumes(folder, starter, undisturbed):
