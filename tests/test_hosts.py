@@ -112,7 +112,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, words):
 
 
 SLURM = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_PROCID': '1'}
-OPEN_MPI = {'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:3', 'OMPI_COMM_WORLD_RANK': '1'}
+OPEN_MPI = {'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_LOCAL_RANK': '1'}
 KUBERNETES = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'}
 
 
@@ -133,7 +133,10 @@ KUBERNETES = {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'
 )
 def test_launchers_are_recognised(environment, joins, monkeypatch):
     """JAX reads the address, the number and the id from the environment, if there are several."""
-    for name in os.environ.keys() & {*SLURM, *OPEN_MPI, *KUBERNETES, 'SLURM_NTASKS'}:
+    for name in os.environ.keys() & {
+        *(*SLURM, *OPEN_MPI, *KUBERNETES),
+        *('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'),
+    }:
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -116,10 +116,12 @@ def _launched() -> bool:
     env = os.environ
     if 'SLURM_STEP_NODELIST' in env:  # by srun
         return int(env.get('SLURM_NTASKS', 1)) > 1
-    if 'OMPI_MCA_orte_hnp_uri' in env:
-        return int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
+    if 'OMPI_COMM_WORLD_SIZE' in env:  # by mpirun of Open MPI
+        return int(env['OMPI_COMM_WORLD_SIZE']) > 1
     if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
-        return importlib.util.find_spec('kubernetes') is not None  # JAX asks the cluster by it
+        # JAX asks the cluster by this package. Without it, pod 0 may be the only one.
+        package = importlib.util.find_spec('kubernetes')
+        return package is not None or env['JOB_COMPLETION_INDEX'] != '0'
     return ',' in env.get('TPU_WORKER_HOSTNAMES', '')
 
 
