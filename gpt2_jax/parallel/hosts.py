@@ -30,6 +30,7 @@ JOIN_SECONDS = 600  # for all processes to start: Kubernetes may wait 300 s befo
 SAME_ERROR_SECONDS = 2  # within which all processes find the same error
 BARRIER_SECONDS = 24 * 3600  # a process that died ends the wait long before
 AGREE_SECONDS = 1  # between comparisons of the signals that arrived, about
+MAX_CALLS = 100  # until the next comparison: an update may be followed by slow batches to evaluate
 AUTO = 'auto'  # as --coordinator: JAX finds the address, the number and the id by itself
 
 # What the error of a collective says if a process at the other end is gone.
@@ -207,7 +208,8 @@ class Agreement:
         number, slowest = everyone_P2.max(0)
         if number:
             self.agreed = signal.Signals(int(number))
-        # At most twice as many calls as before: the first ones compile, or find a warm cache.
-        self._interval = int(np.clip(AGREE_SECONDS / slowest, 1, 2 * self._calls))
+        # At most twice as many calls as before: calls differ, the first ones compile.
+        most = min(2 * self._calls, MAX_CALLS)
+        self._interval = int(np.clip(AGREE_SECONDS / slowest, 1, most))
         self._calls, self._began = 0, time.monotonic()
         return self.agreed
