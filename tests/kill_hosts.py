@@ -110,6 +110,7 @@ def main() -> int:
         print(f'undisturbed: {n} processes, {seconds:.1f} s', flush=True)
         kills = 0
         while kills < args.kills:
+            began = time.monotonic()
             group = starter.start(together.as_processes(command(folder, 'run', n), n))
             if happened := kill_one(group, draw, seconds):
                 kills += 1
@@ -117,8 +118,11 @@ def main() -> int:
                 print(f'from step {resumed[1] if resumed else 0}: {happened}', flush=True)
                 shutil.rmtree(folder / 'killed', ignore_errors=True)
                 shutil.copytree(folder / 'run', folder / 'killed')
-            else:  # it was finished: begin again
+            else:  # it ended before that moment: go back to the last kill
+                seconds = min(seconds, time.monotonic() - began) * 0.8
                 shutil.rmtree(folder / 'run')
+                if kills:
+                    shutil.copytree(folder / 'killed', folder / 'run')
         for fewer in sorted({n, n // 2, 1}, reverse=True):
             name = f'finished_by_{fewer}'
             shutil.copytree(folder / 'killed', folder / name)
