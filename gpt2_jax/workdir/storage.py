@@ -12,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
+from gpt2_jax.parallel import hosts
 from gpt2_jax.workdir import fit
 from gpt2_jax.workdir.folder import check_path
 
@@ -76,8 +77,9 @@ def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.Chec
         best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
     )
     try:
-        return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
-    except OSError:
+        with hosts.lost_processes():
+            return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
+    except (OSError, UserError):
         raise
     except Exception as error:  # in metadata that another program wrote
         raise _another_form(f'a checkpoint in {folder}', error) from None
@@ -90,15 +92,17 @@ def restore_items(manager: ocp.CheckpointManager, step: int, **items):
     """
     checkpoint = f'checkpoint {step} in {manager.directory}'
     try:
-        wanted = {
-            name: (fit.saved_leaves(LiteralPath(manager.directory, str(step), name)), args.item)
-            for name, args in items.items()
-            if isinstance(args, ocp.args.StandardRestore)
-        }
-        fit.check(
-            checkpoint, {name: (saved, fit.leaves(tree)) for name, (saved, tree) in wanted.items()}
-        )
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        with hosts.lost_processes():
+            pairs = {
+                name: (
+                    fit.saved_leaves(LiteralPath(manager.directory, str(step), name)),
+                    fit.leaves(args.item),
+                )
+                for name, args in items.items()
+                if isinstance(args, ocp.args.StandardRestore)
+            }
+            fit.check(checkpoint, pairs)
+            return manager.restore(step, args=ocp.args.Composite(**items))
     except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise
     except Exception as error:  # Orbax has no error class of its own
