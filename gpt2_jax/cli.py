@@ -9,7 +9,6 @@ import re
 import select
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -145,13 +144,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process with an exit code; after an error, without waiting for threads.
+    """Ends the process with an exit code; after an error, without waiting for anything.
 
-    Orbax's threads wait 300 s for each other if the folder of a save could not be made, and a
-    compilation that nobody needs any more may take minutes.
+    Orbax's threads wait 300 s for each other if the folder of a save could not be made, a
+    compilation that nobody needs any more may take minutes, and JAX would wait for the other
+    processes of a run, which wait for this one.
     """
-    threads = [thread for thread in threading.enumerate() if not thread.daemon]
-    if code and len(threads) > 1:
+    if code:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -16,6 +16,8 @@ from gpt2_jax.errors import DivergedError, UserError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
+from gpt2_jax.parallel.hosts import several
+from gpt2_jax.parallel.mesh import on_one_device
 from gpt2_jax.reports import autopsy
 from gpt2_jax.training.loop import Interrupt, Interrupted
 from gpt2_jax.training.meter import Meter
@@ -104,8 +106,8 @@ class Sample:
     def __call__(self, step: int, state: TrainState) -> None:
         setup, tokenizer = self.setup, self.setup.dataset.tokenizer
         self.log.work(f'step {step}: writing a sample')
-        # One text at a time is too little work for a mesh.
-        params = jax.device_put(state.params, setup.device)
+        # One text at a time is too little work for a mesh. Every process writes it, for itself.
+        params = on_one_device(setup.mesh, state.params)
         chunks = generate(
             setup.model,
             params,
@@ -118,7 +120,8 @@ class Sample:
         pieces = []
         try:
             for piece in stream_text(chunks, tokenizer):
-                self.interrupt.check()
+                if not several():  # the pieces are no common measure of time
+                    self.interrupt.check()
                 pieces.append(piece)
         except Interrupted:
             self.meter.progress.unfinished = ['sample']
@@ -217,15 +220,18 @@ def autopsy_command(workdir: Path, step: int) -> str:
 
 
 def explained(workdir: Path, step: int) -> str:
-    """Why an update went wrong, in sentences that name the page; or how to find out by hand."""
+    """Why an update went wrong, in sentences that name the page; or how to find out by hand.
+
+    Several processes do not replay the update: one does by hand.
+    """
+    by_hand = autopsy_command(workdir, step)
+    if several():
+        return f'{by_hand} explains it'
     try:
         said, page = autopsy.explain(workdir, step)
     except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = ' '.join(str(error).split())[:200]
-        return (
-            f'It could not be explained here ({reason}); {autopsy_command(workdir, step)} tries '
-            'again'
-        )
+        return f'It could not be explained here ({reason}); {by_hand} tries again'
     return f'{" ".join(said)} {page} shows all of it'
 
 

@@ -20,6 +20,8 @@ class Progress:
     batch, for instance, a program is compiled.
     """
 
+    silent = False  # set in a process that leaves all reports to another one
+
     def __init__(
         self,
         what: str,
@@ -50,6 +52,8 @@ class Progress:
                 self._report(passed)
 
     def _report(self, passed: float) -> None:
+        if self.silent:
+            return
         line = f'{self.what}, {passed:.0f} s'
         if self.total is not None:
             speed = self.done / passed
@@ -81,7 +85,7 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.ended.set()
         with self.lock:  # the last report is over
-            if self.on_terminal:
+            if self.on_terminal and not self.silent:
                 print('\r\x1b[K', end='', file=sys.stderr, flush=True)
 
 

@@ -5,11 +5,12 @@ configuration, training/programs.py makes the train step (training/step.py) from
 training/loop.py runs it on the batches of data/batches.py.
 """
 
+import contextlib
 import functools
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.diagnostics import probes
 from gpt2_jax.diagnostics.describe import describe
+from gpt2_jax.errors import UsageError
 from gpt2_jax.hooks import Evaluate, ExplainSpikes, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
-from gpt2_jax.parallel import feed
+from gpt2_jax.parallel import feed, hosts
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import say
@@ -55,28 +57,46 @@ def train(
     which the process began, by time.monotonic(). `hooks` are called after evaluation and sampling
     and before saving. Raises UserError for wrong input, and if a loss is not finite; finished
     checkpoints stay untouched.
+
+    In a run of several processes (see parallel/hosts.py) all call it with the same arguments, and
+    `workdir` is a folder that they share. Process 0 prints and writes the logs.
     """
     started = time.monotonic() if started is None else started
     config = config_lib.resolve(config)
-    with memory_errors('train'):
+    with hosts.one_voice(), hosts.lost_processes(), memory_errors('train'):
         setup = build(config)
         check_before_start(setup, fresh)
-    memory = estimate_memory(setup.shapes, setup.layout, setup.device, setup.mesh.size)
-    say('\n'.join([*describe(setup), *memory]))
-    if fresh and (aside := folder.move_aside(workdir)):
-        say(f'the old run was moved to {aside}')
-
-    kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
-    with folder.claim(workdir) as check_claim, memory_errors('train'):
-        with Progress('verifying the checkpoints'):
-            reports = quarantine(workdir / FOLDER)
-        for report in reports:
-            say(report)
+        n_local = len(setup.mesh.local_devices)
+        memory = estimate_memory(setup.shapes, setup.layout, setup.device, n_local)
+        say('\n'.join([*describe(setup), *memory]))
+        kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
         with (
+            claim(workdir, fresh) as check_claim,
             Checkpoints(workdir / FOLDER, check_claim, kept) as checkpoints,
             compiling() as pool,
         ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
+
+
+@contextlib.contextmanager
+def claim(workdir: Path, fresh: bool) -> Iterator[Callable[[], None]]:
+    """The run's folder, claimed and without damaged checkpoints; yields as folder.claim does.
+
+    Of several processes the first claims it, and the others wait until it has.
+    """
+    if not hosts.is_first():
+        hosts.barrier('the folder is claimed')
+        yield lambda: None
+        return
+    if fresh and (aside := folder.move_aside(workdir)):
+        say(f'the old run was moved to {aside}')
+    with folder.claim(workdir) as check_claim:
+        with Progress('verifying the checkpoints'):
+            reports = quarantine(workdir / FOLDER)
+        for report in reports:
+            say(report)
+        hosts.barrier('the folder is claimed')
+        yield check_claim
 
 
 def run_in_folder(
@@ -93,6 +113,7 @@ def run_in_folder(
     # start: the step of the newest usable checkpoint, or 0 for a new run. progress: the losses and
     # times so far. log_sizes: how many bytes of each log were written up to step `start`.
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
+    check_processes(setup, workdir, start)
     if start == config.train.steps and (workdir / 'summary.json').exists():
         say(
             f'the run in {workdir} is finished: {start:,} steps, best validation loss '
@@ -114,10 +135,17 @@ def run_in_folder(
             state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = finetune.initial_state(setup)
-    prepare_folder(setup, workdir, start, log_sizes)
+    if hosts.is_first():
+        prepare_folder(setup, workdir, start, log_sizes)
 
     with (
-        Logger(workdir, start, config.train.steps, config_lib.flatten(config)) as log,
+        Logger(
+            workdir,
+            start,
+            config.train.steps,
+            config_lib.flatten(config),
+            writes=hosts.is_first(),
+        ) as log,
         loop.interrupts() as interrupt,
         feed.train_batches(
             setup.mesh,
@@ -175,7 +203,8 @@ def run_in_folder(
         say(f'stopped by {name} at step {done:,}, which is saved; the same command resumes')
         return 128 + interrupt.seen
     summary = meter.summary(corpus_identity(setup))
-    files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
+    if hosts.is_first():
+        files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
     say(
         f'finished {done:,} steps in {duration(summary["seconds_total"])}: best validation loss '
         f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
@@ -196,6 +225,19 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
         finetune.check(setup)
     feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
     next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))
+
+
+def check_processes(setup: Setup, workdir: Path, start: int) -> None:
+    """Raises UsageError unless all processes of the run train the same model in one folder."""
+    different = hosts.differing(
+        {
+            'the settings': config_lib.to_json(setup.config),
+            f'the text of {setup.config.data.corpus}': setup.dataset.sha256,
+            f'the folder {workdir}, which all must share': (folder.owner(workdir), start),
+        }
+    )
+    if different:
+        raise UsageError(f'not the same in all processes of this run: {"; ".join(different)}')
 
 
 def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str, int]) -> None:

@@ -3,6 +3,9 @@
     python scripts/train.py --config=configs/quickstart.py
     python scripts/train.py --config=configs/quickstart.py --config.train.steps=9 --workdir=runs/x
 
+Several processes train one model if a launcher that JAX knows starts them (srun, mpirun), or with
+--coordinator, --num_processes and --process_id: see docs/scale.md.
+
 The same command resumes the run after it was stopped. A run writes config.json, tokenizer.json,
 metrics.jsonl, samples.txt, tensorboard/, checkpoints/ and, at its end, summary.json into its
 folder.
@@ -27,6 +30,13 @@ _EXTEND = flags.DEFINE_bool(
     'extend', False, 'Continue a run with a larger train.steps than it was started with.'
 )
 _FRESH = flags.DEFINE_bool('fresh', False, "Rename an old run's folder and start from step 0.")
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator',
+    None,
+    'With several processes, HOST:PORT on which process 0 listens; auto: JAX finds it.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes train.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
 def main(arguments: list[str]) -> int:
@@ -35,17 +45,18 @@ def main(arguments: list[str]) -> int:
     default = f'runs/{cli.config_name()}'
     workdir = files.user_path(default if _WORKDIR.value is None else _WORKDIR.value)
     with Progress('loading'):
-        from gpt2_jax.parallel import devices
+        from gpt2_jax.parallel import devices, hosts
         from gpt2_jax.train import train
 
-    devices.select_platform(_PLATFORM.value)
-    return train(
-        _CONFIG.value,
-        workdir,
-        extend=_EXTEND.value,
-        fresh=_FRESH.value,
-        started=STARTED,
-    )
+    with hosts.joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+        devices.select_platform(_PLATFORM.value)
+        return train(
+            _CONFIG.value,
+            workdir,
+            extend=_EXTEND.value,
+            fresh=_FRESH.value,
+            started=STARTED,
+        )
 
 
 if __name__ == '__main__':

@@ -203,8 +203,10 @@ def event_values(run: Path) -> Iterator[tuple[int, Any]]:
 
 
 def final_state(run: Path):
-    """The leaves of the state in a run's latest checkpoint: step, parameters, optimizer."""
-    setup = build(config_lib.from_json((run / 'config.json').read_text('utf-8')))
+    """The leaves of the state in a run's latest checkpoint, on one device: step, parameters, .."""
+    config = config_lib.from_json((run / 'config.json').read_text('utf-8'))
+    config.mesh.update(data=1, fsdp=1, tensor=1)
+    setup = build(config)
     with Checkpoints(run / FOLDER) as checkpoints:
         state = checkpoints.restore(
             committed_steps(run / FOLDER)[-1], programs.abstract_state(setup)

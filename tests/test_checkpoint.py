@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ import pytest
 import runs
 from runs import make_config
 
+from gpt2_jax import config as config_lib
 from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 from gpt2_jax.inference.evaluate import make_evaluate
+from gpt2_jax.training import programs
+from gpt2_jax.training.setup import build
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import checksums, storage
@@ -235,6 +239,31 @@ def test_the_reason_why_an_array_cannot_be_read_is_given():
 
     with pytest.raises(UserError, match=r'checkpoint 18 in checkpoints is .*saves: OUT_OF_RANGE'):
         storage.restore_items(Manager(), 18)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'difference'),
+    [
+        ({'model__n_layer': 2}, 'h_1 is only here (12 arrays)'),
+        (
+            {'model__n_positions': 17},
+            'wpe/embedding is (16, 32) float32 there, (17, 32) float32 here',
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_are_listed_and_none_is_loaded(changes, difference, run, text):
+    """A missing branch has one line, and not one for each of its leaves."""
+    setup = build(config_lib.resolve(make_config(text, **changes)))
+    with (
+        Checkpoints(run / FOLDER) as checkpoints,
+        mock.patch.object(type(checkpoints._orbax), 'restore') as restore,
+        pytest.raises(UserError, match='none was loaded:\n') as error,
+    ):
+        checkpoints.restore(STEPS, programs.abstract_state(setup))
+    assert not restore.called
+    trees = ('params', 'train/opt_state/1/0/mu', 'train/opt_state/1/0/nu')
+    listed = ''.join(str(error.value).splitlines(keepends=True)[1:])
+    assert listed == ';\n'.join(f'  {tree}/{difference}' for tree in trees)
 
 
 def test_metadata_that_the_checkpoint_library_cannot_read(run):

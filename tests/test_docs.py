@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import together
 from absl import flags
 
 from gpt2_jax import cli, config
@@ -87,20 +88,39 @@ def split(command: str, variables: dict[str, str]) -> list[str]:
     return words
 
 
+def shrink(words: list[str]) -> tuple[str, list[str]]:
+    """The name of a script and its flags at a shrunken size, for `python scripts/NAME.py FLAGS`."""
+    name, arguments = Path(words[1]).stem, words[2:]
+    shrunken = SHRUNKEN[f'lens {arguments[0]}' if name == 'lens' else name]
+    if name in ('train', 'benchmark') and not any('data.corpus' in word for word in arguments):
+        arguments = [*arguments, '--config.data.corpus=book1.txt']
+    return name, [*arguments, *shrunken]
+
+
 def run(words: list[str]) -> None:
     """Runs `python scripts/NAME.py FLAGS [> FILE]` at a shrunken size; it must succeed."""
     target = None
     if '>' in words:
         *words, _, target = words
-    name, arguments = Path(words[1]).stem, words[2:]
-    shrunken = SHRUNKEN[f'lens {arguments[0]}' if name == 'lens' else name]
-    if name in ('train', 'benchmark') and not any('data.corpus' in word for word in arguments):
-        arguments = [*arguments, '--config.data.corpus=book1.txt']
-    code, out, err = runs.script(name, *arguments, *shrunken)
+    name, arguments = shrink(words)
+    code, out, err = runs.script(name, *arguments)
     assert code == 0, f'{shlex.join(words)} ends with {code}: {err}'
     if target:
         Path(target).parent.mkdir(exist_ok=True)
         Path(target).write_text(out, 'utf-8')
+
+
+def run_together(commands: list[list[str]], folder: Path) -> None:
+    """Runs several `python scripts/train.py FLAGS` at once, in processes of their own."""
+    address = f'127.0.0.1:{together.free_port()}'
+    arguments = [
+        [re.sub(r'127\.0\.0\.1:\d+', address, word) for word in shrink(words)[1]]
+        for words in commands
+    ]
+    with together.Starter(folder) as starter:
+        group = starter.start(arguments)
+        codes = group.wait()
+        assert codes == [0] * len(commands), '\n'.join(map(group.output, range(len(commands))))
 
 
 def check_flags(words: list[str], monkeypatch) -> None:
@@ -142,7 +162,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_every_command_runs_or_says_that_it_does_not(page, folder, tmp_path, monkeypatch):
-    work, variables = tmp_path / 'work', {}
+    work, variables, background = tmp_path / 'work', {}, []
     shutil.copytree(folder, work, symlinks=True)
     monkeypatch.chdir(work)
     for line, is_run in commands(page.read_text('utf-8')):
@@ -153,13 +173,33 @@ def test_every_command_runs_or_says_that_it_does_not(page, folder, tmp_path, mon
             words = split(command, variables)
             if words[0] == 'python':
                 assert (ROOT / words[1]).is_file(), line
-            if words[0] == 'python' and words[1].startswith('scripts/'):
+            if words[-1] == '&':
+                background.append(words[:-1])
+            elif background:
+                run_together([*background, words], tmp_path)
+                background = []
+            elif words[0] == 'python' and words[1].startswith('scripts/'):
                 run(words) if is_run else check_flags(words, monkeypatch)
             elif page == README and command in INSTALL:
                 check_installation(words)
             else:
                 assert not is_run, f'{page.name}: mark this line with "{NOT_RUN}": {line}'
                 check_installation(words)
+
+
+def test_cluster_scripts_have_settings_that_exist(monkeypatch):
+    """What srun and Kubernetes start in docs/scale.md: the flags exist, the mesh fits the batch."""
+    page = (ROOT / 'docs' / 'scale.md').read_text('utf-8').replace('\\\n', ' ')
+    blocks = re.findall(r'^```(?:sh|yaml)\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    commands = [
+        re.search(r'python scripts/train\.py\s+(?:--\S+\s+)+', block)[0] for block in blocks
+    ]
+    assert len(commands) == 2
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        words = command.replace('$JOB_COMPLETION_INDEX', '1').split()
+        check_flags(words, monkeypatch)
+        assert any('mesh.data' in word for word in words)
 
 
 def check_installation(words: list[str]) -> None:

@@ -31,18 +31,12 @@ FUSED_SIZES = {'rows': 4, 'heads': 2, 'T': 64, 'steps': 2}
 STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
 
 
-def run_on(
-    mesh_sizes: str, corpus: str, fused: bool = False, *, rows=ROWS, heads=HEADS, T=T, steps=STEPS
-) -> dict:
-    """A few updates and an evaluation on one mesh, and how the state is sharded."""
-    from tiny import flat
-
+def make_setup(
+    mesh_sizes: str, corpus: str, fused=False, *, rows=ROWS, heads=HEADS, T=T, steps=STEPS
+):
+    """The setup of a small run on a mesh."""
     from gpt2_jax.config import default_config, resolve
-    from gpt2_jax.diagnostics import plan
-    from gpt2_jax.diagnostics.describe import describe
     from gpt2_jax.kernels.choose import FUSED, XLA
-    from gpt2_jax.parallel import mesh
-    from gpt2_jax.training import programs
     from gpt2_jax.training import setup as setup_lib
 
     config = default_config()
@@ -60,8 +54,20 @@ def run_on(
     config.optim.update(learning_rate=1e-2, warmup_steps=1)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
     with mock.patch.object(setup_lib, 'choose', return_value=(FUSED if fused else XLA, {})):
-        setup = setup_lib.build(resolve(config))
-    lowered = []
+        return setup_lib.build(resolve(config))
+
+
+def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS, **sizes) -> dict:
+    """A few updates and an evaluation on one mesh, and how the state is sharded."""
+    from tiny import flat
+
+    from gpt2_jax.diagnostics import plan
+    from gpt2_jax.diagnostics.describe import describe
+    from gpt2_jax.kernels.choose import FUSED
+    from gpt2_jax.parallel import mesh
+    from gpt2_jax.training import programs
+
+    setup, lowered = make_setup(mesh_sizes, corpus, fused, steps=steps, **sizes), []
 
     def compile_and_keep(mesh, function):
         def call(*args):
@@ -104,6 +110,31 @@ def run_on(
     }
 
 
+def restore_tour(corpus: str) -> list[str]:
+    """A state saved on each mesh and restored on the next; the leaves that are not bit-equal."""
+    import jax
+    from tiny import flat
+
+    from gpt2_jax.training import programs
+    from gpt2_jax.workdir.checkpoints import Checkpoints
+
+    meta = {'config': '', 'tokenizer': '', 'progress': {}, 'log_sizes': {}}
+    meta['corpus'] = {'name': '', 'sha256': '', 'fallback': False}
+    first = None
+    for step, mesh_sizes in enumerate((DATA, TENSOR, ALL, ONE)):
+        setup = make_setup(mesh_sizes, corpus)
+        with Checkpoints(Path(corpus).with_name('tour')) as checkpoints:
+            if first is None:
+                state = programs.new_state(setup)
+                first = {name: np.asarray(leaf) for name, leaf in flat(state).items()}
+            else:
+                state = checkpoints.restore(step - 1, programs.abstract_state(setup))
+            numbered = state.replace(step=jax.device_put(np.int32(step), setup.layout.step))
+            checkpoints.save(step, numbered, meta, None)
+    del first['step']
+    return [name for name, leaf in first.items() if not np.array_equal(leaf, flat(state)[name])]
+
+
 def run_all(folder: Path, which: str) -> dict[str, dict]:
     """The runs of this file's last lines, in a process of eight devices."""
     # 2 divides this vocabulary, 4 does not.
@@ -144,6 +175,10 @@ def test_training_equals_one_device(runs, mesh):
     assert runs[mesh]['devices'] in (4, 8)
     for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(runs):
+    assert runs['tour'] == []
 
 
 @pytest.mark.long
@@ -248,6 +283,7 @@ if __name__ == '__main__':
     _, text_path, which = sys.argv
     if which == 'xla':
         results = {mesh: run_on(mesh, text_path) for mesh in MESHES}
+        results['tour'] = restore_tour(text_path)
     else:
         results = {ONE: run_on(ONE, text_path, **FUSED_SIZES)}
         for mesh in FUSED_MESHES:

@@ -37,14 +37,14 @@ LAYERS = (
     # parallel: which devices, and how arrays lie on them
     'parallel.devices parallel.mesh parallel.rules',
     'parallel.partition',
-    'parallel.faults parallel.feed parallel.collectives',
+    'parallel.faults parallel.feed parallel.collectives parallel.hosts',
     # kernels: the same formulas as GPU kernels
     'kernels.choose',
     'kernels.launch',
     'kernels.attention kernels.norm kernels.gelu kernels.embedding kernels.adamw',
     'kernels.decode kernels.sample',
     # workdir: what a run leaves in its folder, and reading it back
-    'workdir.folder workdir.events workdir.checksums',
+    'workdir.folder workdir.events workdir.checksums workdir.fit',
     'workdir.log',
     'workdir.storage workdir.history',
     'workdir.checkpoints',

@@ -40,9 +40,11 @@ def describe(setup: Setup) -> list[str]:
     leaves = list(zip(jax.tree.leaves(decay_mask(params)), jax.tree.leaves(params), strict=True))
     decayed = [leaf for decays, leaf in leaves if decays]
     kept = [leaf for decays, leaf in leaves if not decays]
+    n_processes = jax.process_count()
+    processes = f', in {n_processes} processes' if n_processes > 1 else ''
     lines = [
         f'device     {devices.describe_device(setup.device)}; mesh data {config.mesh.data} x fsdp '
-        f'{config.mesh.fsdp} x tensor {config.mesh.tensor}; jax {jax.__version__}',
+        f'{config.mesh.fsdp} x tensor {config.mesh.tensor}{processes}; jax {jax.__version__}',
         *_describe_undivided(setup),
         f'precision  {_describe_precision(cfg, setup.kernels)}',
         *_describe_kernels(setup),

@@ -49,6 +49,8 @@ from gpt2_jax.lens.readings import repeated_tokens, residual_stream
 from gpt2_jax.lens.subject import as_numpy, leaf_shapes, next_token_losses
 from gpt2_jax.model.gpt2 import GPT2, LayerNorm
 from gpt2_jax.model.ops import FAST
+from gpt2_jax.parallel.hosts import is_first
+from gpt2_jax.parallel.mesh import on_one_device
 from gpt2_jax.training.programs import compile_in_background
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
@@ -106,7 +108,7 @@ class Measure:
     def __call__(self, params) -> dict[str, np.ndarray]:
         """The arrays of one probe, without their first axis; see the head of this file."""
         # A probe is too little work for a mesh.
-        params = jax.device_put(params, self.setup.device)
+        params = on_one_device(self.setup.mesh, params)
         found, taken = self._looking(params, self.all_tokens)
         gradient = self._gradient_at(params, self.gradient_tokens)
         curvature = self.curvature(params, gradient)
@@ -246,7 +248,8 @@ class Probe:
     """The hook that probes at steps 0, 1, 2, 4, .. 512 and then every `every`; see loop.Hook."""
 
     def __init__(self, setup: Setup, workdir: Path, log: Logger, pool: Executor | None = None):
-        self.every, self.workdir, self.log = setup.config.train.probe, workdir, log
+        self.setup, self.every = setup, setup.config.train.probe
+        self.workdir, self.log = workdir, log
         self.measure = Measure(setup, pool)
         self.seconds, self.count = 0.0, 0
         self._before = None  # (step, a copy of the parameters), for the norm of the next update
@@ -279,16 +282,17 @@ class Probe:
     def _probe(self, step: int, params, updates: np.ndarray) -> None:
         arrays = self.measure(params)
         arrays |= {'update': updates, 'ratio': updates / np.maximum(arrays['weight'], 1e-30)}
-        append(self.workdir, step, arrays, self.measure.constants())
+        if is_first():
+            append(self.workdir, step, arrays, self.measure.constants())
         self.log.figures(step, 'probe', figures(arrays, self.measure.constants()))
         self.count += 1
 
     def _updates(self, step: int, params) -> np.ndarray:
         """The norm of the update that led to `step`, for each parameter array."""
-        leaves = jax.tree.leaves(params)
         if self._before is None or self._before[0] != step - 1:
-            return np.full(len(leaves), np.nan)
-        changes = zip(leaves, jax.tree.leaves(self._before[1]), strict=True)
+            return np.full(len(jax.tree.leaves(params)), np.nan)
+        both = (on_one_device(self.setup.mesh, tree) for tree in (params, self._before[1]))
+        changes = zip(*map(jax.tree.leaves, both), strict=True)
         return norms([np.asarray(after) - np.asarray(before) for after, before in changes])
 
     def cost(self, seconds: float) -> str:

@@ -14,7 +14,7 @@ from gpt2_jax.data import batches
 from gpt2_jax.data.batches import HostBatch
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
-from gpt2_jax.parallel.mesh import one_at_a_time, put_batch
+from gpt2_jax.parallel.mesh import one_at_a_time, put_batch, replicated
 from gpt2_jax.parallel.partition import make_unshard
 from gpt2_jax.training.programs import (
     abstract_batch,
@@ -161,6 +161,8 @@ def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callabl
     max_targets = targets_at_once(setup, training=False)
     jitted = jax.jit(
         make_eval_step(setup.model, make_unshard(setup.mesh), max_targets),
+        # Every process sums the losses of all rows.
+        out_shardings=replicated(setup.mesh) if jax.process_count() > 1 else None,
         compiler_options=compiler_options(setup),
     )
 

@@ -39,7 +39,6 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     fp32. `dtype` is the one in which gradients are sent and added, once an update. The mesh axis
     'tensor' must have size 1.
     """
-
     is_sharded = mesh.shape['fsdp'] > 1  # a collective over one device would copy each leaf
 
     def gather(shard, spec: P):

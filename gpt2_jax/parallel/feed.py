@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.data import batches
 from gpt2_jax.data.dataset import Tokens
-from gpt2_jax.parallel.mesh import put_batch
+from gpt2_jax.parallel.mesh import own_rows, put_batch
 
 Batch = dict[str, jax.Array]
 
@@ -16,11 +16,22 @@ Batch = dict[str, jax.Array]
 def train_batch(
     mesh: Mesh, tokens: Tokens, *, seed: int, order: str, step: int, batch_size: int, seq_len: int
 ) -> Batch:
-    """The global batch of update number `step`: see batches.train_batch, also for its UserError."""
+    """The global batch of update number `step`: see batches.train_batch, also for its UserError.
+
+    Of several processes each reads the rows of its own devices.
+    """
+    lo, hi = own_rows(mesh, batch_size)
     rows = batches.train_batch(
-        tokens, seed=seed, order=order, step=step, batch_size=batch_size, seq_len=seq_len
+        tokens,
+        seed=seed,
+        order=order,
+        step=step,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lo=lo,
+        hi=hi,
     )
-    return put_batch(mesh, rows)
+    return put_batch(mesh, rows, first=lo, n_rows=batch_size)
 
 
 @contextlib.contextmanager

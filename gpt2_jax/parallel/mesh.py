@@ -17,6 +17,12 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
             f'{devices[0].platform}; on a CPU, JAX_NUM_CPU_DEVICES={needed} in the environment '
             'simulates them'
         )
+    if jax.process_count() > 1 and needed != len(devices):
+        raise UsageError(
+            f'mesh.data x mesh.fsdp x mesh.tensor = {needed}, but the {jax.process_count()} '
+            f'processes have {len(devices)} devices: a run of several processes uses all of them, '
+            f'for instance with --config.mesh.data={len(devices)}'
+        )
     shape = (data, fsdp, tensor)
     return Mesh(np.array(devices[:needed]).reshape(shape), ('data', 'fsdp', 'tensor'))
 
@@ -38,6 +44,46 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(('data', 'fsdp')))
 
 
-def put_batch(mesh: Mesh, batch):
-    """A batch of numpy rows as global arrays."""
-    return jax.device_put(batch, batch_sharding(mesh))
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of an array."""
+    return NamedSharding(mesh, P())
+
+
+def own_rows(mesh: Mesh, n_rows: int) -> tuple[int, int]:
+    """The range [first, end) of rows that the devices of this process hold, of `n_rows`."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((n_rows,)).values()
+    ranges = [rows.indices(n_rows) for (rows,) in indices]
+    return min(first for first, _, _ in ranges), max(end for _, end, _ in ranges)
+
+
+def put_batch(mesh: Mesh, batch, *, first: int = 0, n_rows: int | None = None):
+    """A batch as global arrays of `n_rows` rows, from numpy rows `first`, `first` + 1, ..
+
+    By default `batch` is all of it. Of several processes each gives at least its `own_rows`.
+    """
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+
+    def put(x):
+        shape = (n_rows or len(x), *x.shape[1:])
+
+        def shard(index):
+            start, end, _ = index[0].indices(shape[0])
+            return x[start - first : end - first]
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return jax.tree.map(put, batch)
+
+
+def on_one_device(mesh: Mesh, tree):
+    """The whole arrays on one device of this process: with several processes, all must call it."""
+    if jax.process_count() > 1:
+        whole = jax.block_until_ready(jax.jit(_same, out_shardings=replicated(mesh))(tree))
+        tree = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    return jax.device_put(tree, mesh.local_devices[0])
+
+
+def _same(tree):
+    return tree

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from gpt2_jax.parallel.feed import Batch
+from gpt2_jax.parallel.hosts import Agreement
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.step import TrainState
 
@@ -28,20 +29,24 @@ class Hook(Protocol):
 
 
 class Interrupt:
-    """The first signal that asks the process to end, so that the loop can save and leave."""
+    """The first signal that asks the run to end, so that the loop can save and leave.
+
+    Of several processes all see a signal that reached one of them, at the same point.
+    """
 
     def __init__(self):
         self.arrived: signal.Signals | None = None
         self.seen: signal.Signals | None = None
+        self._agree = Agreement()
 
     def poll(self) -> signal.Signals | None:
         """Looks for a signal; until the next poll `seen` stays what it is now."""
-        self.seen = self.arrived
+        self.seen = self._agree(self.arrived)
         return self.seen
 
     def check(self) -> None:
         """Raises Interrupted if a signal has arrived. For long work that a resumed run repeats."""
-        if self.arrived:
+        if self._agree(self.arrived):
             raise Interrupted
 
 

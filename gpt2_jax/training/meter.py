@@ -12,6 +12,7 @@ import jax
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel.devices import describe_device, model_flops_utilisation
+from gpt2_jax.parallel.hosts import several
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import Logger, duration
 
@@ -162,7 +163,8 @@ class Meter:
         self._seconds += now - began
         self._steps += step - first
         n_steps = int(FETCH_SECONDS * self._steps / max(self._seconds, 1e-9))
-        self._fetch_every = min(self.every, max(1, n_steps))
+        if not several():  # else all fetch at the same steps, to find the same value not finite
+            self._fetch_every = min(self.every, max(1, n_steps))
         self._announce(step)
         self.progress.train_seconds += now - began
         self.progress.train_steps += step - first

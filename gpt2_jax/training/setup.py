@@ -39,8 +39,8 @@ class Setup:
 
     @property
     def device(self) -> jax.Device:
-        """The first device of the mesh; the others are like it."""
-        return self.mesh.devices.flat[0]
+        """The first device of this process; the others of the mesh are like it."""
+        return self.mesh.local_devices[0]
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
+from gpt2_jax.parallel import hosts
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import (
     CHECKSUMS,
@@ -66,7 +67,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, error_class, *_):
+        if error_class and hosts.several():
+            return  # the other processes may be gone: a save in progress may never end
         try:
             self.wait()
         finally:
@@ -86,7 +89,7 @@ class Checkpoints:
             'params': state.params,
             'train': {'step': state.step, 'opt_state': state.opt_state},
         }
-        try:
+        with self._failures(step):
             self._check_free_space(state)
             saved = self._orbax.save(
                 step,
@@ -99,18 +102,18 @@ class Checkpoints:
             if not saved:
                 steps = all_steps(self.folder)
                 raise OSError(f'a checkpoint of the same or a later step exists: {steps}')
-        except Exception as error:
-            raise self._failed(step, error) from None
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items)
         self._pending = step, self._pool.submit(self._finish, step, shapes)
 
     def add_val_loss(self, step: int, val_loss: float) -> None:
         """Adds the validation loss to a checkpoint that was saved before its evaluation."""
         self._check_claim()
-        path = self.folder / str(step)
-        (path / METRICS).mkdir(exist_ok=True)
-        files.write_text(path / METRICS / METRICS, json.dumps({'val_loss': val_loss}))
-        add_checksum(path, f'{METRICS}/{METRICS}')
+        if hosts.is_first():
+            path = self.folder / str(step)
+            (path / METRICS).mkdir(exist_ok=True)
+            files.write_text(path / METRICS / METRICS, json.dumps({'val_loss': val_loss}))
+            add_checksum(path, f'{METRICS}/{METRICS}')
+        hosts.barrier(f'metrics of checkpoint {step}')
         self._orbax.reload()  # it compares the losses when it decides which checkpoints to keep
 
     def committed(self) -> list[int]:
@@ -145,10 +148,8 @@ class Checkpoints:
         """Waits until the save in progress, if any, is committed. Raises UserError if it failed."""
         if self._pending:
             (step, future), self._pending = self._pending, None
-            try:
+            with self._failures(step):
                 future.result()
-            except Exception as error:
-                raise self._failed(step, error) from None
 
     def restore(self, step: int, abstract):
         """The state saved at `step`; `abstract` gives shape, dtype and sharding of each leaf.
@@ -166,18 +167,34 @@ class Checkpoints:
             )
 
     def _finish(self, step: int, shapes: dict[str, Any]) -> None:
-        """Runs in the background: waits for Orbax, reads back, commits."""
+        """Runs in the background: waits for Orbax, reads back, commits.
+
+        Of several processes the first reads back and commits what all have written.
+        """
         self._orbax.wait_until_finished()
-        storage.read_back(self.folder / str(step), step, shapes)
-        read_meta(self.folder / str(step))
-        self._check_claim()
-        write_checksums(self.folder / str(step))
+        if hosts.is_first():
+            storage.read_back(self.folder / str(step), step, shapes)
+            read_meta(self.folder / str(step))
+            self._check_claim()
+            write_checksums(self.folder / str(step))
+        hosts.barrier(f'commit of checkpoint {step}')
+
+    @contextlib.contextmanager
+    def _failures(self, step: int) -> Iterator[None]:
+        """Turns any error of a save into a UserError."""
+        try:
+            with hosts.lost_processes():
+                yield
+        except hosts.LostProcess:
+            raise
+        except Exception as error:
+            raise self._failed(step, error) from None
 
     def _failed(self, step: int, error: Exception) -> UserError:
         """Removes the unfinished save, since the disk may be full; returns the error to raise."""
         self._check_claim()  # in another run's folder nothing is removed
         for part in [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*'), self.folder / str(step)]:
-            if not (part / CHECKSUMS).is_file():
+            if hosts.is_first() and not (part / CHECKSUMS).is_file():
                 shutil.rmtree(part, ignore_errors=True)
         steps = ', '.join(map(str, committed_steps(self.folder)))
         left = f'the checkpoints of step {steps} are whole' if steps else 'there is none yet'

@@ -97,10 +97,9 @@ def _lock(folder: Path) -> Iterator[int]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                process = os.pread(lock, 20, 0).decode('ascii', 'replace').strip() or 'unknown'
                 raise UserError(
-                    f'another run is using {folder} (process {process}): wait for it, stop it, or '
-                    'choose another --workdir'
+                    f'another run is using {folder} (process {owner(folder)}): wait for it, stop '
+                    'it, or choose another --workdir'
                 ) from None
             # Between open and flock, --fresh may have moved the folder with this file.
             if not _is_at(lock, path):
@@ -111,6 +110,13 @@ def _lock(folder: Path) -> Iterator[int]:
             return
         finally:
             os.close(lock)
+
+
+def owner(folder: Path) -> str:
+    """The id of the process that claimed the folder last; 'unknown' if none did."""
+    with contextlib.suppress(OSError), open(folder / '.lock', 'rb') as lock:
+        return lock.read(20).decode('ascii', 'replace').strip() or 'unknown'
+    return 'unknown'
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -80,21 +80,28 @@ class Logger:
     """Everything a run writes while it trains. Use as a context manager.
 
     `settings` are those of the run, by name; TensorBoard gets them once, when the run begins.
+    Without `writes` no file is written: of several processes one writes.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, settings: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        steps: int,
+        settings: dict[str, Any],
+        writes: bool = True,
+    ):
         name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.from_{start}'
-        (folder / 'tensorboard').mkdir(exist_ok=True)
+        paths = [folder / 'metrics.jsonl', folder / 'samples.txt', folder / 'tensorboard' / name]
         begins = not any(folder.glob('tensorboard/events.out.tfevents.*'))
-        self._folder, self._folder_stat = folder, os.stat(folder)
+        if writes:
+            (folder / 'tensorboard').mkdir(exist_ok=True)
+        else:
+            paths = [Path(os.devnull)] * len(paths)
+        self._folder, self._folder_stat, self._writes = folder, os.stat(folder), writes
         with contextlib.ExitStack() as stack:
             self._files = [
-                stack.enter_context(contextlib.closing(GrowingFile(path)))
-                for path in (
-                    folder / 'metrics.jsonl',
-                    folder / 'samples.txt',
-                    folder / 'tensorboard' / name,
-                )
+                stack.enter_context(contextlib.closing(GrowingFile(path))) for path in paths
             ]
             self._metrics, self._samples, event_file = self._files
             self._events = RecordWriter(event_file)
@@ -195,6 +202,8 @@ class Logger:
         """
         for file in self._files:
             file.flush()
+        if not self._writes:
+            return
         try:
             moved = not os.path.samestat(os.stat(self._folder), self._folder_stat)
         except FileNotFoundError:

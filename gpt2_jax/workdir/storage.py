@@ -12,6 +12,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from gpt2_jax import foreign
 from gpt2_jax.errors import UserError
+from gpt2_jax.parallel import hosts
+from gpt2_jax.workdir import fit
 from gpt2_jax.workdir.folder import check_path
 
 READ_BACK_BYTES = 1 << 28  # of arrays read at a time
@@ -75,21 +77,36 @@ def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.Chec
         best_fn=_val_loss, best_mode='min', preservation_policy=keep, read_only=read_only
     )
     try:
-        return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
-    except OSError:
+        with hosts.lost_processes():
+            return ocp.CheckpointManager(LiteralPath(folder.absolute()), options=options)
+    except (OSError, UserError):
         raise
     except Exception as error:  # in metadata that another program wrote
         raise _another_form(f'a checkpoint in {folder}', error) from None
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):
-    """The named items of a checkpoint. Raises UserError if they are not what this version saves."""
+    """The named items of a checkpoint.
+
+    Raises UserError if they are not what this version saves, or hold other arrays than are wanted.
+    """
+    checkpoint = f'checkpoint {step} in {manager.directory}'
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except (MemoryError, jax.errors.JaxRuntimeError):
+        with hosts.lost_processes():
+            pairs = {
+                name: (
+                    fit.saved_leaves(LiteralPath(manager.directory, str(step), name)),
+                    fit.leaves(args.item),
+                )
+                for name, args in items.items()
+                if isinstance(args, ocp.args.StandardRestore)
+            }
+            fit.check(checkpoint, pairs)
+            return manager.restore(step, args=ocp.args.Composite(**items))
+    except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise
     except Exception as error:  # Orbax has no error class of its own
-        raise _another_form(f'checkpoint {step} in {manager.directory}', error) from None
+        raise _another_form(checkpoint, error) from None
 
 
 def read_back(path: Path, step: int, items: dict[str, Any]) -> None:
@@ -137,10 +154,18 @@ def _val_loss(metrics) -> float:
 
 
 def _read(path: Path, like, **options):
-    """An item as numpy arrays. `like` is its tree of shapes, with `...` for leaves to leave out."""
+    """An item as numpy arrays. `like` is its tree of shapes, with `...` for leaves to leave out.
+
+    Of several processes each reads for itself.
+    """
     as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=as_numpy, **options)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f'process_{here}'
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         return checkpointer.restore(LiteralPath(path.absolute()), args=args)
 
 

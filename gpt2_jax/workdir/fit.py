@@ -1,0 +1,71 @@
+"""Whether a saved tree of arrays is the one that is wanted; if not, what differs, leaf by leaf."""
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from gpt2_jax.errors import UserError
+
+MAX_LINES = 12  # of a report
+
+Leaves = dict[str, str]  # {'h_0/attn/c_attn/bias': '(3, 2, 16) float32', ..}
+
+
+def leaves(tree) -> Leaves:
+    """The shape and dtype of each leaf, by its path."""
+    return {
+        '/'.join(
+            str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
+        ): f'{tuple(leaf.shape)} {leaf.dtype}'
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def saved_leaves(item: epath.Path) -> Leaves:
+    """The same of an item of a checkpoint, from its metadata: no array is read."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return leaves(handler.metadata(item).tree)
+    finally:
+        handler.close()
+
+
+def differences(saved: Leaves, wanted: Leaves) -> list[str]:
+    """A line for each leaf, or whole branch, that is missing on one side or differs."""
+    lines = [
+        f'{name} is {saved[name]} there, {wanted[name]} here'
+        for name in wanted
+        if name in saved and saved[name] != wanted[name]
+    ]
+    for side, ours, theirs in (('here', wanted, saved), ('there', saved, wanted)):
+        branches = [_missing_branch(name, theirs) for name in ours if name not in theirs]
+        for branch in dict.fromkeys(branches):
+            n = branches.count(branch)
+            size = ours[branch] if branch in ours else f'{n} array{"s" * (n > 1)}'
+            lines.append(f'{branch} is only {side} ({size})')
+    return lines
+
+
+def check(checkpoint: str, items: dict[str, tuple[Leaves, Leaves]]) -> None:
+    """Raises UserError, with the differences, unless every (saved, wanted) of the items is equal.
+
+    `checkpoint` says which one, for people.
+    """
+    lines = [f'{item}/{line}' for item, pair in items.items() for line in differences(*pair)]
+    if lines:
+        if len(lines) > MAX_LINES:
+            lines[MAX_LINES:] = [f'and {len(lines) - MAX_LINES} more differences']
+        raise UserError(
+            f'{checkpoint} holds other arrays than this configuration needs, and none was '
+            'loaded:\n' + ';\n'.join(f'  {line}' for line in lines)
+        )
+
+
+def _missing_branch(name: str, others: Leaves) -> str:
+    """The shortest beginning of a path under which the others have no leaf."""
+    parts = name.split('/')
+    for n in range(1, len(parts)):
+        branch = '/'.join(parts[:n])
+        if not any(other.startswith(f'{branch}/') or other == branch for other in others):
+            return branch
+    return name
