@@ -27,7 +27,7 @@ gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_addoption(parser):
-    parser.addoption('--long', action='store_true', help='also the tests that take 10 s and more')
+    parser.addoption('--long', action='store_true', help='also the tests that take longest')
 
 
 def pytest_collection_modifyitems(config, items):

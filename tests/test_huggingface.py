@@ -518,6 +518,7 @@ def test_presets_have_the_published_sizes(name, count):
     assert len(PRESETS) == 4
 
 
+@pytest.mark.long
 def test_a_published_folder_becomes_a_run_that_samples_and_is_exported_again(tmp_path):
     """By the scripts, once; their library calls are tested below."""
     (tmp_path / 'letters.json').write_text(tokenizers.to_json(LETTERS))

@@ -104,7 +104,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+LONG = {'products kept': pytest.mark.long}
+
+
+@pytest.mark.parametrize('name', [pytest.param(case, marks=LONG.get(case, ())) for case in CASES])
 def test_gradients_equal_the_plain_model(name):
     """With the same dropout masks: other masks would change loss and gradients by a tenth."""
     ours = first_update(**FUSED, **CASES[name])
@@ -116,8 +119,16 @@ def test_gradients_equal_the_plain_model(name):
 
 @pytest.mark.parametrize(
     ('path', 'case'),
-    [(XLA, 'dropout'), (FUSED, 'dropout'), (FUSED | {'residual_dtype': 'float32'}, 'plain')],
-    ids=['xla', 'fused', 'fused with a residual stream in fp32'],
+    [
+        pytest.param(XLA, 'dropout', id='xla'),
+        pytest.param(FUSED, 'dropout', id='fused'),
+        pytest.param(
+            FUSED | {'residual_dtype': 'float32'},
+            'plain',
+            id='fused with a residual stream in fp32',
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def test_bf16_gradients_are_near_fp32(path, case):
     """The bounds are a little above the errors measured; test_gpu.py has bounds for a GPU."""
@@ -190,7 +201,9 @@ def test_rows_on_two_devices_have_the_masks_of_the_whole():
     assert abs(run(params, second, key, n)[0] - halves[1][0]) > 1e-4
 
 
-@pytest.mark.parametrize('implementation', ['explicit', 'optax'])
+@pytest.mark.parametrize(
+    'implementation', [pytest.param('explicit', marks=pytest.mark.long), 'optax']
+)
 def test_other_optimizers(implementation):
     """They accept the gradients of the kernels, with the rows that pad the vocabulary."""
     after = []

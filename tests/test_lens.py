@@ -461,6 +461,7 @@ def test_head_scores_find_the_head_they_are_made_for():
 # Curvature
 
 
+@pytest.mark.long
 def test_curvature_equals_the_full_hessian():
     model = tiny(n_layer=1, n_embd=4, n_head=2, n_positions=5, vocab_size=5, n_inner=6)
     params, text = rough_params(model, std=0.5), tokens(model, batch=1)

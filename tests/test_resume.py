@@ -116,6 +116,7 @@ def snapshot(folder):
     }
 
 
+@pytest.mark.long
 def test_processes_that_are_killed_and_stopped(text, reference, tmp_path):
     draw, run = random.Random(3), tmp_path / 'run'
 
