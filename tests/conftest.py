@@ -30,8 +30,17 @@ def pytest_addoption(parser):
     parser.addoption('--long', action='store_true', help='also the tests that take longest')
 
 
+# The files that take longest start first, so that none is left to one process at the end.
+FIRST = ('parallel', 'kernels', 'ops', 'docs', 'errors', 'lens', 'decode_kernels', 'resume')
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests marked long, unless --long is given or a test is named by itself."""
+    """Orders the files, and leaves out the tests marked long.
+
+    They run if --long is given or a test is named by itself.
+    """
+    rank = {f'test_{name}.py': place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
     if config.getoption('--long') or any('::' in argument for argument in config.args):
         return
     long = [item for item in items if item.get_closest_marker('long')]

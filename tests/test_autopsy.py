@@ -49,6 +49,7 @@ def plant(patch, name, layer, head, token):
     patch.setattr(gpt2, 'tap', tap_and_spoil)
 
 
+@pytest.mark.long
 def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatch):
     lines = runs.write_text(tmp_path / 'text.txt', words=300).read_text().splitlines()
     lines[4] = lines[4][:9] + TRAP + lines[4][10:]

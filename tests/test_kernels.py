@@ -218,6 +218,7 @@ def test_other_optimizers(implementation):
         np.testing.assert_allclose(ours[name], leaf, atol=0.01 * SCHEDULE(0), err_msg=name)
 
 
+@pytest.mark.long
 def test_micro_batches():
     rows = 2 * ROWS
     check_equal(

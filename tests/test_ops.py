@@ -92,7 +92,7 @@ SMALL = dict(vocab_size=5, n_layer=1, n_head=2, n_embd=4, n_positions=3, n_inner
 TEXT_BT = np.array([[1, 4, 2, 3]])
 
 
-@pytest.fixture(scope='module', params=['none', 'block'])
+@pytest.fixture(scope='module', params=['none', pytest.param('block', marks=pytest.mark.long)])
 def small(request):
     """(logits of a vector of parameters, its loss, the same loss in fp64 by numpy, the vector)."""
     cfg = tiny(**SMALL, remat=request.param).cfg

@@ -40,6 +40,7 @@ def test_log_spaced_steps():
     assert steps == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 700, 1400, 2100, 2800]
 
 
+@pytest.mark.long
 def test_a_run_that_keeps_more_is_the_run_that_keeps_less(text, reference, tmp_path):
     """Stopped at once and resumed: step 0 is kept, saved once, and changes no bit of the run."""
     config, run = runs.make_config(text, checkpoint__keep='log'), tmp_path / 'run'
