@@ -163,6 +163,7 @@ def test_precisions_between_the_kernels(monkeypatch, residual_dtype, stream, dro
     assert seen == {('x', stream), ('sum', stream), ('branch', 'bfloat16'), ('y', 'bfloat16')}
 
 
+@pytest.mark.long
 def test_cudnn_attention_between_the_kernels(monkeypatch):
     """Its three products and moved biases, with XLA's attention in place of cuDNN's."""
     monkeypatch.setattr(
@@ -174,6 +175,7 @@ def test_cudnn_attention_between_the_kernels(monkeypatch):
     check_equal(first_update(kernels, 'fused'), first_update(**XLA))
 
 
+@pytest.mark.long
 def test_parts_by_xla_between_the_kernels():
     kernels = kernel_choice.FUSED._replace(attention='xla', norm='xla', gelu='xla')
     check_equal(first_update(kernels, 'fused', **DROPOUT), first_update(**XLA, **DROPOUT))
@@ -201,9 +203,8 @@ def test_rows_on_two_devices_have_the_masks_of_the_whole():
     assert abs(run(params, second, key, n)[0] - halves[1][0]) > 1e-4
 
 
-@pytest.mark.parametrize(
-    'implementation', [pytest.param('explicit', marks=pytest.mark.long), 'optax']
-)
+@pytest.mark.long
+@pytest.mark.parametrize('implementation', ['explicit', 'optax'])
 def test_other_optimizers(implementation):
     """They accept the gradients of the kernels, with the rows that pad the vocabulary."""
     after = []

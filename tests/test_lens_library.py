@@ -43,6 +43,7 @@ def ten_lines(text: str) -> str:
     return textwrap.dedent(block[1] or block[2]).strip()
 
 
+@pytest.mark.long
 def test_the_first_ten_lines_of_help_and_of_the_page_work(folder):
     program = ten_lines(gpt2_jax.__doc__)
     assert program == ten_lines((ROOT / 'docs/library.md').read_text('utf-8'))
