@@ -47,7 +47,7 @@ setup(
         'test': [
             'pytest>=8,<10',
             'ruff>=0.14,<0.18',
-            'pytest-xdist>=3.6,<4',
+            'pytest-xdist>=3.7,<4',
             'hypothesis>=6.140,<7',
             *PARQUET,
             *GRAIN,
