@@ -10,9 +10,11 @@ from tiny import tiny
 
 from gpt2_jax import lens
 from gpt2_jax.architecture import GPT2Config, flops_per_token
+from gpt2_jax.config import default_config
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.flow import plain_step
 from gpt2_jax.lens.jaxpr import PHASES
+from gpt2_jax.look import training_step
 from gpt2_jax.model.params import count_params, init_params
 from gpt2_jax.reports import flow as flow_report
 
@@ -46,6 +48,18 @@ def test_totals_equal_the_parameters_and_the_count_of_xla(changes):
     used = [operation.parameter for operation in flow.operations if operation.parameter]
     assert len([name for name in used if '(tied)' not in name]) == len(jax.tree.leaves(shapes))
     assert used.count('wte/embedding (tied)') == 1
+
+
+@pytest.mark.parametrize('vocab_size', [65, 1030, 4100])
+def test_the_training_step_has_names_at_any_vocabulary(vocab_size):
+    """It pads the table of a large one, and takes the loss of a larger one in chunks."""
+    config = default_config()
+    config.model.update({name: SMALL[name] for name in SMALL if name != 'vocab_size'}, n_layer=1)
+    config.train.update(batch_size=2)
+    cfg = GPT2Config(**SMALL | {'n_layer': 1, 'vocab_size': vocab_size})
+    flow = lens.shape_flow(cfg, batch_size=2, make_step=training_step(config))
+    assert flow.n_params == count_params(jax.eval_shape(lambda: init_params(cfg, 0)))
+    assert flow.xla_flops > 0
 
 
 def test_products_have_the_flops_of_the_model(flow):

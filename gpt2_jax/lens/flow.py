@@ -21,9 +21,10 @@ from gpt2_jax.lens.subject import run
 from gpt2_jax.model.params import init_params
 
 # A step is traced with these sizes to name its dimensions. The vocabulary and whatever is derived
-# from it stay on their side of 1,024, where model/ops.py begins to pad.
+# from it stay on their side of 1,024, where model/ops.py begins to pad, and of 4,096, where
+# training/programs.py begins to take the loss in chunks.
 PRIMES = {'B': 11, 'T': 17, 'H': 5, 'K': 7, 'F': 41, 'P': 23, 'A': 29, 'V': 61}
-LARGE_V = 1031
+LARGE_V, LARGER_V = 1031, 4099
 # The letters, in the order in which those of a merged axis are written.
 MEANINGS = {
     'B': 'rows of a (micro-)batch',
@@ -151,7 +152,7 @@ def _prime_sizes(real: Sizes) -> tuple[Sizes, dict[str, int]]:
     # A size of 1 stays 1: JAX leaves out what it would have to do to that axis.
     primes = {letter: prime if sizes.get(letter, 1) > 1 else 1 for letter, prime in PRIMES.items()}
     if sizes['V'] > 1024:
-        primes['V'] = LARGE_V
+        primes['V'] = LARGE_V if sizes['V'] < 4096 else LARGER_V
     cfg = dataclasses.replace(
         real.cfg,
         vocab_size=primes['V'],
