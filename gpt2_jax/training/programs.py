@@ -72,7 +72,7 @@ def compiler_options(setup: Setup) -> dict[str, bool | int]:
     XLA times several kernels for a matrix product and takes the fastest, so two machines may take
     different ones and round differently. With train.deterministic it takes the first (a step takes
     1 to 2 % longer with GPT-2 124M, 5 % with shakespeare.py, H100). The fused kernels add in fixed
-    order; XLA's scatter-add does not unless it is told to.
+    order; XLA's scatter-add does so only with an option.
     """
     options = {'xla_gpu_enable_triton_gemm': False} if setup.kernels.fused_training else {}
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
