@@ -309,6 +309,9 @@ RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 NOT_RESUMABLE = ('eval.tokens',)
 # And with other values of these.
 RESUMABLE_KEYS = ('train.probe', 'train.spike')
+# And, without dropout, with other micro-batches: the same rows, added up in another order. Dropout
+# draws its masks micro-batch by micro-batch.
+DROPOUT_KEYS = ('model.embd_pdrop', 'model.attn_pdrop', 'model.resid_pdrop')
 
 
 def default_config() -> ConfigDict:
@@ -475,14 +478,15 @@ def from_json(text: str) -> ConfigDict:
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """{key: (old value, new value)} of the changed settings that a resumed run must keep."""
     old, new = flatten(old), flatten(new)
+    has_dropout = any(new[key] for key in DROPOUT_KEYS)
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key] and not _is_resumable(key)
+        if old[key] != new[key] and not _is_resumable(key, has_dropout)
     }
 
 
-def _is_resumable(key: str) -> bool:
-    if key in RESUMABLE_KEYS:
+def _is_resumable(key: str, has_dropout: bool) -> bool:
+    if key in RESUMABLE_KEYS or (key == 'train.grad_accum_steps' and not has_dropout):
         return True
     return key.split('.')[0] in RESUMABLE_SECTIONS and key not in NOT_RESUMABLE

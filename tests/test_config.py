@@ -325,6 +325,16 @@ def test_differences_are_the_settings_that_forbid_resuming():
     assert set(RESUMABLE_SECTIONS) == {'eval', 'checkpoint', 'log', 'mesh'}
 
 
+def test_micro_batches_may_change_without_dropout():
+    """A run on fewer devices may need more of them; with dropout each has its own masks."""
+    rates = dict.fromkeys(('model.embd_pdrop', 'model.attn_pdrop', 'model.resid_pdrop'), 0.0)
+    old, new = (changed(rates | {'train.grad_accum_steps': n}) for n in (1, 4))
+    assert differences(old, new) == {}
+    for key in rates:
+        old, new = (changed(rates | {key: 0.1, 'train.grad_accum_steps': n}) for n in (1, 4))
+        assert differences(old, new) == {'train.grad_accum_steps': (1, 4)}
+
+
 # The flags as scripts/train.py defines them; it prints the configuration instead of training.
 PROGRAM = """
 import sys
