@@ -67,9 +67,10 @@ def test_a_run_describes_its_precision(tmp_path, dtype, residual_dtype, expected
     assert [line.endswith(expected) for line in lines] == [True]
 
 
-def run_meter(seconds, monkeypatch):
+def run_meter(seconds, monkeypatch, recorded=None):
     """Twelve updates of so many seconds; returns the meter, its clock, what it showed and said."""
     now, shown, said = [0.0], [], []
+    recorded = [] if recorded is None else recorded
     monkeypatch.setattr(meter.time, 'monotonic', lambda: now[0])
     monkeypatch.setattr(meter.Meter, 'mfu', lambda self, rate: None)
     config = default_config()
@@ -77,7 +78,7 @@ def run_meter(seconds, monkeypatch):
     setup = SimpleNamespace(config=config, tokens_per_step=1000, eval_tokens=12_000)
     log = SimpleNamespace(
         say=said.append,
-        record=lambda *_: None,
+        record=lambda step, *_: recorded.append(step),
         progress=lambda step, steps, loss, rate, left: shown.append((step, left)),
     )
     progress = meter.Progress()
@@ -95,6 +96,19 @@ def test_slow_updates_are_shown_one_by_one(seconds, steps, monkeypatch):
     """Fast ones every log.every updates, here 10."""
     _, _, shown, _ = run_meter(seconds, monkeypatch)
     assert [step for step, _ in shown] == list(steps)
+
+
+@pytest.mark.parametrize('seconds', [2.0, 0.01])
+def test_the_first_update_every_tenth_and_the_last_are_recorded(seconds, monkeypatch):
+    """Whether they are fetched one by one or several at a time; log.every is 10."""
+    recorded = []
+    meters, now, _, _ = run_meter(seconds, monkeypatch, recorded)
+    for step in range(13, 96):
+        now[0] += seconds
+        meters.add(step, {'loss': 2.0})
+    meters.steps = 95
+    meters.drain()
+    assert recorded == [1, *range(10, 91, 10), 95]
 
 
 def test_the_time_left_includes_evaluations(monkeypatch):
