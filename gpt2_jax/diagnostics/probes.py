@@ -95,14 +95,12 @@ class Measure:
         padded = np.pad(repeated, ((0, 0), (0, T - repeated.shape[1])))
         self.all_tokens = np.concatenate([self.tokens_RT, padded])
         self.gradient_tokens = self.tokens_RT[: max(1, GRADIENT_TOKENS // T), :GRADIENT_TOKENS]
-        # On a CPU, a program that runs a few times costs less if it is not optimised.
-        options = {'xla_backend_optimization_level': 0} if setup.device.platform == 'cpu' else {}
-        looking = jax.jit(self._look, compiler_options=options)
-        gradient = jax.jit(self._gradient, compiler_options=options)
         params = setup.shapes.params
-        self._looking = compile_in_background(pool, looking, lambda: (params, self.all_tokens))
+        self._looking = compile_in_background(
+            pool, jax.jit(self._look), lambda: (params, self.all_tokens)
+        )
         self._gradient_at = compile_in_background(
-            pool, gradient, lambda: (params, self.gradient_tokens)
+            pool, jax.jit(self._gradient), lambda: (params, self.gradient_tokens)
         )
 
     def __call__(self, params) -> dict[str, np.ndarray]:
@@ -160,24 +158,28 @@ class Measure:
         cfg, rows, taken = self.cfg, len(self.tokens_RT), {}
         model = GPT2(cfg, FAST._replace(tap=lambda name, x: taken.setdefault(name, x)))
         logits_BTV = model.apply({'params': params}, all_tokens)
-        patterns = [taken[f'h_{i}.pattern'] for i in range(cfg.n_layer)]
-        found = {'loss': next_token_losses(logits_BTV[:rows], all_tokens[:rows])}
-        found['rank'] = jnp.stack(
-            [
-                ranks(cfg, params, taken[name][:rows], all_tokens[:rows])
-                for name in residual_stream(cfg)
-            ]
-        )
-        entropies = [-jax.scipy.special.xlogy(p, p).sum(-1)[:rows].mean((0, 2)) for p in patterns]
-        found['entropy'] = jnp.stack(entropies)
-        query, half = np.arange(self.half, 2 * self.half), self.half
+
+        def of_all(names):
+            return jnp.stack([taken[name] for name in names])
+
+        layers, query, half = range(cfg.n_layer), np.arange(self.half, 2 * self.half), self.half
+        # One small program for all layers compiles sooner than one for each.
+        streams_LRTD = of_all(residual_stream(cfg))[:, :rows]
+        patterns_LBHTS = of_all(f'h_{i}.pattern' for i in layers)
+        mlp_LRTF = of_all(f'h_{i}.mlp_pre' for i in layers)[:, :rows]
+        found = {
+            'loss': next_token_losses(logits_BTV[:rows], all_tokens[:rows]),
+            # Layer by layer: the logits of all at once would need gigabytes for GPT-2.
+            'rank': jax.lax.map(
+                lambda x_RTD: ranks(cfg, params, x_RTD, all_tokens[:rows]), streams_LRTD
+            ),
+            'entropy': -jax.scipy.special.xlogy(patterns_LBHTS, patterns_LBHTS)
+            .sum(-1)[:, :rows]
+            .mean((1, 3)),
+            'dead': (mlp_LRTF.max((1, 2)) <= 0).mean(-1),
+        }
         for name, back in zip(SCORES, (1, half, half - 1), strict=True):
-            found[name] = jnp.stack(
-                [p[rows:, :, query, query - back].mean((0, 2)) for p in patterns]
-            )
-        found['dead'] = jnp.stack(
-            [(taken[f'h_{i}.mlp_pre'][:rows].max((0, 1)) <= 0).mean() for i in range(cfg.n_layer)]
-        )
+            found[name] = patterns_LBHTS[:, rows:, :, query, query - back].mean((1, 3))
         return found, {name: taken[name][:rows] for name in activation_names(cfg.n_layer)}
 
     def _gradient(self, params, tokens):
