@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -21,6 +22,11 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
     }
+
+# Compiled modules are kept, also where the environment says no: tests start many processes, and
+# each would compile the package again.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
 
 # Tracing makes many objects that live long: looking for garbage less often saves 4 % of the time.
 gc.set_threshold(200_000, 20, 100)

@@ -74,6 +74,7 @@ def test_training_and_decoding(tiny_setup, monkeypatch):
     assert figures['samples'] == 3
 
 
+@pytest.mark.long
 def test_scale(monkeypatch):
     """Tiny sizes in the place of the published ones; test_docs.py has the command."""
     for name, width in (('gpt2', 8), ('gpt2-xl', 16)):

@@ -160,7 +160,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    'page',
+    [README, *(pytest.param(page, marks=pytest.mark.long) for page in PAGES[1:])],
+    ids=lambda page: page.name,
+)
 def test_every_command_runs_or_says_that_it_does_not(page, folder, tmp_path, monkeypatch):
     work, variables, background = tmp_path / 'work', {}, []
     shutil.copytree(folder, work, symlinks=True)

@@ -452,3 +452,19 @@ def test_a_sequence_longer_than_the_context_is_refused():
         cache = init_cache(model.cfg, 1)
         ids_BT = np.zeros((1, 3), np.int32)
         model.apply({'params': rough_params(model)}, ids_BT, cache, 10, method='features')
+
+
+@pytest.mark.parametrize(('rate', 'key', 'taken'), [(0.0, 1, 2), (0.5, None, 2), (0.5, 1, 0)])
+def test_a_fast_attention_is_not_taken_where_the_pattern_has_dropout(rate, key, taken):
+    """It has none. Both layers take it, or neither."""
+    calls = []
+
+    def attention(q_BTHK, k_BTHK, v_BTHK):
+        calls.append(q_BTHK.shape)
+        return v_BTHK
+
+    model = tiny(attn_pdrop=rate)
+    model = model.clone(ops=model.ops._replace(attention=attention))
+    key = None if key is None else jax.random.key(key)
+    jax.eval_shape(lambda p: model.apply({'params': p}, tokens(model), key), shapes(model))
+    assert len(calls) == taken

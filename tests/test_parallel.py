@@ -1,5 +1,6 @@
 """One device equals eight: the same runs on meshes of simulated devices, in one process."""
 
+import functools
 import importlib
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,7 +22,13 @@ from gpt2_jax.parallel.devices import peak_flops
 
 # data x fsdp x tensor
 ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
-MESHES = (ONE, DATA, FSDP, ALL, TENSOR)
+# The runs of one process. ALL has the axes of the meshes that only --long runs.
+GROUPS = {'few': (ONE, DATA, ALL), 'long': (ONE, FSDP, TENSOR)}
+MESHES = [
+    pytest.param(mesh, group, id=mesh, marks=pytest.mark.long if group == 'long' else ())
+    for group, meshes in GROUPS.items()
+    for mesh in meshes
+]
 # Fused kernels, interpreted, on two devices: fewer rows, and positions in whole blocks.
 FUSED_MESHES = ('2 1 1', '1 2 1')
 FUSED_COLLECTIVES = {
@@ -135,14 +143,14 @@ def restore_tour(corpus: str) -> list[str]:
     return [name for name, leaf in first.items() if not np.array_equal(leaf, flat(state)[name])]
 
 
-def run_all(folder: Path, which: str) -> dict[str, dict]:
+def run_all(folder: Path, group: str) -> dict[str, dict]:
     """The runs of this file's last lines, in a process of eight devices."""
     # 2 divides this vocabulary, 4 does not.
     letters = [chr(code) for code in range(97, 97 + 30)]
     text = ''.join(np.random.default_rng(0).choice(letters, 1500))
     (folder / 'text.txt').write_text(text)
     done = subprocess.run(
-        [sys.executable, '-W', 'error', __file__, str(folder / 'text.txt'), which],
+        [sys.executable, '-W', 'error', __file__, str(folder / 'text.txt'), group],
         text=True,
         timeout=900,
         capture_output=True,
@@ -158,34 +166,31 @@ def run_all(folder: Path, which: str) -> dict[str, dict]:
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory) -> dict[str, dict]:
-    return run_all(tmp_path_factory.mktemp('parallel'), 'xla')
+def results(tmp_path_factory) -> Callable[[str], dict[str, dict]]:
+    """The runs of a group, which are made when they are first asked for."""
+    return functools.cache(lambda group: run_all(tmp_path_factory.mktemp('parallel'), group))
 
 
-@pytest.fixture(scope='module')
-def fused_runs(tmp_path_factory) -> dict[str, dict]:
-    return run_all(tmp_path_factory.mktemp('parallel'), 'fused')
-
-
-@pytest.mark.parametrize('mesh', MESHES[1:])
-def test_training_equals_one_device(runs, mesh):
+@pytest.mark.parametrize(('mesh', 'group'), MESHES)
+def test_training_equals_one_device(results, mesh, group):
     """Loss, norms and learning rate of every step, with dropout and two micro-batches."""
+    runs = results(group)
     losses = [record['loss'] for record in runs[ONE]['records']]
     assert len(set(losses)) == STEPS
-    assert runs[mesh]['devices'] in (4, 8)
+    assert runs[mesh]['devices'] == math.prod(map(int, mesh.split()))
     for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_checkpoint_of_any_mesh_restores_on_any_other(runs):
-    assert runs['tour'] == []
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(results):
+    assert results('few')['tour'] == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
-def test_fused_kernels_on_a_mesh_equal_one_device(fused_runs, mesh):
+def test_fused_kernels_on_a_mesh_equal_one_device(results, mesh):
     """Each device on its own rows, with the dropout masks of the whole batch."""
-    fused, one = fused_runs[mesh], fused_runs[ONE]
+    fused, one = results('fused')[mesh], results('fused')[ONE]
     assert fused['devices'] == 2
     for ours, theirs in zip(fused['records'], one['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -198,65 +203,65 @@ def test_fused_kernels_on_a_mesh_equal_one_device(fused_runs, mesh):
 
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
-def test_a_plan_has_the_bytes_of_the_collectives(fused_runs, mesh):
+def test_a_plan_has_the_bytes_of_the_collectives(results, mesh):
     """Those of the compiled update, apart from a few scalars: the loss and the norms."""
     sizes = dict.fromkeys(FUSED_COLLECTIVES[mesh], 0)
-    program = fused_runs[mesh]['programs'][0]
+    run = results('fused')[mesh]
+    program = run['programs'][0]
     for shapes, kind in re.findall(r' = (.+?) (all-[a-z]+|reduce-scatter)\(', program):
         pieces = 2 if kind == 'reduce-scatter' else 1
         for shape in re.findall(r'f32\[([\d,]*)\]', shapes):
             sizes[kind] += 4 * pieces * math.prod(int(n) for n in shape.split(',') if n)
     planned = dict.fromkeys(sizes, 0)
-    for _, kind, _, size, _ in fused_runs[mesh]['planned']:
+    for _, kind, _, size, _ in run['planned']:
         planned[kind] += size
     scalars = sizes.pop('all-reduce') - planned.pop('all-reduce')
     assert sizes == planned
     assert 0 < scalars <= 32
 
 
-def test_a_run_names_what_its_mesh_does_not_divide(runs):
-    for mesh, named in ((TENSOR, ['wte/embedding: 30']), (ALL, []), (ONE, [])):
-        lines = [line for line in runs[mesh]['described'] if line.startswith('undivided')]
-        assert len(lines) == len(named)
-        assert all(name in line for name, line in zip(named, lines, strict=True))
+@pytest.mark.parametrize(('mesh', 'group'), MESHES)
+def test_a_run_names_what_its_mesh_does_not_divide(results, mesh, group):
+    lines = [line for line in results(group)[mesh]['described'] if line.startswith('undivided')]
+    assert len(lines) == (mesh == TENSOR)
+    assert all('wte/embedding: 30' in line for line in lines)
 
 
-@pytest.mark.parametrize('mesh', MESHES[1:])
-def test_evaluation_equals_one_device(runs, mesh):
+@pytest.mark.parametrize(('mesh', 'group'), MESHES)
+def test_evaluation_equals_one_device(results, mesh, group):
+    runs = results(group)
     assert runs[mesh]['evaluation'] == pytest.approx(runs[ONE]['evaluation'], rel=1e-5)
     assert runs[mesh]['evaluation']['tokens'] == 149
 
 
-@pytest.mark.parametrize(
-    ('mesh', 'pieces'), [(ONE, 1), (DATA, 1), (FSDP, 4), (ALL, 4), (TENSOR, 4)]
-)
-def test_matrices_and_their_moments_are_sharded(runs, mesh, pieces):
+@pytest.mark.parametrize(('mesh', 'group'), MESHES)
+def test_matrices_and_their_moments_are_sharded(results, mesh, group):
     """ZeRO: no device holds a whole matrix or its moments, before and after updates."""
-    sizes, stored = runs[mesh]['sizes'], runs[mesh]['stored']
+    run, (_, fsdp, tensor) = results(group)[mesh], map(int, mesh.split())
+    sizes, stored = run['sizes'], run['stored']
     kernels = [name for name in sizes if name.endswith('kernel')]
     assert len(kernels) == 3 * 4  # parameters and two moments
-    assert {sizes[name] / stored[name] for name in kernels} == {pieces}
+    assert {sizes[name] / stored[name] for name in kernels} == {fsdp * tensor}
     embeddings = {name: sizes[name] / stored[name] for name in sizes if name.endswith('embedding')}
     assert len(embeddings) == 3 * 2
-    fsdp, tensor = (int(size) for size in mesh.split()[1:])
     for name, parts in embeddings.items():
         assert parts == fsdp * (tensor if 'wte' in name and 30 % tensor == 0 else 1)
 
 
-def test_each_device_computes_its_own_rows(runs):
+@pytest.mark.parametrize(('mesh', 'group'), MESHES)
+def test_each_device_computes_its_own_rows(results, mesh, group):
     """No device computes another's share or moves activations to another one.
 
     Sharded parameters are gathered for use: else XLA splits and moves the activations.
     """
-    for mesh in MESHES:
-        data, fsdp, tensor = map(int, mesh.split())
-        rows, heads = ROWS // ACCUMULATE // data // fsdp, HEADS // tensor
-        assert len(runs[mesh]['programs']) == 2  # update and evaluation
-        for program in runs[mesh]['programs']:
-            products = re.findall(r'= f32\[([\d,]+)\]\S* (?:dot|custom-call)\(', program)
-            scores = {shape for shape in products if shape.endswith(f'{T},{T}')}
-            assert scores == {','.join(str(n) for n in (rows, heads, T, T) if n > 1)}, mesh
-            assert 'all-to-all' not in program
+    run, (data, fsdp, tensor) = results(group)[mesh], map(int, mesh.split())
+    rows, heads = ROWS // ACCUMULATE // data // fsdp, HEADS // tensor
+    assert len(run['programs']) == 2  # update and evaluation
+    for program in run['programs']:
+        products = re.findall(r'= f32\[([\d,]+)\]\S* (?:dot|custom-call)\(', program)
+        scores = {shape for shape in products if shape.endswith(f'{T},{T}')}
+        assert scores == {','.join(str(n) for n in (rows, heads, T, T) if n > 1)}
+        assert 'all-to-all' not in program
 
 
 @pytest.mark.parametrize(
@@ -280,12 +285,13 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 
 
 if __name__ == '__main__':
-    _, text_path, which = sys.argv
-    if which == 'xla':
-        results = {mesh: run_on(mesh, text_path) for mesh in MESHES}
-        results['tour'] = restore_tour(text_path)
-    else:
+    _, text_path, group = sys.argv
+    if group == 'fused':
         results = {ONE: run_on(ONE, text_path, **FUSED_SIZES)}
         for mesh in FUSED_MESHES:
             results[mesh] = run_on(mesh, text_path, fused=True, **FUSED_SIZES)
+    else:
+        results = {mesh: run_on(mesh, text_path) for mesh in GROUPS[group]}
+        if group == 'few':
+            results['tour'] = restore_tour(text_path)
     print(json.dumps(results))

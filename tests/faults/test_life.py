@@ -257,7 +257,7 @@ def test_a_run_ends_bit_equal_or_is_refused():
         run_state_machine_as_test(
             Life,
             settings=settings(
-                max_examples=LIVES or 3,
+                max_examples=LIVES or 2,
                 stateful_step_count=25 if LIVES else 6,
                 derandomize=not LIVES,
                 deadline=None,

@@ -57,7 +57,7 @@ def switched(name, value):
     [
         pytest.param('jax_disable_jit', True, 'optax', marks=pytest.mark.long),
         ('jax_enable_x64', True, 'optax'),
-        ('jax_enable_x64', True, 'explicit'),
+        pytest.param('jax_enable_x64', True, 'explicit', marks=pytest.mark.long),
         ('jax_debug_nans', True, 'optax'),
         ('jax_transfer_guard', 'disallow', 'optax'),
     ],
