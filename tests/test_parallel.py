@@ -32,9 +32,17 @@ STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
 
 
 def make_setup(
-    mesh_sizes: str, corpus: str, fused=False, *, rows=ROWS, heads=HEADS, T=T, steps=STEPS
+    mesh_sizes: str,
+    corpus: str,
+    fused=False,
+    *,
+    rows=ROWS,
+    heads=HEADS,
+    T=T,
+    steps=STEPS,
+    algorithm='adamw',
 ):
-    """The setup of a small run on a mesh."""
+    """The setup of a small run on a mesh. Muon with an average of the parameters."""
     from gpt2_jax.config import default_config, resolve
     from gpt2_jax.kernels.choose import FUSED, XLA
     from gpt2_jax.training import setup as setup_lib
@@ -51,7 +59,8 @@ def make_setup(
     )
     config.data.corpus = corpus
     config.train.update(steps=steps, batch_size=rows, grad_accum_steps=ACCUMULATE)
-    config.optim.update(learning_rate=1e-2, warmup_steps=1)
+    config.optim.update(learning_rate=1e-2, warmup_steps=1, algorithm=algorithm)
+    config.optim.average = 0.5 if algorithm == 'muon' else 0.0
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
     with mock.patch.object(setup_lib, 'choose', return_value=(FUSED if fused else XLA, {})):
         return setup_lib.build(resolve(config))
@@ -100,7 +109,7 @@ def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS
     }
     return {
         'records': records,
-        'evaluation': evaluate(state.params)._asdict(),
+        'evaluation': evaluate(state.evaluated)._asdict(),
         'programs': lowered,
         'devices': setup.mesh.size,
         'sizes': sizes,
@@ -163,6 +172,11 @@ def runs(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.fixture(scope='module')
+def muon_runs(tmp_path_factory) -> dict[str, dict]:
+    return run_all(tmp_path_factory.mktemp('parallel'), 'muon')
+
+
+@pytest.fixture(scope='module')
 def fused_runs(tmp_path_factory) -> dict[str, dict]:
     return run_all(tmp_path_factory.mktemp('parallel'), 'fused')
 
@@ -175,6 +189,17 @@ def test_training_equals_one_device(runs, mesh):
     assert runs[mesh]['devices'] in (4, 8)
     for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_muon_and_an_average_equal_one_device(muon_runs):
+    """Matrices that are sharded are orthogonalised whole; what is kept of them is sharded."""
+    run, one = muon_runs[ALL], muon_runs[ONE]
+    for ours, theirs in zip(run['records'], one['records'], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert run['evaluation'] == pytest.approx(one['evaluation'], rel=1e-5)
+    kernels = [name for name in run['sizes'] if name.endswith('kernel')]
+    assert len(kernels) == 3 * 4  # parameters, their mean gradient and their average
+    assert {run['sizes'][name] / run['stored'][name] for name in kernels} == {4}
 
 
 def test_a_checkpoint_of_any_mesh_restores_on_any_other(runs):
@@ -284,6 +309,8 @@ if __name__ == '__main__':
     if which == 'xla':
         results = {mesh: run_on(mesh, text_path) for mesh in MESHES}
         results['tour'] = restore_tour(text_path)
+    elif which == 'muon':
+        results = {mesh: run_on(mesh, text_path, algorithm='muon') for mesh in (ONE, ALL)}
     else:
         results = {ONE: run_on(ONE, text_path, **FUSED_SIZES)}
         for mesh in FUSED_MESHES:
