@@ -191,6 +191,7 @@ def test_training_equals_one_device(runs, mesh):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.long
 def test_muon_and_an_average_equal_one_device(muon_runs):
     """Matrices that are sharded are orthogonalised whole; what is kept of them is sharded."""
     run, one = muon_runs[ALL], muon_runs[ONE]
