@@ -39,8 +39,8 @@ from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import history
 from gpt2_jax.workdir.checkpoints import Checkpoints
 
-# The rules of docs/tinyshakespeare-benchmark.md that settings can break. All other settings are part
-# of the recipe, which is free.
+# The rules of docs/tinyshakespeare-benchmark.md that settings can break. All other settings belong
+# to the recipe, which is free.
 BENCHMARK_RULES = {
     'model.n_layer': 6,
     'model.n_head': 6,
