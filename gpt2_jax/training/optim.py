@@ -99,9 +99,14 @@ def make_schedule(
 
     def schedule(s):
         ramp = peak * (s + 1) / (w + 1)
-        part = jnp.clip((s - h) / (steps - h), 0, 1)
-        left = (1 + jnp.cos(jnp.pi * part)) / 2 if decay == 'cosine' else 1 - part
-        return jnp.where(s < w, ramp, end + (peak - end) * left)
+        part = jnp.minimum((s - h) / (steps - h), 1)
+        if decay == 'cosine':
+            falling = end + (peak - end) * (1 + jnp.cos(jnp.pi * part)) / 2
+        else:
+            falling = end + (peak - end) * (1 - part)
+        if h > w:
+            falling = jnp.where(s < h, peak, falling)
+        return jnp.where(s < w, ramp, falling)
 
     return schedule
 
