@@ -388,7 +388,9 @@ def _timed_run(
         )
         with process:
             for line in process.stdout:  # the time of a line is when it arrives
-                printed_at.setdefault(line.partition(': ')[0], time.monotonic() - began)
+                words, _, message = line.partition(': ')
+                if message.startswith('validation'):
+                    printed_at[words] = time.monotonic() - began
                 last = line.strip() or last
         seconds = time.monotonic() - began
         errors.seek(0)
