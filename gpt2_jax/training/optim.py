@@ -263,42 +263,67 @@ def make_muon(
     """Muon on the matrices of the blocks (MATRICES), AdamW on all other leaves, clipped together.
 
         m <- mu m + (1 - mu) g
-        d <- mu m / (1 - mu^(n + 1)) + (1 - mu) g / (1 - mu^n)           Nesterov's look-ahead
+        d <- mu m / (1 - mu^(n + 1)) + (1 - mu) g / (1 - mu^n)             Nesterov's look-ahead
         p <- p - lr (MUON_RMS sqrt(max(inputs, outputs)) orthogonal(d) + weight_decay p)
 
     mu is `muon_beta`, lr = muon_schedule(n - 1), and n counts the updates with this one.
     orthogonal(d) sets the singular values of d near 1 (see `orthogonalize`). The update of a matrix
-    equals that of optax.contrib.muon(.., consistent_rms=MUON_RMS); optax computes one matrix after
-    the other, which on a GPU takes hundreds of small kernels. `dtype` and `precision` are those of
-    the products in `orthogonalize`. The other options are those of `make_optimizer`.
+    equals that of optax.contrib.muon(.., consistent_rms=MUON_RMS). optax computes one matrix after
+    the other, hundreds of small kernels on a GPU; here all matrices of one shape are one array.
+    `dtype` and `precision` are those of the products in `orthogonalize`. The other options are
+    those of `make_optimizer`.
     """
-    transform = optax.partition(
-        {
-            'muon': optax.chain(
-                scale_by_muon(muon_beta, dtype, precision),
-                optax.add_decayed_weights(weight_decay),
-                optax.scale_by_learning_rate(muon_schedule),
-            ),
-            'adamw': adamw(implementation, schedule, beta1, beta2, eps, weight_decay),
-        },
-        lambda params: jax.tree.map(lambda m: 'muon' if m else 'adamw', muon_mask(params)),
-    )
+    others = adamw(implementation, schedule, beta1, beta2, eps, weight_decay)
+
+    def init(params) -> MuonState:
+        m = jax.tree.map(jnp.zeros_like, muon_leaves(params))
+        # Two counters, as in optax: the schedule's is set back when another run is continued.
+        at = optax.ScaleByScheduleState(jnp.int32(0))
+        return MuonState(jnp.int32(0), m, at, others.init(muon_leaves(params, False)))
 
     def update(grads, state, params):
         grads = as_parameters(grads, params)
-        norm = root_of_squares(grads)
+        g, p, m = map(stack_matrices, (muon_leaves(grads), muon_leaves(params), state.m))
+        g_others, p_others = (muon_leaves(tree, False) for tree in (grads, params))
+        norm = root_of_squares((g, g_others))
         if clip_norm:
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1)
-            grads = jax.tree.map(lambda g: g * factor, grads)
-        updates, state = transform.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        others = {
-            'update_norm': root_of_squares(updates),
-            'param_norm': root_of_squares(params),
+            g, g_others = jax.tree.map(lambda x: x * factor, (g, g_others))
+        n, lr = state.count + 1, jnp.float32(muon_schedule(state.schedule.count))
+        ahead = muon_beta / bias_correction(muon_beta, n + 1)
+        now = (1 - muon_beta) / bias_correction(muon_beta, n)
+        updates = {}
+        for shape in g:
+            m[shape] = muon_beta * m[shape] + (1 - muon_beta) * g[shape]
+            direction_NIO = orthogonalize(ahead * m[shape] + now * g[shape], dtype, precision)
+            scale = MUON_RMS * math.sqrt(max(shape))
+            updates[shape] = -lr * (scale * direction_NIO + weight_decay * p[shape])
+        updates_others, state_others = others.update(g_others, state.others, p_others)
+        p, p_others = optax.apply_updates((p, p_others), (updates, updates_others))
+        norms = {
+            'grad_norm': norm,
+            'update_norm': root_of_squares((updates, updates_others)),
+            'param_norm': root_of_squares((p, p_others)),
         }
-        return params, state, {'grad_norm': norm, **others}
+        at = optax.ScaleByScheduleState(state.schedule.count + 1)
+        state = MuonState(n, unstack_matrices(m, state.m), at, state_others)
+        matrices, mask = unstack_matrices(p, state.m), muon_mask(params)
+        params = jax.tree.map(lambda is_m, a, b: a if is_m else b, mask, matrices, p_others)
+        return params, state, norms
 
-    return FusedOptimizer(transform.init, update)
+    return FusedOptimizer(init, update)
+
+
+class MuonState(NamedTuple):
+    """The number n of updates done, the mean gradient m of the matrices, and AdamW's state.
+
+    `m` and `others` are shaped as params, with empty nodes for the leaves of the other one.
+    """
+
+    count: jax.Array
+    m: optax.Params
+    schedule: optax.ScaleByScheduleState
+    others: optax.OptState
 
 
 def matrix_axes(name: str) -> tuple[tuple[int, ...], ...] | None:
@@ -313,38 +338,13 @@ def muon_mask(params):
     )
 
 
-def muon_leaves(params):
-    """The tree with an empty node, as optax masks one, for each leaf that Muon does not update."""
-    mask = muon_mask(params)
-    return jax.tree.map(lambda m, leaf: leaf if m else optax.MaskedNode(), mask, params)
+def muon_leaves(tree, of_muon: bool = True):
+    """The leaves that Muon updates, or all others; an empty node, as optax masks one, for the rest.
 
-
-class MuonState(NamedTuple):
-    """The number of updates done, and the running mean m of g, shaped as params."""
-
-    count: jax.Array
-    m: optax.Params
-
-
-def scale_by_muon(mu: float, dtype: str, precision: str) -> optax.GradientTransformation:
-    """MUON_RMS sqrt(max(inputs, outputs)) orthogonal(d) of `make_muon`, for trees of MATRICES."""
-
-    def init(params) -> MuonState:
-        return MuonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
-
-    def update(grads, state, params=None):
-        n, m, updates = state.count + 1, {}, {}
-        ahead, now = (mu / bias_correction(mu, n + 1), (1 - mu) / bias_correction(mu, n))
-        stacks_g, stacks_m = stack_matrices(grads), stack_matrices(state.m)
-        for shape, g_NIO in stacks_g.items():
-            m[shape] = mu * stacks_m[shape] + (1 - mu) * g_NIO
-            d_NIO = ahead * m[shape] + now * g_NIO
-            scale = MUON_RMS * math.sqrt(max(shape))
-            updates[shape] = scale * orthogonalize(d_NIO, dtype, precision)
-        updates, m = (unstack_matrices(stacks, grads) for stacks in (updates, m))
-        return updates, MuonState(n, m)
-
-    return optax.GradientTransformation(init, update)
+    The paths are those of the parameters.
+    """
+    mask = muon_mask(tree)
+    return jax.tree.map(lambda m, leaf: leaf if m == of_muon else optax.MaskedNode(), mask, tree)
 
 
 def orthogonalize(x_NIO, dtype: str = 'float32', precision: str = 'highest'):
