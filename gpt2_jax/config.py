@@ -223,11 +223,27 @@ SETTINGS = {
         "AdamW with clipping; optax: the library's; explicit: its equations written out; fused: "
         'GPU kernels; auto: fused on a GPU, else optax',
     ),
+    'optim.algorithm': (
+        'adamw',
+        one_of('adamw', 'muon'),
+        'muon: the matrices of the blocks by Muon, embeddings, biases and LayerNorms by AdamW; '
+        'adamw: all by AdamW',
+    ),
     'optim.learning_rate': (6e-4, above(0), 'peak of the schedule'),
     'optim.end_learning_rate': (
         6e-5,
         at_least(0),
-        'where the cosine ends; a tenth of the peak in GPT-3',
+        'where the schedule ends; a tenth of the peak in GPT-3',
+    ),
+    'optim.decay': (
+        'cosine',
+        one_of('cosine', 'linear'),
+        'how the learning rate falls from its peak to its end',
+    ),
+    'optim.hold': (
+        0.0,
+        below(0, 1),
+        'share of the updates after the warmup that keep the peak, before it falls',
     ),
     'optim.warmup_steps': (
         100,
@@ -243,6 +259,18 @@ SETTINGS = {
         'decoupled decay of the matrices, times the learning rate',
     ),
     'optim.clip_norm': (1.0, at_least(0), 'largest global gradient norm; 0: no clipping'),
+    'optim.muon_learning_rate': (
+        3e-3,
+        above(0),
+        "peak of Muon's schedule, which has the form of AdamW's; an element changes by 0.2 of it",
+    ),
+    'optim.muon_beta': (0.95, below(0, 1), "decay of Muon's mean gradient"),
+    'optim.average': (
+        0.0,
+        below(0, 1),
+        'decay of a moving average of the parameters, which is evaluated, sampled from and '
+        'published in their place; 0: none',
+    ),
     # -- evaluation, on the validation split
     'eval.every': (
         250,

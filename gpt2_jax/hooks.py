@@ -64,7 +64,7 @@ class Evaluate:
 
         try:
             self.interrupt.check()
-            result = self.evaluate(state.params, on_batch=on_batch)
+            result = self.evaluate(state.evaluated, on_batch=on_batch)
         except Interrupted:
             progress.unfinished = ['evaluation', 'sample']
             self.interrupt.poll()
@@ -107,7 +107,7 @@ class Sample:
         setup, tokenizer = self.setup, self.setup.dataset.tokenizer
         self.log.work(f'step {step}: writing a sample')
         # One text at a time is too little work for a mesh. Every process writes it, for itself.
-        params = on_one_device(setup.mesh, state.params)
+        params = on_one_device(setup.mesh, state.evaluated)
         chunks = generate(
             setup.model,
             params,

@@ -1,11 +1,13 @@
-"""Measures speed: training steps, decoding, start-up or scale, as a table and as JSON.
+"""Measures speed: training steps, decoding, start-up, scale or the time to a loss, also as JSON.
 
 python scripts/benchmark.py --config=configs/shakespeare.py
 python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode
 python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
 python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=scale
+python scripts/benchmark.py --config=configs/shakespeare_fast.py --what=time-to-loss --seeds=10
 
 --what=scale trains GPT-2 124M and 1.5B on 1, 2, 4, .. of the devices, beside what is planned.
+--what=time-to-loss is the benchmark of docs/tinyshakespeare-benchmark.md: a process for each seed.
 """
 
 import json
@@ -20,7 +22,10 @@ from gpt2_jax.progress import Progress
 _CONFIG = cli.config_flag()
 _PLATFORM = cli.platform_flag()
 _WHAT = flags.DEFINE_enum(
-    'what', 'train', ['train', 'decode', 'startup', 'scale'], 'What to measure.'
+    'what',
+    'train',
+    ['train', 'decode', 'startup', 'scale', 'time-to-loss'],
+    'What to measure.',
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'Train on random tokens below this number; 0: on the corpus.', lower_bound=0
@@ -34,14 +39,31 @@ _SECONDS = flags.DEFINE_float(
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at a time.', lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded per text.', lower_bound=1)
 _TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
+_SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs, with train.seed = 0, 1, ..', lower_bound=1)
+_LOSS = flags.DEFINE_float('loss', 1.47, 'The validation loss to reach, in nats per token.')
+_WARM = flags.DEFINE_bool(
+    'warm', False, 'Train each seed once before, so that its programs are compiled.'
+)
+_AGAINST_LOSS = flags.DEFINE_float(
+    'against_loss', None, 'A best loss: print the p-value of a mean that low.'
+)
+_AGAINST_SECONDS = flags.DEFINE_float(
+    'against_seconds', None, 'A time to the loss: print the p-value of a mean that low.'
+)
+_OUT = flags.DEFINE_string('out', None, 'A file for all figures, as JSON.')
 
 
 # Flags without a meaning for a measurement.
+DECODING, SEEDED = (
+    (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
+    (_SEEDS, _LOSS, _WARM, _AGAINST_LOSS, _AGAINST_SECONDS, _OUT),
+)
 UNUSED = {
-    'train': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
-    'decode': (_SECONDS,),
-    'scale': (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
-    'startup': (_VOCAB_SIZE, _SECONDS, _NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
+    'train': (*DECODING, *SEEDED),
+    'decode': (_SECONDS, *SEEDED),
+    'scale': (*DECODING, *SEEDED),
+    'startup': (_VOCAB_SIZE, _SECONDS, *DECODING, *SEEDED),
+    'time-to-loss': (_VOCAB_SIZE, _WINDOWS, _SECONDS, *DECODING),
 }
 
 
@@ -57,13 +79,16 @@ def main(arguments: list[str]) -> None:
         from gpt2_jax.parallel import devices
         from gpt2_jax.training.setup import build
 
+    script = str(Path(__file__).with_name('train.py'))
+    train = [sys.executable, script, f'--platform={_PLATFORM.value}', *cli.config_arguments()]
     if _WHAT.value == 'startup':
-        train = [
-            sys.executable,
-            str(Path(__file__).with_name('train.py')),
-            f'--platform={_PLATFORM.value}',
-        ]
-        show(benchmark.bench_startup(train + cli.config_arguments(), _WINDOWS.value))
+        show(benchmark.bench_startup(train, _WINDOWS.value))
+        return
+    if _WHAT.value == 'time-to-loss':
+        options = (flag.value for flag in SEEDED[1:])  # in the order of its arguments
+        seeds = range(_SEEDS.value)
+        figures = benchmark.report_time_to_loss(train, _CONFIG.value, seeds, *options)
+        show(figures)
         return
     devices.select_platform(_PLATFORM.value)
     data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None

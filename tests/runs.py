@@ -277,3 +277,9 @@ def differences(run: Path, other: Path) -> list[str]:
     }:
         wrong.append(f'TensorBoard differs, {len(ours)} figures instead of {len(theirs)}')
     return wrong
+
+
+def state_at(run: Path, setup, step: int):
+    """The state in a checkpoint of a run."""
+    with Checkpoints(run / FOLDER) as checkpoints:
+        return checkpoints.restore(step, programs.abstract_state(setup))

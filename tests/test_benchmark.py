@@ -1,11 +1,16 @@
 """Benchmarks, with fake clocks: the arithmetic of the figures, and which runs are cold or warm."""
 
+import json
+import re
+import runpy
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import runs
 
 from gpt2_jax.architecture import PRESETS
 from gpt2_jax.config import default_config, resolve
@@ -14,6 +19,8 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices
 from gpt2_jax.training.setup import build
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -132,3 +139,116 @@ def test_startup_cold_and_warm(tmp_path):
     )
     with pytest.raises(UserError, match='no such thing'):
         benchmark.bench_startup([sys.executable, str(tmp_path / 'train.py'), 'fail'], 1)
+
+
+SEED_STAND_IN = """
+import json, os, pathlib, sys, time
+programs = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'])
+seed = int(next(word for word in sys.argv if 'seed=' in word).partition('=')[2])
+workdir = pathlib.Path(sys.argv[-1].removeprefix('--workdir='))
+workdir.mkdir()
+if seed == 3:
+    print('all well so far', flush=True)
+    sys.exit('Traceback: a line\\nerror: no such thing')
+time.sleep(0.0 if programs.exists() else 0.6)
+programs.mkdir(exist_ok=True)
+with open(workdir / 'metrics.jsonl', 'w') as file:
+    for step, loss in enumerate((1.9, 1.5 - seed / 10, 1.3 + seed / 10, 1.45), 1):
+        file.write(json.dumps({'step': step, 'split': 'val', 'loss': loss}) + '\\n')
+        file.write(json.dumps({'step': step, 'split': 'train', 'loss': 0.1}) + '\\n')
+        print(f'step {step}: validation loss {loss} nats', flush=True)
+        time.sleep(0.2 if step == 1 else 0.0)
+"""
+
+
+@pytest.fixture
+def seed_command(tmp_path):
+    (tmp_path / 'train.py').write_text(SEED_STAND_IN)
+    return [sys.executable, str(tmp_path / 'train.py')]
+
+
+def test_time_to_loss(seed_command):
+    """A process a seed, with an empty cache unless warm; the first loss that is low enough."""
+    cold = list(benchmark.bench_time_to_loss(seed_command, range(2), 1.4))
+    assert [r['seed'] for r in cold] == [0, 1]
+    assert [r['steps_to_loss'] for r in cold] == [3, 2]
+    assert [r['best_loss'] for r in cold] == [1.3, 1.4]
+    assert [r['best_step'] for r in cold] == [3, 2]
+    assert [r['final_loss'] for r in cold] == [1.45, 1.45]
+    for record in cold:
+        assert 0.8 < record['seconds_to_loss'] <= record['seconds_total']
+    (warm,) = benchmark.bench_time_to_loss(seed_command, [0], 1.4, warm=True)
+    assert 0.2 < warm['seconds_to_loss'] < 0.8
+    (never,) = benchmark.bench_time_to_loss(seed_command, [0], 1.0, warm=True)
+    assert never['seconds_to_loss'] is None
+    assert 'never reached 1.0; best loss 1.3000 at step 3' in benchmark.describe_seed(never, 1.0)
+    assert benchmark.summarize_seeds([never], None, 1.0)['seconds_to_loss_mean'] is None
+
+
+def test_a_seed_that_fails_is_named(seed_command):
+    records = list(benchmark.bench_time_to_loss(seed_command, [3, 0], 1.4, warm=True))
+    line = benchmark.describe_seed(records[0], 1.4)
+    assert line == 'seed 3 failed: exit code 1: error: no such thing'
+    assert records[1]['best_loss'] == 1.3
+    with pytest.raises(UserError, match=r'^1 of 2 seeds failed \(3\): there is no mean$'):
+        benchmark.summarize_seeds(records, None, None)
+
+
+def test_figures_over_seeds():
+    """Against a table of Student's t: 1.833 and 2.821 are its 5 and 1 % points at 9 degrees."""
+    for t, degrees, p in (
+        (-1.833, 9, 0.05),
+        (2.821, 9, 0.99),
+        (-6.314, 1, 0.05),
+        (0.0, 4, 0.5),
+        (-4.604, 4, 0.005),
+        (-2.920, 2, 0.05),
+    ):
+        assert benchmark.student_t(t, degrees) == pytest.approx(p, rel=2e-3)
+    losses = [1.42, 1.43, 1.41, 1.42]
+    records = [{'seed': i, 'best_loss': x, 'seconds_to_loss': 9.0} for i, x in enumerate(losses)]
+    found = benchmark.summarize_seeds(records, 1.43, 10.0)
+    deviation = float(np.std(losses, ddof=1))
+    assert found['best_loss_mean'] == pytest.approx(1.42)
+    assert found['best_loss_std'] == pytest.approx(deviation)
+    t = (1.42 - 1.43) / (deviation / 2)
+    assert found['best_loss_p'] == pytest.approx(benchmark.student_t(t, 3))
+    assert found['seconds_to_loss_p'] == 0.0
+    assert 'best_loss_p' not in benchmark.summarize_seeds(records, None, None)
+
+
+def test_rules_of_the_benchmark():
+    config = runpy.run_path(str(ROOT / 'configs' / 'shakespeare_fast.py'))['get_config']()
+    config.eval.tokens = 0
+    assert benchmark.broken_rules(config) == []
+    config.optim.algorithm, config.train.steps, config.model.attn_pdrop = 'muon', 99, 0.5
+    assert benchmark.broken_rules(config) == []
+    config.model.n_layer, config.data.holdout = 7, 0.1
+    assert benchmark.broken_rules(config) == [
+        'model.n_layer = 7 instead of 6',
+        'data.holdout = 0.1 instead of 0.0',
+    ]
+
+
+@pytest.mark.long
+def test_the_script_trains_seeds(tmp_path):
+    text, out = runs.write_text(tmp_path / 'text.txt', words=300), tmp_path / 'figures.json'
+    sizes = runs.SMALL | {'train.steps': 2, 'model.n_positions': 8, 'data.corpus': text}
+    flags = [f'--config.{key}={value}' for key, value in sizes.items()]
+    code, printed, errors = runs.script(
+        'benchmark',
+        '--config=configs/shakespeare_fast.py',
+        '--what=time-to-loss',
+        '--seeds=1',
+        '--loss=9',
+        f'--out={out}',
+        *flags,
+        '--config.model.dtype=float32',
+        '--platform=cpu',
+    )
+    assert code == 0, errors
+    assert 'no entry of the benchmark: model.n_layer = 1 instead of 6' in printed
+    assert re.search(r'^seed 0: reached 9.0 after [\d.]+ s, at step 2;', printed, re.MULTILINE)
+    figures = json.loads(out.read_text('utf-8'))
+    assert figures['records'][0]['best_loss'] == figures['best_loss_mean'] < 9
+    assert figures['best_loss_std'] is None

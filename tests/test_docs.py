@@ -43,6 +43,8 @@ SIZES = {
     'train.grad_accum_steps': 1,
     'train.probe': 0,
     'optim.implementation': 'optax',
+    'optim.algorithm': 'adamw',
+    'optim.average': 0,
     'optim.learning_rate': 1e-3,
     'optim.end_learning_rate': 1e-4,
     'optim.warmup_steps': 0,

@@ -155,6 +155,11 @@ def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
             "is 'auto' there, 'explicit' here",
         ),
         (
+            dict(optim__algorithm='muon'),
+            dict(keep_optimizer=True),
+            "optim.algorithm is the same in both runs, but it is 'adamw' there, 'muon' here",
+        ),
+        (
             dict(optim__clip_norm=0.0),
             dict(keep_optimizer=True),
             'optim.clip_norm is 1.0 there, 0.0 here',

@@ -23,7 +23,7 @@ from gpt2_jax.kernels.embedding import head_loss
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.train import train
 from gpt2_jax.training import fused_step
-from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
+from gpt2_jax.training.optim import apply_update, make_muon, make_optimizer, make_schedule
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import accumulate, init_state, make_train_step, token_losses
 
@@ -50,11 +50,11 @@ def several_rows_a_program():
 
 
 def optimizer(implementation, clip_norm=0.1):
-    make = (
-        fused_step.make_optimizer
-        if implementation == 'fused'
-        else functools.partial(make_optimizer, implementation=implementation)
-    )
+    make = functools.partial(make_optimizer, implementation=implementation)
+    if implementation == 'fused':
+        make = fused_step.make_optimizer
+    elif implementation == 'muon':
+        make = functools.partial(make_muon, muon_schedule=SCHEDULE, muon_beta=0.9)
     return make(
         schedule=SCHEDULE, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=clip_norm
     )
@@ -204,7 +204,7 @@ def test_rows_on_two_devices_have_the_masks_of_the_whole():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('implementation', ['explicit', 'optax'])
+@pytest.mark.parametrize('implementation', ['explicit', 'optax', 'muon'])
 def test_other_optimizers(implementation):
     """They accept the gradients of the kernels, with the rows that pad the vocabulary."""
     after = []
@@ -298,7 +298,8 @@ def test_unsupported_configurations_are_refused(tmp_path):
     def chosen(**changes):
         changed = config(**changes)
         train, tensor = changed.train, changed.mesh.tensor
-        place = Place('gpu', tensor, train.batch_size, train.seq_len)
+        algorithm = changed.optim.algorithm
+        place = Place('gpu', tensor, train.batch_size, train.seq_len, algorithm=algorithm)
         return choose(GPT2Config(**changed.model), changed.optim.implementation, place)
 
     kernels, reasons = chosen()
@@ -311,6 +312,7 @@ def test_unsupported_configurations_are_refused(tmp_path):
         ('train__seq_len', 96, 'seq_len to be a multiple of 64, not 96', 'attention norm gelu'),
         ('train__batch_size', 24, 'a multiple of 2,048 tokens.*, not 24 rows x 128', 'norm gelu'),
         ('mesh__tensor', 2, 'mesh.tensor = 1', 'attention norm gelu loss'),
+        ('optim__algorithm', 'muon', "optim.algorithm = 'adamw': its kernel does", 'optimizer'),
     ):
         with pytest.raises(UsageError, match=f"= 'fused' needs .*{says}"):
             chosen(**{key: value})

@@ -37,6 +37,34 @@ def test_schedule_equals_its_formula(implementation, steps, w):
         np.testing.assert_allclose((rates[w], rates[steps], rates[-1]), (peak, end, end), rtol=1e-5)
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize('decay', ['cosine', 'linear'])
+@pytest.mark.parametrize(
+    ('steps', 'w', 'hold'), [(50, 10, 0.25), (50, 0, 0.5), (50, 10, 0.0), (11, 10, 0.9)]
+)
+def test_a_rate_that_is_held_and_falls(implementation, decay, steps, w, hold):
+    peak, end = 3e-3, 2e-4
+    schedule = make_schedule(
+        implementation=implementation,
+        learning_rate=peak,
+        end_learning_rate=end,
+        warmup_steps=w,
+        steps=steps,
+        decay=decay,
+        hold=hold,
+    )
+    h = min(w + round(hold * (steps - w)), steps - 1)
+    expected = []
+    for s in range(steps + 3):
+        part = min((s - h) / (steps - h), 1)
+        left = (1 + math.cos(math.pi * part)) / 2 if decay == 'cosine' else 1 - part
+        rate = peak * (s + 1) / (w + 1) if s < w else peak
+        expected.append(rate if s < h else end + (peak - end) * left)
+    assert expected[h] == peak
+    rates = jax.jit(jax.vmap(schedule))(np.arange(steps + 3))
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
 def test_only_matrices_decay():
     mask = flat(decay_mask(shapes(tiny())))
     matrices = {'wte/embedding', 'wpe/embedding'} | {

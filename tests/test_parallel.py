@@ -40,9 +40,17 @@ STEPS, ROWS, ACCUMULATE, HEADS, T = 4, 32, 2, 4, 6
 
 
 def make_setup(
-    mesh_sizes: str, corpus: str, fused=False, *, rows=ROWS, heads=HEADS, T=T, steps=STEPS
+    mesh_sizes: str,
+    corpus: str,
+    fused=False,
+    *,
+    rows=ROWS,
+    heads=HEADS,
+    T=T,
+    steps=STEPS,
+    algorithm='adamw',
 ):
-    """The setup of a small run on a mesh."""
+    """The setup of a small run on a mesh. Muon with an average of the parameters."""
     from gpt2_jax.config import default_config, resolve
     from gpt2_jax.kernels.choose import FUSED, XLA
     from gpt2_jax.training import setup as setup_lib
@@ -59,7 +67,8 @@ def make_setup(
     )
     config.data.corpus = corpus
     config.train.update(steps=steps, batch_size=rows, grad_accum_steps=ACCUMULATE)
-    config.optim.update(learning_rate=1e-2, warmup_steps=1)
+    config.optim.update(learning_rate=1e-2, warmup_steps=1, algorithm=algorithm)
+    config.optim.average = 0.5 if algorithm == 'muon' else 0.0
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = map(int, mesh_sizes.split())
     with mock.patch.object(setup_lib, 'choose', return_value=(FUSED if fused else XLA, {})):
         return setup_lib.build(resolve(config))
@@ -108,7 +117,7 @@ def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS
     }
     return {
         'records': records,
-        'evaluation': evaluate(state.params)._asdict(),
+        'evaluation': evaluate(state.evaluated)._asdict(),
         'programs': lowered,
         'devices': setup.mesh.size,
         'sizes': sizes,
@@ -180,6 +189,18 @@ def test_training_equals_one_device(results, mesh, group):
     assert runs[mesh]['devices'] == math.prod(map(int, mesh.split()))
     for ours, theirs in zip(runs[mesh]['records'], runs[ONE]['records'], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.long
+def test_muon_and_an_average_equal_one_device(results):
+    """Matrices that are sharded are orthogonalised whole; what is kept of them is sharded."""
+    run, one = (results('muon')[mesh] for mesh in (ALL, ONE))
+    for ours, theirs in zip(run['records'], one['records'], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert run['evaluation'] == pytest.approx(one['evaluation'], rel=1e-5)
+    kernels = [name for name in run['sizes'] if name.endswith('kernel')]
+    assert len(kernels) == 3 * 4  # parameters, their mean gradient and their average
+    assert {run['sizes'][name] / run['stored'][name] for name in kernels} == {4}
 
 
 def test_a_checkpoint_of_any_mesh_restores_on_any_other(results):
@@ -286,7 +307,9 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 
 if __name__ == '__main__':
     _, text_path, group = sys.argv
-    if group == 'fused':
+    if group == 'muon':
+        results = {mesh: run_on(mesh, text_path, algorithm='muon') for mesh in (ONE, ALL)}
+    elif group == 'fused':
         results = {ONE: run_on(ONE, text_path, **FUSED_SIZES)}
         for mesh in FUSED_MESHES:
             results[mesh] = run_on(mesh, text_path, fused=True, **FUSED_SIZES)

@@ -19,7 +19,7 @@ from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import partition, rules
 from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
 from gpt2_jax.training import fused_step
-from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.optim import make_muon, make_optimizer
 from gpt2_jax.training.step import init_state
 
 SCALE = Path(__file__).parents[1] / 'docs' / 'scale.md'
@@ -75,9 +75,10 @@ def test_measured_runs(name):
     assert f'| {" | ".join(cells)} |' in SCALE.read_text('utf-8')
 
 
+@pytest.mark.parametrize('algorithm', ['adamw', 'muon'])
 @pytest.mark.parametrize('mesh', ['1 1 1', '8 1 1', '1 8 1', '2 2 2', '1 1 4'])
-def test_parameters_and_moments_are_those_of_the_state(mesh):
-    """30 tokens: 2 divides them, 4 does not. 6 positions."""
+def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
+    """30 tokens: 2 divides them, 4 does not. 6 positions. Muon also averages."""
     model = tiny(vocab_size=30, n_head=4, n_embd=32, n_positions=6, bias=mesh != '2 2 2')
     sizes = tuple(map(int, mesh.split()))
     axes = dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True))
@@ -85,17 +86,23 @@ def test_parameters_and_moments_are_those_of_the_state(mesh):
     assert plan.parameter_shapes(model.cfg) == {
         name: leaf.shape for name, leaf in flat(params).items()
     }
-    optimizer = make_optimizer(
-        schedule=lambda step: 1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
-    )
-    state = jax.eval_shape(lambda: init_state(params_of(params), optimizer))
+    options = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+    rate = {'schedule': lambda step: 1e-3}
+    optimizer, averages = make_optimizer(**rate, **options), algorithm == 'muon'
+    if averages:
+        muon = {'muon_schedule': lambda step: 1e-2, 'muon_beta': 0.95}
+        optimizer = make_muon(**rate, **muon, **options)
+    state = jax.eval_shape(lambda: init_state(params_of(params), optimizer, averages))
     layout = partition.shardings(AbstractMesh(sizes, tuple(axes)), state)
     held = sum(
         math.prod(lies.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, lies in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True)
     )
     counters = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if not leaf.shape)
-    assert held - counters == 12 * plan.stored_elements(model.cfg, axes)
+    case = plan.Case(model.cfg, axes, 8, 6, algorithm=algorithm, averages=averages)
+    planned, _ = plan.memory(case, FUSED)
+    names = ('parameters', 'moments', 'average of the parameters')
+    assert held - counters == sum(planned.get(name, 0) for name in names)
 
 
 def params_of(tree):

@@ -10,7 +10,7 @@ from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel import devices, rules
 from gpt2_jax.parallel.partition import leaf_name
-from gpt2_jax.training.optim import decay_mask
+from gpt2_jax.training.optim import decay_mask, muon_leaves, stack_matrices
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import duration
 
@@ -53,9 +53,9 @@ def describe(setup: Setup) -> list[str]:
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
         f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} '
         f'heads, width {cfg.n_embd}, context {cfg.n_positions}',
-        f'optimizer  AdamW ({setup.kernels.optimizer}): weight decay on {len(decayed)} leaves '
-        f'with {count_params(decayed):,} parameters, none on {len(kept)} with '
-        f'{count_params(kept):,}',
+        f'optimizer  {_describe_optimizer(setup)}: weight decay on {len(decayed)} leaves with '
+        f'{count_params(decayed):,} parameters, none on {len(kept)} with {count_params(kept):,}',
+        *_describe_average(config.optim.average),
         f'step       {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
         + (f', in {train.grad_accum_steps} micro-batches' if train.grad_accum_steps > 1 else '')
         + f'; {train.steps:,} steps = {_digits(tokens * train.steps / len(dataset.train))} epochs',
@@ -71,6 +71,27 @@ def describe(setup: Setup) -> list[str]:
             '--config=configs/quickstart.py'
         )
     return lines
+
+
+def _describe_optimizer(setup: Setup) -> str:
+    """'AdamW (fused)'; with Muon also the matrices that it updates."""
+    adamw = f'AdamW ({setup.kernels.optimizer})'
+    if setup.config.optim.algorithm == 'adamw':
+        return adamw
+    stacks = jax.eval_shape(stack_matrices, muon_leaves(setup.shapes.params)).values()
+    n = sum(len(stack) for stack in stacks)
+    return (
+        f'Muon on {n} matrices with {count_params(list(stacks)):,} parameters, {adamw} on the rest'
+    )
+
+
+def _describe_average(decay: float) -> Iterator[str]:
+    """A line on the average of the parameters, if there is one."""
+    if decay:
+        yield (
+            f'average    of the parameters over about the last {round(1 / (1 - decay)):,} updates: '
+            'it is evaluated, sampled from and published'
+        )
 
 
 def _describe_undivided(setup: Setup) -> Iterator[str]:

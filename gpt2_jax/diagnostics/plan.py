@@ -78,7 +78,9 @@ class Case(NamedTuple):
     seq_len: int
     micro_batches: int = 1
     reduce_dtype: str = 'float32'
-    optimizer: str = 'auto'
+    optimizer: str = 'auto'  # the setting optim.implementation
+    algorithm: str = 'adamw'
+    averages: bool = False  # whether the state has an average of the parameters
 
     @property
     def devices(self) -> int:
@@ -141,8 +143,9 @@ def case_of(config: ConfigDict, vocab_size: int) -> Case:
     train, mesh = config.train, dict(config.mesh)
     rows = train.batch_size // train.grad_accum_steps // (mesh['data'] * mesh['fsdp'])
     cfg = GPT2Config(**config.model, vocab_size=vocab_size)
-    options = train.grad_accum_steps, train.reduce_dtype, config.optim.implementation
-    return Case(cfg, mesh, rows, train.seq_len, *options)
+    optim = config.optim
+    options = train.grad_accum_steps, train.reduce_dtype, optim.implementation, optim.algorithm
+    return Case(cfg, mesh, rows, train.seq_len, *options, averages=optim.average > 0)
 
 
 def parameter_shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -169,6 +172,18 @@ def stored_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> int:
     """Parameters that one device stores; each moment has as many."""
     shapes = parameter_shapes(cfg).items()
     return sum(rules.local_size(name, shape, mesh) for name, shape in shapes)
+
+
+def moment_elements(case: Case) -> int:
+    """Elements of the moments that one device stores: two for a parameter, one under Muon."""
+    both = 2 * stored_elements(case.cfg, case.mesh)
+    if case.algorithm == 'adamw':
+        return both
+    return both - sum(
+        rules.local_size(name, shape, case.mesh)
+        for name, shape in parameter_shapes(case.cfg).items()
+        if name.startswith('h_') and name.endswith('kernel')
+    )
 
 
 def used_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
@@ -237,7 +252,8 @@ def memory(case: Case, kernels: Kernels) -> tuple[dict[str, int], str]:
     casts = kernels_used * c if c == 2 or mesh['fsdp'] > 1 else 0
     always = {
         'parameters': 4 * stored,
-        'moments': 8 * stored,
+        'moments': 4 * moment_elements(case),
+        'average of the parameters': 4 * stored if case.averages else 0,
         'parameters as used': casts + (4 * others_used if mesh['fsdp'] > 1 else 0),
         'gradients of other micro-batches': 4 * used if case.micro_batches > 1 else 0,
     }
@@ -327,8 +343,9 @@ def sending_rate(transfer: Collective, mesh: Mapping[str, int], gpu: GPU) -> flo
 def seconds(
     case: Case, kernels: Kernels, gpu: GPU, transfers: list[Collective]
 ) -> dict[str, float]:
-    """The time of an update by part; empty if XLA compiles a part of the model."""
-    if 'xla' in (kernels.attention, kernels.norm, kernels.gelu, kernels.loss):
+    """The time of an update by part; empty if XLA compiles a part of the model, or Muon."""
+    by_xla = 'xla' in (kernels.attention, kernels.norm, kernels.gelu, kernels.loss)
+    if by_xla or case.algorithm != 'adamw':
         return {}
     cfg, n, remat = case.cfg, case.micro_batches, case.cfg.remat
     c, s = BYTES[cfg.compute_dtype], BYTES[cfg.stream_dtype]
@@ -363,7 +380,7 @@ def seconds(
 
 def plan(case: Case, gpu: GPU) -> Plan:
     """The figures of a case. Raises UsageError for settings that cannot run on a GPU."""
-    place = Place('gpu', case.mesh['tensor'], case.rows, case.seq_len)
+    place = Place('gpu', case.mesh['tensor'], case.rows, case.seq_len, algorithm=case.algorithm)
     kernels, reasons = choose(case.cfg, case.optimizer, place)
     transfers = collectives(case, kernels)
     held, moment = memory(case, kernels)

@@ -51,7 +51,7 @@ FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'xla', 'fused')
 class Place(NamedTuple):
     """Where a model runs: JAX's name of the platform, and one device's share of a micro-batch.
 
-    `deterministic` is the setting train.deterministic.
+    `deterministic` is the setting train.deterministic, `algorithm` the setting optim.algorithm.
     """
 
     platform: str
@@ -59,6 +59,7 @@ class Place(NamedTuple):
     rows: int | None = None
     seq_len: int | None = None
     deterministic: bool = False
+    algorithm: str = 'adamw'
 
     @property
     def tokens(self) -> int:
@@ -77,6 +78,8 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
     if place.platform != 'gpu':
         yield f'an NVIDIA GPU, but this runs on {place.platform}'
     if part == 'optimizer':
+        if place.algorithm != 'adamw':
+            yield "optim.algorithm = 'adamw': its kernel does not compute Muon"
         return
     if cfg.dtype != 'bfloat16':
         yield "model.dtype = 'bfloat16'"

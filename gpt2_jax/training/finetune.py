@@ -14,6 +14,7 @@ from gpt2_jax.training import programs
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import checksums, restore, storage
+from gpt2_jax.workdir.checkpoints import train_item
 
 # Settings that shape the parameters or give them their meaning. Dropout and precision may change.
 KEPT = (
@@ -62,10 +63,10 @@ def from_pretrained(
 ) -> TrainState:
     """The state before a run's first update, with the parameters of a checkpoint in `run`.
 
-    `step` is 'best', 'latest' or a number. If n_positions is smaller than in the checkpoint, the
-    first positions are kept. With `keep_optimizer` AdamW's moments are kept too; the schedule
-    always starts at update 0. Raises UserError without such a checkpoint, UsageError naming each
-    setting that does not fit.
+    `step` is 'best', 'latest' or a number. If the parameters were averaged there, the run starts
+    from the average. If n_positions is smaller than in the checkpoint, the first positions are
+    kept. With `keep_optimizer` the moments are kept too; the schedule always starts at update 0.
+    Raises UserError without such a checkpoint, UsageError naming each setting that does not fit.
     """
     restored = _load_matching(setup, run, step, keep_optimizer)
     old, new = restored.model.cfg, setup.model.cfg
@@ -74,7 +75,7 @@ def from_pretrained(
         opt_state = jax.tree.map(
             lambda fresh, old: fresh if isinstance(fresh, optax.ScaleByScheduleState) else old,
             opt_state,
-            _saved_optimizer(run, restored.step, opt_state),
+            _saved_optimizer(restored, run, opt_state),
             is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
         )
 
@@ -88,7 +89,9 @@ def from_pretrained(
     if new.n_positions < old.n_positions:
         context = f'; context cropped from {old.n_positions} to {new.n_positions}'
     notify(f'starting from checkpoint {restored.step:,} in {run}, with {optimizer}{context}')
-    return jax.device_put(TrainState(np.int32(0), *cropped), setup.layout)
+    # A copy, because an update reuses the memory of each array in the state.
+    average = jax.tree.map(np.copy, cropped[0]) if setup.averages else None
+    return jax.device_put(TrainState(np.int32(0), *cropped, average), setup.layout)
 
 
 def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> restore.Restored:
@@ -121,13 +124,19 @@ def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> 
 def _optimizer_conflicts(theirs, ours) -> list[str]:
     """Settings of the optim section that keep a saved optimizer state from being used, in words."""
     conflicts = []
+    if ours.algorithm != theirs.algorithm:
+        conflicts.append(
+            'its optimizer can only be kept if optim.algorithm is the same in both runs, but it is '
+            f'{theirs.algorithm!r} there, {ours.algorithm!r} here'
+        )
     if 'explicit' in (ours.implementation, theirs.implementation):
         conflicts.append(
             "its optimizer can only be kept if optim.implementation is 'explicit' in neither run, "
             'but '
             f'it is {theirs.implementation!r} there, {ours.implementation!r} here'
         )
-    if (ours.clip_norm > 0) != (theirs.clip_norm > 0):
+    is_adamw = ours.algorithm == theirs.algorithm == 'adamw'
+    if is_adamw and (ours.clip_norm > 0) != (theirs.clip_norm > 0):
         conflicts.append(
             'its optimizer can only be kept if both runs clip gradients or neither does, but '
             f'optim.clip_norm is {theirs.clip_norm} there, {ours.clip_norm} here'
@@ -135,9 +144,11 @@ def _optimizer_conflicts(theirs, ours) -> list[str]:
     return conflicts
 
 
-def _saved_optimizer(run: Path, step: int, like):
+def _saved_optimizer(restored: restore.Restored, run: Path, like):
     """The optimizer state of a checkpoint, as numpy arrays; `like` gives structure and shapes."""
-    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    train = ocp.args.StandardRestore({'step': np.zeros((), np.int32), 'opt_state': like})
+    average = restored.params if restored.config.optim.average else None
+    state = TrainState(np.int32(0), restored.params, like, average)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), train_item(state))
+    train = ocp.args.StandardRestore(zeros)
     with storage.open_manager(run / checksums.FOLDER, read_only=True) as manager:
-        return storage.restore_items(manager, step, train=train).train['opt_state']
+        return storage.restore_items(manager, restored.step, train=train).train['opt_state']

@@ -23,7 +23,12 @@ from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.gpt2 import causal_attention, embed
 from gpt2_jax.model.ops import FAST, REMAT_POLICIES, cudnn_attention, matmul_rows
 from gpt2_jax.parallel import collectives
-from gpt2_jax.training.optim import FusedOptimizer, bias_correction, decay_mask
+from gpt2_jax.training.optim import (
+    FusedOptimizer,
+    bias_correction,
+    decay_mask,
+    sum_of_squares,
+)
 from gpt2_jax.training.optim import make_optimizer as make_optax
 
 
@@ -186,25 +191,6 @@ def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
         precision=cfg.precision,
         preferred_element_type=table_VD.dtype,
     )
-
-
-def sum_of_squares(leaves: list, weights: list[float]):
-    """The sum of weight x^2 over all elements x of all leaves, fp32, in few passes.
-
-    Each matrix is summed by rows, all vectors are joined into one, and then these sums are summed.
-    """
-    parts, vectors = [], {}
-    for leaf, weight in zip(leaves, weights, strict=True):
-        if leaf.size > 1 << 16:
-            rows = jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1)
-            parts.append(rows if weight == 1 else rows * weight)
-        else:
-            vectors.setdefault(weight, []).append(leaf.astype(jnp.float32).reshape(-1))
-    for weight, group in vectors.items():
-        squares = jnp.square(jnp.concatenate(group))
-        parts.append(squares if weight == 1 else squares * weight)
-    # Without the barrier XLA sums each part by itself: 100 small kernels for the 124M model.
-    return jax.lax.optimization_barrier(jnp.concatenate(parts)).sum()
 
 
 def make_optimizer(

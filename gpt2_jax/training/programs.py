@@ -38,7 +38,8 @@ def new_state(setup: Setup) -> TrainState:
     """The state before the first update, drawn from train.seed and laid out on the mesh."""
     cfg, seed = setup.model.cfg, setup.config.train.seed
     draw = jax.jit(
-        lambda: init_state(init_params(cfg, seed), setup.optimizer), out_shardings=setup.layout
+        lambda: init_state(init_params(cfg, seed), setup.optimizer, setup.averages),
+        out_shardings=setup.layout,
     )
     with Progress('compiling and drawing the parameters'):
         return jax.block_until_ready(draw())
@@ -138,7 +139,11 @@ def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:
     """
     train = setup.config.train
     update = make_train_step(
-        make_loss_and_grads(setup), setup.optimizer, setup.schedule, seed=train.seed
+        make_loss_and_grads(setup),
+        setup.optimizer,
+        setup.schedule,
+        seed=train.seed,
+        average=setup.config.optim.average,
     )
     jitted = jax.jit(
         update,

@@ -15,7 +15,7 @@ from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.mesh import make_mesh
-from gpt2_jax.training.optim import Optimizer, make_optimizer, make_schedule
+from gpt2_jax.training.optim import Optimizer, make_muon, make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state
 
 
@@ -64,6 +64,11 @@ class Setup:
         return min(n_targets, self.config.eval.tokens or n_targets)
 
     @property
+    def averages(self) -> bool:
+        """Whether the state has an average of the parameters."""
+        return self.shapes.average is not None
+
+    @property
     def batch_options(self) -> dict[str, int | str]:
         """What addresses the batches of this run: the options of feed.train_batch."""
         train = self.config.train
@@ -87,8 +92,9 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     kernels, reasons = choose(cfg, config.optim.implementation, place_of(config, mesh))
     model = GPT2(cfg, training_ops(kernels.evaluation))
     schedule = build_schedule(config)
-    optimizer = _build_optimizer(config, kernels.optimizer, schedule, mesh)
-    shapes = jax.eval_shape(lambda: init_state(init_params(cfg, 0), optimizer))
+    optimizer = _build_optimizer(config, cfg, kernels.optimizer, schedule, mesh)
+    averages = config.optim.average > 0
+    shapes = jax.eval_shape(lambda: init_state(init_params(cfg, 0), optimizer, averages))
     layout = partition.shardings(mesh, shapes)
     return Setup(
         config, mesh, dataset, model, kernels, reasons, schedule, optimizer, shapes, layout
@@ -100,11 +106,11 @@ def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
     train, shares = config.train, mesh.shape['data'] * mesh.shape['fsdp']
     rows = train.batch_size // train.grad_accum_steps // shares
     platform, tensor = mesh.devices.flat[0].platform, mesh.shape['tensor']
-    return Place(platform, tensor, rows, train.seq_len, train.deterministic)
+    return Place(platform, tensor, rows, train.seq_len, train.deterministic, config.optim.algorithm)
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:
-    """The learning rate as a function of the update's number."""
+    """AdamW's learning rate as a function of the update's number."""
     optim = config.optim
     return make_schedule(
         implementation='explicit' if optim.implementation == 'explicit' else 'optax',
@@ -112,11 +118,17 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
         end_learning_rate=optim.end_learning_rate,
         warmup_steps=optim.warmup_steps,
         steps=config.train.steps,
+        decay=optim.decay,
+        hold=optim.hold,
     )
 
 
 def _build_optimizer(
-    config: ConfigDict, implementation: str, schedule: optax.Schedule, mesh: jax.sharding.Mesh
+    config: ConfigDict,
+    cfg: GPT2Config,
+    implementation: str,
+    schedule: optax.Schedule,
+    mesh: jax.sharding.Mesh,
 ) -> Optimizer:
     optim = config.optim
     options = {
@@ -127,6 +139,16 @@ def _build_optimizer(
         'weight_decay': optim.weight_decay,
         'clip_norm': optim.clip_norm,
     }
+    if optim.algorithm == 'muon':
+        ratio = optim.muon_learning_rate / optim.learning_rate
+        return make_muon(
+            implementation=implementation,
+            muon_schedule=lambda step: ratio * schedule(step),
+            muon_beta=optim.muon_beta,
+            dtype=cfg.compute_dtype,
+            precision=cfg.precision,
+            **options,
+        )
     if implementation == 'fused':
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 

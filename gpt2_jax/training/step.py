@@ -15,21 +15,32 @@ import optax
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, summed_loss, token_losses
 from gpt2_jax.parallel.feed import Batch
-from gpt2_jax.training.optim import Optimizer, apply_update, as_parameters
+from gpt2_jax.training.optim import Optimizer, apply_update, as_parameters, average_in
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything an update reads and writes. `step` counts the updates done."""
+    """Everything an update reads and writes. `step` counts the updates done.
+
+    `average` is the average of the parameters over updates (see optim.average_in), or None.
+    """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    average: dict | None = None
+
+    @property
+    def evaluated(self):
+        """The parameters that are evaluated, sampled from and published: averaged if they are."""
+        return self.params if self.average is None else self.average
 
 
-def init_state(params, optimizer: Optimizer) -> TrainState:
-    """The state before the first update."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+def init_state(params, optimizer: Optimizer, averages: bool = False) -> TrainState:
+    """The state before the first update, with an average of the parameters if `averages`."""
+    # Copied, because an update reuses the memory of each array in the state.
+    average = jax.tree.map(jnp.copy, params) if averages else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average)
 
 
 def plain_value_and_grad(
@@ -85,7 +96,12 @@ def accumulate(value_and_grad: Callable, grad_accum_steps: int) -> Callable:
 
 
 def make_train_step(
-    loss_and_grads: Callable, optimizer: Optimizer, schedule: optax.Schedule, *, seed: int
+    loss_and_grads: Callable,
+    optimizer: Optimizer,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    average: float = 0.0,
 ) -> Callable:
     """The function train_step(state, batch) -> (state, metrics). Donate the state to jit.
 
@@ -96,7 +112,8 @@ def make_train_step(
     The metrics are fp32 scalars: the loss in nats per token, the learning_rate of this update, and
     three global norms: grad_norm (the gradient before clipping), update_norm (the change of the
     parameters) and param_norm (the new parameters). `schedule` only reports the learning rate; the
-    optimizer was built with the same schedule and counts its own updates.
+    optimizer was built with the same schedule and counts its own updates. `average` is the decay of
+    the average of the parameters, if the state has one.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -104,7 +121,10 @@ def make_train_step(
         loss, grads = loss_and_grads(state.params, batch, step_key, batch['targets'].size)
         params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        n, averaged = state.step + 1, state.average
+        if averaged is not None:
+            averaged = average_in(averaged, params, n, average)
+        return TrainState(n, params, opt_state, averaged), metrics
 
     return train_step
 

@@ -2,10 +2,12 @@
 
 A checkpoint is a folder `checkpoints/STEP` with the items `params`, `train` (step and optimizer
 state), `meta` (JSON: configuration, tokenizer, and what the loop needs to resume) and, if the step
-was evaluated, `metrics`. Orbax writes the folder and moves it into place in one piece. Then
-everything is read back from disk, and SHA256SUMS commits the checkpoint (checksums.py). The latest
-two checkpoints and the best one are kept, and more if checkpoint.keep says so. A folder without
-SHA256SUMS, or one that does not match it, is never restored.
+was evaluated, `metrics`. If the parameters are averaged, `params` is the average, which everything
+but training uses, and `train` has the parameters themselves too. Orbax writes the folder and moves
+it into place in one piece. Then everything is read back from disk, and SHA256SUMS commits the
+checkpoint (checksums.py). The latest two checkpoints and the best one are kept, and more if
+checkpoint.keep says so. A folder without SHA256SUMS, or one that does not match it, is never
+restored.
 """
 
 import concurrent.futures
@@ -85,10 +87,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_claim()
-        items = {
-            'params': state.params,
-            'train': {'step': state.step, 'opt_state': state.opt_state},
-        }
+        items = {'params': state.evaluated, 'train': train_item(state)}
         with self._failures(step):
             self._check_free_space(state)
             saved = self._orbax.save(
@@ -208,17 +207,23 @@ class Checkpoints:
         )
 
 
+def train_item(state) -> dict[str, Any]:
+    """What a checkpoint keeps of a TrainState for training alone."""
+    item = {'step': state.step, 'opt_state': state.opt_state}
+    return item if state.average is None else item | {'params': state.params}
+
+
 def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
     """The state saved at `step`: see Checkpoints.restore."""
-    train = {'step': abstract.step, 'opt_state': abstract.opt_state}
     items = storage.restore_items(
         manager,
         step,
-        params=ocp.args.StandardRestore(abstract.params),
-        train=ocp.args.StandardRestore(train),
+        params=ocp.args.StandardRestore(abstract.evaluated),
+        train=ocp.args.StandardRestore(train_item(abstract)),
     )
     check_step(Path(manager.directory) / str(step), int(items.train['step']))
-    return abstract.replace(params=items.params, **items.train)
+    name = 'params' if abstract.average is None else 'average'
+    return abstract.replace(**{name: items.params}, **items.train)
 
 
 def check_step(path: Path, step: int) -> None:
