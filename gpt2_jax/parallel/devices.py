@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -69,6 +71,18 @@ def select_platform(name: str) -> None:
     tuned = any(variable.startswith('MALLOC_') for variable in os.environ)
     if _backend() == 'cpu' and not tuned:
         _keep_freed_memory()
+
+
+@contextlib.contextmanager
+def selecting_platform(name: str) -> Iterator[None]:
+    """Runs select_platform beside what happens inside, on a thread; raises its errors at the end.
+
+    A GPU takes a second or more to start, in which the thread does not hold Python's lock.
+    """
+    with ThreadPoolExecutor(1, 'device') as pool:
+        selected = pool.submit(select_platform, name)
+        yield
+        selected.result()
 
 
 def _backend() -> str:
