@@ -31,6 +31,10 @@ PEAK_BF16_FLOPS = {
     'TPU v6 lite': 918e12,
 }
 
+# Programs that take this long to compile are kept for the next start. JAX would keep those that
+# take a second, and an evaluation or a sample takes less.
+CACHED_SECONDS = 0.1
+
 # Switches of JAX for debugging that raise an error in the code of Flax and Optax.
 UNSUPPORTED_SWITCHES = {
     'jax_numpy_rank_promotion': 'raise',
@@ -57,6 +61,8 @@ def select_platform(name: str) -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = local_folders('xla')[-1] / platform.node()
         jax.config.update('jax_compilation_cache_dir', str(cache))
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', CACHED_SECONDS)
     if name == 'cpu':
         jax.config.update('jax_platforms', 'cpu')
     elif name != 'auto':
