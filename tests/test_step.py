@@ -192,6 +192,12 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
 
 
+def test_xla_knows_the_options_of_a_gpu():
+    """An option that a version of XLA does not know would end a run on a GPU."""
+    options = programs.DRAW_OPTIONS['gpu'] | programs.FUSED_OPTIONS
+    assert jax.jit(lambda x: -x, compiler_options=options)(1) == -1
+
+
 def test_the_state_is_donated_and_one_batch_is_memorised(tmp_path):
     config = small_config(tmp_path)
     config.model.update(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
