@@ -129,12 +129,12 @@ def run_in_folder(
         say(line)
 
     train_step = compile_train_step(setup, pool)
-    evaluate = make_evaluate(setup, pool=pool)
     if start:
         with Progress(f'reading checkpoint {start:,}'):
             state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = finetune.initial_state(setup)
+    evaluate = make_evaluate(setup, pool=pool)  # last: the first update does not wait for it
     if hosts.is_first():
         prepare_folder(setup, workdir, start, log_sizes)
 

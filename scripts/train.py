@@ -46,10 +46,10 @@ def main(arguments: list[str]) -> int:
     workdir = files.user_path(default if _WORKDIR.value is None else _WORKDIR.value)
     with Progress('loading'):
         from gpt2_jax.parallel import devices, hosts
-        from gpt2_jax.train import train
 
     with hosts.joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
-        devices.select_platform(_PLATFORM.value)
+        with devices.selecting_platform(_PLATFORM.value), Progress('loading'):
+            from gpt2_jax.train import train  # while the device starts
         return train(
             _CONFIG.value,
             workdir,

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -255,6 +256,7 @@ def test_updates_equal_the_explicit_optimizer():
 
 @pytest.mark.parametrize('changes', [{}, DROPOUT | {'residual_dtype': 'float32'}])
 def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
+    """All kernels are in it, and MLIR searches the disk for no dialect at each operation."""
     monkeypatch.setattr(launch, 'interprets', lambda: False)
     model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16') | changes)
     update = train_step(model, kernel_choice.FUSED, optimizer('fused'))
@@ -262,6 +264,13 @@ def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
     h100 = AbstractMesh(
         (1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')
     )
+    searched = []
+
+    class Watch:
+        def find_spec(self, name, path=None, target=None):
+            searched.append(name)
+
+    monkeypatch.setattr('sys.meta_path', [Watch(), *sys.meta_path])
     with use_abstract_mesh(h100):
         text = update.trace(state, batch(model)).lower(lowering_platforms=('cuda',)).as_text()
     for name in (
@@ -276,6 +285,7 @@ def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
     ):
         assert name in text
     assert shapes(model)
+    assert not [name for name in searched if name.endswith('.tt')]
 
 
 def test_unsupported_configurations_are_refused(tmp_path):

@@ -174,7 +174,8 @@ def small_config(tmp_path, **train):
 def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
     setup = build(resolve(small_config(tmp_path, seed=7)))
     cfg, state = setup.model.cfg, programs.new_state(setup)
-    expected = jax.jit(lambda: init_params(cfg, 7))()
+    options = programs.DRAW_OPTIONS['cpu']
+    expected = jax.jit(lambda: init_params(cfg, 7), compiler_options=options)()
     assert jax.tree.all(jax.tree.map(np.array_equal, state.params, expected))
 
     train = setup.dataset.train
@@ -189,6 +190,12 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
     logits_BTV = jax.jit(setup.model.apply)({'params': expected}, batch['inputs'], key)
     loss = token_losses(logits_BTV, batch['targets']).mean()
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+
+
+def test_xla_knows_the_options_of_a_gpu():
+    """An option that a version of XLA does not know would end a run on a GPU."""
+    options = programs.DRAW_OPTIONS['gpu'] | programs.FUSED_OPTIONS
+    assert jax.jit(lambda x: -x, compiler_options=options)(1) == -1
 
 
 def test_the_state_is_donated_and_one_batch_is_memorised(tmp_path):

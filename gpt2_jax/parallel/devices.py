@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -28,6 +30,10 @@ PEAK_BF16_FLOPS = {
     'TPU v5p': 459e12,
     'TPU v6 lite': 918e12,
 }
+
+# Programs that take this long to compile are kept for the next start. JAX would keep those that
+# take a second, and an evaluation or a sample takes less.
+CACHED_SECONDS = 0.1
 
 # Switches of JAX for debugging that raise an error in the code of Flax and Optax.
 UNSUPPORTED_SWITCHES = {
@@ -55,6 +61,8 @@ def select_platform(name: str) -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = local_folders('xla')[-1] / platform.node()
         jax.config.update('jax_compilation_cache_dir', str(cache))
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', CACHED_SECONDS)
     if name == 'cpu':
         jax.config.update('jax_platforms', 'cpu')
     elif name != 'auto':
@@ -69,6 +77,18 @@ def select_platform(name: str) -> None:
     tuned = any(variable.startswith('MALLOC_') for variable in os.environ)
     if _backend() == 'cpu' and not tuned:
         _keep_freed_memory()
+
+
+@contextlib.contextmanager
+def selecting_platform(name: str) -> Iterator[None]:
+    """Runs select_platform beside what happens inside, on a thread; raises its errors at the end.
+
+    A GPU takes a second or more to start, in which the thread does not hold Python's lock.
+    """
+    with ThreadPoolExecutor(1, 'device') as pool:
+        selected = pool.submit(select_platform, name)
+        yield
+        selected.result()
 
 
 def _backend() -> str:
