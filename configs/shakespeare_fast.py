@@ -23,15 +23,20 @@ def get_config():
     config.model.n_head = 6
     config.model.n_embd = 384
     config.model.n_positions = 256
-    config.model.embd_pdrop = config.model.attn_pdrop = config.model.resid_pdrop = 0.2
+    config.model.embd_pdrop = config.model.attn_pdrop = config.model.resid_pdrop = 0.15
     config.model.bias = False
     config.model.dtype = 'bfloat16'
-    config.train.steps = 2000
+    config.train.steps = 1200
     config.train.batch_size = 64
-    config.optim.learning_rate = 1.5e-3
-    config.optim.end_learning_rate = 1e-5
-    config.optim.weight_decay = 0.5
+    config.optim.algorithm = 'muon'
+    config.optim.learning_rate = 3e-3
+    config.optim.muon_learning_rate = 0.01
+    config.optim.end_learning_rate = 3e-5
+    config.optim.decay = 'linear'
+    config.optim.warmup_steps = 50
+    config.optim.weight_decay = 1.0
     config.optim.beta2 = 0.99
+    config.optim.average = 0.98
     config.eval.every = 200  # fewer steps than a save takes would make training wait for it
     config.eval.sample_tokens = 0  # sampling would compile two more programs
     return config

@@ -248,12 +248,14 @@ def test_a_run_that_is_killed_resumes_bit_for_bit(finished, text, tmp_path):
     assert runs.differences(run, finished) == []
 
 
+@pytest.mark.long
 def test_a_step_of_it_is_replayed_to_the_digit(finished):
     found = Replay(finished).open(7)
     assert found.checkpoint == 6
     assert found.recorded == found.replayed
 
 
+@pytest.mark.long
 def test_a_run_starts_from_its_average_and_its_moments(finished, text):
     """The moments continue, the average begins at the parameters, and an update can run."""
     setup = build(resolve(runs.make_config(text, **MUON)))
@@ -271,6 +273,7 @@ def test_a_run_starts_from_its_average_and_its_moments(finished, text):
     assert float(metrics['learning_rate']) == pytest.approx(3e-3 / 11)
 
 
+@pytest.mark.long
 def test_checkpoints_hold_the_average_that_was_evaluated(finished):
     """The saved average is that of the parameters saved for training at each step.
 

@@ -194,7 +194,7 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
 
 def test_xla_knows_the_options_of_a_gpu():
     """An option that a version of XLA does not know would end a run on a GPU."""
-    options = programs.DRAW_OPTIONS['gpu'] | programs.FUSED_OPTIONS
+    options = programs.DRAW_OPTIONS['gpu']
     assert jax.jit(lambda x: -x, compiler_options=options)(1) == -1
 
 

@@ -40,11 +40,6 @@ DRAW_OPTIONS = {
     'cpu': {'xla_backend_optimization_level': 1},
     'gpu': {'xla_gpu_autotune_level': 0},
 }
-# What XLA does not try out beside fused kernels: see compiler_options.
-FUSED_OPTIONS = {
-    'xla_gpu_enable_triton_gemm': False,
-    'xla_gpu_experimental_enable_fusion_autotuner': False,
-}
 
 
 def new_state(setup: Setup) -> TrainState:
@@ -82,16 +77,14 @@ def compiler_options(setup: Setup) -> dict[str, bool | int]:
 
     With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as
     fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
-    (shakespeare_fast.py, H100). Nor does it compile several kernels for each of the few fusions
-    that are left to it, to time them: the update compiles in 5.1 -> 3.5 s (shakespeare_fast.py,
-    for an H100, 2 CPU cores).
+    (shakespeare_fast.py, H100).
 
     XLA times several kernels for a matrix product and takes the fastest, so two machines may take
     different ones and round differently. With train.deterministic it takes the first (a step takes
     1 to 2 % longer with GPT-2 124M, 5 % with shakespeare.py, H100). The fused kernels add in fixed
     order; XLA's scatter-add does so only with an option.
     """
-    options = dict(FUSED_OPTIONS) if setup.kernels.fused_training else {}
+    options = {'xla_gpu_enable_triton_gemm': False} if setup.kernels.fused_training else {}
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
         options['xla_gpu_autotune_level'] = 0
         if not setup.kernels.fused_training:
