@@ -62,6 +62,7 @@ def test_mfu_counts_the_peak_of_every_device(monkeypatch):
     assert devices.model_flops_utilisation(1e3, 2e8, mesh) is None
 
 
+@pytest.mark.long
 def test_training_and_decoding(tiny_setup, monkeypatch):
     """On random tokens, without a corpus; a rate is tokens divided by the median of the windows."""
     monkeypatch.setattr(devices, 'peak_flops', lambda device: 1e12)

@@ -218,6 +218,7 @@ def finished(text, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_run_resumes_bit_for_bit(finished, text, tmp_path):
     """From the middle: as if it had been killed after the checkpoint of step 4."""
     copy = tmp_path / 'run'

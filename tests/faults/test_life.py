@@ -252,6 +252,7 @@ class Life(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings('ignore::hypothesis.errors.HypothesisWarning')
+@pytest.mark.long
 def test_a_run_ends_bit_equal_or_is_refused():
     with runs.trace_once():
         run_state_machine_as_test(

@@ -56,7 +56,7 @@ def switched(name, value):
     ('switch', 'value', 'optimizer'),
     [
         pytest.param('jax_disable_jit', True, 'optax', marks=pytest.mark.long),
-        ('jax_enable_x64', True, 'optax'),
+        pytest.param('jax_enable_x64', True, 'optax', marks=pytest.mark.long),
         pytest.param('jax_enable_x64', True, 'explicit', marks=pytest.mark.long),
         ('jax_debug_nans', True, 'optax'),
         ('jax_transfer_guard', 'disallow', 'optax'),
