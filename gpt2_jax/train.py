@@ -128,7 +128,9 @@ def run_in_folder(
     ):
         say(line)
 
+    # Compiled side by side, in the order of their first use.
     train_step = compile_train_step(setup, pool)
+    measure = probes.Measure(setup, pool) if config.train.probe else None
     if start:
         with Progress(f'reading checkpoint {start:,}'):
             state = checkpoints.restore(start, abstract_state(setup))
@@ -169,7 +171,7 @@ def run_in_folder(
         evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
         sampling = Sample(config.eval.every, setup, meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
-        probe = probes.Probe(setup, workdir, log, pool) if config.train.probe else None
+        probe = probes.Probe(setup, workdir, log, measure) if measure else None
         saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
         # A signal may have stopped the last process between an update and its evaluation or sample.
         # Finish that work first. If a signal interrupts it again, it stays in progress.unfinished,
