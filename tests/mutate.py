@@ -98,6 +98,8 @@ EQUIVALENT = (
     (r'kernels/decode.*BlockSpec.*lambda b, h: \(0,\)', 'a block of an array with one element'),
     (r'kernels/decode.*out is None -> True', 'what a GPU writes beyond the end of an array'),
     (r'kernels/sample.*part \*', 'speed: a guess between two bounds, used if it lies there'),
+    (r'.*strict=True.*\[True -> False\]', 'a check of two lengths that are equal'),
+    (r'inference/score.*lines\[-1\] \+=.*\[- -> \]', 'the last of two lines is the second'),
     (r'data/.*n_bytes=', 'the published size of a file that no test downloads'),
     (r'inference/decoding.*padding = ', 'speed: how far a prompt is padded'),
     (r'data/bin_files.*OTHER_MAGICS = ', 'the end of a range of dates'),
