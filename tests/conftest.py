@@ -58,3 +58,20 @@ def pytest_collection_modifyitems(config, items):
 def machine_of_any_speed(monkeypatch):
     """No line that says how long something takes, which only a slow or busy machine prints."""
     monkeypatch.setattr('gpt2_jax.progress.LOG_SECONDS', 3600)
+
+
+@pytest.fixture(scope='module')
+def trace_once():
+    """All runs of a module with the same settings share their programs: see runs.py."""
+    import runs  # loads JAX, which has to see the settings above
+
+    with runs.trace_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    """The text of a module's runs."""
+    import runs
+
+    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')

@@ -41,16 +41,7 @@ from gpt2_jax.workdir.restore import load
 
 STEPS = runs.SMALL['train.steps']
 
-
-@pytest.fixture(scope='module', autouse=True)
-def trace_once():
-    with runs.trace_once():
-        yield
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+pytestmark = pytest.mark.usefixtures('trace_once')
 
 
 @pytest.fixture(scope='module')

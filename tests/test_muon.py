@@ -195,16 +195,7 @@ MUON = {
 EVERY = {'checkpoint__keep': 'all', 'checkpoint__every': 1, 'log__every': 1}
 SHORT = {'train__steps': 8, 'eval__every': 3, 'eval__sample_tokens': 5}
 
-
-@pytest.fixture(scope='module', autouse=True)
-def trace_once():
-    with runs.trace_once():
-        yield
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+pytestmark = pytest.mark.usefixtures('trace_once')
 
 
 @pytest.fixture(scope='module')

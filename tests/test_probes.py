@@ -22,16 +22,7 @@ from gpt2_jax.workdir.restore import load
 PROBED = {'train__probe': 6, 'eval__every': 100}
 STEPS = [0, 1, 2, 4, 8, 16]
 
-
-@pytest.fixture(scope='module', autouse=True)
-def trace_once():
-    with runs.trace_once():
-        yield
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+pytestmark = pytest.mark.usefixtures('trace_once')
 
 
 @pytest.fixture(scope='module')

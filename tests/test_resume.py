@@ -28,16 +28,7 @@ from gpt2_jax.workdir.checksums import all_steps, best_step
 
 STEPS = runs.SMALL['train.steps']
 
-
-@pytest.fixture(scope='module', autouse=True)
-def trace_once():
-    with runs.trace_once():
-        yield
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+pytestmark = pytest.mark.usefixtures('trace_once')
 
 
 @pytest.fixture(scope='module')

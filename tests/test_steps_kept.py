@@ -15,16 +15,7 @@ from gpt2_jax.workdir.checksums import FOLDER, all_steps, committed_steps
 from gpt2_jax.workdir.restore import load
 from gpt2_jax.workdir.storage import Kept, is_log_spaced
 
-
-@pytest.fixture(scope='module', autouse=True)
-def trace_once():
-    with runs.trace_once():
-        yield
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt')
+pytestmark = pytest.mark.usefixtures('trace_once')
 
 
 @pytest.fixture(scope='module')
