@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from gpt2_jax import config as config_lib
 from gpt2_jax import files
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.batches import eval_batches
+from gpt2_jax.data.batches import eval_batches, train_batch
 from gpt2_jax.diagnostics import probes
 from gpt2_jax.diagnostics.describe import describe
 from gpt2_jax.errors import UsageError
@@ -27,6 +27,7 @@ from gpt2_jax.hooks import Evaluate, ExplainSpikes, Sample, Save, diverged, fini
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel import feed, hosts
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
+from gpt2_jax.parallel.mesh import own_rows
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import say
 from gpt2_jax.training import finetune, loop
@@ -220,12 +221,14 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
     """Raises UserError for data or weights that training cannot use.
 
     It is called before any folder is touched. One training and one validation batch are made only
-    for the errors that they raise. Weights to start from are checked here only with `fresh`, which
-    moves the old run aside; otherwise finetune.initial_state checks them.
+    for the errors that they raise, and not sent to the device, which may still be starting. Weights
+    to start from are checked here only with `fresh`, which moves the old run aside; otherwise
+    finetune.initial_state checks them.
     """
     if fresh:
         finetune.check(setup)
-    feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
+    lo, hi = own_rows(setup.mesh, setup.config.train.batch_size)
+    train_batch(setup.dataset.train, step=0, lo=lo, hi=hi, **setup.batch_options)
     next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))
 
 

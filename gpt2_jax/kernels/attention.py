@@ -7,6 +7,7 @@ shrinks what was summed before. Scores carry a factor log2(e), so that exp is ex
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,30 @@ from gpt2_jax.kernels.launch import LOG2_E, SEED_SPECS, call, only, read_seed, s
 from gpt2_jax.model.dropout import keep_mask
 from gpt2_jax.model.ops import KEPT_BY_DOTS
 
-# Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
-BLOCK = SEQ_LEN_MULTIPLE  # queries, and keys, processed at a time
-WARPS, STAGES, KEYS_STAGES = 4, 3, 2
-DROPOUT_BLOCK = 32  # in a backward pass with dropout, because drawing the mask takes registers
+
+
+class Blocks(NamedTuple):
+    """Queries (or keys) of a program, keys (or queries) it reads at a time; warps; stages.
+
+    Stages are those of the software pipeline.
+    """
+
+    own: int
+    read: int
+    warps: int
+    stages: int
+
+
+# The best of those tried on an H100, without and with dropout, whose mask takes registers.
+FORWARD = Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3)
+QUERIES = Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3)
+KEYS = Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)
+
+
+def _blocks(options, rate, T):
+    """The Blocks for this dropout rate, with fewer rows a program if they do not divide T."""
+    blocks = options[rate > 0]
+    return blocks if T % blocks.own == 0 else blocks._replace(own=SEQ_LEN_MULTIPLE)
 
 
 def _positions(start, n):
@@ -60,13 +81,13 @@ def _add_bias(rows, ins, part):
     return (rows.astype(jnp.float32) + ins['bias'][part][None, :]).astype(rows.dtype)
 
 
-def _forward_kernel(ins, outs, *, rate):
+def _forward_kernel(ins, outs, *, rate, blocks):
     """Block i of z. If there is a bias, q + bias replaces q in memory, for the backward pass."""
     i = (
         pl.num_programs(2) - 1 - pl.program_id(2)
     )  # long rows first, so that none is left to the end
-    T, _, K = ins['qkv'].shape
-    mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
+    (T, _, K), (own, read, *_), steps = ins['qkv'].shape, blocks, blocks.own // blocks.read
+    mine, queries = pl.ds(i * own, own), _positions(i * own, own)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
     if biased:
@@ -74,7 +95,7 @@ def _forward_kernel(ins, outs, *, rate):
 
     def body(masked, j, carry):
         z, m, l, l_kept = carry
-        block, keys = pl.ds(j * BLOCK, BLOCK), _positions(j * BLOCK, BLOCK)[None, :]
+        block, keys = pl.ds(j * read, read), _positions(j * read, read)[None, :]
         scores = _scores(q, ins['qkv'][block, 1, :], queries, keys, masked)
         m_new = jnp.maximum(m, scores.max(-1))
         alpha, p = jnp.exp2(m - m_new), jnp.exp2(scores - m_new[:, None])
@@ -85,10 +106,11 @@ def _forward_kernel(ins, outs, *, rate):
         v = ins['qkv'][block, 2, :]
         return z * alpha[:, None] + plgpu.dot(p.astype(v.dtype), v), m_new, l, l_kept
 
-    zero_Q = jnp.zeros((BLOCK,), jnp.float32)
-    carry = jnp.zeros((BLOCK, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
-    carry = lax.fori_loop(0, i, functools.partial(body, False), carry)
-    z, m, l, l_kept = body(True, i, carry)
+    zero_Q = jnp.zeros((own,), jnp.float32)
+    carry = jnp.zeros((own, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
+    carry = lax.fori_loop(0, i * steps, functools.partial(body, False), carry)
+    carry = lax.fori_loop(i * steps, (i + 1) * steps, functools.partial(body, True), carry)
+    z, m, l, l_kept = carry
     if biased:
         z += (l_kept if rate else l)[:, None] * ins['bias'][2][None, :]
     outs['z'][mine, :] = (z / (l[:, None] * (1 - rate))).astype(outs['z'].dtype)
@@ -113,13 +135,13 @@ def _write(outs, rows, part, gradient):
     outs['dqkv'][rows, part, :] = gradient.astype(outs['dqkv'].dtype)
 
 
-def _queries_backward_kernel(ins, outs, *, rate, inner):
+def _queries_backward_kernel(ins, outs, *, rate, blocks):
     """Block i of dq, over the keys it sees, and of delta = sum_s p_s dp_s = sum_k z_k dz_k."""
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # long rows first, as in the forward pass
-    T, _, K = ins['qkv'].shape
-    mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
+    (T, _, K), (own, read, *_), steps = ins['qkv'].shape, blocks, blocks.own // blocks.read
+    mine, queries = pl.ds(i * own, own), _positions(i * own, own)[:, None]
     q, dz, lse = ins['qkv'][mine, 0, :], ins['dz'][mine, :], ins['lse'][mine][:, None]
-    first_row, blocks = _first_row(ins, T), BLOCK // inner
+    first_row = _first_row(ins, T)
     delta = (dz.astype(jnp.float32) * ins['z'][mine, :].astype(jnp.float32)).sum(-1)
     outs['delta'][mine], delta = delta, delta[:, None]
     dp_of_bias = 0.0
@@ -127,34 +149,34 @@ def _queries_backward_kernel(ins, outs, *, rate, inner):
         dp_of_bias = (dz.astype(jnp.float32) * ins['bias'][2][None, :]).sum(-1)[:, None]
 
     def body(masked, j, dq):
-        block, keys = pl.ds(j * inner, inner), _positions(j * inner, inner)[None, :]
+        block, keys = pl.ds(j * read, read), _positions(j * read, read)[None, :]
         k, v = ins['qkv'][block, 1, :], ins['qkv'][block, 2, :]
         p = jnp.exp2(_scores(q, k, queries, keys, masked) - lse)
         dp = plgpu.dot(dz, v.T) + dp_of_bias
         _, dscores = _backward(ins, rate, p, dp, delta, first_row, queries, keys)
         return dq + plgpu.dot(dscores, k)
 
-    dq = jnp.zeros((BLOCK, K), jnp.float32)
-    dq = lax.fori_loop(0, i * blocks, functools.partial(body, False), dq)
-    dq = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), dq)
+    dq = jnp.zeros((own, K), jnp.float32)
+    dq = lax.fori_loop(0, i * steps, functools.partial(body, False), dq)
+    dq = lax.fori_loop(i * steps, (i + 1) * steps, functools.partial(body, True), dq)
     dq /= math.sqrt(K)
     _write(outs, mine, 0, dq)
     if outs['dbias'] is not None:
-        outs['dbias'][0, :] = dq.sum(0)
+        outs['dbias'][...] = dq.sum(0)
 
 
-def _keys_backward_kernel(ins, outs, *, rate, inner):
+def _keys_backward_kernel(ins, outs, *, rate, blocks):
     """Block i of dk and dv, over the queries that see it."""
     i = pl.program_id(2)
-    T, _, K = ins['qkv'].shape
-    mine, keys = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
+    (T, _, K), (own, read, *_), steps = ins['qkv'].shape, blocks, blocks.own // blocks.read
+    mine, keys = pl.ds(i * own, own), _positions(i * own, own)[:, None]
     k, v = ins['qkv'][mine, 1, :], _add_bias(ins['qkv'][mine, 2, :], ins, 2)
-    first_row, blocks = _first_row(ins, T), BLOCK // inner
+    first_row = _first_row(ins, T)
 
     def body(masked, j, carry):
         # Keys come before queries here, so that no product transposes a pattern.
         dk, dv = carry
-        block, queries = pl.ds(j * inner, inner), _positions(j * inner, inner)[None, :]
+        block, queries = pl.ds(j * read, read), _positions(j * read, read)[None, :]
         q, dz = ins['qkv'][block, 0, :], ins['dz'][block, :]
         lse, delta = ins['lse'][block][None, :], ins['delta'][block][None, :]
         p = jnp.exp2(_scores(k, q, queries, keys, masked) - lse)
@@ -162,14 +184,14 @@ def _keys_backward_kernel(ins, outs, *, rate, inner):
         dropped, dscores = _backward(ins, rate, p, dp, delta, first_row, queries, keys)
         return dk + plgpu.dot(dscores, q), dv + plgpu.dot(dropped, dz)
 
-    zero = jnp.zeros((BLOCK, K), jnp.float32)
-    carry = lax.fori_loop(i * blocks, (i + 1) * blocks, functools.partial(body, True), (zero, zero))
-    dk, dv = lax.fori_loop((i + 1) * blocks, T // inner, functools.partial(body, False), carry)
+    zero = jnp.zeros((own, K), jnp.float32)
+    carry = lax.fori_loop(i * steps, (i + 1) * steps, functools.partial(body, True), (zero, zero))
+    dk, dv = lax.fori_loop((i + 1) * steps, T // read, functools.partial(body, False), carry)
     dv /= 1 - rate
     _write(outs, mine, 1, dk / math.sqrt(K))
     _write(outs, mine, 2, dv)
     if outs['dbias'] is not None:
-        outs['dbias'][1, :] = dv.sum(0)
+        outs['dbias'][...] = dv.sum(0)
 
 
 def _specs(T, K):
@@ -183,8 +205,8 @@ def _specs(T, K):
 def _check_shape(qkv_BT3HK):
     """Raises ValueError for a shape that the kernels would process in part only."""
     _, T, _, _, K = qkv_BT3HK.shape
-    if T % BLOCK:
-        raise ValueError(f'the attention kernel got {T} positions; expected a multiple of {BLOCK}')
+    if T % SEQ_LEN_MULTIPLE:
+        raise ValueError(f'the attention kernel got {T} positions; expected a multiple of {SEQ_LEN_MULTIPLE}')
     if K not in HEAD_DIMS:
         expected = ', '.join(map(str, HEAD_DIMS))
         raise ValueError(
@@ -197,7 +219,7 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
     _check_shape(qkv_BT3HK)
     B, T, _, H, K = qkv_BT3HK.shape
     ins, specs = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seed), _specs(T, K)
-    biased = bias_3HK is not None
+    biased, blocks = bias_3HK is not None, _blocks(FORWARD, rate, T)
     shapes = {
         'qkv': qkv_BT3HK if biased else None,
         'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
@@ -209,10 +231,10 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
         'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)),
     }
     outs = call(
-        functools.partial(_forward_kernel, rate=rate),
-        grid=(B, H, T // BLOCK),
-        warps=WARPS,
-        stages=STAGES,
+        functools.partial(_forward_kernel, rate=rate, blocks=blocks),
+        grid=(B, H, T // blocks.own),
+        warps=blocks.warps,
+        stages=blocks.stages,
         name='attention_forward',
         in_specs=[only(ins, specs)],
         out_specs=only(shapes, out_specs),
@@ -229,7 +251,8 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
 
     The pattern never reaches memory. The backward pass computes it again from the log-sum-exp of
     its rows, and draws the same dropout mask from `seed`. The gradient of k's bias is exactly 0.
-    Raises ValueError unless T is a multiple of BLOCK and K one of choose.HEAD_DIMS.
+    Raises ValueError unless T is a multiple of
+    SEQ_LEN_MULTIPLE and K one of choose.HEAD_DIMS.
     """
     return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)[0]
 
@@ -247,58 +270,59 @@ def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
 def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seed, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
-    n, biased = T // BLOCK, bias_3HK is not None
+    biased, (queries, keys) = bias_3HK is not None, (_blocks(x, rate, T) for x in (QUERIES, KEYS))
     row = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))
     z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
     dqkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
-    dbias = pl.BlockSpec((None, 2, None, K), lambda b, h, i: (b * n + i, 0, h, 0))
-    shapes = {
-        'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
-        # Each program's share of the gradient of the biases of q and v.
-        'dbias': jax.ShapeDtypeStruct((B * n, 2, H, K), jnp.float32) if biased else None,
-    }
     ins = seed_inputs(seed) | {'qkv': qkv_BT3HK, 'bias': bias_3HK, 'dz': dz_BTHK, 'lse': lse_BHT}
     specs = _specs(T, K) | {'dz': z, 'lse': row}
-    out_specs = only(shapes, {'dqkv': dqkv, 'dbias': dbias})
 
-    def run(kernel, name, stages, ins, in_specs, **options):
+    def run(kernel, name, blocks, ins, in_specs, delta=None, **options):
+        """dqkv, and each program's share of the gradient of the bias of q or v."""
+        n = T // blocks.own
+        outs = {
+            'dqkv': (dqkv, jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype)),
+            'dbias': None,
+            'delta': delta,
+        }
+        if biased:
+            share = pl.BlockSpec((None, None, K), lambda b, h, i: (b * n + i, h, 0))
+            outs['dbias'] = share, jax.ShapeDtypeStruct((B * n, H, K), jnp.float32)
         return call(
-            functools.partial(kernel, rate=rate, inner=DROPOUT_BLOCK if rate else BLOCK),
+            functools.partial(kernel, rate=rate, blocks=blocks),
             grid=(B, H, n),
-            warps=WARPS,
-            stages=stages,
+            warps=blocks.warps,
+            stages=blocks.stages,
             name=name,
             in_specs=in_specs,
+            out_specs={name: out and out[0] for name, out in outs.items()},
+            out_shape={name: out and out[1] for name, out in outs.items()},
             **options,
         )(*ins)
 
-    # Two kernels write into the same arrays. In one kernel, the registers that keys take would
+    # Two kernels write into the same array. In one kernel, the registers that keys take would
     # leave room for fewer programs on queries too.
-    outs = run(
+    from_queries = run(
         _queries_backward_kernel,
         'attention_backward_queries',
-        STAGES,
+        queries,
         [ins | {'z': z_BTHK}],
         [only(ins, specs) | {'z': z}],
-        out_specs=out_specs | {'delta': row},
-        out_shape=shapes | {'delta': jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)},
+        delta=(row, jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)),
     )
-    ins, specs = ins | {'delta': outs.pop('delta')}, specs | {'delta': row}
-    before = len(jax.tree.leaves(ins))
-    outs = run(
+    ins, specs = ins | {'delta': from_queries['delta']}, specs | {'delta': row}
+    from_keys = run(
         lambda ins, _, outs, **options: _keys_backward_kernel(ins, outs, **options),
         'attention_backward_keys',
-        KEYS_STAGES,
-        [ins, outs],
-        [only(ins, specs), out_specs],
-        out_specs=out_specs,
-        out_shape=shapes,
-        input_output_aliases={before + i: i for i in range(len(jax.tree.leaves(outs)))},
+        keys,
+        [ins, from_queries['dqkv']],
+        [only(ins, specs), dqkv],
+        input_output_aliases={len(jax.tree.leaves(ins)): int(biased)},  # dbias comes before dqkv
     )
     if not biased:
-        return outs['dqkv'], None, None
-    dq_HK, dv_HK = outs['dbias'].sum(0)
-    return outs['dqkv'], jnp.stack([dq_HK, jnp.zeros_like(dq_HK), dv_HK]), None
+        return from_keys['dqkv'], None, None
+    dq_HK, dv_HK = from_queries['dbias'].sum(0), from_keys['dbias'].sum(0)
+    return from_keys['dqkv'], jnp.stack([dq_HK, jnp.zeros_like(dq_HK), dv_HK]), None
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)

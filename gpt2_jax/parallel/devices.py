@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from gpt2_jax.errors import UsageError
 from gpt2_jax.files import local_folders
@@ -83,12 +84,23 @@ def select_platform(name: str) -> None:
 def selecting_platform(name: str) -> Iterator[None]:
     """Runs select_platform beside what happens inside, on a thread; raises its errors at the end.
 
-    A GPU takes a second or more to start, in which the thread does not hold Python's lock.
+    A GPU takes a second or more to start, in which the thread does not hold Python's lock. The
+    thread then lives on for the first use of the device, which takes another second: JAX reserves
+    most of its memory.
     """
-    with ThreadPoolExecutor(1, 'device') as pool:
+    pool = ThreadPoolExecutor(1, 'device')
+    try:
         selected = pool.submit(select_platform, name)
         yield
         selected.result()
+        pool.submit(_touch_device)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=False)
+
+
+def _touch_device() -> None:
+    """The first use of the device. If it fails, so does the use of it that follows, with a text."""
+    jax.block_until_ready(jax.device_put(np.zeros(1, np.int32)))
 
 
 def _backend() -> str:

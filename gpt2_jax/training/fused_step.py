@@ -250,7 +250,9 @@ def make_optimizer(
         tree = jax.tree.structure(params)
         columns = zip(*(new[i] for i in range(len(leaves))), strict=True)
         m, v, params = (jax.tree.unflatten(tree, column) for column in columns)
-        update_norm, param_norm = jnp.sqrt(total(jnp.concatenate(sums).sum(0)))
+        # Without the barrier XLA would sum in the kernel that joins: 47 instead of 6 us (10.7M).
+        sums_2n = jax.lax.optimization_barrier(jnp.concatenate(sums).T)
+        update_norm, param_norm = jnp.sqrt(total(sums_2n.sum(1)))
         norms = {'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}
         return params, optax.tree.set(state, mu=m, nu=v, count=adam.count + 1), norms
 

@@ -77,14 +77,18 @@ def compiler_options(setup: Setup) -> dict[str, bool | int]:
 
     With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as
     fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
-    (shakespeare_fast.py, H100).
+    (shakespeare_fast.py, H100). Nor does XLA time several kernels for each of the few fusions that
+    are left to it: a step takes as long, and compiling 4.2 instead of 5.1 s (124M, H100).
 
     XLA times several kernels for a matrix product and takes the fastest, so two machines may take
     different ones and round differently. With train.deterministic it takes the first (a step takes
     1 to 2 % longer with GPT-2 124M, 5 % with shakespeare.py, H100). The fused kernels add in fixed
     order; XLA's scatter-add does so only with an option.
     """
-    options = {'xla_gpu_enable_triton_gemm': False} if setup.kernels.fused_training else {}
+    options = {}
+    if setup.kernels.fused_training:
+        options['xla_gpu_enable_triton_gemm'] = False
+        options['xla_gpu_experimental_enable_fusion_autotuner'] = False
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
         options['xla_gpu_autotune_level'] = 0
         if not setup.kernels.fused_training:
@@ -183,17 +187,18 @@ def compile_in_background(
     arguments: Callable[[], tuple],
     on_compiled: Callable = lambda compiled: None,
 ) -> Callable:
-    """`jitted`, whose compilation for the shapes of arguments() starts now on a thread of `pool`.
+    """`jitted`, traced for the shapes of arguments() here and compiled on a thread of `pool`.
 
-    A call waits for it. Without a pool, or when `debugging`, `jitted` itself. XLA
-    takes seconds to minutes for a program, on one core for the most part, so several are compiled
-    side by side.
+    A call waits for it. Without a pool, or when `debugging`, `jitted` itself. XLA takes seconds to
+    minutes for a program, on one core for the most part, so several are compiled side by side.
+    Tracing holds Python's lock: on threads the programs would only delay the first one.
     """
     if pool is None or debugging():  # JAX's checks see no program that was compiled ahead
         return jitted
+    lowered = jitted.lower(*arguments())
 
     def compile_now():
-        compiled = jitted.lower(*arguments()).compile()
+        compiled = lowered.compile()
         on_compiled(compiled)
         return compiled
 
