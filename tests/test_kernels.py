@@ -24,7 +24,8 @@ from gpt2_jax.kernels.embedding import head_loss
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.train import train
 from gpt2_jax.training import fused_step
-from gpt2_jax.training.optim import apply_update, make_muon, make_optimizer, make_schedule
+from gpt2_jax.training.muon import make_muon
+from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import accumulate, init_state, make_train_step, token_losses
 

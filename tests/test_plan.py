@@ -19,7 +19,8 @@ from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import partition, rules
 from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
 from gpt2_jax.training import fused_step
-from gpt2_jax.training.optim import make_muon, make_optimizer
+from gpt2_jax.training.muon import make_muon
+from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.step import init_state
 
 SCALE = Path(__file__).parents[1] / 'docs' / 'scale.md'

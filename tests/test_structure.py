@@ -57,10 +57,11 @@ LAYERS = (
     'lens.report',
     # training: one update, and the loop around it
     'training.optim',
+    'training.muon',
     'training.step training.fused_step',
     'training.setup',
     'training.programs training.meter',
-    'training.finetune training.resume training.loop',
+    'training.start training.loop',
     # inference: text from a trained model, and its figures on any text
     'inference.sampling inference.detokenizers',
     'inference.decoding inference.texts inference.evaluate',

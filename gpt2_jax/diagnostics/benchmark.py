@@ -33,8 +33,8 @@ from gpt2_jax.parallel.faults import memory_errors
 from gpt2_jax.terminal import say
 from gpt2_jax.training import programs
 from gpt2_jax.training.meter import Progress
-from gpt2_jax.training.resume import checkpoint_meta
 from gpt2_jax.training.setup import Setup, build
+from gpt2_jax.training.start import checkpoint_meta
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import history
 from gpt2_jax.workdir.checkpoints import Checkpoints
