@@ -12,8 +12,8 @@ import re
 from absl import flags
 
 from gpt2_jax import cli, config
-from gpt2_jax.diagnostics import plan
 from gpt2_jax.errors import UsageError
+from gpt2_jax.speed import plan
 
 _CONFIG = cli.config_flag()
 _GPU = flags.DEFINE_enum('gpu', 'h200', list(plan.GPUS), 'The kind of GPU.')

@@ -78,10 +78,10 @@ def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS
     """A few updates and an evaluation on one mesh, and how the state is sharded."""
     from tiny import flat
 
-    from gpt2_jax.diagnostics import plan
     from gpt2_jax.diagnostics.describe import describe
     from gpt2_jax.kernels.choose import FUSED
     from gpt2_jax.parallel import mesh
+    from gpt2_jax.speed import plan
     from gpt2_jax.training import programs
 
     setup, lowered = make_setup(mesh_sizes, corpus, fused, steps=steps, **sizes), []

@@ -14,10 +14,10 @@ from tiny import flat, shapes, tiny
 
 from gpt2_jax.architecture import PRESETS, GPT2Config
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.diagnostics import plan
 from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import partition, rules
 from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
+from gpt2_jax.speed import plan
 from gpt2_jax.training import fused_step
 from gpt2_jax.training.muon import make_muon
 from gpt2_jax.training.optim import make_optimizer

@@ -67,9 +67,12 @@ LAYERS = (
     'inference.decoding inference.texts inference.evaluate',
     'inference.streaming inference.score',
     'inference.lambada inference.harness',
-    # diagnostics: what a run is, what happened in it, and how fast
-    'diagnostics.describe diagnostics.plan diagnostics.ngrams diagnostics.origins',
-    'diagnostics.benchmark',
+    # speed: memory and time, on paper and measured
+    'speed.plan',
+    'speed.benchmark speed.time_to_loss',
+    'speed.scale',
+    # diagnostics: what a run is, and what happened in it
+    'diagnostics.describe diagnostics.ngrams diagnostics.origins',
     'diagnostics.ledger',
     'diagnostics.replay diagnostics.probes',
     'diagnostics.autopsy',
@@ -94,6 +97,7 @@ PACKAGES = (
     'lens',
     'training',
     'inference',
+    'speed',
     'diagnostics',
     'reports',
 )
@@ -117,7 +121,7 @@ NO_JAX = (
     'diagnostics.ngrams',
     'kernels.choose',
     'parallel.rules',
-    'diagnostics.plan',
+    'speed.plan',
     *(name for name in PACKAGE if name.startswith('data.')),
 )
 
