@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,10 @@ ROWS = 4
 SCHEDULE = make_schedule(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2, steps=50)
 XLA = dict(kernels=kernel_choice.XLA, implementation='explicit')
 FUSED = dict(kernels=kernel_choice.FUSED, implementation='fused')
+
+H100 = AbstractMesh(
+    (1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -257,6 +262,20 @@ def test_updates_equal_the_explicit_optimizer():
         assert norms['grad_norm'] > 0.1  # clipped
 
 
+def test_a_kernel_lowers_without_a_warning(monkeypatch):
+    """jax deprecates the backend; a user who asks for all warnings does not hear of it."""
+    monkeypatch.setattr(launch, 'interprets', lambda: False)
+    # No other test has traced this shape: the warning is silenced when a kernel is traced.
+    x_NF = jax.ShapeDtypeStruct((256, 640), jnp.bfloat16)
+    bias_F = jax.ShapeDtypeStruct((640,), jnp.float32)
+    with use_abstract_mesh(H100), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        traced = jax.jit(gelu.gelu).trace(x_NF, bias_F)
+        text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    assert 'custom_call @__gpu$xla.gpu.triton' in text
+    assert not seen
+
+
 @pytest.mark.parametrize('changes', [{}, DROPOUT | {'residual_dtype': 'float32'}])
 def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
     """All kernels are in it, and MLIR searches the disk for no dialect at each operation."""
@@ -264,9 +283,6 @@ def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
     model = tiny(**SIZE | dict(n_head=2, n_embd=128, dtype='bfloat16') | changes)
     update = train_step(model, kernel_choice.FUSED, optimizer('fused'))
     state = jax.eval_shape(lambda: init_state(rough_params(model), optimizer('fused')))
-    h100 = AbstractMesh(
-        (1,), ('x',), abstract_device=AbstractDevice('NVIDIA H100 80GB HBM3', None, 'gpu')
-    )
     searched = []
 
     class Watch:
@@ -274,7 +290,7 @@ def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
             searched.append(name)
 
     monkeypatch.setattr('sys.meta_path', [Watch(), *sys.meta_path])
-    with use_abstract_mesh(h100):
+    with use_abstract_mesh(H100):
         text = update.trace(state, batch(model)).lower(lowering_platforms=('cuda',)).as_text()
     for name in (
         'attention_forward',
