@@ -17,7 +17,8 @@ from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices
-from gpt2_jax.speed import benchmark, plan, scale, time_to_loss
+from gpt2_jax.speed import benchmark, scale, time_to_loss
+from gpt2_jax.speed.case import SCALE_CASES
 from gpt2_jax.training.setup import build
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def test_scale(monkeypatch):
     for name, width in (('gpt2', 8), ('gpt2-xl', 16)):
         sizes = {'n_layer': 1, 'n_head': 1, 'n_embd': width}
         monkeypatch.setitem(PRESETS, name, sizes)
-        monkeypatch.setitem(plan.SCALE_CASES, name, (2, plan.SCALE_CASES[name][1]))
+        monkeypatch.setitem(SCALE_CASES, name, (2, SCALE_CASES[name][1]))
     config = default_config()
     config.model.n_positions = 16
     data = benchmark.random_data(300, 200)

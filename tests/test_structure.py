@@ -68,8 +68,10 @@ LAYERS = (
     'inference.streaming inference.score',
     'inference.lambada inference.harness',
     # speed: memory and time, on paper and measured
-    'speed.plan',
-    'speed.benchmark speed.time_to_loss',
+    'speed.case',
+    'speed.memory',
+    'speed.timing',
+    'speed.plan speed.benchmark speed.time_to_loss',
     'speed.scale',
     # diagnostics: what a run is, and what happened in it
     'diagnostics.describe diagnostics.ngrams diagnostics.origins',
@@ -121,6 +123,9 @@ NO_JAX = (
     'diagnostics.ngrams',
     'kernels.choose',
     'parallel.rules',
+    'speed.case',
+    'speed.memory',
+    'speed.timing',
     'speed.plan',
     *(name for name in PACKAGE if name.startswith('data.')),
 )

@@ -15,32 +15,32 @@ from gpt2_jax.data.dataset import Dataset
 from gpt2_jax.errors import UserError
 from gpt2_jax.parallel import devices
 from gpt2_jax.parallel.faults import memory_errors
-from gpt2_jax.speed import benchmark, plan
+from gpt2_jax.speed import benchmark
+from gpt2_jax.speed.case import Case, case_of, scale_case
+from gpt2_jax.speed.memory import GIB
+from gpt2_jax.speed.plan import plan
+from gpt2_jax.speed.timing import GPUS
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 
-SCALE_SIZES = ('gpt2', 'gpt2-xl')  # of plan.SCALE_CASES, those that bench_scale measures
+SCALE_SIZES = ('gpt2', 'gpt2-xl')  # of case.SCALE_CASES, those that bench_scale measures
 
 
 def bench_scale(
     config: ConfigDict, dataset: Dataset | None, windows: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Measures updates of SCALE_SIZES on 1, 2, 4, .. devices, as plan.scale_case lays them out.
+    """Measures updates of SCALE_SIZES on 1, 2, 4, .. devices, as case.scale_case lays them out.
 
     Yields a record for each, with the same figures as planned, in the order of planned memory: JAX
     reports the peak of a process, which is that of the last record only if no earlier one needed
     more. All updates are compiled first, side by side. A case without room is reported as None.
     """
     dataset = dataset or load.load_dataset(**config.data)
-    base = plan.case_of(config, dataset.tokenizer.vocab_size)
+    base = case_of(config, dataset.tokenizer.vocab_size)
     kind = jax.devices()[0].device_kind
-    gpu = next((gpu for gpu in plan.GPUS.values() if gpu.kind == kind), plan.GPUS['h200'])
+    gpu = next((gpu for gpu in GPUS.values() if gpu.kind == kind), GPUS['h200'])
     counts = [2**i for i in range(jax.device_count().bit_length())]
-    plans = [
-        (size, plan.plan(plan.scale_case(base, size, n), gpu))
-        for size in SCALE_SIZES
-        for n in counts
-    ]
+    plans = [(size, plan(scale_case(base, size, n), gpu)) for size in SCALE_SIZES for n in counts]
     plans.sort(key=lambda named: (named[1].peak, named[1].case.devices))
     with ThreadPoolExecutor(len(plans), 'compile') as pool:  # its end waits for all programs
         setups = [build(scale_config(config, planned.case), dataset) for _, planned in plans]
@@ -66,7 +66,7 @@ def bench_scale(
         }
 
 
-def scale_config(config: ConfigDict, case: plan.Case) -> ConfigDict:
+def scale_config(config: ConfigDict, case: Case) -> ConfigDict:
     """`config` with the sizes, the mesh and the batch of a case."""
     config, sizes = config.copy_and_resolve_references(), dataclasses.asdict(case.cfg)
     config.model.update({name: sizes[name] for name in ('n_layer', 'n_head', 'n_embd', 'n_inner')})
@@ -95,7 +95,7 @@ def scale_table(records: list[dict[str, Any]]) -> Iterator[str]:
             f'{planned:,.0f}' if planned else '',
             f'{rate / one:.2f}' if rate and one else '',
             f'{mfu:.3f}' if mfu else '',
-            f'{peak / plan.GIB:.1f} GiB' if peak else '',
-            f'{record["planned_memory_bytes"] / plan.GIB:.1f} GiB',
+            f'{peak / GIB:.1f} GiB' if peak else '',
+            f'{record["planned_memory_bytes"] / GIB:.1f} GiB',
         ]
         yield f'| {" | ".join(map(str, cells))} |'
