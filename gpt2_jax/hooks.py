@@ -136,7 +136,7 @@ class Save:
 
     Also saves when the state is the best so far, when checkpoint.keep asks for this step, and when
     a signal has arrived. `meta()` gives the data to keep beside the state; see
-    resume.checkpoint_meta. Raises UserError if this save, or the save before it, failed.
+    start.checkpoint_meta. Raises UserError if this save, or the save before it, failed.
     """
 
     every: int

@@ -14,7 +14,6 @@ from gpt2_jax import config as config_lib
 from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import load
-from gpt2_jax.diagnostics.benchmark import random_data
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt
@@ -24,6 +23,7 @@ from gpt2_jax.library import Loaded
 from gpt2_jax.reports import model as model_report
 from gpt2_jax.reports import terminal
 from gpt2_jax.reports.flow import to_json, to_markdown, to_page
+from gpt2_jax.speed.benchmark import random_data
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 

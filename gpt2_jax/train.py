@@ -30,11 +30,17 @@ from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.mesh import own_rows
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import say
-from gpt2_jax.training import finetune, loop
+from gpt2_jax.training import loop
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
-from gpt2_jax.training.resume import checkpoint_meta, corpus_identity, where_to_start
 from gpt2_jax.training.setup import Setup, build
+from gpt2_jax.training.start import (
+    check_pretrained,
+    checkpoint_meta,
+    corpus_identity,
+    initial_state,
+    where_to_start,
+)
 from gpt2_jax.workdir import folder
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, quarantine
@@ -136,7 +142,7 @@ def run_in_folder(
         with Progress(f'reading checkpoint {start:,}'):
             state = checkpoints.restore(start, abstract_state(setup))
     else:
-        state = finetune.initial_state(setup)
+        state = initial_state(setup)
     evaluate = make_evaluate(setup, pool=pool)  # last: the first update does not wait for it
     if hosts.is_first():
         prepare_folder(setup, workdir, start, log_sizes)
@@ -223,10 +229,10 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
     It is called before any folder is touched. One training and one validation batch are made only
     for the errors that they raise, and not sent to the device, which may still be starting. Weights
     to start from are checked here only with `fresh`, which moves the old run aside; otherwise
-    finetune.initial_state checks them.
+    start.initial_state checks them.
     """
     if fresh:
-        finetune.check(setup)
+        check_pretrained(setup)
     lo, hi = own_rows(setup.mesh, setup.config.train.batch_size)
     train_batch(setup.dataset.train, step=0, lo=lo, hi=hi, **setup.batch_options)
     next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))

@@ -73,10 +73,10 @@ def main(arguments: list[str]) -> None:
     cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
     with Progress('loading'):
         from gpt2_jax import config
-        from gpt2_jax.diagnostics import benchmark
         from gpt2_jax.diagnostics.describe import describe
         from gpt2_jax.inference.sampling import Sampling
         from gpt2_jax.parallel import devices
+        from gpt2_jax.speed import benchmark, scale, time_to_loss
         from gpt2_jax.training.setup import build
 
     script = str(Path(__file__).with_name('train.py'))
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     if _WHAT.value == 'time-to-loss':
         options = (flag.value for flag in SEEDED[1:])  # in the order of its arguments
         seeds = range(_SEEDS.value)
-        figures = benchmark.report_time_to_loss(train, _CONFIG.value, seeds, *options)
+        figures = time_to_loss.report_time_to_loss(train, _CONFIG.value, seeds, *options)
         show(figures)
         return
     devices.select_platform(_PLATFORM.value)
@@ -95,10 +95,10 @@ def main(arguments: list[str]) -> None:
     resolved = config.resolve(_CONFIG.value)
     if _WHAT.value == 'scale':
         records = []
-        for record in benchmark.bench_scale(resolved, data, _WINDOWS.value, _SECONDS.value):
+        for record in scale.bench_scale(resolved, data, _WINDOWS.value, _SECONDS.value):
             print(json.dumps(record), flush=True)
             records.append(record)
-        print('\n'.join(benchmark.scale_table(records)))
+        print('\n'.join(scale.scale_table(records)))
         return
     setup = build(resolved, data)
     print('\n'.join(describe(setup)), flush=True)

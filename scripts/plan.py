@@ -12,11 +12,13 @@ import re
 from absl import flags
 
 from gpt2_jax import cli, config
-from gpt2_jax.diagnostics import plan
 from gpt2_jax.errors import UsageError
+from gpt2_jax.speed import plan
+from gpt2_jax.speed.case import VOCABULARIES, case_of
+from gpt2_jax.speed.timing import GPUS
 
 _CONFIG = cli.config_flag()
-_GPU = flags.DEFINE_enum('gpu', 'h200', list(plan.GPUS), 'The kind of GPU.')
+_GPU = flags.DEFINE_enum('gpu', 'h200', list(GPUS), 'The kind of GPU.')
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'The vocabulary; 0: that of data.tokenizer, on TinyShakespeare.', lower_bound=0
 )
@@ -36,9 +38,9 @@ def main(arguments: list[str]) -> None:
     """Calls the library once and prints its lines."""
     cli.no_more(arguments)
     resolved = config.resolve(_CONFIG.value)
-    vocab_size = _VOCAB_SIZE.value or plan.VOCABULARIES[resolved.data.tokenizer]
-    case = plan.case_of(resolved, vocab_size)
-    gpu, fraction = plan.GPUS[_GPU.value], _MEMORY_FRACTION.value
+    vocab_size = _VOCAB_SIZE.value or VOCABULARIES[resolved.data.tokenizer]
+    case = case_of(resolved, vocab_size)
+    gpu, fraction = GPUS[_GPU.value], _MEMORY_FRACTION.value
     if _TABLE.value:
         if not all(re.fullmatch('[1-9][0-9]{0,5}', count) for count in _TABLE.value):
             raise UsageError('--table takes numbers of GPUs, as in --table=1,2,8')

@@ -14,10 +14,11 @@ import runs
 
 from gpt2_jax.architecture import PRESETS
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.diagnostics import benchmark, plan
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices
+from gpt2_jax.speed import benchmark, scale, time_to_loss
+from gpt2_jax.speed.case import SCALE_CASES
 from gpt2_jax.training.setup import build
 
 ROOT = Path(__file__).parents[1]
@@ -88,11 +89,11 @@ def test_scale(monkeypatch):
     for name, width in (('gpt2', 8), ('gpt2-xl', 16)):
         sizes = {'n_layer': 1, 'n_head': 1, 'n_embd': width}
         monkeypatch.setitem(PRESETS, name, sizes)
-        monkeypatch.setitem(plan.SCALE_CASES, name, (2, plan.SCALE_CASES[name][1]))
+        monkeypatch.setitem(SCALE_CASES, name, (2, SCALE_CASES[name][1]))
     config = default_config()
     config.model.n_positions = 16
     data = benchmark.random_data(300, 200)
-    records = list(benchmark.bench_scale(resolve(config), data, 2, 0.0))
+    records = list(scale.bench_scale(resolve(config), data, 2, 0.0))
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
     assert sorted((r['size'], r['devices']) for r in records) == [
         (size, n) for size in ('gpt2', 'gpt2-xl') for n in counts
@@ -103,7 +104,7 @@ def test_scale(monkeypatch):
     records[0] |= {'tokens_per_second': 500.0, 'peak_memory_bytes': 3 * 2**30, 'mfu': 0.25}
     slow = records[0] | {'devices': 2, 'tokens_per_second': 900.0}
     large = records[0] | {'size': 'gpt2-xl', 'tokens_per_second': None}
-    lines = list(benchmark.scale_table([large, slow, records[0]]))
+    lines = list(scale.scale_table([large, slow, records[0]]))
     assert [line.split(' | ')[:6] for line in lines[2:]] == [
         ['| gpt2', '1', '2', '500', '', '1.00'],
         ['| gpt2', '2', '2', '900', '', '1.80'],
@@ -170,7 +171,7 @@ def seed_command(tmp_path):
 
 def test_time_to_loss(seed_command):
     """A process a seed, with an empty cache unless warm; the first loss that is low enough."""
-    cold = list(benchmark.bench_time_to_loss(seed_command, range(2), 1.4))
+    cold = list(time_to_loss.bench_time_to_loss(seed_command, range(2), 1.4))
     assert [r['seed'] for r in cold] == [0, 1]
     assert [r['steps_to_loss'] for r in cold] == [3, 2]
     assert [r['best_loss'] for r in cold] == [1.3, 1.4]
@@ -178,21 +179,21 @@ def test_time_to_loss(seed_command):
     assert [r['final_loss'] for r in cold] == [1.45, 1.45]
     for record in cold:
         assert 0.8 < record['seconds_to_loss'] <= record['seconds_total']
-    (warm,) = benchmark.bench_time_to_loss(seed_command, [0], 1.4, warm=True)
+    (warm,) = time_to_loss.bench_time_to_loss(seed_command, [0], 1.4, warm=True)
     assert 0.2 < warm['seconds_to_loss'] < 0.8
-    (never,) = benchmark.bench_time_to_loss(seed_command, [0], 1.0, warm=True)
+    (never,) = time_to_loss.bench_time_to_loss(seed_command, [0], 1.0, warm=True)
     assert never['seconds_to_loss'] is None
-    assert 'never reached 1.0; best loss 1.3000 at step 3' in benchmark.describe_seed(never, 1.0)
-    assert benchmark.summarize_seeds([never], None, 1.0)['seconds_to_loss_mean'] is None
+    assert 'never reached 1.0; best loss 1.3000 at step 3' in time_to_loss.describe_seed(never, 1.0)
+    assert time_to_loss.summarize_seeds([never], None, 1.0)['seconds_to_loss_mean'] is None
 
 
 def test_a_seed_that_fails_is_named(seed_command):
-    records = list(benchmark.bench_time_to_loss(seed_command, [3, 0], 1.4, warm=True))
-    line = benchmark.describe_seed(records[0], 1.4)
+    records = list(time_to_loss.bench_time_to_loss(seed_command, [3, 0], 1.4, warm=True))
+    line = time_to_loss.describe_seed(records[0], 1.4)
     assert line == 'seed 3 failed: exit code 1: error: no such thing'
     assert records[1]['best_loss'] == 1.3
     with pytest.raises(UserError, match=r'^1 of 2 seeds failed \(3\): there is no mean$'):
-        benchmark.summarize_seeds(records, None, None)
+        time_to_loss.summarize_seeds(records, None, None)
 
 
 def test_figures_over_seeds():
@@ -205,27 +206,27 @@ def test_figures_over_seeds():
         (-4.604, 4, 0.005),
         (-2.920, 2, 0.05),
     ):
-        assert benchmark.student_t(t, degrees) == pytest.approx(p, rel=2e-3)
+        assert time_to_loss.student_t(t, degrees) == pytest.approx(p, rel=2e-3)
     losses = [1.42, 1.43, 1.41, 1.42]
     records = [{'seed': i, 'best_loss': x, 'seconds_to_loss': 9.0} for i, x in enumerate(losses)]
-    found = benchmark.summarize_seeds(records, 1.43, 10.0)
+    found = time_to_loss.summarize_seeds(records, 1.43, 10.0)
     deviation = float(np.std(losses, ddof=1))
     assert found['best_loss_mean'] == pytest.approx(1.42)
     assert found['best_loss_std'] == pytest.approx(deviation)
     t = (1.42 - 1.43) / (deviation / 2)
-    assert found['best_loss_p'] == pytest.approx(benchmark.student_t(t, 3))
+    assert found['best_loss_p'] == pytest.approx(time_to_loss.student_t(t, 3))
     assert found['seconds_to_loss_p'] == 0.0
-    assert 'best_loss_p' not in benchmark.summarize_seeds(records, None, None)
+    assert 'best_loss_p' not in time_to_loss.summarize_seeds(records, None, None)
 
 
 def test_rules_of_the_benchmark():
     config = runpy.run_path(str(ROOT / 'configs' / 'shakespeare_fast.py'))['get_config']()
     config.eval.tokens = 0
-    assert benchmark.broken_rules(config) == []
+    assert time_to_loss.broken_rules(config) == []
     config.optim.algorithm, config.train.steps, config.model.attn_pdrop = 'muon', 99, 0.5
-    assert benchmark.broken_rules(config) == []
+    assert time_to_loss.broken_rules(config) == []
     config.model.n_layer, config.data.holdout = 7, 0.1
-    assert benchmark.broken_rules(config) == [
+    assert time_to_loss.broken_rules(config) == [
         'model.n_layer = 7 instead of 6',
         'data.holdout = 0.1 instead of 0.0',
     ]

@@ -11,8 +11,8 @@ from gpt2_jax.config import resolve
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
-from gpt2_jax.training.finetune import from_pretrained
 from gpt2_jax.training.setup import build
+from gpt2_jax.training.start import from_pretrained
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import restore
 from gpt2_jax.workdir.checksums import FOLDER

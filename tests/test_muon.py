@@ -20,9 +20,18 @@ from gpt2_jax.diagnostics.replay import Replay
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel import feed, partition
 from gpt2_jax.parallel.mesh import make_mesh
-from gpt2_jax.training import optim, programs
-from gpt2_jax.training.finetune import from_pretrained
+from gpt2_jax.training import programs
+from gpt2_jax.training.muon import (
+    make_muon,
+    matrix_axes,
+    muon_leaves,
+    orthogonalize,
+    stack_matrices,
+    unstack_matrices,
+)
+from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import build
+from gpt2_jax.training.start import from_pretrained
 from gpt2_jax.training.step import init_state, make_train_step
 from gpt2_jax.workdir import restore
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
@@ -58,7 +67,7 @@ def test_one_matrix_by_hand(shape):
     """Three updates, the middle one clipped, of one matrix with more outputs or inputs."""
     rng = np.random.default_rng(0)
     params = {'h_0': {'mlp': {'c_fc': {'kernel': np.float32(rng.normal(size=shape))}}}}
-    optimizer = optim.make_muon(**OPTIONS)
+    optimizer = make_muon(**OPTIONS)
     state, p, m = optimizer.init(params), np.float64(flat(params)['h_0/mlp/c_fc/kernel']), 0.0
     update = jax.jit(optimizer.update)
     for n, std in enumerate((0.1, 3, 0.1), 1):
@@ -108,11 +117,11 @@ def test_updates_equal_those_of_optax():
         consistent_rms=0.2,
         muon_weight_dimension_numbers=numbers_of,
     )
-    adamw = optax.adamw(SCHEDULE, 0.8, 0.95, 1e-3, weight_decay=0.3, mask=optim.decay_mask)
+    adamw = optax.adamw(SCHEDULE, 0.8, 0.95, 1e-3, weight_decay=0.3, mask=decay_mask)
     theirs = optax.chain(
         optax.clip_by_global_norm(1.0), optax.partition({'muon': muon, 'adamw': adamw}, labels)
     )
-    ours = optim.make_muon(**OPTIONS)
+    ours = make_muon(**OPTIONS)
 
     @jax.jit
     def update(grads, ours_params, state, params, their_state):
@@ -132,25 +141,25 @@ def test_updates_equal_those_of_optax():
 def test_products_in_bfloat16_bring_singular_values_near_1():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 24, 40)), jnp.float32)
     for dtype in ('float32', 'bfloat16'):
-        values = np.linalg.svd(optim.orthogonalize(x, dtype), compute_uv=False)
+        values = np.linalg.svd(orthogonalize(x, dtype), compute_uv=False)
         assert 0.65 < values.min() < values.max() < 1.25
 
 
 def test_stacked_matrices_come_back():
-    tree = optim.stack_matrices(part := optim.muon_leaves(rough_params(tiny())))
+    tree = stack_matrices(part := muon_leaves(rough_params(tiny())))
     assert {shape: len(stack) for shape, stack in tree.items()} == {(16, 16): 8, (16, 64): 4}
-    back = flat(optim.unstack_matrices(tree, part))
+    back = flat(unstack_matrices(tree, part))
     assert all(np.array_equal(leaf, back[name]) for name, leaf in flat(part).items())
 
 
 def test_the_mean_gradient_and_the_average_are_sharded_like_the_parameters():
-    optimizer = optim.make_muon(**OPTIONS)
+    optimizer = make_muon(**OPTIONS)
     state = jax.eval_shape(lambda params: init_state(params, optimizer, True), shapes(tiny()))
     mesh = make_mesh(data=1, fsdp=1, tensor=1)
     layout, leaves = flat(partition.shardings(mesh, state)), flat(state)
     for name, leaf in flat(state.params).items():
         copies = [path for path in leaves if path.endswith('/' + name)]
-        assert len(copies) == 2 + (1 if optim.matrix_axes(name) else 2)
+        assert len(copies) == 2 + (1 if matrix_axes(name) else 2)
         assert {(leaves[path].shape, layout[path]) for path in copies} == {
             (leaf.shape, layout[f'params/{name}'])
         }

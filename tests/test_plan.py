@@ -14,26 +14,29 @@ from tiny import flat, shapes, tiny
 
 from gpt2_jax.architecture import PRESETS, GPT2Config
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.diagnostics import plan
 from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import partition, rules
 from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
+from gpt2_jax.speed import memory, plan
+from gpt2_jax.speed.case import SCALE_CASES, Case, case_of, parameter_shapes, used_elements
+from gpt2_jax.speed.timing import GPUS, collectives, sending_rate
 from gpt2_jax.training import fused_step
-from gpt2_jax.training.optim import make_muon, make_optimizer
+from gpt2_jax.training.muon import make_muon
+from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.step import init_state
 
 SCALE = Path(__file__).parents[1] / 'docs' / 'scale.md'
 SMALL = {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'n_positions': 256}
 CHARACTERS = SMALL | {'vocab_size': 65, 'bias': False}
-H200 = plan.GPUS['h200']
+H200 = GPUS['h200']
 
 
-def case(sizes, rows, mesh='1 1 1', dropout=0.0, **changes) -> plan.Case:
+def case(sizes, rows, mesh='1 1 1', dropout=0.0, **changes) -> Case:
     rates = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), dropout)
     cfg = GPT2Config(**PRESETS.get(sizes, {}) if isinstance(sizes, str) else sizes)
     cfg = dataclasses.replace(cfg, dtype='bfloat16', **rates, **changes)
     mesh = dict(zip(('data', 'fsdp', 'tensor'), map(int, mesh.split()), strict=True))
-    return plan.Case(cfg, mesh, rows, cfg.n_positions)
+    return Case(cfg, mesh, rows, cfg.n_positions)
 
 
 # Measured on H200s: case, GiB a device, ms an update, and how far off the plan may be in either.
@@ -58,19 +61,19 @@ def test_measured_runs(name):
     """Memory and time, and the line of docs/scale.md with both and how far the plan is off."""
     given, gib, ms, memory_bound, time_bound = MEASURED[name]
     planned = plan.plan(given, H200)
-    memory, time = planned.peak / plan.GIB, sum(planned.seconds.values()) * 1e3
+    gib_planned, time = planned.peak / memory.GIB, sum(planned.seconds.values()) * 1e3
     cells = [
         name,
         '',
-        f'{memory:.1f} GiB',
+        f'{gib_planned:.1f} GiB',
         '',
         f'{ms} ms',
         f'{time:.1f} ms',
         f'{time / ms - 1:+.1%}',
     ]
     if gib:
-        assert memory == pytest.approx(gib, rel=memory_bound)
-        cells[1], cells[3] = f'{gib} GiB', f'{memory / gib - 1:+.1%}'
+        assert gib_planned == pytest.approx(gib, rel=memory_bound)
+        cells[1], cells[3] = f'{gib} GiB', f'{gib_planned / gib - 1:+.1%}'
     assert time == pytest.approx(ms, rel=time_bound)
     assert f'| {" | ".join(cells)} |' in SCALE.read_text('utf-8')
 
@@ -83,9 +86,7 @@ def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
     sizes = tuple(map(int, mesh.split()))
     axes = dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True))
     params = shapes(model)
-    assert plan.parameter_shapes(model.cfg) == {
-        name: leaf.shape for name, leaf in flat(params).items()
-    }
+    assert parameter_shapes(model.cfg) == {name: leaf.shape for name, leaf in flat(params).items()}
     options = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
     rate = {'schedule': lambda step: 1e-3}
     optimizer, averages = make_optimizer(**rate, **options), algorithm == 'muon'
@@ -99,8 +100,8 @@ def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
         for leaf, lies in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True)
     )
     counters = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if not leaf.shape)
-    case = plan.Case(model.cfg, axes, 8, 6, algorithm=algorithm, averages=averages)
-    planned, _ = plan.memory(case, FUSED)
+    case = Case(model.cfg, axes, 8, 6, algorithm=algorithm, averages=averages)
+    planned, _ = memory.memory(case, FUSED)
     names = ('parameters', 'moments', 'average of the parameters')
     assert held - counters == sum(planned.get(name, 0) for name in names)
 
@@ -133,27 +134,27 @@ def test_activations_are_what_jax_keeps(remat, residual_dtype):
     last = B * T * (x_BTD.dtype.itemsize * cfg.n_embd + 8)  # ln_f keeps its input, not its output
     if remat != 'none':  # the first block has no branch before it
         last -= B * T * cfg.n_embd * 2
-    assert total == cfg.n_layer * B * T * plan.kept(cfg, FUSED, T) + last
+    assert total == cfg.n_layer * B * T * memory.kept(cfg, FUSED, T) + last
 
 
 def test_collectives_and_their_rates():
     """Over the ring that sends least; within a host, and between hosts by the cards of a ring."""
     given = case('gpt2-xl', 16, '8 8 1')
-    found = {(t.kind, t.axes): t for t in plan.collectives(given, FUSED)}
+    found = {(t.kind, t.axes): t for t in collectives(given, FUSED)}
     gather = found['all-gather', ('fsdp',)]
     scatter, reduce = found['reduce-scatter', ('fsdp',)], found['all-reduce', ('data',)]
-    matrices = sum(plan.used_elements(given.cfg, given.mesh))
+    matrices = sum(used_elements(given.cfg, given.mesh))
     assert gather.sent == pytest.approx(gather.size * 7 / 8, rel=1e-6)
     assert scatter.size == pytest.approx(4 * matrices, rel=1e-3)
     assert reduce.size == scatter.size / 8
     assert reduce.sent == pytest.approx(reduce.size * 14 / 8, rel=1e-6)
-    assert plan.sending_rate(gather, given.mesh, H200) == H200.shard_bytes
-    assert plan.sending_rate(reduce, given.mesh, H200) == H200.network_bytes
+    assert sending_rate(gather, given.mesh, H200) == H200.shard_bytes
+    assert sending_rate(reduce, given.mesh, H200) == H200.network_bytes
     whole = {'data': 64, 'fsdp': 1, 'tensor': 1}
-    assert plan.sending_rate(reduce, whole, H200) == H200.reduce_bytes
-    half = plan.collectives(given._replace(reduce_dtype='bfloat16'), FUSED)
+    assert sending_rate(reduce, whole, H200) == H200.reduce_bytes
+    half = collectives(given._replace(reduce_dtype='bfloat16'), FUSED)
     assert next(t.size for t in half if t.kind == 'reduce-scatter') == scatter.size / 2
-    assert plan.collectives(case('gpt2', 12), FUSED) == []
+    assert collectives(case('gpt2', 12), FUSED) == []
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
@@ -173,10 +174,10 @@ def test_the_largest_batch_fits_and_the_next_does_not():
 def test_the_tables_of_the_page_are_those_of_the_script():
     config = default_config()
     config.model.update(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, dtype='bfloat16')
-    base = plan.case_of(resolve(config), 50257)
+    base = case_of(resolve(config), 50257)
     page = SCALE.read_text('utf-8')
     assert '\n'.join(plan.table(base, (1, 2, 8, 64), H200)) in page
-    for gpu in plan.GPUS.values():
+    for gpu in GPUS.values():
         assert gpu.peak_flops == PEAK_BF16_FLOPS[gpu.kind]
 
 
@@ -184,7 +185,7 @@ def test_what_a_plan_says():
     config = default_config()
     config.mesh.data, config.mesh.fsdp, config.train.batch_size = 2, 5, 80
     config.train.grad_accum_steps = 2
-    lines = '\n'.join(plan.describe(plan.plan(plan.case_of(resolve(config), 65), H200), H200))
+    lines = '\n'.join(plan.describe(plan.plan(case_of(resolve(config), 65), H200), H200))
     assert '2 x 4 windows of 1,024 tokens a device, 81,920 tokens an update' in lines
     assert "attention: fused needs model.dtype = 'bfloat16'" in lines
     assert 'gradients of other micro-batches' in lines
@@ -200,7 +201,7 @@ def test_the_script_names_what_is_wrong():
     assert '--table takes numbers of GPUs' in err
     code, out, _ = runs.script('plan', config, '--table=1', '--gpu=h100')
     assert code == 0
-    assert len(out.splitlines()) == 2 + len(plan.SCALE_CASES)
+    assert len(out.splitlines()) == 2 + len(SCALE_CASES)
 
 
 def test_what_a_dimension_costs_that_does_not_divide():

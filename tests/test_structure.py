@@ -57,18 +57,24 @@ LAYERS = (
     'lens.report',
     # training: one update, and the loop around it
     'training.optim',
+    'training.muon',
     'training.step training.fused_step',
     'training.setup',
     'training.programs training.meter',
-    'training.finetune training.resume training.loop',
+    'training.start training.loop',
     # inference: text from a trained model, and its figures on any text
     'inference.sampling inference.detokenizers',
     'inference.decoding inference.texts inference.evaluate',
     'inference.streaming inference.score',
     'inference.lambada inference.harness',
-    # diagnostics: what a run is, what happened in it, and how fast
-    'diagnostics.describe diagnostics.plan diagnostics.ngrams diagnostics.origins',
-    'diagnostics.benchmark',
+    # speed: memory and time, on paper and measured
+    'speed.case',
+    'speed.memory',
+    'speed.timing',
+    'speed.plan speed.benchmark speed.time_to_loss',
+    'speed.scale',
+    # diagnostics: what a run is, and what happened in it
+    'diagnostics.describe diagnostics.ngrams diagnostics.origins',
     'diagnostics.ledger',
     'diagnostics.replay diagnostics.probes',
     'diagnostics.autopsy',
@@ -93,6 +99,7 @@ PACKAGES = (
     'lens',
     'training',
     'inference',
+    'speed',
     'diagnostics',
     'reports',
 )
@@ -116,7 +123,10 @@ NO_JAX = (
     'diagnostics.ngrams',
     'kernels.choose',
     'parallel.rules',
-    'diagnostics.plan',
+    'speed.case',
+    'speed.memory',
+    'speed.timing',
+    'speed.plan',
     *(name for name in PACKAGE if name.startswith('data.')),
 )
 

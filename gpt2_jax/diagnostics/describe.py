@@ -10,7 +10,8 @@ from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel import devices, rules
 from gpt2_jax.parallel.partition import leaf_name
-from gpt2_jax.training.optim import decay_mask, muon_leaves, stack_matrices
+from gpt2_jax.training.muon import muon_leaves, stack_matrices
+from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir.log import duration
 

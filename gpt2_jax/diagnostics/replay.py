@@ -24,9 +24,10 @@ from gpt2_jax.kernels.choose import usable
 from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.parallel.feed import Batch, train_batch
 from gpt2_jax.parallel.partition import make_unshard
-from gpt2_jax.training import finetune, programs
+from gpt2_jax.training import programs
 from gpt2_jax.training.optim import as_parameters
 from gpt2_jax.training.setup import Setup, build
+from gpt2_jax.training.start import initial_state
 from gpt2_jax.training.step import TrainState, make_token_losses, split_rows
 from gpt2_jax.workdir import checksums, history
 from gpt2_jax.workdir.checkpoints import restore_state
@@ -215,7 +216,7 @@ class Replay:
 
     def _restore(self, checkpoint: int, setup: Setup) -> TrainState:
         if checkpoint == 0:
-            return finetune.initial_state(setup)
+            return initial_state(setup)
         with open_manager(self.run.folder / checksums.FOLDER, read_only=True) as manager:
             return restore_state(manager, checkpoint, programs.abstract_state(setup))
 

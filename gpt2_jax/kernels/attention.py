@@ -22,7 +22,6 @@ from gpt2_jax.model.dropout import keep_mask
 from gpt2_jax.model.ops import KEPT_BY_DOTS
 
 
-
 class Blocks(NamedTuple):
     """Queries (or keys) of a program, keys (or queries) it reads at a time; warps; stages.
 
@@ -206,7 +205,9 @@ def _check_shape(qkv_BT3HK):
     """Raises ValueError for a shape that the kernels would process in part only."""
     _, T, _, _, K = qkv_BT3HK.shape
     if T % SEQ_LEN_MULTIPLE:
-        raise ValueError(f'the attention kernel got {T} positions; expected a multiple of {SEQ_LEN_MULTIPLE}')
+        raise ValueError(
+            f'the attention kernel got {T} positions; expected a multiple of {SEQ_LEN_MULTIPLE}'
+        )
     if K not in HEAD_DIMS:
         expected = ', '.join(map(str, HEAD_DIMS))
         raise ValueError(

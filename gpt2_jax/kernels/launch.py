@@ -2,7 +2,7 @@
 
     attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
     norm            x + dropout(branch + bias), and the LayerNorm of the sum
-    gelu            gelu_new(x + bias)
+    gelu            gelu_new(x + bias), forward by cuBLAS
     embedding       the loss of the tied head with its gradients, and the gradient of the lookup
     adamw           the update of a parameter
 
@@ -23,6 +23,7 @@ traced once.
 
 import math
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,10 @@ def interprets() -> bool:
 
 def call(kernel, *, warps, stages=2, **options):
     """pallas_call on a GPU, or in the interpreter elsewhere."""
+    # Since 0.11 jax warns at each lowering, which comes after this call. There is nothing that a
+    # user should do: setup.py holds jax below the version without this backend. The ways out are in
+    # docs/speed.md.
+    warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprecated', DeprecationWarning)
     return pl.pallas_call(
         kernel,
         interpret=interprets(),

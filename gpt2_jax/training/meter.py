@@ -5,15 +5,18 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel.devices import describe_device, model_flops_utilisation
 from gpt2_jax.parallel.hosts import several
 from gpt2_jax.training.setup import Setup
+from gpt2_jax.workdir import history
 from gpt2_jax.workdir.log import Logger, duration
 
 # Between fetches of metrics, about: a slow update is shown, and a signal answered, as soon.
@@ -41,6 +44,28 @@ class Progress:
     unfinished: list[str] = dataclasses.field(default_factory=list)
     # Of each --extend: the step, and train.steps until then, on which the schedule depends.
     extensions: list[dict[str, int]] = dataclasses.field(default_factory=list)
+
+
+# The fields of Progress, as JSON.
+PROGRESS = dict.fromkeys(
+    ('best_val_loss', 'final_val_loss', 'seconds', 'seconds_to_first_step', 'train_seconds'),
+    foreign.Maybe(foreign.NUMBER),
+) | {
+    'best_step': foreign.Maybe(foreign.integer(0)),
+    'val_tokens': foreign.Maybe(foreign.integer(0)),
+    'train_steps': foreign.Maybe(foreign.integer(0)),
+    'unfinished': foreign.Maybe([foreign.one_of('evaluation', 'sample')]),
+    'extensions': foreign.Maybe(history.EXTENSIONS),
+}
+
+
+def read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
+    """The progress in the metadata of a checkpoint. Raises UserError if it has another form."""
+    source, saved = f'the progress of the checkpoint in {workdir}', meta['progress']
+    foreign.check(saved, PROGRESS, source)
+    for name in saved.keys() - PROGRESS.keys():
+        raise foreign.error(source, f'is of another form: it has {foreign.show(name)}')
+    return Progress(**{name: value for name, value in saved.items() if value is not None})
 
 
 class Meter:

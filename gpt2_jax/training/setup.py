@@ -15,7 +15,8 @@ from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.mesh import make_mesh
-from gpt2_jax.training.optim import Optimizer, make_muon, make_optimizer, make_schedule
+from gpt2_jax.training.muon import make_muon
+from gpt2_jax.training.optim import Optimizer, make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state
 
 

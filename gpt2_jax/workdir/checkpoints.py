@@ -235,7 +235,7 @@ def check_step(path: Path, step: int) -> None:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON saved beside the state of the checkpoint at `path`; see resume.checkpoint_meta.
+    """The JSON saved beside the state of the checkpoint at `path`; see start.checkpoint_meta.
 
     Raises UserError if it has another form.
     """

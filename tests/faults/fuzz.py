@@ -42,7 +42,7 @@ from gpt2_jax.inference import lambada, texts
 from gpt2_jax.inference.evaluate import pad_windows
 from gpt2_jax.model import huggingface
 from gpt2_jax.model.params import init_params
-from gpt2_jax.training import meter, resume, setup, step
+from gpt2_jax.training import meter, setup, start, step
 from gpt2_jax.workdir import checkpoints, checksums
 from gpt2_jax.workdir import folder as run_folder
 from gpt2_jax.workdir.restore import load
@@ -288,7 +288,7 @@ def make_checkpoint(folder: Path) -> None:
     text = dataset.from_text('text', TEXT, tokenizer, 0.1)
     built = setup.build(config.resolve(settings), text)
     progress = meter.Progress(best_step=1, best_val_loss=2.0, final_val_loss=2.0)
-    meta = resume.checkpoint_meta(built, folder, progress)
+    meta = start.checkpoint_meta(built, folder, progress)
     with checkpoints.Checkpoints(folder / 'checkpoints') as saved:
         state = step.init_state(init_params(built.model.cfg, 0), built.optimizer)
         saved.save(1, state.replace(step=state.step + 1), meta, 2.0)
@@ -312,7 +312,7 @@ def read_meta(folder: Path) -> None:
     settings = config.from_json(meta['config'])
     tokenizer = tokenizers.from_json(meta['tokenizer'])
     GPT2Config(**settings.model, vocab_size=tokenizer.vocab_size)
-    progress = resume.read_progress(meta, folder)
+    progress = meter.read_progress(meta, folder)
     assert progress.best_val_loss is None or progress.best_val_loss < 1e400
     assert set(progress.unfinished) <= {'evaluation', 'sample'}
 

@@ -1,0 +1,194 @@
+"""The speed of training, decoding and start-up, measured in repeated windows."""
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax.data.dataset import Dataset, Tokens
+from gpt2_jax.data.tokenizers import CharTokenizer
+from gpt2_jax.errors import UserError
+from gpt2_jax.inference.decoding import CHUNK, generate, with_kernels
+from gpt2_jax.inference.evaluate import make_evaluate
+from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.parallel import devices, feed
+from gpt2_jax.training import programs
+from gpt2_jax.training.meter import Progress
+from gpt2_jax.training.setup import Setup
+from gpt2_jax.training.start import checkpoint_meta
+from gpt2_jax.training.step import TrainState
+from gpt2_jax.workdir.checkpoints import Checkpoints
+
+
+def random_data(vocab_size: int, n_tokens: int = 1 << 20) -> Dataset:
+    """Uniformly random tokens: speed does not depend on the text."""
+    tokens = Tokens((np.random.default_rng(0).integers(0, vocab_size, n_tokens, dtype=np.uint16),))
+    tokenizer = CharTokenizer(''.join(map(chr, range(vocab_size))))
+    return Dataset('random tokens', tokenizer, tokens, tokens, '')
+
+
+def _windows(run: Callable[[], Any], windows: int, seconds: float) -> list[float]:
+    """Seconds per call of `run` in each of several windows, which last about `seconds` each.
+
+    run() returns the arrays to wait for. The first call, which compiles, is not measured.
+    """
+    jax.block_until_ready(run())
+    began = time.monotonic()
+    jax.block_until_ready(run())
+    calls = max(1, round(seconds / (time.monotonic() - began)))
+    figures = []
+    for _ in range(windows):
+        began = time.monotonic()
+        for _ in range(calls):
+            result = run()
+        jax.block_until_ready(result)
+        figures.append((time.monotonic() - began) / calls)
+    return figures
+
+
+def _spread(figures: list[float]) -> dict[str, float]:
+    return {
+        'median': statistics.median(figures),
+        'min': min(figures),
+        'max': max(figures),
+        'windows': len(figures),
+    }
+
+
+def first_batch(setup: Setup) -> feed.Batch:
+    """The batch of step 0, which all timed updates take."""
+    return feed.train_batch(setup.mesh, setup.dataset.train, step=0, **setup.batch_options)
+
+
+def time_updates(
+    train_step: Callable, state: TrainState, batch: feed.Batch, windows: int, seconds: float
+) -> tuple[dict[str, float], TrainState]:
+    """The seconds of an update, and the state after all of them."""
+
+    def run():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return metrics
+
+    return _spread(_windows(run, windows, seconds)), state
+
+
+def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
+    """Measures updates, an evaluation, a save and the compilation.
+
+    Times are in seconds, memory in bytes, rates in tokens per second.
+    """
+    began = time.monotonic()
+    state = jax.block_until_ready(programs.new_state(setup))
+    init_seconds = time.monotonic() - began
+    train_step = programs.compile_train_step(setup)
+    batch = first_batch(setup)
+    began = time.monotonic()
+    state, _ = jax.block_until_ready(train_step(state, batch))
+    compile_seconds = time.monotonic() - began
+    step_seconds, state = time_updates(train_step, state, batch, windows, seconds)
+    evaluate = make_evaluate(setup)
+    evaluate(state.params)
+    began = time.monotonic()
+    evaluate(state.params)
+    evaluation_seconds = time.monotonic() - began
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
+        meta = checkpoint_meta(setup, Path(folder), Progress())
+        began = time.monotonic()
+        checkpoints.save(int(state.step), state, meta, None)
+        blocked_seconds = time.monotonic() - began
+        checkpoints.wait()
+        save_seconds = time.monotonic() - began
+    rate = setup.tokens_per_step / step_seconds['median']
+    return {
+        'step_seconds': step_seconds,
+        'tokens_per_second': rate,
+        'tokens_per_step': setup.tokens_per_step,
+        'flops_per_token': setup.flops_per_token,
+        'mfu': devices.model_flops_utilisation(rate, setup.flops_per_token, setup.mesh),
+        'init_seconds': init_seconds,
+        'compile_and_first_step_seconds': compile_seconds,
+        'evaluation_seconds': evaluation_seconds,
+        'evaluation_tokens': len(setup.dataset.val) - 1,
+        'save_seconds': save_seconds,
+        'save_holds_up_training_seconds': blocked_seconds,
+        'peak_memory_bytes': (setup.device.memory_stats() or {}).get('peak_bytes_in_use'),
+    }
+
+
+def bench_decode(
+    setup: Setup, windows: int, num_samples: int, new_tokens: int, sampling: Sampling
+) -> dict[str, Any]:
+    """Measures generation from a one-token prompt, prefill included.
+
+    Rates count the tokens of all samples.
+    """
+    model = with_kernels(setup.model, setup.model.cfg.kernels, '')
+    params = programs.new_state(setup).params
+
+    def run():
+        chunks = generate(
+            model,
+            params,
+            [0],
+            max_new_tokens=new_tokens,
+            num_samples=num_samples,
+            sampling=sampling,
+        )
+        return sum(chunk.shape[1] for chunk in chunks)
+
+    began = time.monotonic()
+    run()
+    first = time.monotonic() - began
+    figures = []
+    for _ in range(windows):
+        began = time.monotonic()
+        run()
+        figures.append(time.monotonic() - began)
+    seconds = _spread(figures)
+    return {
+        'samples': num_samples,
+        'new_tokens': new_tokens,
+        'chunk': CHUNK,
+        'seconds': seconds,
+        'first_call_seconds': first,
+        'tokens_per_second': num_samples * new_tokens / seconds['median'],
+    }
+
+
+def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
+    """Measures how long a process takes to its first update, and to the end of a run of one update.
+
+    A cold run finds nothing compiled, a warm run finds all its programs compiled. `train_command`
+    runs scripts/train.py. Raises UserError if that fails.
+    """
+    figures = {}
+    for kind in ('cold', 'warm'):
+        summaries = []
+        with tempfile.TemporaryDirectory() as shared:
+            for window in range(windows + (kind == 'warm')):  # the first warm run fills the cache
+                with tempfile.TemporaryDirectory() as own:
+                    cache = {'JAX_COMPILATION_CACHE_DIR': shared if kind == 'warm' else own}
+                    done = subprocess.run(
+                        [*train_command, '--config.train.steps=1', f'--workdir={own}/run'],
+                        capture_output=True,
+                        text=True,
+                        env=os.environ | cache,
+                    )
+                    if done.returncode:
+                        raise UserError(f'the run to be timed failed: {done.stderr.strip()[-500:]}')
+                    if window or kind == 'cold':
+                        summaries.append(
+                            json.loads(Path(own, 'run/summary.json').read_text('utf-8'))
+                        )
+        for name in ('seconds_to_first_step', 'seconds_total'):
+            figures[f'{kind}_{name}'] = _spread([summary[name] for summary in summaries])
+    return figures

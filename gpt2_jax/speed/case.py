@@ -1,0 +1,114 @@
+"""A model on a mesh of GPUs, and how many of its parameters a device has; no JAX.
+
+Letters as in model/gpt2.py. N is the number of tokens of one device's micro-batch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from gpt2_jax.architecture import PRESETS, GPT2Config
+from gpt2_jax.parallel import rules
+
+HOST = 8  # GPUs of a host
+
+# Tokens in a vocabulary, by data.tokenizer; the characters are those of TinyShakespeare.
+VOCABULARIES = {'char': 65, 'byte': 256, 'gpt2': 50257}
+
+# The cases of docs/scale.md: size -> windows of a GPU, and the mesh axis of the first host.
+SCALE_CASES = {
+    'gpt2': (32, 'data'),
+    'gpt2-medium': (16, 'data'),
+    'gpt2-large': (16, 'fsdp'),
+    'gpt2-xl': (16, 'fsdp'),
+}
+
+
+class Case(NamedTuple):
+    """A model on a mesh. `rows` is one device's share of a micro-batch."""
+
+    cfg: GPT2Config
+    mesh: Mapping[str, int]
+    rows: int
+    seq_len: int
+    micro_batches: int = 1
+    reduce_dtype: str = 'float32'
+    optimizer: str = 'auto'  # the setting optim.implementation
+    algorithm: str = 'adamw'
+    averages: bool = False  # whether the state has an average of the parameters
+
+    @property
+    def devices(self) -> int:
+        """The number of devices of the mesh."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.rows * self.seq_len
+
+    @property
+    def tokens_an_update(self) -> int:
+        """Tokens of an update, over all devices and micro-batches."""
+        shares = self.mesh['data'] * self.mesh['fsdp']
+        return self.tokens * self.micro_batches * shares
+
+
+def case_of(config: ConfigDict, vocab_size: int) -> Case:
+    """The case that a resolved configuration describes."""
+    train, mesh = config.train, dict(config.mesh)
+    rows = train.batch_size // train.grad_accum_steps // (mesh['data'] * mesh['fsdp'])
+    cfg = GPT2Config(**config.model, vocab_size=vocab_size)
+    optim = config.optim
+    options = train.grad_accum_steps, train.reduce_dtype, optim.implementation, optim.algorithm
+    return Case(cfg, mesh, rows, train.seq_len, *options, averages=optim.average > 0)
+
+
+def scale_case(base: Case, size: str, devices: int) -> Case:
+    """A published size on a number of devices, as docs/scale.md plans and measures it.
+
+    Everything else is as in `base`, without micro-batches. The smaller two sizes run on a mesh of
+    data, the larger two of fsdp within a host and data over hosts.
+    """
+    rows, axis = SCALE_CASES[size]
+    fsdp = 1 if axis == 'data' else min(devices, HOST)
+    cfg = dataclasses.replace(base.cfg, **PRESETS[size], n_inner=None)
+    mesh = {'data': devices // fsdp, 'fsdp': fsdp, 'tensor': 1}
+    return base._replace(cfg=cfg, mesh=mesh, rows=rows, micro_batches=1)
+
+
+def parameter_shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """{'h_0/mlp/c_fc/kernel': (D, F), ..}: the tree of model/gpt2.py."""
+    D, F, H, K = cfg.n_embd, cfg.d_ff, cfg.n_head, cfg.head_dim
+    block = {
+        'attn/c_attn': ((D, 3, H, K), (3, H, K)),
+        'attn/c_proj': ((H, K, D), (D,)),
+        'mlp/c_fc': ((D, F), (F,)),
+        'mlp/c_proj': ((F, D), (D,)),
+    }
+    shapes = {'wte/embedding': (cfg.vocab_size, D), 'wpe/embedding': (cfg.n_positions, D)}
+    norms = ['ln_f', *(f'h_{i}/{name}' for i in range(cfg.n_layer) for name in ('ln_1', 'ln_2'))]
+    shapes |= {f'{name}/scale': (D,) for name in norms}
+    biases = {f'{name}/bias': (D,) for name in norms}
+    for i in range(cfg.n_layer):
+        for name, (kernel, bias) in block.items():
+            shapes[f'h_{i}/{name}/kernel'] = kernel
+            biases[f'h_{i}/{name}/bias'] = bias
+    return shapes | biases if cfg.bias else shapes
+
+
+def stored_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> int:
+    """Parameters that one device stores; each moment has as many."""
+    shapes = parameter_shapes(cfg).items()
+    return sum(rules.local_size(name, shape, mesh) for name, shape in shapes)
+
+
+def used_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
+    """Elements of the kernels, and of all other leaves, that a device multiplies by: gathered."""
+    mesh, counts = {**mesh, 'fsdp': 1}, [0, 0]
+    for name, shape in parameter_shapes(cfg).items():
+        counts[not name.endswith('kernel')] += rules.local_size(name, shape, mesh)
+    return counts[0], counts[1]
