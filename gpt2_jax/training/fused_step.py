@@ -74,16 +74,14 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
         ignores it. Each row of the pattern sums to 1, so the bias of v adds itself to every z, and
         its product joins the bias of the projection.
         """
-        kernel_D3HK, bias_3HK = attn['c_attn']['kernel'], attn['c_attn'].get('bias')
-        q_NHK, k_NHK, v_NHK = (
-            matmul_rows(y_ND, kernel_D3HK[:, i], cfg.precision) for i in range(3)
-        )
-        bias_D = attn['c_proj'].get('bias')
+        kernel_3DD = jnp.moveaxis(attn['c_attn']['kernel'].reshape(D, 3, D), 1, 0)
+        bias_3HK, bias_D = attn['c_attn'].get('bias'), attn['c_proj'].get('bias')
+        q_ND, k_ND, v_ND = (matmul_rows(y_ND, kernel_DD, cfg.precision) for kernel_DD in kernel_3DD)
         if bias_3HK is not None:
             kernel_HKD = attn['c_proj']['kernel'].astype(jnp.float32)
-            q_NHK += bias_3HK[0].astype(q_NHK.dtype)
+            q_ND = add_bias(q_ND, bias_3HK[0].reshape(D))  # by cuBLAS, as long as it is a vector
             bias_D += jnp.tensordot(bias_3HK[2], kernel_HKD, 2, precision='highest')
-        z_BTHK = cudnn_attention(*(x.reshape(B, T, H, K) for x in (q_NHK, k_NHK, v_NHK)))
+        z_BTHK = cudnn_attention(*(x.reshape(B, T, H, K) for x in (q_ND, k_ND, v_ND)))
         return matmul(z_BTHK.reshape(N, H, K), attn['c_proj']), bias_D
 
     def block(x_ND, branch, h, seeds_3):
