@@ -88,7 +88,6 @@ def compiler_options(setup: Setup) -> dict[str, bool | int]:
     options = {}
     if setup.kernels.fused_training:
         options['xla_gpu_enable_cublaslt'] = True  # see kernels/gelu.py
-        options['xla_gpu_dot_merger_threshold_mb'] = 0
         options['xla_gpu_enable_triton_gemm'] = False
         options['xla_gpu_experimental_enable_fusion_autotuner'] = False
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
