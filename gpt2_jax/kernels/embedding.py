@@ -5,6 +5,8 @@ add_rows: the gradient of the lookup.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,62 +22,98 @@ COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
 ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
 
 
+class _Row(NamedTuple):
+    """One row of logits within a kernel, in blocks of `columns`, of which V columns count.
+
+    `unit` multiplies each logit, and exp(unit x) is `exp` of the product.
+    """
+
+    logits_ref: Any
+    V: int
+    columns: int
+    unit: float
+    exp: Callable
+
+    @property
+    def blocks(self) -> int:
+        return self.logits_ref.shape[0] // self.columns
+
+    @property
+    def whole(self) -> int:
+        """This many blocks have no padding; a multiple of UNROLL."""
+        return self.V // (self.columns * UNROLL) * UNROLL
+
+    def block(self, j, masked):
+        """The columns of block j, and which of them the array has: a mask, or None for all."""
+        column = j * self.columns + jnp.arange(self.columns)
+        inside = column < padded_vocab(self.V) if masked else None
+        return column, pl.ds(j * self.columns, self.columns), inside
+
+    def load(self, j, masked):
+        """The logits of block j in fp32, times `unit`; -inf in the padding."""
+        column, here, inside = self.block(j, masked)
+        if not masked:
+            return self.logits_ref[here].astype(jnp.float32) * self.unit
+        # If the mask ended at V, no multiple of 128, each thread would load one number at a time.
+        logits = plgpu.load(self.logits_ref.at[here], mask=inside, other=-jnp.inf)
+        return jnp.where(column < self.V, logits.astype(jnp.float32) * self.unit, -jnp.inf)
+
+    def softmax_sums(self):
+        """(m, l): the largest of the loaded logits, and the sum of exp(logit - m).
+
+        Each lane has its own running softmax (m, l as in attention.py), merged after the loop.
+        """
+
+        def scan(masked, several, carry):
+            m, l = carry
+            parts = [self.load(j, masked) for j in several]
+            m_new = functools.reduce(jnp.maximum, parts, m)
+            return m_new, l * self.exp(m - m_new) + sum(self.exp(x - m_new) for x in parts)
+
+        def scan_whole(i, carry):
+            return scan(False, [i * UNROLL + u for u in range(UNROLL)], carry)
+
+        zero = jnp.zeros(self.columns, jnp.float32)
+        # m starts finite, so that a lane of padding alone does not compute -inf - -inf.
+        carry = lax.fori_loop(0, self.whole // UNROLL, scan_whole, (zero - 1e30, zero))
+        m, l = scan(True, range(self.whole, self.blocks), carry)
+        m_row = m.max(0)
+        return m_row, (l * self.exp(m - m_row)).sum(0)
+
+
 def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - one_hot(target).
 
-    Each lane has its own running softmax (m, l as in attention.py), merged after the loop.
+    Logits carry a factor log2(e), so that exp is exp2.
     """
-    target, padded = targets_ref[...], padded_vocab(V)
+    target = targets_ref[...]
     target_logit = logits_ref[target].astype(jnp.float32)  # read before any thread overwrites it
-    blocks = logits_ref.shape[0] // columns
-    whole = V // (columns * UNROLL) * UNROLL  # this many blocks have no padding
-
-    def block(j, masked):
-        """The columns of block j, and which of them the array has: a mask, or None for all."""
-        column = j * columns + jnp.arange(columns)
-        return column, pl.ds(j * columns, columns), column < padded if masked else None
-
-    def load(j, masked):
-        column, here, inside = block(j, masked)
-        if not masked:
-            return logits_ref[here].astype(jnp.float32) * LOG2_E
-        # If the mask ended at V, no multiple of 128, each thread would load one number at a time.
-        logits = plgpu.load(logits_ref.at[here], mask=inside, other=-jnp.inf).astype(jnp.float32)
-        return jnp.where(column < V, logits * LOG2_E, -jnp.inf)
-
-    def scan(masked, several, carry):
-        m, l = carry
-        parts = [load(j, masked) for j in several]
-        m_new = functools.reduce(jnp.maximum, parts, m)
-        return m_new, l * jnp.exp2(m - m_new) + sum(jnp.exp2(logits - m_new) for logits in parts)
-
-    def scan_whole(i, carry):
-        return scan(False, [i * UNROLL + u for u in range(UNROLL)], carry)
-
-    zero = jnp.zeros(columns, jnp.float32)
-    # m starts finite, so that a lane of padding alone does not compute -inf - -inf.
-    carry = lax.fori_loop(0, whole // UNROLL, scan_whole, (zero - 1e30, zero))
-    m, l = scan(True, range(whole, blocks), carry)
-    m_row = m.max(0)
-    lse = m_row + jnp.log2((l * jnp.exp2(m - m_row)).sum(0))
+    row = _Row(logits_ref, V, columns, LOG2_E, jnp.exp2)
+    m, l = row.softmax_sums()
+    lse = m + jnp.log2(l)
     nats_ref[...] = lse / LOG2_E - target_logit
 
     def write(masked, j, _):
-        column, here, inside = block(j, masked)
-        gradient = jnp.exp2(load(j, masked) - lse) - jnp.where(column == target, 1.0, 0.0)
+        column, here, inside = row.block(j, masked)
+        gradient = jnp.exp2(row.load(j, masked) - lse) - jnp.where(column == target, 1.0, 0.0)
         plgpu.store(dlogits_ref.at[here], gradient.astype(dlogits_ref.dtype), mask=inside)
 
-    lax.fori_loop(0, whole, functools.partial(write, False), None)
-    for j in range(whole, blocks):
+    lax.fori_loop(0, row.whole, functools.partial(write, False), None)
+    for j in range(row.whole, row.blocks):
         write(True, j, None)
+
+
+def _row_specs(padded):
+    """(columns of a block, the specs of a program's row of logits and of its one number)."""
+    columns = min(COLUMNS, pl.next_power_of_2(padded))
+    row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
+    return columns, row, pl.BlockSpec((None,), lambda n: (n,))
 
 
 def _softmax_gradient(logits_NV, targets_N, V):
     """(the gradient of the logits, in their memory, and 0 from column V on; nats_N)."""
     N, padded = logits_NV.shape
-    columns = min(COLUMNS, pl.next_power_of_2(padded))
-    row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
-    one = pl.BlockSpec((None,), lambda n: (n,))
+    columns, row, one = _row_specs(padded)
     return call(
         functools.partial(_softmax_gradient_kernel, V=V, columns=columns),
         grid=(N,),
@@ -113,6 +151,35 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dx_ND = (product('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
     return nats_N, dx_ND, product('NV,ND->VD', dlogits_NV, x_ND) * scale
+
+
+def _nats_kernel(targets_ref, logits_ref, nats_ref, *, V, columns):
+    """-log softmax(logits)[target] of one row.
+
+    The largest logit is subtracted before anything is rounded: an offset that all logits share
+    takes no bits of the loss.
+    """
+    m, l = _Row(logits_ref, V, columns, 1.0, jnp.exp).softmax_sums()
+    nats_ref[...] = (m - logits_ref[targets_ref[...]]) + jnp.log(l)
+
+
+def row_nats(logits_NV, targets_N, V):
+    """-log softmax(logits)[target], of fp32 logits whose columns from V on are padding: (N,) fp32.
+
+    It reads each logit once. XLA reads all logits twice: for their maximum, and for the sum of
+    their exponentials.
+    """
+    N, padded = logits_NV.shape
+    columns, row, one = _row_specs(padded)
+    return call(
+        functools.partial(_nats_kernel, V=V, columns=columns),
+        grid=(N,),
+        warps=SOFTMAX_WARPS,
+        name='row_nats',
+        in_specs=[one, row],
+        out_specs=one,
+        out_shape=jax.ShapeDtypeStruct((N,), jnp.float32),
+    )(targets_N, logits_NV)
 
 
 def _add_rows_kernel(tokens_ref, order_ref, rows_ref, _, table_ref, *, N, D):
