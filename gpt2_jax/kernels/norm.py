@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.kernels.launch import (
     SEED_SPECS,
     call,
+    check_rows,
     only,
     read_seed,
     row_programs,
@@ -115,7 +116,7 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
 @functools.partial(jax.jit, static_argnums=(6, 7, 8))
 def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
     N, D = x_ND.shape
-    row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)  # the backward pass needs more
+    check_rows('add_norm', N, NORM_ROWS)
     width, adds = pl.next_power_of_2(D), branch_ND is not None
     rows = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0))
     row = pl.BlockSpec((NORM_ROWS,), lambda i: (i,))
@@ -160,7 +161,8 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, d
 
     The sum has the dtype of x, and its LayerNorm has `dtype`, as the branch. `branch` (with
     branch_bias), `branch_bias` alone, and `bias` may be None. Raises ValueError unless N is a
-    multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a smaller multiple of NORM_BACKWARD_ROWS.
+    multiple of NORM_ROWS. Its gradient needs a multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a
+    smaller multiple of NORM_BACKWARD_ROWS.
     """
     return _add_norm_forward(
         x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype
@@ -168,6 +170,8 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, d
 
 
 def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
+    # What the backward pass needs.
+    row_programs('add_norm', len(x_ND), NORM_BACKWARD_ROWS, NORM_PROGRAMS)
     x_ND, y_ND, *statistics = _add_norm_forward(
         x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype
     )
