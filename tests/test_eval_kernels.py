@@ -8,8 +8,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from tiny import rough_params, shapes, tiny, tokens
 
 from gpt2_jax.architecture import padded_vocab
+from gpt2_jax.config import default_config, resolve
+from gpt2_jax.diagnostics.benchmark import random_data
+from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.kernels import choose, embedding, launch
-from gpt2_jax.training import fused_step
+from gpt2_jax.training import fused_step, programs
+from gpt2_jax.training import setup as setup_lib
 from gpt2_jax.training.step import make_eval_step
 
 # Dropout is in the configuration, and evaluation has none.
@@ -103,6 +107,23 @@ def test_evaluation_lowers_for_a_gpu(monkeypatch):
     assert 'tensor<128x1152xf32>' in text
     assert '384x1152' not in text
     assert 'tensor<128x1152xbf16>' not in text
+
+
+def test_the_evaluation_of_a_run(monkeypatch):
+    """Compiled ahead for prepared parameters; several batches, of which the last is padded."""
+    config = default_config()
+    config.model.update(n_layer=1, n_head=1, n_embd=32, n_positions=64, dtype='bfloat16')
+    config.train.batch_size = 2
+    losses = {}
+    for kernels in (choose.FUSED, choose.XLA):
+        monkeypatch.setattr(setup_lib, 'choose', lambda *_, kernels=kernels: (kernels, {}))
+        setup = setup_lib.build(resolve(config), random_data(65, 64 * 5))
+        with programs.compiling() as pool:
+            evaluation = make_evaluate(setup, pool=pool)(rough_params(setup.model, std=0.1))
+        losses[kernels.evaluation] = evaluation.loss
+        assert evaluation.tokens == 64 * 5 - 1
+    assert losses['fused'] == pytest.approx(losses['xla'], rel=1e-4)
+    assert losses['fused'] != losses['xla']  # other roundings: the kernels were used
 
 
 def test_the_choice_of_an_evaluation():
