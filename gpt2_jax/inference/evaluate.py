@@ -163,20 +163,20 @@ def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callabl
 
     `prepared` is what the function of `make_prepare` returns.
     """
-    max_targets, is_fused = targets_at_once(setup, training=False), uses_kernels(setup)
-    if is_fused:
+    if uses_kernels(setup):
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
-        step = fused_step.make_eval_step(setup.model.cfg, max_targets)
+        step = fused_step.make_eval_step(setup.model.cfg)
         if setup.mesh.size > 1:
             step = evaluate_own_rows(setup.mesh, step)
     else:
+        max_targets = targets_at_once(setup, training=False)
         step = make_eval_step(setup.model, make_unshard(setup.mesh), max_targets)
     jitted = jax.jit(
         step,
         # Every process sums the losses of all rows.
         out_shardings=replicated(setup.mesh) if jax.process_count() > 1 else None,
-        compiler_options=compiler_options(setup, is_fused),
+        compiler_options=compiler_options(setup, training=False),
     )
 
     def arguments():

@@ -1,12 +1,12 @@
 """The token embedding at both ends of the model.
 
 head_loss: the loss of the tied head, with the gradient of the logits, the largest of all arrays.
+head_nats: the loss alone, without the logits ever reaching memory.
 add_rows: the gradient of the lookup.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,100 +20,67 @@ from gpt2_jax.kernels.launch import LOG2_E, call, column_blocks
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
 ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
-
-
-class _Row(NamedTuple):
-    """One row of logits within a kernel, in blocks of `columns`, of which V columns count.
-
-    `unit` multiplies each logit, and exp(unit x) is `exp` of the product.
-    """
-
-    logits_ref: Any
-    V: int
-    columns: int
-    unit: float
-    exp: Callable
-
-    @property
-    def blocks(self) -> int:
-        return self.logits_ref.shape[0] // self.columns
-
-    @property
-    def whole(self) -> int:
-        """This many blocks have no padding; a multiple of UNROLL."""
-        return self.V // (self.columns * UNROLL) * UNROLL
-
-    def block(self, j, masked):
-        """The columns of block j, and which of them the array has: a mask, or None for all."""
-        column = j * self.columns + jnp.arange(self.columns)
-        inside = column < padded_vocab(self.V) if masked else None
-        return column, pl.ds(j * self.columns, self.columns), inside
-
-    def load(self, j, masked):
-        """The logits of block j in fp32, times `unit`; -inf in the padding."""
-        column, here, inside = self.block(j, masked)
-        if not masked:
-            return self.logits_ref[here].astype(jnp.float32) * self.unit
-        # If the mask ended at V, no multiple of 128, each thread would load one number at a time.
-        logits = plgpu.load(self.logits_ref.at[here], mask=inside, other=-jnp.inf)
-        return jnp.where(column < self.V, logits.astype(jnp.float32) * self.unit, -jnp.inf)
-
-    def softmax_sums(self):
-        """(m, l): the largest of the loaded logits, and the sum of exp(logit - m).
-
-        Each lane has its own running softmax (m, l as in attention.py), merged after the loop.
-        """
-
-        def scan(masked, several, carry):
-            m, l = carry
-            parts = [self.load(j, masked) for j in several]
-            m_new = functools.reduce(jnp.maximum, parts, m)
-            return m_new, l * self.exp(m - m_new) + sum(self.exp(x - m_new) for x in parts)
-
-        def scan_whole(i, carry):
-            return scan(False, [i * UNROLL + u for u in range(UNROLL)], carry)
-
-        zero = jnp.zeros(self.columns, jnp.float32)
-        # m starts finite, so that a lane of padding alone does not compute -inf - -inf.
-        carry = lax.fori_loop(0, self.whole // UNROLL, scan_whole, (zero - 1e30, zero))
-        m, l = scan(True, range(self.whole, self.blocks), carry)
-        m_row = m.max(0)
-        return m_row, (l * self.exp(m - m_row)).sum(0)
+# A tile of logits has so many rows and columns; its product has steps of up to HEAD_STEP numbers.
+HEAD_ROWS, HEAD_COLUMNS, HEAD_STEP, HEAD_WARPS, HEAD_STAGES = 128, 256, 64, 8, 3
+HEAD_PARTS = 8  # programs that share the vocabulary, for each block of rows
 
 
 def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
     """-log softmax(logits)[target] of one row, and its gradient softmax(logits) - one_hot(target).
 
-    Logits carry a factor log2(e), so that exp is exp2.
+    Each lane has its own running softmax (m, l as in attention.py), merged after the loop.
     """
-    target = targets_ref[...]
+    target, padded = targets_ref[...], padded_vocab(V)
     target_logit = logits_ref[target].astype(jnp.float32)  # read before any thread overwrites it
-    row = _Row(logits_ref, V, columns, LOG2_E, jnp.exp2)
-    m, l = row.softmax_sums()
-    lse = m + jnp.log2(l)
+    blocks = logits_ref.shape[0] // columns
+    whole = V // (columns * UNROLL) * UNROLL  # this many blocks have no padding
+
+    def block(j, masked):
+        """The columns of block j, and which of them the array has: a mask, or None for all."""
+        column = j * columns + jnp.arange(columns)
+        return column, pl.ds(j * columns, columns), column < padded if masked else None
+
+    def load(j, masked):
+        column, here, inside = block(j, masked)
+        if not masked:
+            return logits_ref[here].astype(jnp.float32) * LOG2_E
+        # If the mask ended at V, no multiple of 128, each thread would load one number at a time.
+        logits = plgpu.load(logits_ref.at[here], mask=inside, other=-jnp.inf).astype(jnp.float32)
+        return jnp.where(column < V, logits * LOG2_E, -jnp.inf)
+
+    def scan(masked, several, carry):
+        m, l = carry
+        parts = [load(j, masked) for j in several]
+        m_new = functools.reduce(jnp.maximum, parts, m)
+        return m_new, l * jnp.exp2(m - m_new) + sum(jnp.exp2(logits - m_new) for logits in parts)
+
+    def scan_whole(i, carry):
+        return scan(False, [i * UNROLL + u for u in range(UNROLL)], carry)
+
+    zero = jnp.zeros(columns, jnp.float32)
+    # m starts finite, so that a lane of padding alone does not compute -inf - -inf.
+    carry = lax.fori_loop(0, whole // UNROLL, scan_whole, (zero - 1e30, zero))
+    m, l = scan(True, range(whole, blocks), carry)
+    m_row = m.max(0)
+    lse = m_row + jnp.log2((l * jnp.exp2(m - m_row)).sum(0))
     nats_ref[...] = lse / LOG2_E - target_logit
 
     def write(masked, j, _):
-        column, here, inside = row.block(j, masked)
-        gradient = jnp.exp2(row.load(j, masked) - lse) - jnp.where(column == target, 1.0, 0.0)
+        column, here, inside = block(j, masked)
+        gradient = jnp.exp2(load(j, masked) - lse) - jnp.where(column == target, 1.0, 0.0)
         plgpu.store(dlogits_ref.at[here], gradient.astype(dlogits_ref.dtype), mask=inside)
 
-    lax.fori_loop(0, row.whole, functools.partial(write, False), None)
-    for j in range(row.whole, row.blocks):
+    lax.fori_loop(0, whole, functools.partial(write, False), None)
+    for j in range(whole, blocks):
         write(True, j, None)
-
-
-def _row_specs(padded):
-    """(columns of a block, the specs of a program's row of logits and of its one number)."""
-    columns = min(COLUMNS, pl.next_power_of_2(padded))
-    row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
-    return columns, row, pl.BlockSpec((None,), lambda n: (n,))
 
 
 def _softmax_gradient(logits_NV, targets_N, V):
     """(the gradient of the logits, in their memory, and 0 from column V on; nats_N)."""
     N, padded = logits_NV.shape
-    columns, row, one = _row_specs(padded)
+    columns = min(COLUMNS, pl.next_power_of_2(padded))
+    row = pl.BlockSpec((None, pl.cdiv(padded, columns) * columns), lambda n: (n, 0))
+    one = pl.BlockSpec((None,), lambda n: (n,))
     return call(
         functools.partial(_softmax_gradient_kernel, V=V, columns=columns),
         grid=(N,),
@@ -153,33 +120,81 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     return nats_N, dx_ND, product('NV,ND->VD', dlogits_NV, x_ND) * scale
 
 
-def _nats_kernel(targets_ref, logits_ref, nats_ref, *, V, columns):
-    """-log softmax(logits)[target] of one row.
+def _head_nats_kernel(x_ref, head_ref, targets_ref, outs, *, V, tiles, step):
+    """A running softmax over this program's tiles of the logits x head^T, and the target's logit.
 
-    The largest logit is subtracted before anything is rounded: an offset that all logits share
-    takes no bits of the loss.
+    Logits carry a factor log2(e). m and l are as in attention.py.
     """
-    m, l = _Row(logits_ref, V, columns, 1.0, jnp.exp).softmax_sums()
-    nats_ref[...] = (m - logits_ref[targets_ref[...]]) + jnp.log(l)
+    (rows, D), target = x_ref.shape, targets_ref[...]
+    first = pl.program_id(1) * tiles
+    here = jnp.minimum(tiles, head_ref.shape[0] // HEAD_COLUMNS - first)
+
+    def tile(j, carry):
+        m, l, target_logit = carry
+        start = (first + j) * HEAD_COLUMNS
+
+        def add(k, logits):
+            part = pl.ds(k * step, step)
+            return logits + plgpu.dot(x_ref[:, part], head_ref[pl.ds(start, HEAD_COLUMNS), part].T)
+
+        logits = jnp.zeros((rows, HEAD_COLUMNS), jnp.float32)
+        logits = lax.fori_loop(0, D // step, add, logits)
+        column = (start + jnp.arange(HEAD_COLUMNS)).astype(jnp.int32)[None, :]
+        target_logit += jnp.where(column == target[:, None], logits, 0.0).sum(1)
+        logits = jnp.where(column < V, logits, -jnp.inf)
+        m_new = jnp.maximum(m, logits.max(1) * LOG2_E)
+        l = l * jnp.exp2(m - m_new) + jnp.exp2(logits * LOG2_E - m_new[:, None]).sum(1)
+        return m_new, l, target_logit
+
+    zero = jnp.zeros((rows,), jnp.float32)
+    # m starts finite, so that a tile of padding alone does not compute -inf - -inf.
+    m, l, target_logit = lax.fori_loop(0, here, tile, (zero - 1e30, zero, zero))
+    outs['m'][...], outs['l'][...], outs['target_logit'][...] = m, l, target_logit
 
 
-def row_nats(logits_NV, targets_N, V):
-    """-log softmax(logits)[target], of fp32 logits whose columns from V on are padding: (N,) fp32.
+def padded_head(wte_VD):
+    """The table with rows of 0 up to a whole number of `head_nats`' tiles."""
+    V = wte_VD.shape[0]
+    return jnp.pad(wte_VD, ((0, -V % HEAD_COLUMNS), (0, 0)))
 
-    It reads each logit once. XLA reads all logits twice: for their maximum, and for the sum of
-    their exponentials.
+
+def head_nats(x_ND, head_VD, targets_N, V):
+    """The loss of each target under softmax(x head^T), summed in fp32: (N,) fp32.
+
+    `head_VD` is a `padded_head` of V rows that count, in the dtype of x. Raises ValueError unless N
+    is a multiple of HEAD_ROWS / 2, and D of 16.
+
+    A target has 0.2 MB of logits, which XLA writes once and reads twice. Here a tile of them lives
+    in registers: GPT-2 124M, evaluated in 16 x 1024 tokens, XX % faster than with logits that are
+    written and read once (H100).
     """
-    N, padded = logits_NV.shape
-    columns, row, one = _row_specs(padded)
-    return call(
-        functools.partial(_nats_kernel, V=V, columns=columns),
-        grid=(N,),
-        warps=SOFTMAX_WARPS,
-        name='row_nats',
-        in_specs=[one, row],
-        out_specs=one,
-        out_shape=jax.ShapeDtypeStruct((N,), jnp.float32),
-    )(targets_N, logits_NV)
+    N, D = x_ND.shape
+    rows, step = math.gcd(N, HEAD_ROWS), math.gcd(D, HEAD_STEP)
+    if rows < HEAD_ROWS // 2 or step < 16:
+        raise ValueError(
+            f'the kernel head_nats got {N} rows of {D} numbers; expected multiples of '
+            f'{HEAD_ROWS // 2} and 16'
+        )
+    tiles = pl.cdiv(head_VD.shape[0] // HEAD_COLUMNS, HEAD_PARTS)
+    parts = pl.cdiv(head_VD.shape[0] // HEAD_COLUMNS, tiles)
+    names = 'm', 'l', 'target_logit'
+    outs = call(
+        functools.partial(_head_nats_kernel, V=V, tiles=tiles, step=step),
+        grid=(N // rows, parts),
+        warps=HEAD_WARPS,
+        stages=HEAD_STAGES,
+        name='head_nats',
+        in_specs=[
+            pl.BlockSpec((rows, D), lambda i, j: (i, 0)),
+            pl.BlockSpec(head_VD.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec((rows,), lambda i, j: (i,)),
+        ],
+        out_specs=dict.fromkeys(names, pl.BlockSpec((None, rows), lambda i, j: (j, i))),
+        out_shape=dict.fromkeys(names, jax.ShapeDtypeStruct((parts, N), jnp.float32)),
+    )(x_ND, head_VD, targets_N)
+    m_N = outs['m'].max(0)
+    l_N = (outs['l'] * jnp.exp2(outs['m'] - m_N)).sum(0)
+    return m_N / LOG2_E - outs['target_logit'].sum(0) + jnp.log(l_N)
 
 
 def _add_rows_kernel(tokens_ref, order_ref, rows_ref, _, table_ref, *, N, D):

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from gpt2_jax.kernels.choose import ROWS_MULTIPLE
-from gpt2_jax.kernels.launch import LOG2_E, call, check_rows, only, row_programs
+from gpt2_jax.kernels.launch import LOG2_E, call, only, row_programs
 
 GELU_SCALE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
@@ -58,26 +58,21 @@ def _columns(F):
 def gelu(x_NF, bias_F):
     """gelu_new(x + bias), (N, F), in fp32 and rounded once to the dtype of x. The bias may be None.
 
-    Raises ValueError unless N is a multiple of GELU_ROWS. Its gradient needs a multiple of
-    GELU_PROGRAMS * GELU_ROWS, or a smaller multiple of GELU_ROWS.
+    Raises ValueError unless N is a multiple of GELU_PROGRAMS * GELU_ROWS, or a smaller multiple of
+    GELU_ROWS.
     """
-    return _gelu_forward(x_NF, bias_F)
-
-
-def _gelu_fwd(x_NF, bias_F):
-    row_programs('gelu', len(x_NF), GELU_ROWS, GELU_PROGRAMS)  # what the backward pass needs
-    return _gelu_forward(x_NF, bias_F), (x_NF, bias_F)
+    return _gelu_fwd(x_NF, bias_F)[0]
 
 
 @jax.jit
-def _gelu_forward(x_NF, bias_F):
+def _gelu_fwd(x_NF, bias_F):
     N, F = x_NF.shape
-    check_rows('gelu', N, GELU_ROWS)
+    row_programs('gelu', N, GELU_ROWS, GELU_PROGRAMS)  # what the backward pass needs
     columns = _columns(F)
     block = pl.BlockSpec((GELU_ROWS, columns), lambda i, j: (i, j))
     vector = pl.BlockSpec((columns,), lambda i, j: (j,))
     ins = {'x': x_NF, 'bias': bias_F}
-    return call(
+    h_NF = call(
         _gelu_kernel,
         grid=(N // GELU_ROWS, F // columns),
         warps=GELU_WARPS,
@@ -86,6 +81,7 @@ def _gelu_forward(x_NF, bias_F):
         out_specs={'h': block},
         out_shape={'h': jax.ShapeDtypeStruct(x_NF.shape, x_NF.dtype)},
     )(ins)['h']
+    return h_NF, (x_NF, bias_F)
 
 
 @jax.jit

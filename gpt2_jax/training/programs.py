@@ -73,8 +73,8 @@ def abstract_batch(setup: Setup, rows: int, **dtypes):
     }
 
 
-def compiler_options(setup: Setup, fused: bool) -> dict[str, bool | int]:
-    """Options of XLA for a program of training or evaluation, with or without fused kernels.
+def compiler_options(setup: Setup, training: bool) -> dict[str, bool | int]:
+    """Options of XLA for a program of training or of evaluation.
 
     With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as
     fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
@@ -85,7 +85,11 @@ def compiler_options(setup: Setup, fused: bool) -> dict[str, bool | int]:
     1 to 2 % longer with GPT-2 124M, 5 % with shakespeare.py, H100). The fused kernels add in fixed
     order; XLA's scatter-add does so only with an option.
     """
+    kernels = setup.kernels
+    fused = kernels.fused_training if training else kernels.evaluation == 'fused'
     options = {'xla_gpu_enable_triton_gemm': False} if fused else {}
+    if fused and not training:  # bias and GELU as the end of a product: see fused_step.EVALUATION
+        options['xla_gpu_enable_cublaslt'] = True
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
         options['xla_gpu_autotune_level'] = 0
         if not fused:
@@ -161,7 +165,7 @@ def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:
         update,
         donate_argnums=() if debugging() else 0,  # JAX repeats an update to find its first nan
         out_shardings=(setup.layout, None),
-        compiler_options=compiler_options(setup, setup.kernels.fused_training),
+        compiler_options=compiler_options(setup, training=True),
     )
 
     def arguments():
