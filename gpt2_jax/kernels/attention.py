@@ -23,6 +23,7 @@ from gpt2_jax.model.ops import KEPT_BY_DOTS
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 BLOCK = SEQ_LEN_MULTIPLE  # queries, and keys, processed at a time
 WARPS, STAGES, KEYS_STAGES = 4, 3, 2
+ALONE_QUERIES, ALONE_WARPS, ALONE_STAGES = 128, 8, 3  # of a forward pass without a backward pass
 DROPOUT_BLOCK = 32  # in a backward pass with dropout, because drawing the mask takes registers
 
 
@@ -60,16 +61,20 @@ def _add_bias(rows, ins, part):
     return (rows.astype(jnp.float32) + ins['bias'][part][None, :]).astype(rows.dtype)
 
 
-def _forward_kernel(ins, outs, *, rate):
-    """Block i of z. If there is a bias, q + bias replaces q in memory, for the backward pass."""
+def _forward_kernel(ins, outs, *, rate, n):
+    """Block i of z, for n queries, a multiple of BLOCK.
+
+    For a backward pass the log-sum-exp of the rows is kept and, if there is a bias, q + bias
+    replaces q in memory.
+    """
     i = (
         pl.num_programs(2) - 1 - pl.program_id(2)
     )  # long rows first, so that none is left to the end
     T, _, K = ins['qkv'].shape
-    mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
+    mine, queries = pl.ds(i * n, n), _positions(i * n, n)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
-    if biased:
+    if outs['qkv'] is not None:
         outs['qkv'][mine, 0, :] = q
 
     def body(masked, j, carry):
@@ -85,14 +90,17 @@ def _forward_kernel(ins, outs, *, rate):
         v = ins['qkv'][block, 2, :]
         return z * alpha[:, None] + plgpu.dot(p.astype(v.dtype), v), m_new, l, l_kept
 
-    zero_Q = jnp.zeros((BLOCK,), jnp.float32)
-    carry = jnp.zeros((BLOCK, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
-    carry = lax.fori_loop(0, i, functools.partial(body, False), carry)
-    z, m, l, l_kept = body(True, i, carry)
+    zero_Q, blocks = jnp.zeros((n,), jnp.float32), n // BLOCK
+    carry = jnp.zeros((n, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
+    carry = lax.fori_loop(0, i * blocks, functools.partial(body, False), carry)
+    for j in range(blocks):
+        carry = body(True, i * blocks + j, carry)
+    z, m, l, l_kept = carry
     if biased:
         z += (l_kept if rate else l)[:, None] * ins['bias'][2][None, :]
     outs['z'][mine, :] = (z / (l[:, None] * (1 - rate))).astype(outs['z'].dtype)
-    outs['lse'][mine] = m + jnp.log2(l)
+    if outs['lse'] is not None:
+        outs['lse'][mine] = m + jnp.log2(l)
 
 
 def _backward(ins, rate, p, dp, delta, first_row, queries, keys):
@@ -192,16 +200,20 @@ def _check_shape(qkv_BT3HK):
         )
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, alone):
+    """(z, (qkv, lse)), what the backward pass needs; (z, None) if `alone`."""
     _check_shape(qkv_BT3HK)
     B, T, _, H, K = qkv_BT3HK.shape
     ins, specs = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seed), _specs(T, K)
-    biased = bias_3HK is not None
+    keeps_q = bias_3HK is not None and not alone
+    n, warps, stages = BLOCK, WARPS, STAGES
+    if alone:
+        n, warps, stages = math.gcd(T, ALONE_QUERIES), ALONE_WARPS, ALONE_STAGES
     shapes = {
-        'qkv': qkv_BT3HK if biased else None,
+        'qkv': qkv_BT3HK if keeps_q else None,
         'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
-        'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+        'lse': None if alone else jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     }
     out_specs = {
         'qkv': specs['qkv'],
@@ -209,18 +221,20 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
         'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)),
     }
     outs = call(
-        functools.partial(_forward_kernel, rate=rate),
-        grid=(B, H, T // BLOCK),
-        warps=WARPS,
-        stages=STAGES,
+        functools.partial(_forward_kernel, rate=rate, n=n),
+        grid=(B, H, T // n),
+        warps=warps,
+        stages=stages,
         name='attention_forward',
         in_specs=[only(ins, specs)],
         out_specs=only(shapes, out_specs),
         out_shape=shapes,
         # Arrays are numbered in the order of their names: bias, qkv, .. -> lse, qkv, z.
-        input_output_aliases={1: 1} if biased else {},
+        input_output_aliases={1: 1} if keeps_q else {},
     )(ins)
-    return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
+    if alone:
+        return outs['z'], None
+    return outs['z'], (outs['qkv'] if keeps_q else qkv_BT3HK, outs['lse'])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -231,11 +245,11 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
     its rows, and draws the same dropout mask from `seed`. The gradient of k's bias is exactly 0.
     Raises ValueError unless T is a multiple of BLOCK and K one of choose.HEAD_DIMS.
     """
-    return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)[0]
+    return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, True)[0]
 
 
 def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
-    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)
+    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, False)
     # With model.remat = 'dots' these are kept: else the backward pass would run this kernel again.
     qkv_BT3HK, z_BTHK, lse_BHT = (
         checkpoint_name(x, KEPT_BY_DOTS) for x in (qkv_BT3HK, z_BTHK, lse_BHT)

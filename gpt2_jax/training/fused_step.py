@@ -32,10 +32,10 @@ from gpt2_jax.training.optim import (
 )
 from gpt2_jax.training.optim import make_optimizer as make_optax
 
-# Without a gradient nobody needs the numbers before GELU. Written as jax.nn.gelu, in bf16, XLA
-# makes it and the bias the end of cuBLAS' product, which computes both in fp32 (with the option
-# that programs.compiler_options gives an evaluation).
-EVALUATION = FUSED._replace(gelu='cublas')
+# Without a gradient nobody needs the product before its bias, GELU or residual. Written as plain
+# sums and jax.nn.gelu, in bf16, XLA makes them the end of cuBLAS' product, which computes them in
+# fp32 (with the option that programs.compiler_options gives an evaluation).
+EVALUATION = FUSED._replace(norm='cublas', gelu='cublas')
 
 
 def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUSED, first_row=0):
@@ -53,8 +53,10 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
     def add_and_norm(x_ND, branch, norm, seed):
         if seed is not None:
             seed = (*seed[:2], seed[2] * jnp.uint32(T)) if cfg.resid_pdrop else None
-        if kernels.norm != 'fused':
+        if kernels.norm == 'xla':
             return xla_add_norm(cfg, x_ND, branch, norm, seed)
+        if kernels.norm == 'cublas' and branch[0] is not None and x_ND.dtype == branch[0].dtype:
+            x_ND, branch = add_bias(*branch) + x_ND, (None, None)
         scale_D, bias_D = norm['scale'], norm.get('bias')
         options = cfg.resid_pdrop, cfg.layer_norm_epsilon, cfg.compute_dtype
         return add_norm(x_ND, *branch, scale_D, bias_D, seed, *options)
