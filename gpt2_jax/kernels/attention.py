@@ -23,7 +23,6 @@ from gpt2_jax.model.ops import KEPT_BY_DOTS
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 BLOCK = SEQ_LEN_MULTIPLE  # queries, and keys, processed at a time
 WARPS, STAGES, KEYS_STAGES = 4, 3, 2
-ALONE_QUERIES, ALONE_WARPS, ALONE_STAGES = 128, 8, 3  # of a forward pass without a backward pass
 DROPOUT_BLOCK = 32  # in a backward pass with dropout, because drawing the mask takes registers
 
 
@@ -61,8 +60,8 @@ def _add_bias(rows, ins, part):
     return (rows.astype(jnp.float32) + ins['bias'][part][None, :]).astype(rows.dtype)
 
 
-def _forward_kernel(ins, outs, *, rate, n):
-    """Block i of z, for n queries, a multiple of BLOCK.
+def _forward_kernel(ins, outs, *, rate):
+    """Block i of z.
 
     For a backward pass the log-sum-exp of the rows is kept and, if there is a bias, q + bias
     replaces q in memory.
@@ -71,7 +70,7 @@ def _forward_kernel(ins, outs, *, rate, n):
         pl.num_programs(2) - 1 - pl.program_id(2)
     )  # long rows first, so that none is left to the end
     T, _, K = ins['qkv'].shape
-    mine, queries = pl.ds(i * n, n), _positions(i * n, n)[:, None]
+    mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
     if outs['qkv'] is not None:
@@ -90,12 +89,10 @@ def _forward_kernel(ins, outs, *, rate, n):
         v = ins['qkv'][block, 2, :]
         return z * alpha[:, None] + plgpu.dot(p.astype(v.dtype), v), m_new, l, l_kept
 
-    zero_Q, blocks = jnp.zeros((n,), jnp.float32), n // BLOCK
-    carry = jnp.zeros((n, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
-    carry = lax.fori_loop(0, i * blocks, functools.partial(body, False), carry)
-    for j in range(blocks):
-        carry = body(True, i * blocks + j, carry)
-    z, m, l, l_kept = carry
+    zero_Q = jnp.zeros((BLOCK,), jnp.float32)
+    carry = jnp.zeros((BLOCK, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
+    carry = lax.fori_loop(0, i, functools.partial(body, False), carry)
+    z, m, l, l_kept = body(True, i, carry)
     if biased:
         z += (l_kept if rate else l)[:, None] * ins['bias'][2][None, :]
     outs['z'][mine, :] = (z / (l[:, None] * (1 - rate))).astype(outs['z'].dtype)
@@ -201,19 +198,16 @@ def _check_shape(qkv_BT3HK):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, alone):
-    """(z, (qkv, lse)), what the backward pass needs; (z, None) if `alone`."""
+def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, differentiated):
+    """(z, (qkv, lse)), what a backward pass needs; (z, None) if it is not `differentiated`."""
     _check_shape(qkv_BT3HK)
     B, T, _, H, K = qkv_BT3HK.shape
     ins, specs = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seed), _specs(T, K)
-    keeps_q = bias_3HK is not None and not alone
-    n, warps, stages = BLOCK, WARPS, STAGES
-    if alone:
-        n, warps, stages = math.gcd(T, ALONE_QUERIES), ALONE_WARPS, ALONE_STAGES
+    keeps_q = differentiated and bias_3HK is not None
     shapes = {
         'qkv': qkv_BT3HK if keeps_q else None,
         'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
-        'lse': None if alone else jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+        'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32) if differentiated else None,
     }
     out_specs = {
         'qkv': specs['qkv'],
@@ -221,10 +215,10 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, alone):
         'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)),
     }
     outs = call(
-        functools.partial(_forward_kernel, rate=rate, n=n),
-        grid=(B, H, T // n),
-        warps=warps,
-        stages=stages,
+        functools.partial(_forward_kernel, rate=rate),
+        grid=(B, H, T // BLOCK),
+        warps=WARPS,
+        stages=STAGES,
         name='attention_forward',
         in_specs=[only(ins, specs)],
         out_specs=only(shapes, out_specs),
@@ -232,7 +226,7 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, alone):
         # Arrays are numbered in the order of their names: bias, qkv, .. -> lse, qkv, z.
         input_output_aliases={1: 1} if keeps_q else {},
     )(ins)
-    if alone:
+    if not differentiated:
         return outs['z'], None
     return outs['z'], (outs['qkv'] if keeps_q else qkv_BT3HK, outs['lse'])
 
@@ -245,11 +239,11 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
     its rows, and draws the same dropout mask from `seed`. The gradient of k's bias is exactly 0.
     Raises ValueError unless T is a multiple of BLOCK and K one of choose.HEAD_DIMS.
     """
-    return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, True)[0]
+    return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, False)[0]
 
 
 def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
-    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, False)
+    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, True)
     # With model.remat = 'dots' these are kept: else the backward pass would run this kernel again.
     qkv_BT3HK, z_BTHK, lse_BHT = (
         checkpoint_name(x, KEPT_BY_DOTS) for x in (qkv_BT3HK, z_BTHK, lse_BHT)

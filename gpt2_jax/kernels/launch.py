@@ -3,7 +3,7 @@
     attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
     norm            x + dropout(branch + bias), and the LayerNorm of the sum
     gelu            gelu_new(x + bias)
-    embedding       the loss of the tied head with its gradients, and the gradient of the lookup
+    embedding       the loss of the tied head, its gradients, and the gradient of the lookup
     adamw           the update of a parameter
 
 with their backward passes, and for decoding one token at a time:
