@@ -11,6 +11,7 @@ from gpt2_jax.config import default_config, resolve
 from gpt2_jax.diagnostics.benchmark import random_data
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.kernels import choose, embedding, launch
+from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.training import fused_step, programs
 from gpt2_jax.training import setup as setup_lib
 from gpt2_jax.training.step import make_eval_step
@@ -68,6 +69,26 @@ def test_bf16_losses_are_near_fp32():
     exact_B = np.float64(jax.jit(make_eval_step(tiny(**CASES['three heads'])))(params, data))
     errors = [abs(losses_B / exact_B - 1) for losses_B in evaluated(model, params, data)]
     assert errors[0].max() < 1.5 * errors[1].max() < 0.01
+
+
+def test_the_sum_is_normalised_before_it_is_rounded():
+    """A branch that bf16 loses beside x: without a gradient LayerNorm still sees it."""
+    rng = np.random.default_rng(0)
+    sign_ND = rng.choice([-1, 1], (4, 16))
+    x_ND, branch_ND = jnp.bfloat16(256 * sign_ND), jnp.bfloat16(rng.uniform(-0.4, 0.4, (4, 16)))
+    one_D = jnp.ones(16)
+
+    def run(x_ND):
+        return add_norm(x_ND, branch_ND, None, one_D, None, None, 0.0, 1e-5, 'float32')
+
+    sum_ND, y_ND = run(x_ND)
+    np.testing.assert_array_equal(sum_ND, x_ND)
+    both_ND = np.float64(x_ND) + np.float64(branch_ND)
+    both_ND -= both_ND.mean(-1, keepdims=True)
+    expected_ND = both_ND / both_ND.std(-1, keepdims=True)
+    np.testing.assert_allclose(y_ND, expected_ND, atol=1e-5)
+    _, trained_ND = jax.vjp(run, x_ND)[0]  # the backward pass reads the rounded sum
+    assert np.abs(trained_ND - expected_ND).max() > 1e-4
 
 
 @pytest.mark.parametrize('offset', [0.0, -100.0])
