@@ -1,7 +1,8 @@
-"""Measures speed: training steps, decoding, start-up, scale or the time to a loss, also as JSON.
+"""Measures speed: training, scoring, decoding, start-up, scale or the time to a loss; also as JSON.
 
 python scripts/benchmark.py --config=configs/shakespeare.py
 python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=decode
+python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=score
 python scripts/benchmark.py --config=configs/quickstart.py --what=startup --windows=3
 python scripts/benchmark.py --config=configs/gpt2_124m.py --vocab_size=50257 --what=scale
 python scripts/benchmark.py --config=configs/shakespeare_fast.py --what=time-to-loss --seeds=10
@@ -24,7 +25,7 @@ _PLATFORM = cli.platform_flag()
 _WHAT = flags.DEFINE_enum(
     'what',
     'train',
-    ['train', 'decode', 'startup', 'scale', 'time-to-loss'],
+    ['train', 'score', 'decode', 'startup', 'scale', 'time-to-loss'],
     'What to measure.',
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
@@ -60,6 +61,7 @@ DECODING, SEEDED = (
 )
 UNUSED = {
     'train': (*DECODING, *SEEDED),
+    'score': (*DECODING, *SEEDED),
     'decode': (_SECONDS, *SEEDED),
     'scale': (*DECODING, *SEEDED),
     'startup': (_VOCAB_SIZE, _SECONDS, *DECODING, *SEEDED),
@@ -104,6 +106,8 @@ def main(arguments: list[str]) -> None:
     print('\n'.join(describe(setup)), flush=True)
     if _WHAT.value == 'train':
         figures = benchmark.bench_train(setup, _WINDOWS.value, _SECONDS.value)
+    elif _WHAT.value == 'score':
+        figures = benchmark.bench_score(setup, _WINDOWS.value, _SECONDS.value)
     else:
         figures = benchmark.bench_decode(
             setup,

@@ -78,6 +78,11 @@ def test_training_and_decoding(tiny_setup, monkeypatch):
         figures[f'{name}_seconds'] > 0
         for name in ('init', 'compile_and_first_step', 'evaluation', 'save')
     )
+    figures = benchmark.bench_score(tiny_setup, 2, 0.0)
+    assert figures['tokens_per_batch'] == 64
+    assert figures['tokens_per_second'] == 64 / figures['batch_seconds']['median']
+    forward = figures['tokens_per_second'] * tiny_setup.flops_per_token / 3
+    assert figures['mfu'] == pytest.approx(forward / 1e12)
     figures = benchmark.bench_decode(tiny_setup, 2, 3, 20, Sampling(1.0, 5))
     assert figures['tokens_per_second'] == 3 * 20 / figures['seconds']['median']
     assert figures['samples'] == 3

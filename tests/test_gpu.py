@@ -1,4 +1,4 @@
-"""The bf16 paths on a GPU: their gradients are near those of full fp32, leaf by leaf.
+"""The bf16 paths on a GPU: gradients are near those of full fp32, leaf by leaf, and so are losses.
 
     XLA_FLAGS= pytest tests/test_gpu.py -s
 
@@ -8,6 +8,7 @@ the kernels are interpreted and cuDNN is left out; that tests this file and not 
 
 import functools
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,8 +20,10 @@ from gpt2_jax.kernels.choose import FUSED, XLA
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
+from gpt2_jax.training import fused_step
 from gpt2_jax.training.optim import as_parameters
-from gpt2_jax.training.programs import make_value_and_grad
+from gpt2_jax.training.programs import compiler_options, make_value_and_grad
+from gpt2_jax.training.step import make_eval_step
 
 TINY = os.environ.get('GPT2_JAX_GPU_TESTS') == 'tiny'
 ON_GPU = jax.default_backend() == 'gpu'
@@ -92,3 +95,36 @@ def test_bf16_gradients_are_near_fp32(size, kernels, attention):
     assert errors[worst] < MAX_WORST
     if kernels == 'fused':
         assert not np.any(rounded['h_0']['attn']['c_attn']['bias'][1]), 'the bias of k moves'
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_bf16_scores_are_near_fp32(size):
+    """As near as those of the plain model in bf16; GELU is the end of its product."""
+    sizes = dict(SIZES[size])
+    rows, losses = sizes.pop('rows'), {}
+    text_BT = tokens(
+        GPT2(GPT2Config(**sizes)), batch=rows, length=sizes.get('n_positions', 1024) + 1
+    )
+    batch = {'inputs': text_BT[:, :-1], 'targets': text_BT[:, 1:]}
+    batch['mask'] = np.ones(batch['inputs'].shape, np.float32)
+    for dtype in ('float32', 'bfloat16'):
+        model = GPT2(GPT2Config(**sizes, dtype=dtype))
+        losses[dtype] = jax.jit(make_eval_step(model))(parameters(size), batch)
+    setup = SimpleNamespace(
+        kernels=FUSED,
+        config=SimpleNamespace(train=SimpleNamespace(deterministic=False)),
+        device=jax.devices()[0],
+    )
+    prepared = jax.jit(functools.partial(fused_step.prepare, model.cfg))(parameters(size))
+    step = jax.jit(
+        fused_step.make_eval_step(model.cfg),
+        compiler_options=compiler_options(setup, training=False),
+    )
+    program = step.lower(prepared, batch).compile()
+    if ON_GPU:
+        assert program.as_text().count('"epilogue":"BIAS_GELU"') == model.cfg.n_layer
+    losses['fused'] = program(prepared, batch)
+    exact_B = np.float64(losses['float32'])
+    errors = {name: np.abs(np.float64(x) / exact_B - 1).max() for name, x in losses.items()}
+    print(f'{size}: relative errors of the losses of {rows} texts: {errors}')
+    assert errors['fused'] < max(1.5 * errors['bfloat16'], 1e-4)

@@ -331,7 +331,7 @@ def test_unsupported_configurations_are_refused(tmp_path):
         return choose(GPT2Config(**changed.model), changed.optim.implementation, place)
 
     kernels, reasons = chosen()
-    assert kernels == kernel_choice.FUSED._replace(evaluation='cudnn')
+    assert kernels == kernel_choice.FUSED
     assert not reasons
     for key, value, says, parts in (
         ('model__dtype', 'float32', 'bfloat16', 'attention norm gelu loss decoding'),
@@ -454,26 +454,35 @@ def test_kernels_refuse_shapes_that_they_would_process_in_part():
         with pytest.raises(ValueError, match=f'width of {K}; expected one of 16, 32, 64, 128'):
             jax.eval_shape(lambda x: attention(x, None, None, 0.0), qkv)
 
-    def norm_of(N):
+    def norm_of(N, run):
         x_ND, one_D = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((N, 8), (8,)))
         return lambda: jax.eval_shape(
-            lambda x, y: add_norm(x, None, None, y, None, None, 0, 1e-5, 'float32'), x_ND, one_D
+            run(lambda x, y: add_norm(x, None, None, y, None, None, 0, 1e-5, 'float32')[1].sum()),
+            x_ND,
+            one_D,
         )
 
     def gelu_of(N):
         x_NF = jax.ShapeDtypeStruct((N, 8), jnp.float32)
-        return lambda: jax.eval_shape(lambda x: gelu.gelu(x, None), x_NF)
+        return lambda: jax.eval_shape(jax.grad(lambda x: gelu.gelu(x, None).sum()), x_NF)
+
+    def forward(function):
+        return function
 
     for run, words in (
-        (norm_of(35), 'add_norm got 35 rows; expected a multiple of 128, or a multiple of 2 below'),
-        (norm_of(130), 'add_norm got 130 rows'),
+        (norm_of(35, forward), 'add_norm got 35 rows; expected a multiple of 2'),
+        (
+            norm_of(35, jax.grad),
+            'got 35 rows; expected a multiple of 128, or a multiple of 2 below',
+        ),
+        (norm_of(130, jax.grad), 'add_norm got 130 rows'),
         (gelu_of(22), 'gelu got 22 rows; expected a multiple of 64, or a multiple of 4 below'),
         (gelu_of(68), 'gelu got 68 rows'),
     ):
         with pytest.raises(ValueError, match=words):
             run()
-    norm_of(34)()
-    gelu_of(128)()
+    for run in (norm_of(34, jax.grad), norm_of(130, forward), gelu_of(128)):
+        run()
     m = v = p = jnp.zeros((3, 8))
     with pytest.raises(ValueError, match=r'gradient of shape \(2, 8\); expected \(3, 8\)'):
         jax.eval_shape(lambda g: adamw(g, m, v, p, jnp.zeros(4), rates=(0,) * 4), p[:2])

@@ -221,6 +221,9 @@ def test_fused_kernels_on_a_mesh_equal_one_device(results, mesh):
     assert pieces == {int(mesh.split()[1])}
     collectives = re.findall(r' (all-[a-z]+|reduce-scatter)\(', fused['programs'][0])
     assert set(collectives) == FUSED_COLLECTIVES[mesh]
+    assert fused['evaluation'] == pytest.approx(one['evaluation'], rel=1e-5)
+    collectives = re.findall(r' (all-[a-z]+|reduce-scatter)\(', fused['programs'][1])
+    assert set(collectives) == FUSED_COLLECTIVES[mesh] & {'all-gather'}
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Evaluation of a text: every target once; sums of nats, tokens and bytes, divided at the end."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -14,8 +15,9 @@ from gpt2_jax.data import batches
 from gpt2_jax.data.batches import HostBatch
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.parallel.collectives import evaluate_own_rows
 from gpt2_jax.parallel.mesh import one_at_a_time, put_batch, replicated
-from gpt2_jax.parallel.partition import make_unshard
+from gpt2_jax.parallel.partition import make_unshard, shardings
 from gpt2_jax.training.programs import (
     abstract_batch,
     abstract_state,
@@ -157,21 +159,63 @@ def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
 
 
 def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callable:
-    """eval_step(params, batch) -> nats_B on the mesh of the setup; for `pool` see train_step."""
-    max_targets = targets_at_once(setup, training=False)
+    """eval_step(prepared, batch) -> nats_B on the mesh of the setup; for `pool` see train_step.
+
+    `prepared` is what the function of `make_prepare` returns.
+    """
+    if uses_kernels(setup):
+        from gpt2_jax.training import fused_step  # loads Pallas: half a second
+
+        step = fused_step.make_eval_step(setup.model.cfg)
+        if setup.mesh.size > 1:
+            step = evaluate_own_rows(setup.mesh, step)
+    else:
+        max_targets = targets_at_once(setup, training=False)
+        step = make_eval_step(setup.model, make_unshard(setup.mesh), max_targets)
     jitted = jax.jit(
-        make_eval_step(setup.model, make_unshard(setup.mesh), max_targets),
+        step,
         # Every process sums the losses of all rows.
         out_shardings=replicated(setup.mesh) if jax.process_count() > 1 else None,
-        compiler_options=compiler_options(setup),
+        compiler_options=compiler_options(setup, training=False),
     )
 
     def arguments():
         dtypes = {'inputs': np.int32, 'targets': np.int32, 'mask': np.float32}
         batch = abstract_batch(setup, setup.rows_per_micro_batch, **dtypes)
-        return abstract_state(setup).params, batch
+        return abstract_prepared(setup), batch
 
     return one_at_a_time(setup.mesh, compile_in_background(pool, jitted, arguments))
+
+
+def make_prepare(setup: Setup) -> Callable:
+    """The function prepare(params) -> the parameters as `make_jitted_eval_step`'s takes them."""
+    if not uses_kernels(setup):
+        return lambda params: params
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_prepared(setup))
+    return jax.jit(_prepare(setup), out_shardings=layout)
+
+
+def abstract_prepared(setup: Setup):
+    """Shape, dtype and sharding of each prepared parameter."""
+    if not uses_kernels(setup):
+        return abstract_state(setup).params
+    shapes = jax.eval_shape(_prepare(setup), setup.shapes.params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(setup.mesh, shapes),
+    )
+
+
+def _prepare(setup: Setup) -> Callable:
+    from gpt2_jax.training import fused_step
+
+    return functools.partial(fused_step.prepare, setup.model.cfg)
+
+
+def uses_kernels(setup: Setup) -> bool:
+    """Whether the fused kernels compute an evaluation."""
+    return setup.kernels.evaluation == 'fused'
 
 
 def make_evaluate(
@@ -182,12 +226,13 @@ def make_evaluate(
     It evaluates eval.tokens targets, evenly spread over the split, or all. `stride` is as in
     batches.eval_batches, `pool` as in programs.compile_train_step, `on_batch` as in `sum_losses`.
     """
-    eval_step, config = make_jitted_eval_step(setup, pool), setup.config
+    eval_step, prepare = make_jitted_eval_step(setup, pool), make_prepare(setup)
+    config = setup.config
 
     def run(params, split: str = 'val', on_batch=lambda tokens: None) -> Evaluation:
         return evaluate(
             eval_step,
-            params,
+            prepare(params),
             getattr(setup.dataset, split),
             setup.dataset.tokenizer,
             mesh=setup.mesh,

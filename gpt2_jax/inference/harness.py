@@ -26,6 +26,7 @@ from gpt2_jax.inference.evaluate import (
     Window,
     make_evaluation,
     make_jitted_eval_step,
+    make_prepare,
     pad_windows,
     sum_losses,
 )
@@ -78,7 +79,7 @@ def score_documents(
         setup, params = score.build(restored, windows, dataset)
         sums = sum_losses(
             make_jitted_eval_step(setup),
-            params,
+            make_prepare(setup)(params),
             pad_windows(cut, setup.rows_per_micro_batch, windows.context),
             tokenizer.byte_lengths,
             setup.mesh,

@@ -81,7 +81,11 @@ def _add_bias(rows, ins, part):
 
 
 def _forward_kernel(ins, outs, *, rate, blocks):
-    """Block i of z. If there is a bias, q + bias replaces q in memory, for the backward pass."""
+    """Block i of z.
+
+    For a backward pass the log-sum-exp of the rows is kept and, if there is a bias, q + bias
+    replaces q in memory.
+    """
     i = (
         pl.num_programs(2) - 1 - pl.program_id(2)
     )  # long rows first, so that none is left to the end
@@ -89,7 +93,7 @@ def _forward_kernel(ins, outs, *, rate, blocks):
     mine, queries = pl.ds(i * own, own), _positions(i * own, own)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
-    if biased:
+    if outs['qkv'] is not None:
         outs['qkv'][mine, 0, :] = q
 
     def body(masked, j, carry):
@@ -113,7 +117,8 @@ def _forward_kernel(ins, outs, *, rate, blocks):
     if biased:
         z += (l_kept if rate else l)[:, None] * ins['bias'][2][None, :]
     outs['z'][mine, :] = (z / (l[:, None] * (1 - rate))).astype(outs['z'].dtype)
-    outs['lse'][mine] = m + jnp.log2(l)
+    if outs['lse'] is not None:
+        outs['lse'][mine] = m + jnp.log2(l)
 
 
 def _backward(ins, rate, p, dp, delta, first_row, queries, keys):
@@ -215,16 +220,17 @@ def _check_shape(qkv_BT3HK):
         )
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, differentiated):
+    """(z, (qkv, lse)), what a backward pass needs; (z, None) if it is not `differentiated`."""
     _check_shape(qkv_BT3HK)
     B, T, _, H, K = qkv_BT3HK.shape
     ins, specs = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seed), _specs(T, K)
-    biased, blocks = bias_3HK is not None, _blocks(FORWARD, rate, T)
+    keeps_q, blocks = differentiated and bias_3HK is not None, _blocks(FORWARD, rate, T)
     shapes = {
-        'qkv': qkv_BT3HK if biased else None,
+        'qkv': qkv_BT3HK if keeps_q else None,
         'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
-        'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+        'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32) if differentiated else None,
     }
     out_specs = {
         'qkv': specs['qkv'],
@@ -241,9 +247,11 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate):
         out_specs=only(shapes, out_specs),
         out_shape=shapes,
         # Arrays are numbered in the order of their names: bias, qkv, .. -> lse, qkv, z.
-        input_output_aliases={1: 1} if biased else {},
+        input_output_aliases={1: 1} if keeps_q else {},
     )(ins)
-    return outs['z'], (outs['qkv'] if biased else qkv_BT3HK, outs['lse'])
+    if not differentiated:
+        return outs['z'], None
+    return outs['z'], (outs['qkv'] if keeps_q else qkv_BT3HK, outs['lse'])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -252,14 +260,13 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
 
     The pattern never reaches memory. The backward pass computes it again from the log-sum-exp of
     its rows, and draws the same dropout mask from `seed`. The gradient of k's bias is exactly 0.
-    Raises ValueError unless T is a multiple of
-    SEQ_LEN_MULTIPLE and K one of choose.HEAD_DIMS.
+    Raises ValueError unless T is a multiple of SEQ_LEN_MULTIPLE and K one of choose.HEAD_DIMS.
     """
-    return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)[0]
+    return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, False)[0]
 
 
 def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
-    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate)
+    z_BTHK, (qkv_BT3HK, lse_BHT) = _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, True)
     # With model.remat = 'dots' these are kept: else the backward pass would run this kernel again.
     qkv_BT3HK, z_BTHK, lse_BHT = (
         checkpoint_name(x, KEPT_BY_DOTS) for x in (qkv_BT3HK, z_BTHK, lse_BHT)

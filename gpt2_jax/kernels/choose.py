@@ -1,10 +1,10 @@
 """The one door to the fast paths: which code computes each part, here and in this configuration.
 
-A part is attention, norm, gelu or loss of a training step, the optimizer, the attention of an
-evaluation, or decoding. Each takes the fastest implementation whose needs are met:
+A part is attention, norm, gelu or loss of a training step, the optimizer, evaluation, or decoding.
+Each takes the fastest implementation whose needs are met:
 
     fused   the GPU kernels of this package
-    cudnn   cuDNN's attention
+    cudnn   cuDNN's attention; in evaluation, with everything else as XLA compiles it
     xla     what XLA compiles from model/gpt2.py;  optax: the same of the optimizer
 
 Only the kernels import Pallas, so that asking costs nothing.
@@ -45,7 +45,7 @@ class Kernels(NamedTuple):
 
 
 XLA = Kernels()
-FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'xla', 'fused')
+FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'fused', 'fused')
 
 
 class Place(NamedTuple):
@@ -94,11 +94,11 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
                 f'{cfg.head_dim}'
             )
         return
-    if training and place.tensor > 1:
+    if (training or part == 'evaluation') and place.tensor > 1:
         yield 'mesh.tensor = 1: its kernels hold whole heads and rows'
-    if part == 'gelu' and cfg.activation_function != 'gelu_new':
+    if part in ('gelu', 'evaluation') and cfg.activation_function != 'gelu_new':
         yield "model.activation_function = 'gelu_new'"
-    if part == 'attention':
+    if part in ('attention', 'evaluation'):
         if cfg.head_dim not in HEAD_DIMS:
             yield f'a head width n_embd / n_head = 16, 32, 64 or 128, not {cfg.head_dim}'
         if place.seq_len and place.seq_len % SEQ_LEN_MULTIPLE:
@@ -143,9 +143,11 @@ def _options(
         )
     if part == 'decoding':  # scripts/sample.py has a flag of its own: a run is not refused for it
         return (('xla',) if cfg.kernels == 'xla' else ('fused', 'xla')), ''
-    if part == 'evaluation':  # the fused kernel of this package is for training alone
-        is_xla = cfg.attention == 'xla' or (cfg.attention, cfg.kernels) == ('auto', 'xla')
-        return (('xla',) if is_xla else ('cudnn', 'xla')), ''
+    if part == 'evaluation':
+        if cfg.attention == 'xla' or (cfg.attention, cfg.kernels) == ('auto', 'xla'):
+            return ('xla',), ''
+        is_fused = cfg.attention != 'cudnn' and cfg.kernels != 'xla'
+        return (('fused', 'cudnn', 'xla') if is_fused else ('cudnn', 'xla')), ''
     if part == 'attention' and cfg.attention != 'auto':
         return (cfg.attention,), 'model.attention'
     if cfg.kernels != 'auto':
@@ -157,10 +159,12 @@ def _options(
 
 
 def evaluation_attention(cfg: GPT2Config, platform: str) -> str:
-    """The attention of evaluation on this platform: 'cudnn' or 'xla'."""
+    """The attention of the plain model without a gradient, on this platform: 'cudnn' or 'xla'."""
     options, _ = _options('evaluation', cfg, 'auto', Place(platform))
     return next(
-        name for name in options if not any(unmet_needs('evaluation', name, cfg, Place(platform)))
+        name
+        for name in options
+        if name != 'fused' and not any(unmet_needs('evaluation', name, cfg, Place(platform)))
     )
 
 

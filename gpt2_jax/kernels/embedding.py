@@ -1,10 +1,12 @@
 """The token embedding at both ends of the model.
 
 head_loss: the loss of the tied head, with the gradient of the logits, the largest of all arrays.
+head_nats: the loss alone, without the logits ever reaching memory.
 add_rows: the gradient of the lookup.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,9 @@ from gpt2_jax.kernels.launch import LOG2_E, call, column_blocks
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
 ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
+# A tile of logits has so many rows and columns; its product has steps of up to HEAD_STEP numbers.
+HEAD_ROWS, HEAD_COLUMNS, HEAD_STEP, HEAD_WARPS, HEAD_STAGES = 128, 256, 64, 8, 3
+HEAD_PARTS = 8  # programs that share the vocabulary, for each block of rows
 
 
 def _softmax_gradient_kernel(targets_ref, logits_ref, dlogits_ref, nats_ref, *, V, columns):
@@ -113,6 +118,83 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dx_ND = (product('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
     return nats_N, dx_ND, product('NV,ND->VD', dlogits_NV, x_ND) * scale
+
+
+def _head_nats_kernel(x_ref, head_ref, targets_ref, outs, *, V, tiles, step):
+    """A running softmax over this program's tiles of the logits x head^T, and the target's logit.
+
+    Logits carry a factor log2(e). m and l are as in attention.py.
+    """
+    (rows, D), target = x_ref.shape, targets_ref[...]
+    first = pl.program_id(1) * tiles
+    here = jnp.minimum(tiles, head_ref.shape[0] // HEAD_COLUMNS - first)
+
+    def tile(j, carry):
+        m, l, target_logit = carry
+        start = (first + j) * HEAD_COLUMNS
+
+        def add(k, logits):
+            part = pl.ds(k * step, step)
+            return logits + plgpu.dot(x_ref[:, part], head_ref[pl.ds(start, HEAD_COLUMNS), part].T)
+
+        logits = jnp.zeros((rows, HEAD_COLUMNS), jnp.float32)
+        logits = lax.fori_loop(0, D // step, add, logits)
+        column = (start + jnp.arange(HEAD_COLUMNS)).astype(jnp.int32)[None, :]
+        target_logit += jnp.where(column == target[:, None], logits, 0.0).sum(1)
+        logits = jnp.where(column < V, logits, -jnp.inf)
+        m_new = jnp.maximum(m, logits.max(1) * LOG2_E)
+        l = l * jnp.exp2(m - m_new) + jnp.exp2(logits * LOG2_E - m_new[:, None]).sum(1)
+        return m_new, l, target_logit
+
+    zero = jnp.zeros((rows,), jnp.float32)
+    # m starts finite, so that a tile of padding alone does not compute -inf - -inf.
+    m, l, target_logit = lax.fori_loop(0, here, tile, (zero - 1e30, zero, zero))
+    outs['m'][...], outs['l'][...], outs['target_logit'][...] = m, l, target_logit
+
+
+def padded_head(wte_VD):
+    """The table with rows of 0 up to a whole number of `head_nats`' tiles."""
+    V = wte_VD.shape[0]
+    return jnp.pad(wte_VD, ((0, -V % HEAD_COLUMNS), (0, 0)))
+
+
+def head_nats(x_ND, head_VD, targets_N, V):
+    """The loss of each target under softmax(x head^T), summed in fp32: (N,) fp32.
+
+    `head_VD` is a `padded_head` of V rows that count, in the dtype of x. Raises ValueError unless N
+    is a multiple of HEAD_ROWS / 2, and D of 16.
+
+    A target has 0.2 MB of logits, which XLA writes once and reads twice. Here a tile of them lives
+    in registers: an evaluation of GPT-2 124M in 16 x 1024 tokens runs at 1.60 M tokens/s, with
+    logits that are written and read once at 1.44 (H100).
+    """
+    N, D = x_ND.shape
+    rows, step = math.gcd(N, HEAD_ROWS), math.gcd(D, HEAD_STEP)
+    if rows < HEAD_ROWS // 2 or step < 16:
+        raise ValueError(
+            f'the kernel head_nats got {N} rows of {D} numbers; expected multiples of '
+            f'{HEAD_ROWS // 2} and 16'
+        )
+    tiles = pl.cdiv(head_VD.shape[0] // HEAD_COLUMNS, HEAD_PARTS)
+    parts = pl.cdiv(head_VD.shape[0] // HEAD_COLUMNS, tiles)
+    names = 'm', 'l', 'target_logit'
+    outs = call(
+        functools.partial(_head_nats_kernel, V=V, tiles=tiles, step=step),
+        grid=(N // rows, parts),
+        warps=HEAD_WARPS,
+        stages=HEAD_STAGES,
+        name='head_nats',
+        in_specs=[
+            pl.BlockSpec((rows, D), lambda i, j: (i, 0)),
+            pl.BlockSpec(head_VD.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec((rows,), lambda i, j: (i,)),
+        ],
+        out_specs=dict.fromkeys(names, pl.BlockSpec((None, rows), lambda i, j: (j, i))),
+        out_shape=dict.fromkeys(names, jax.ShapeDtypeStruct((parts, N), jnp.float32)),
+    )(x_ND, head_VD, targets_N)
+    m_N = outs['m'].max(0)
+    l_N = (outs['l'] * jnp.exp2(outs['m'] - m_N)).sum(0)
+    return m_N / LOG2_E - outs['target_logit'].sum(0) + jnp.log(l_N)
 
 
 def _add_rows_kernel(tokens_ref, order_ref, rows_ref, _, table_ref, *, N, D):

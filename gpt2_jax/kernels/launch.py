@@ -3,7 +3,7 @@
     attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
     norm            x + dropout(branch + bias), and the LayerNorm of the sum
     gelu            gelu_new(x + bias), forward by cuBLAS
-    embedding       the loss of the tied head with its gradients, and the gradient of the lookup
+    embedding       the loss of the tied head, its gradients, and the gradient of the lookup
     adamw           the update of a parameter
 
 with their backward passes, and for decoding one token at a time:
@@ -90,6 +90,15 @@ def column_blocks(D, max_size):
     """
     size = min(max_size, pl.next_power_of_2(D))
     return size, pl.cdiv(D, size)
+
+
+def check_rows(kernel, N, block):
+    """Raises ValueError unless N rows are whole blocks of `block` rows: the rest would be left out.
+
+    The backward passes need more, see `row_programs`.
+    """
+    if N % block:
+        raise ValueError(f'the kernel {kernel} got {N} rows; expected a multiple of {block}')
 
 
 def row_programs(kernel, N, block, max_programs):

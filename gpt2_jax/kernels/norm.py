@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.kernels.launch import (
     SEED_SPECS,
     call,
+    check_rows,
     only,
     read_seed,
     row_programs,
@@ -52,7 +53,9 @@ def _dropout(x, ins, rate, row0, D):
 def _add_norm_kernel(ins, outs, *, D, rate, eps):
     """x <- x + dropout(branch + bias), rounded to the dtype of x;  y <- LayerNorm(x).
 
-    Keeps the mean and 1 / std of each row for the backward pass.
+    For a backward pass it keeps the mean and 1 / std of each row, and normalises the rounded x,
+    which is what that pass reads. Otherwise it normalises the sum before it is rounded, as XLA does
+    in the plain model.
     """
     rows, width = outs['y'].shape
     inside = jnp.arange(width) < D
@@ -66,13 +69,16 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
         if ins['branch_bias'] is not None:
             branch += vector('branch_bias')
         branch = _dropout(branch, ins, rate, pl.program_id(0) * rows, D)
-        stored = (x + branch).astype(outs['x'].dtype)
+        x += branch
+        stored = x.astype(outs['x'].dtype)
         plgpu.store(outs['x'], stored, mask=inside[None, :])
-        x = stored.astype(jnp.float32)
+        if outs['mean'] is not None:
+            x = stored.astype(jnp.float32)
     mean = x.sum(-1) / D
     centred = jnp.where(inside[None, :], x - mean[:, None], 0.0)
     rstd = lax.rsqrt(jnp.square(centred).sum(-1) / D + eps)
-    outs['mean'][...], outs['rstd'][...] = mean, rstd
+    if outs['mean'] is not None:
+        outs['mean'][...], outs['rstd'][...] = mean, rstd
     y = centred * rstd[:, None] * vector('scale')
     if ins['bias'] is not None:
         y += vector('bias')
@@ -112,10 +118,12 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _add_norm_forward(
+    x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, differentiated
+):
     N, D = x_ND.shape
-    row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)  # the backward pass needs more
+    check_rows('add_norm', N, NORM_ROWS)
     width, adds = pl.next_power_of_2(D), branch_ND is not None
     rows = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0))
     row = pl.BlockSpec((NORM_ROWS,), lambda i: (i,))
@@ -135,7 +143,7 @@ def _add_norm_forward(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rat
         'bias': vector,
     }
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
-    statistic = jax.ShapeDtypeStruct((N,), jnp.float32)
+    statistic = jax.ShapeDtypeStruct((N,), jnp.float32) if differentiated else None
     shapes = {
         'x': like_x if adds else None,
         'y': jax.ShapeDtypeStruct(x_ND.shape, dtype),
@@ -160,16 +168,19 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, d
 
     The sum has the dtype of x, and its LayerNorm has `dtype`, as the branch. `branch` (with
     branch_bias), `branch_bias` alone, and `bias` may be None. Raises ValueError unless N is a
-    multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a smaller multiple of NORM_BACKWARD_ROWS.
+    multiple of NORM_ROWS. Its gradient needs a multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a
+    smaller multiple of NORM_BACKWARD_ROWS.
     """
     return _add_norm_forward(
-        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype
+        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, False
     )[:2]
 
 
 def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
+    # What the backward pass needs.
+    row_programs('add_norm', len(x_ND), NORM_BACKWARD_ROWS, NORM_PROGRAMS)
     x_ND, y_ND, *statistics = _add_norm_forward(
-        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype
+        x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, True
     )
     present = tuple(leaf is not None for leaf in (branch_ND, branch_bias_D, bias_D))
     return (x_ND, y_ND), (x_ND, *statistics, scale_D, seed, present)

@@ -1,7 +1,8 @@
 """A program on each device's own rows, with JAX's collectives around it (Rajbhandari et al. 2020).
 
-Each device gathers the parameters, computes the loss of its rows and its gradients, and these are
-summed over the devices; under fsdp a device receives the sum of its own shard alone.
+Each device gathers the parameters and computes the loss of its rows. In training it computes
+gradients too, and these are summed over the devices; under fsdp a device receives the sum of its
+own shard alone.
 """
 
 import math
@@ -32,6 +33,37 @@ def first_row(rows: int):
     return lax.axis_index(ROW_AXES) * rows
 
 
+def gather(mesh: Mesh, shards, spec):
+    """The whole leaves from their shards over 'fsdp', on each device."""
+
+    def whole(shard, spec: P):
+        # A collective over one device would copy each leaf.
+        if mesh.shape['fsdp'] == 1 or 'fsdp' not in spec:
+            return shard
+        return lax.all_gather(shard, 'fsdp', axis=spec.index('fsdp'), tiled=True)
+
+    return jax.tree.map(whole, shards, spec)
+
+
+def evaluate_own_rows(mesh: Mesh, eval_step: Callable) -> Callable:
+    """step.make_eval_step's function on a mesh, each device on its own rows.
+
+    The mesh axis 'tensor' must have size 1.
+    """
+
+    def on_mesh(params, batch):
+        spec = specs(mesh, params)
+        return jax.shard_map(
+            lambda shards, rows: eval_step(gather(mesh, shards, spec), rows),
+            mesh=mesh,
+            in_specs=(spec, P(ROW_AXES)),
+            out_specs=P(ROW_AXES),
+            check_vma=False,
+        )(params, batch)
+
+    return on_mesh
+
+
 def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str) -> Callable:
     """step.accumulate's function on a mesh, each device on its own rows.
 
@@ -39,17 +71,10 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     fp32. `dtype` is the one in which gradients are sent and added, once an update. The mesh axis
     'tensor' must have size 1.
     """
-    is_sharded = mesh.shape['fsdp'] > 1  # a collective over one device would copy each leaf
-
-    def gather(shard, spec: P):
-        """The whole leaf from its shards over 'fsdp'."""
-        if not is_sharded or 'fsdp' not in spec:
-            return shard
-        return lax.all_gather(shard, 'fsdp', axis=spec.index('fsdp'), tiled=True)
 
     def add_up(gradient, spec: P):
         """The sum over all devices, of the shard that this one holds."""
-        if not is_sharded or 'fsdp' not in spec:
+        if mesh.shape['fsdp'] == 1 or 'fsdp' not in spec:
             return lax.psum(gradient, ROW_AXES)
         axis = spec.index('fsdp')
         own = lax.psum_scatter(gradient, 'fsdp', scatter_dimension=axis, tiled=True)
@@ -59,7 +84,7 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
         spec = specs(mesh, params)
 
         def here(shards, rows, key):
-            whole = jax.tree.map(gather, cast(shards), spec)
+            whole = gather(mesh, cast(shards), spec)
             loss, grads = loss_and_grads(whole, rows, key, n_targets)
             grads = jax.tree.map(lambda g: g.astype(dtype), grads)
             return lax.psum(loss, ROW_AXES), jax.tree.map(add_up, grads, spec)

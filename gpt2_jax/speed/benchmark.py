@@ -1,4 +1,4 @@
-"""The speed of training, decoding and start-up, measured in repeated windows."""
+"""The speed of training, scoring, decoding and start-up, measured in repeated windows."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference.decoding import CHUNK, generate, with_kernels
-from gpt2_jax.inference.evaluate import make_evaluate
+from gpt2_jax.inference.evaluate import make_evaluate, make_jitted_eval_step, make_prepare
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
 from gpt2_jax.training import programs
@@ -121,6 +121,24 @@ def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
         'save_seconds': save_seconds,
         'save_holds_up_training_seconds': blocked_seconds,
         'peak_memory_bytes': (setup.device.memory_stats() or {}).get('peak_bytes_in_use'),
+    }
+
+
+def bench_score(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
+    """Measures evaluation steps on a batch of random targets; MFU counts the forward pass alone."""
+    prepared = make_prepare(setup)(programs.new_state(setup).params)
+    batch, eval_step = first_batch(setup), make_jitted_eval_step(setup)
+    batch = jax.tree.map(lambda x: x[: setup.rows_per_micro_batch], batch)
+    batch['mask'] = jax.device_put(
+        np.ones(batch['targets'].shape, np.float32), batch['targets'].sharding
+    )
+    spread = _spread(_windows(lambda: eval_step(prepared, batch), windows, seconds))
+    rate, flops = batch['targets'].size / spread['median'], setup.flops_per_token / 3
+    return {
+        'batch_seconds': spread,
+        'tokens_per_second': rate,
+        'tokens_per_batch': batch['targets'].size,
+        'mfu': devices.model_flops_utilisation(rate, flops, setup.mesh),
     }
 
 

@@ -1,9 +1,10 @@
-"""A training step of fused GPU kernels: the loss with its gradient, and AdamW.
+"""A training step of fused GPU kernels: the loss with its gradient, and AdamW; and evaluation.
 
 It computes what model/gpt2.py, step.py and optim.py spell out, with the same dropout masks. Arrays
 of rows have one row for each token: N = B T.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.kernels.adamw import MAX_VECTORS, adamw, adamw_vectors
 from gpt2_jax.kernels.attention import attention
 from gpt2_jax.kernels.choose import FUSED, Kernels
-from gpt2_jax.kernels.embedding import add_rows, head_loss
+from gpt2_jax.kernels.embedding import add_rows, head_loss, head_nats, padded_head
 from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds
@@ -108,6 +109,13 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
     return add_and_norm(x_ND, branch, params['ln_f'], seeds[-1])[1]
 
 
+def embed_tokens(cfg: GPT2Config, params, tokens_BT):
+    """wte[token] + wpe[position], rounded once to the dtype of the residual stream: (B, T, D)."""
+    wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
+    embed_BTD, pos_embed_TD = embed(wte_VD, wpe_PD, tokens_BT, 0)
+    return (embed_BTD + pos_embed_TD).astype(cfg.stream_dtype)
+
+
 def add_bias(x, bias):
     """x + bias in the dtype of x; a bias of None adds nothing."""
     return x if bias is None else x + bias.astype(x.dtype)
@@ -155,8 +163,7 @@ def value_and_grad(
     `features`.
     """
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
-    embed_BTD, pos_embed_TD = embed(wte_VD, wpe_PD, batch['inputs'], 0)
-    x_BTD = (embed_BTD + pos_embed_TD).astype(cfg.stream_dtype)
+    x_BTD = embed_tokens(cfg, params, batch['inputs'])
     y_ND, pull_back = jax.vjp(
         lambda params, x_BTD: features(cfg, params, x_BTD, dropout_key, kernels, first_row),
         cast_kernels(cfg, params),
@@ -189,6 +196,30 @@ def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
         precision=cfg.precision,
         preferred_element_type=table_VD.dtype,
     )
+
+
+def prepare(cfg: GPT2Config, params):
+    """The parameters as `make_eval_step`'s function takes them, made once for all batches.
+
+    The leaves 'kernel' are in the compute dtype, and so is 'head', the table of the head. Made for
+    each batch, they would take 1.6 % of its time (124M, 16 x 1024 tokens, H100).
+    """
+    head_VD = padded_head(params['wte']['embedding'].astype(cfg.compute_dtype))
+    return cast_kernels(cfg, params) | {'head': head_VD}
+
+
+def make_eval_step(cfg: GPT2Config) -> Callable:
+    """The function of step.make_eval_step for prepared parameters, by fused kernels."""
+    cfg = dataclasses.replace(cfg, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+
+    def eval_step(prepared, batch):
+        x_BTD = embed_tokens(cfg, prepared, batch['inputs'])
+        y_ND = features(cfg, prepared, x_BTD, None)
+        targets_BT = batch['targets']
+        nats_N = head_nats(y_ND, prepared['head'], targets_BT.reshape(-1), cfg.vocab_size)
+        return (nats_N.reshape(targets_BT.shape) * batch['mask']).sum(-1)
+
+    return eval_step
 
 
 def make_optimizer(

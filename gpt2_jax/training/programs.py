@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt2_jax.kernels.choose import XLA, Kernels
 from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel.collectives import first_row, on_own_rows
 from gpt2_jax.parallel.faults import warn_about_program
@@ -72,8 +73,8 @@ def abstract_batch(setup: Setup, rows: int, **dtypes):
     }
 
 
-def compiler_options(setup: Setup) -> dict[str, bool | int]:
-    """Options of XLA for the programs of training and evaluation.
+def compiler_options(setup: Setup, training: bool) -> dict[str, bool | int]:
+    """Options of XLA for a program of training or of evaluation.
 
     With fused kernels XLA does not try Triton kernels of its own for matrix products: cuBLAS is as
     fast in training and 6 % slower in evaluation, and trying takes 7 s of a start
@@ -85,14 +86,15 @@ def compiler_options(setup: Setup) -> dict[str, bool | int]:
     1 to 2 % longer with GPT-2 124M, 5 % with shakespeare.py, H100). The fused kernels add in fixed
     order; XLA's scatter-add does so only with an option.
     """
-    options = {}
-    if setup.kernels.fused_training:
+    kernels, options = setup.kernels, {}
+    fused = kernels.fused_training if training else kernels.evaluation == 'fused'
+    if fused:
         options['xla_gpu_enable_cublaslt'] = True  # see kernels/gelu.py
         options['xla_gpu_enable_triton_gemm'] = False
         options['xla_gpu_experimental_enable_fusion_autotuner'] = False
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
         options['xla_gpu_autotune_level'] = 0
-        if not setup.kernels.fused_training:
+        if not fused:
             options['xla_gpu_exclude_nondeterministic_ops'] = True
     return options
 
@@ -130,8 +132,10 @@ def make_loss_and_grads(setup: Setup) -> Callable:
 
     XLA divides the plain model over a mesh by itself. Fused kernels run on each device's own rows.
     """
+    # The attention of an evaluation may have a backward pass that training must not use.
+    model = setup.model.clone(ops=training_ops(setup.kernels.attention))
     value_and_grad = make_value_and_grad(
-        setup.model, setup.kernels, make_unshard(setup.mesh), targets_at_once(setup, training=True)
+        model, setup.kernels, make_unshard(setup.mesh), targets_at_once(setup, training=True)
     )
     n = setup.config.train.grad_accum_steps
     if not setup.kernels.fused_training or setup.mesh.size == 1:
@@ -163,7 +167,7 @@ def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:
         update,
         donate_argnums=() if debugging() else 0,  # JAX repeats an update to find its first nan
         out_shardings=(setup.layout, None),
-        compiler_options=compiler_options(setup),
+        compiler_options=compiler_options(setup, training=True),
     )
 
     def arguments():
