@@ -187,12 +187,13 @@ def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callabl
     return one_at_a_time(setup.mesh, compile_in_background(pool, jitted, arguments))
 
 
-def make_prepare(setup: Setup) -> Callable:
-    """The function prepare(params) -> the parameters as `make_jitted_eval_step`'s takes them."""
+def make_prepare(setup: Setup, pool: Executor | None = None) -> Callable:
+    """prepare(params) -> the parameters as `make_jitted_eval_step`'s function takes them."""
     if not uses_kernels(setup):
         return lambda params: params
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_prepared(setup))
-    return jax.jit(_prepare(setup), out_shardings=layout)
+    jitted = jax.jit(_prepare(setup), out_shardings=layout)
+    return compile_in_background(pool, jitted, lambda: (abstract_state(setup).params,))
 
 
 def abstract_prepared(setup: Setup):
@@ -226,7 +227,7 @@ def make_evaluate(
     It evaluates eval.tokens targets, evenly spread over the split, or all. `stride` is as in
     batches.eval_batches, `pool` as in programs.compile_train_step, `on_batch` as in `sum_losses`.
     """
-    eval_step, prepare = make_jitted_eval_step(setup, pool), make_prepare(setup)
+    eval_step, prepare = make_jitted_eval_step(setup, pool), make_prepare(setup, pool)
     config = setup.config
 
     def run(params, split: str = 'val', on_batch=lambda tokens: None) -> Evaluation:
