@@ -581,9 +581,9 @@ def test_a_full_disk(kilobytes, fragments, made, tmp_path):
         'import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
         'os.execv(sys.executable, sys.argv[1:])'
     ).format(kilobytes * 1024)
-    # A copy, since the cache may get half an entry.
+    # A copy, since the cache may get half an entry; and Python would leave half of a module.
     cache = shutil.copytree(runs.compile_cache(), tmp_path / 'cache')
-    env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache)}
+    env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache), 'PYTHONDONTWRITEBYTECODE': '1'}
     done = subprocess.run(
         [sys.executable, '-c', code, *command], env=env, capture_output=True, text=True, timeout=120
     )
