@@ -10,8 +10,6 @@ or TensorBoard events.
 
 import argparse
 import contextlib
-import fcntl
-import functools
 import os
 import random
 import re
@@ -19,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -55,11 +52,14 @@ def start(
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
     if terminal is not None:
-        take = functools.partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0)
-        streams = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal}
-        return subprocess.Popen(
-            command, env=env, **streams, start_new_session=True, preexec_fn=take
+        # The new process takes the terminal itself: JAX warns of work between a fork and an exec.
+        take = (
+            'import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
+            'os.execv(sys.executable, sys.argv[1:])'
         )
+        streams = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal}
+        command = [sys.executable, '-c', take, *command]
+        return subprocess.Popen(command, env=env, **streams, start_new_session=True)
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
