@@ -21,29 +21,21 @@ from gpt2_jax.kernels.launch import LOG2_E, SEED_SPECS, call, only, read_seed, s
 from gpt2_jax.model.dropout import keep_mask
 from gpt2_jax.model.ops import KEPT_BY_DOTS
 
+BLOCK = SEQ_LEN_MULTIPLE  # queries, or keys, of a program
+
 
 class Blocks(NamedTuple):
-    """Queries (or keys) of a program, keys (or queries) it reads at a time; warps; stages.
+    """Keys (or queries) that a program reads at a time; warps; stages of the software pipeline."""
 
-    Stages are those of the software pipeline.
-    """
-
-    own: int
     read: int
     warps: int
     stages: int
 
 
 # The best of those tried on an H100, without and with dropout, whose mask takes registers.
-FORWARD = Blocks(64, 64, 4, 3), Blocks(64, 32, 4, 3)
-QUERIES = Blocks(64, 32, 4, 3), Blocks(64, 32, 4, 3)
-KEYS = Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2)
-
-
-def _blocks(options, rate, T):
-    """The Blocks for this dropout rate, with fewer rows a program if they do not divide T."""
-    blocks = options[rate > 0]
-    return blocks if T % blocks.own == 0 else blocks._replace(own=SEQ_LEN_MULTIPLE)
+FORWARD = Blocks(64, 4, 3), Blocks(32, 4, 3)
+QUERIES = Blocks(32, 4, 3), Blocks(32, 4, 3)
+KEYS = Blocks(64, 4, 2), Blocks(32, 4, 2)
 
 
 def _positions(start, n):
@@ -89,8 +81,8 @@ def _forward_kernel(ins, outs, *, rate, blocks):
     i = (
         pl.num_programs(2) - 1 - pl.program_id(2)
     )  # long rows first, so that none is left to the end
-    (T, _, K), (own, read, *_), steps = ins['qkv'].shape, blocks, blocks.own // blocks.read
-    mine, queries = pl.ds(i * own, own), _positions(i * own, own)[:, None]
+    (T, _, K), read, steps = ins['qkv'].shape, blocks.read, BLOCK // blocks.read
+    mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None
     q = _add_bias(ins['qkv'][mine, 0, :], ins, 0)
     if outs['qkv'] is not None:
@@ -109,8 +101,8 @@ def _forward_kernel(ins, outs, *, rate, blocks):
         v = ins['qkv'][block, 2, :]
         return z * alpha[:, None] + plgpu.dot(p.astype(v.dtype), v), m_new, l, l_kept
 
-    zero_Q = jnp.zeros((own,), jnp.float32)
-    carry = jnp.zeros((own, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
+    zero_Q = jnp.zeros((BLOCK,), jnp.float32)
+    carry = jnp.zeros((BLOCK, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
     carry = lax.fori_loop(0, i * steps, functools.partial(body, False), carry)
     carry = lax.fori_loop(i * steps, (i + 1) * steps, functools.partial(body, True), carry)
     z, m, l, l_kept = carry
@@ -142,8 +134,8 @@ def _write(outs, rows, part, gradient):
 def _queries_backward_kernel(ins, outs, *, rate, blocks):
     """Block i of dq, over the keys it sees, and of delta = sum_s p_s dp_s = sum_k z_k dz_k."""
     i = pl.num_programs(2) - 1 - pl.program_id(2)  # long rows first, as in the forward pass
-    (T, _, K), (own, read, *_), steps = ins['qkv'].shape, blocks, blocks.own // blocks.read
-    mine, queries = pl.ds(i * own, own), _positions(i * own, own)[:, None]
+    (T, _, K), read, steps = ins['qkv'].shape, blocks.read, BLOCK // blocks.read
+    mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     q, dz, lse = ins['qkv'][mine, 0, :], ins['dz'][mine, :], ins['lse'][mine][:, None]
     first_row = _first_row(ins, T)
     delta = (dz.astype(jnp.float32) * ins['z'][mine, :].astype(jnp.float32)).sum(-1)
@@ -160,7 +152,7 @@ def _queries_backward_kernel(ins, outs, *, rate, blocks):
         _, dscores = _backward(ins, rate, p, dp, delta, first_row, queries, keys)
         return dq + plgpu.dot(dscores, k)
 
-    dq = jnp.zeros((own, K), jnp.float32)
+    dq = jnp.zeros((BLOCK, K), jnp.float32)
     dq = lax.fori_loop(0, i * steps, functools.partial(body, False), dq)
     dq = lax.fori_loop(i * steps, (i + 1) * steps, functools.partial(body, True), dq)
     dq /= math.sqrt(K)
@@ -172,8 +164,8 @@ def _queries_backward_kernel(ins, outs, *, rate, blocks):
 def _keys_backward_kernel(ins, outs, *, rate, blocks):
     """Block i of dk and dv, over the queries that see it."""
     i = pl.program_id(2)
-    (T, _, K), (own, read, *_), steps = ins['qkv'].shape, blocks, blocks.own // blocks.read
-    mine, keys = pl.ds(i * own, own), _positions(i * own, own)[:, None]
+    (T, _, K), read, steps = ins['qkv'].shape, blocks.read, BLOCK // blocks.read
+    mine, keys = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     k, v = ins['qkv'][mine, 1, :], _add_bias(ins['qkv'][mine, 2, :], ins, 2)
     first_row = _first_row(ins, T)
 
@@ -188,7 +180,7 @@ def _keys_backward_kernel(ins, outs, *, rate, blocks):
         dropped, dscores = _backward(ins, rate, p, dp, delta, first_row, queries, keys)
         return dk + plgpu.dot(dscores, q), dv + plgpu.dot(dropped, dz)
 
-    zero = jnp.zeros((own, K), jnp.float32)
+    zero = jnp.zeros((BLOCK, K), jnp.float32)
     carry = lax.fori_loop(i * steps, (i + 1) * steps, functools.partial(body, True), (zero, zero))
     dk, dv = lax.fori_loop((i + 1) * steps, T // read, functools.partial(body, False), carry)
     dv /= 1 - rate
@@ -209,10 +201,8 @@ def _specs(T, K):
 def _check_shape(qkv_BT3HK):
     """Raises ValueError for a shape that the kernels would process in part only."""
     _, T, _, _, K = qkv_BT3HK.shape
-    if T % SEQ_LEN_MULTIPLE:
-        raise ValueError(
-            f'the attention kernel got {T} positions; expected a multiple of {SEQ_LEN_MULTIPLE}'
-        )
+    if T % BLOCK:
+        raise ValueError(f'the attention kernel got {T} positions; expected a multiple of {BLOCK}')
     if K not in HEAD_DIMS:
         expected = ', '.join(map(str, HEAD_DIMS))
         raise ValueError(
@@ -226,7 +216,7 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, differentiated):
     _check_shape(qkv_BT3HK)
     B, T, _, H, K = qkv_BT3HK.shape
     ins, specs = {'qkv': qkv_BT3HK, 'bias': bias_3HK} | seed_inputs(seed), _specs(T, K)
-    keeps_q, blocks = differentiated and bias_3HK is not None, _blocks(FORWARD, rate, T)
+    keeps_q, blocks = differentiated and bias_3HK is not None, FORWARD[rate > 0]
     shapes = {
         'qkv': qkv_BT3HK if keeps_q else None,
         'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
@@ -239,7 +229,7 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, differentiated):
     }
     outs = call(
         functools.partial(_forward_kernel, rate=rate, blocks=blocks),
-        grid=(B, H, T // blocks.own),
+        grid=(B, H, T // BLOCK),
         warps=blocks.warps,
         stages=blocks.stages,
         name='attention_forward',
@@ -260,7 +250,7 @@ def attention(qkv_BT3HK, bias_3HK, seed, rate):
 
     The pattern never reaches memory. The backward pass computes it again from the log-sum-exp of
     its rows, and draws the same dropout mask from `seed`. The gradient of k's bias is exactly 0.
-    Raises ValueError unless T is a multiple of SEQ_LEN_MULTIPLE and K one of choose.HEAD_DIMS.
+    Raises ValueError unless T is a multiple of BLOCK and K one of choose.HEAD_DIMS.
     """
     return _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, False)[0]
 
@@ -278,7 +268,7 @@ def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
 def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seed, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
-    biased, (queries, keys) = bias_3HK is not None, (_blocks(x, rate, T) for x in (QUERIES, KEYS))
+    biased, (queries, keys) = bias_3HK is not None, (QUERIES[rate > 0], KEYS[rate > 0])
     row = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))
     z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
     dqkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
@@ -287,7 +277,7 @@ def _attention_bwd(rate, saved, dz_BTHK):
 
     def run(kernel, name, blocks, ins, in_specs, delta=None, **options):
         """dqkv, and each program's share of the gradient of the bias of q or v."""
-        n = T // blocks.own
+        n = T // BLOCK
         outs = {
             'dqkv': (dqkv, jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype)),
             'dbias': None,
