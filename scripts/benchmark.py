@@ -39,6 +39,9 @@ _SECONDS = flags.DEFINE_float(
 )
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Texts decoded at a time.', lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 512, 'Tokens decoded per text.', lower_bound=1)
+_PROMPT_TOKENS = flags.DEFINE_integer(
+    'prompt_tokens', 1, 'Length of the prompt of a decoded text.', lower_bound=1
+)
 _TOP_K = flags.DEFINE_integer('top_k', 200, 'As in sample.py.', lower_bound=0)
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Runs, with train.seed = 0, 1, ..', lower_bound=1)
 _LOSS = flags.DEFINE_float('loss', 1.47, 'The validation loss to reach, in nats per token.')
@@ -56,7 +59,7 @@ _OUT = flags.DEFINE_string('out', None, 'A file for all figures, as JSON.')
 
 # Flags without a meaning for a measurement.
 DECODING, SEEDED = (
-    (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K),
+    (_NUM_SAMPLES, _NEW_TOKENS, _TOP_K, _PROMPT_TOKENS),
     (_SEEDS, _LOSS, _WARM, _AGAINST_LOSS, _AGAINST_SECONDS, _OUT),
 )
 UNUSED = {
@@ -115,6 +118,7 @@ def main(arguments: list[str]) -> None:
             _NUM_SAMPLES.value,
             _NEW_TOKENS.value,
             Sampling(1.0, _TOP_K.value),
+            _PROMPT_TOKENS.value,
         )
     show(figures | {'device': devices.describe_device(setup.device)})
 

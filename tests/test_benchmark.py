@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 import runs
+from tiny import shapes
 
 from gpt2_jax.architecture import PRESETS
 from gpt2_jax.config import default_config, resolve
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices
 from gpt2_jax.speed import benchmark, scale, time_to_loss
@@ -49,8 +50,8 @@ def test_seconds_per_call(clock):
 @pytest.fixture(scope='module')
 def tiny_setup():
     config = default_config()
-    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=16)
-    config.train.batch_size = 4
+    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=64)
+    config.train.update(batch_size=4, seq_len=16)
     return build(resolve(config), benchmark.random_data(300, 200))
 
 
@@ -86,6 +87,19 @@ def test_training_and_decoding(tiny_setup, monkeypatch):
     figures = benchmark.bench_decode(tiny_setup, 2, 3, 20, Sampling(1.0, 5))
     assert figures['tokens_per_second'] == 3 * 20 / figures['seconds']['median']
     assert figures['samples'] == 3
+    assert 0 < figures['first_chunk_seconds'] < figures['seconds']['median']
+    later = figures['seconds']['median'] - figures['first_chunk_seconds']
+    assert figures['token_seconds'] == pytest.approx(later / (20 - benchmark.CHUNK))
+    cfg, kind = tiny_setup.model.cfg, tiny_setup.device.device_kind
+    monkeypatch.setitem(devices.PEAK_MEMORY_RATES, kind, 1e9)
+    figures = benchmark.bench_decode(tiny_setup, 1, 2, 20, Sampling(1.0, 5), prompt_tokens=8)
+    block = jax.tree_util.tree_leaves_with_path(shapes(tiny_setup.model)['h_0'])
+    matrices = sum(leaf.size for path, leaf in block if path[-1].key == 'kernel')
+    read = cfg.n_layer * matrices + cfg.vocab_size * cfg.n_embd
+    read += 2 * 2 * cfg.n_layer * cfg.n_embd * (8 + 10)  # keys and values of two texts
+    assert figures['memory_share'] == pytest.approx(4 * read / figures['token_seconds'] / 1e9)
+    with pytest.raises(UsageError, match='do not fit the context'):
+        benchmark.bench_decode(tiny_setup, 1, 1, 20, Sampling(), prompt_tokens=1000)
 
 
 @pytest.mark.long

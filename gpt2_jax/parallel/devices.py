@@ -32,6 +32,19 @@ PEAK_BF16_FLOPS = {
     'TPU v6 lite': 918e12,
 }
 
+# Rates of the device memory in bytes/s, from the same sheets.
+PEAK_MEMORY_RATES = {
+    'NVIDIA A100-SXM4-40GB': 1.555e12,
+    'NVIDIA A100-SXM4-80GB': 2.039e12,
+    'NVIDIA A100-PCIE-40GB': 1.555e12,
+    'NVIDIA A100 80GB PCIe': 1.935e12,
+    'NVIDIA H100 PCIe': 2.0e12,
+    'NVIDIA H100 80GB HBM3': 3.35e12,
+    'NVIDIA H200': 4.8e12,
+    'NVIDIA L4': 0.3e12,
+    'NVIDIA L40S': 0.864e12,
+}
+
 # Programs that take this long to compile are kept for the next start. JAX would keep those that
 # take a second, and an evaluation or a sample takes less.
 CACHED_SECONDS = 0.1

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UserError
@@ -143,43 +145,70 @@ def bench_score(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
 
 
 def bench_decode(
-    setup: Setup, windows: int, num_samples: int, new_tokens: int, sampling: Sampling
+    setup: Setup,
+    windows: int,
+    num_samples: int,
+    new_tokens: int,
+    sampling: Sampling,
+    prompt_tokens: int = 1,
 ) -> dict[str, Any]:
-    """Measures generation from a one-token prompt, prefill included.
+    """Measures generation, prefill included. Rates count the tokens of all samples.
 
-    Rates count the tokens of all samples.
+    `first_chunk_seconds` is the time until the first tokens arrive, CHUNK of them, and
+    `token_seconds` that of each later token of all samples; None if there is none.
+    `memory_share` is the share of the device's memory rate that reading the weights, once a token,
+    and the keys and values takes; None if the rate is not known. Raises UsageError if the context
+    is too short.
     """
     model = with_kernels(setup.model, setup.model.cfg.kernels, '')
     params = programs.new_state(setup).params
 
-    def run():
+    def run() -> tuple[float, float, int]:
+        """Seconds until the first chunk and until the last, and the tokens after the first."""
+        began = time.monotonic()
         chunks = generate(
             model,
             params,
-            [0],
+            [0] * prompt_tokens,
             max_new_tokens=new_tokens,
             num_samples=num_samples,
             sampling=sampling,
+            strict_context=True,
         )
-        return sum(chunk.shape[1] for chunk in chunks)
+        next(chunks)
+        first = time.monotonic() - began
+        later = sum(chunk.shape[1] for chunk in chunks)
+        return first, time.monotonic() - began, later
 
-    began = time.monotonic()
-    run()
-    first = time.monotonic() - began
-    figures = []
-    for _ in range(windows):
-        began = time.monotonic()
-        run()
-        figures.append(time.monotonic() - began)
-    seconds = _spread(figures)
+    first_call = run()[1]
+    firsts, figures, later = zip(*(run() for _ in range(windows)), strict=True)
+    seconds, first = _spread(figures), statistics.median(firsts)
+    token_seconds = (seconds['median'] - first) / later[0] if later[0] else None
+    n_bytes = decoded_bytes(setup.model.cfg, num_samples, prompt_tokens + new_tokens / 2)
+    rate = devices.PEAK_MEMORY_RATES.get(setup.device.device_kind)
     return {
         'samples': num_samples,
+        'prompt_tokens': prompt_tokens,
         'new_tokens': new_tokens,
         'chunk': CHUNK,
         'seconds': seconds,
-        'first_call_seconds': first,
+        'first_call_seconds': first_call,
+        'first_chunk_seconds': first,
+        'token_seconds': token_seconds,
         'tokens_per_second': num_samples * new_tokens / seconds['median'],
+        'memory_share': n_bytes / token_seconds / rate if token_seconds and rate else None,
     }
+
+
+def decoded_bytes(cfg: GPT2Config, num_samples: int, position: float) -> float:
+    """Bytes of weights, keys and values that one token of all samples reads at this position.
+
+    The weights are the matrices of the blocks and of the head, in the compute dtype.
+    """
+    D, F = cfg.n_embd, cfg.d_ff
+    weights = cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D
+    cache = num_samples * 2 * cfg.n_layer * D * position
+    return (weights + cache) * jnp.dtype(cfg.compute_dtype).itemsize
 
 
 def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
