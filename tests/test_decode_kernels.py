@@ -65,6 +65,7 @@ def test_logits_at_every_position(batch, changes):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ('batch', 'residual_dtype', 'bound'), [(3, 'compute', 1.2), (1, 'float32', 0.7)]
 )

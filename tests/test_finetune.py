@@ -59,6 +59,7 @@ def saved(base) -> dict[str, np.ndarray]:
         )
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
     setup = parts_of(text, optim__learning_rate=1e-4)
     state, told = start(setup, base, step='latest')

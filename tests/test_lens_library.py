@@ -81,6 +81,7 @@ def test_names_of_the_package():
         assert inspect.getdoc(getattr(lens, name))
 
 
+@pytest.mark.long
 def test_a_loaded_model_fits_a_line(loaded, folder):
     shown = repr(loaded)
     assert '\n' not in shown

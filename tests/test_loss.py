@@ -82,7 +82,7 @@ def test_the_length_of_a_chunk():
     assert chunk_length((1, 7), 5) == 1
 
 
-@pytest.mark.parametrize('chunk_targets', [6, 36])
+@pytest.mark.parametrize('chunk_targets', [pytest.param(6, marks=pytest.mark.long), 36])
 def test_chunks_of_the_model_change_no_value(chunk_targets):
     """With dropout, whose masks do not depend on the chunks."""
     model = tiny(vocab_size=150, n_layer=1, resid_pdrop=0.2)

@@ -316,6 +316,7 @@ def test_rows_are_divided_among_all_devices(monkeypatch):
     assert built[0].train.batch_size == 8
 
 
+@pytest.mark.long
 def test_lambada_on_a_mesh_of_two_devices(tmp_path):
     """Any number of rows: they are rounded up to a multiple of the devices."""
     words = ['the', 'end,', 'they', 'the', 'end', 'the', 'two', 'end', 'of', 'it', 'the']

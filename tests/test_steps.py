@@ -56,6 +56,7 @@ def opened(replay):
     return {step: replay.open(step) for step in range(1, LONGER + 1)}
 
 
+@pytest.mark.long
 def test_every_step_equals_the_recorded_one_to_the_digit(opened):
     for step, found in opened.items():
         assert found.checkpoint == step - 1
