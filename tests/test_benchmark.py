@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from jax.profiler import ProfileData
 from tiny import shapes
 
 from gpt2_jax.architecture import PRESETS
@@ -18,7 +19,7 @@ from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices
-from gpt2_jax.speed import benchmark, scale, time_to_loss
+from gpt2_jax.speed import benchmark, profile, scale, time_to_loss
 from gpt2_jax.speed.case import SCALE_CASES
 from gpt2_jax.training.setup import build
 
@@ -121,7 +122,8 @@ def test_scale(monkeypatch):
     assert peaks == sorted(peaks)
     assert all(record['tokens_per_second'] > 0 for record in records)
     records[0] |= {'tokens_per_second': 500.0, 'peak_memory_bytes': 3 * 2**30, 'mfu': 0.25}
-    slow = records[0] | {'devices': 2, 'tokens_per_second': 900.0}
+    shares = {'collectives': 0.125, 'collectives_alone': 0.0625}
+    slow = records[0] | {'devices': 2, 'tokens_per_second': 900.0} | shares
     large = records[0] | {'size': 'gpt2-xl', 'tokens_per_second': None}
     lines = list(scale.scale_table([large, slow, records[0]]))
     assert [line.split(' | ')[:6] for line in lines[2:]] == [
@@ -129,7 +131,38 @@ def test_scale(monkeypatch):
         ['| gpt2', '2', '2', '900', '', '1.80'],
         ['| gpt2-xl', '1', '2', 'out of memory', '', ''],
     ]
-    assert '| 0.250 | 3.0 GiB |' in lines[2]
+    assert '| 0.250 |  |  | 3.0 GiB |' in lines[2]
+    assert '| 0.250 | 12.5% | 6.2% | 3.0 GiB |' in lines[3]
+
+
+def test_collectives_in_a_profile():
+    """Two GPUs: a product from 0 to 60 us, NCCL from 40 to 80, a product from 90 to 100 on one;
+    on the other NCCL is wholly beside a product of 100 us. A plane of the host does not count."""
+
+    def line(name, events):
+        times = ''.join(
+            f'events {{metadata_id: {kind} offset_ps: {start}000000 duration_ps: {length}000000}} '
+            for kind, start, length in events
+        )
+        return f'lines {{name: "{name}" {times}}} '
+
+    names = ''.join(
+        f'event_metadata {{key: {key} value: {{id: {key} name: "{name}"}}}} '
+        for key, name in ((1, 'gemm'), (2, 'ncclDevKernel_AllReduce_Sum_f32_RING_LL'))
+    )
+    products = line('Stream #1(Compute)', [(1, 0, 60), (1, 90, 10)])
+    planes = {
+        '/device:GPU:0': products
+        + line('Stream #2', [(2, 40, 40)])
+        + line('XLA Ops', [(1, 0, 99)]),
+        '/device:GPU:1': line('Stream #1', [(1, 0, 100)]) + line('Stream #2', [(2, 50, 20)]),
+        '/host:CPU': line('Stream #1', [(2, 0, 100)]),
+    }
+    text = ''.join(f'planes {{name: "{name}" {lines} {names}}} ' for name, lines in planes.items())
+    shares = profile.shares_of([ProfileData.from_text_proto(text)])
+    assert shares == pytest.approx(((0.4 + 0.2) / 2, (0.2 + 0.0) / 2))
+    host = ProfileData.from_text_proto(f'planes {{name: "/host:CPU" {products} {names}}}')
+    assert profile.shares_of([host]) is None
 
 
 STAND_IN = """

@@ -19,10 +19,12 @@ from gpt2_jax.speed import benchmark
 from gpt2_jax.speed.case import Case, case_of, scale_case
 from gpt2_jax.speed.memory import GIB
 from gpt2_jax.speed.plan import plan
+from gpt2_jax.speed.profile import collective_shares
 from gpt2_jax.speed.timing import GPUS
 from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 
+PROFILED = 5  # updates in the profile of a mesh
 SCALE_SIZES = ('gpt2', 'gpt2-xl')  # of case.SCALE_CASES, those that bench_scale measures
 
 
@@ -33,7 +35,8 @@ def bench_scale(
 
     Yields a record for each, with the same figures as planned, in the order of planned memory: JAX
     reports the peak of a process, which is that of the last record only if no earlier one needed
-    more. All updates are compiled first, side by side. A case without room is reported as None.
+    more. All updates are compiled first, side by side. A case without room is reported as None. The
+    shares of collectives are those of `profile.CollectiveShares`.
     """
     dataset = dataset or load.load_dataset(**config.data)
     base = case_of(config, dataset.tokenizer.vocab_size)
@@ -46,12 +49,13 @@ def bench_scale(
         setups = [build(scale_config(config, planned.case), dataset) for _, planned in plans]
         steps = [programs.compile_train_step(setup, pool) for setup in setups]
     for (size, planned), setup, train_step in zip(plans, setups, steps, strict=True):
-        rate, peak = None, None
+        rate, peak, shares = None, None, None
         with contextlib.suppress(UserError), memory_errors('train'):
             state, batch = programs.new_state(setup), benchmark.first_batch(setup)
             spread, state = benchmark.time_updates(train_step, state, batch, windows, seconds)
             rate = setup.tokens_per_step / spread['median']
             peak = (setup.device.memory_stats() or {}).get('peak_bytes_in_use')
+            shares = collective_shares(train_step, state, batch, PROFILED)
         state = batch = None  # room for the next
         yield {
             'size': size,
@@ -59,6 +63,8 @@ def bench_scale(
             'mesh': dict(planned.case.mesh),
             'windows_a_device': planned.case.rows,
             'tokens_per_second': rate,
+            'collectives': shares and shares.running,
+            'collectives_alone': shares and shares.alone,
             'mfu': devices.model_flops_utilisation(rate, setup.flops_per_token, setup.mesh),
             'peak_memory_bytes': peak,
             'planned_tokens_per_second': planned.tokens_per_second,
@@ -79,15 +85,22 @@ def scale_config(config: ConfigDict, case: Case) -> ConfigDict:
 def scale_table(records: list[dict[str, Any]]) -> Iterator[str]:
     """Yields the records of `bench_scale` as a Markdown table, with weak scaling."""
     yield (
-        '| model | GPUs | windows a GPU | tokens/s | planned | weak scaling | MFU | memory a GPU | '
-        'planned |'
+        '| model | GPUs | windows a GPU | tokens/s | planned | weak scaling | MFU | '
+        'in collectives | nothing else | memory a GPU | planned |'
     )
-    yield '| --- ' * 9 + '|'
+    yield '| --- ' * 11 + '|'
     rates = {(r['size'], r['devices']): r['tokens_per_second'] for r in records}
     for record in sorted(records, key=lambda r: (SCALE_SIZES.index(r['size']), r['devices'])):
         rate, one = record['tokens_per_second'], rates[record['size'], 1]
-        planned, peak, mfu = (
-            record[name] for name in ('planned_tokens_per_second', 'peak_memory_bytes', 'mfu')
+        planned, peak, mfu, *shares = (
+            record[name]
+            for name in (
+                'planned_tokens_per_second',
+                'peak_memory_bytes',
+                'mfu',
+                'collectives',
+                'collectives_alone',
+            )
         )
         cells = [
             *(record['size'], record['devices'], record['windows_a_device']),
@@ -95,6 +108,7 @@ def scale_table(records: list[dict[str, Any]]) -> Iterator[str]:
             f'{planned:,.0f}' if planned else '',
             f'{rate / one:.2f}' if rate and one else '',
             f'{mfu:.3f}' if mfu else '',
+            *(f'{share:.1%}' if share else '' for share in shares),
             f'{peak / GIB:.1f} GiB' if peak else '',
             f'{record["planned_memory_bytes"] / GIB:.1f} GiB',
         ]
