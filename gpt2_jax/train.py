@@ -73,9 +73,6 @@ def train(
     with hosts.one_voice(), hosts.lost_processes(), memory_errors('train'):
         setup = build(config)
         check_before_start(setup, fresh)
-        n_local = len(setup.mesh.local_devices)
-        memory = estimate_memory(setup.shapes, setup.layout, setup.device, n_local)
-        say('\n'.join([*describe(setup), *memory]))
         kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
         with (
             claim(workdir, fresh) as check_claim,
@@ -128,15 +125,17 @@ def run_in_folder(
             '--extend to continue, or start again with --fresh'
         )
         return 0
-    if start:
-        say(f'resuming from checkpoint {start:,} in {workdir}')
-    for line in checkpoints.describe_kept(
-        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
-    ):
-        say(line)
 
-    # Compiled side by side, in the order of their first use.
+    # Compiled side by side, in the order of their first use. The update is traced before anything
+    # asks a GPU for its memory: until the GPU is ready for use, the answer takes up to 0.7 s.
     train_step = compile_train_step(setup, pool)
+    n_local = len(setup.mesh.local_devices)
+    memory = estimate_memory(setup.shapes, setup.layout, setup.device, n_local)
+    kept = checkpoints.describe_kept(
+        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
+    )
+    resuming = [f'resuming from checkpoint {start:,} in {workdir}'] if start else []
+    say('\n'.join([*describe(setup), *memory, *resuming, *kept]))
     measure = probes.Measure(setup, pool) if config.train.probe else None
     if start:
         with Progress(f'reading checkpoint {start:,}'):

@@ -71,7 +71,7 @@ LAYERS = (
     'speed.case',
     'speed.memory',
     'speed.timing',
-    'speed.plan speed.benchmark speed.time_to_loss',
+    'speed.plan speed.benchmark speed.time_to_loss speed.profile',
     'speed.scale',
     # diagnostics: what a run is, and what happened in it
     'diagnostics.describe diagnostics.ngrams diagnostics.origins',
