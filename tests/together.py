@@ -1,4 +1,4 @@
-"""Starts scripts/train.py in several processes at once, which share one import of all libraries.
+"""Starts a program in several processes at once, which share one import of all libraries.
 
     with Starter(folder) as starter:
         group = starter.start([['--config=..', '--process_id=0'], ['--config=..', ..]])
@@ -90,26 +90,28 @@ class Starter:
         self._process.wait(60)
         self._process.stdout.close()
 
-    def start(self, commands: list[list[str]]) -> Group:
-        """Starts train.py with each list of arguments."""
+    def start(self, commands: list[list[str]], program: Path = TRAIN) -> Group:
+        """Starts the program with each list of arguments."""
         self._count += 1
         outputs = [self._folder / f'output.{self._count}.{i}' for i in range(len(commands))]
         for output in outputs:
             output.touch()
-        self._process.stdin.write(json.dumps([commands, list(map(str, outputs))]) + '\n')
+        self._process.stdin.write(
+            json.dumps([str(program), commands, list(map(str, outputs))]) + '\n'
+        )
         self._process.stdin.flush()
         return Group(self._process, json.loads(self._process.stdout.readline()), outputs)
 
 
-def train(arguments: list[str], output: str) -> None:
-    """In a fork: runs train.py as a user would, and ends."""
+def run(program: str, arguments: list[str], output: str) -> None:
+    """In a fork: runs the program as a user would, and ends."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    sys.argv = [str(TRAIN), *arguments]
+    sys.argv = [program, *arguments]
     code = 1
     try:
-        runpy.run_path(str(TRAIN), run_name='__main__')
+        runpy.run_path(program, run_name='__main__')
     except SystemExit as end:
         code = end.code
     finally:
@@ -126,13 +128,13 @@ def serve() -> None:
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w')
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for line in requests:
-        commands, outputs = json.loads(line)
+        program, commands, outputs = json.loads(line)
         pids = []
         for arguments, output in zip(commands, outputs, strict=True):
             pid = os.fork()
             if pid == 0:
                 with contextlib.suppress(BaseException):
-                    train(arguments, output)
+                    run(program, arguments, output)
                 os._exit(1)
             pids.append(pid)
         print(json.dumps(pids), file=answers, flush=True)

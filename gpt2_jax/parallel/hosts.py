@@ -7,17 +7,21 @@ here does anything.
 """
 
 import contextlib
+import ctypes
+import functools
 import importlib.util
 import os
 import re
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # for what jax.distributed does not offer
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -30,11 +34,13 @@ JOIN_SECONDS = 600  # for all processes to start: Kubernetes may wait 300 s befo
 SAME_ERROR_SECONDS = 2  # within which all processes find the same error
 BARRIER_SECONDS = 24 * 3600  # a process that died ends the wait long before
 AGREE_SECONDS = 1  # between comparisons of the signals that arrived, about
+ANSWER_SECONDS = 1  # for JAX's service to answer, if it is not the cause of an abort
 MAX_CALLS = 100  # until the next comparison: an update may be followed by slow batches to evaluate
 AUTO = 'auto'  # as --coordinator: JAX finds the address, the number and the id by itself
 
 # What the error of a collective says if a process at the other end is gone.
 LOST = 'Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|[Cc]oordination|[Hh]eartbeat|[Bb]arrier'
+_LIBC = ctypes.CDLL(None)
 
 
 class LostProcess(UserError):
@@ -58,6 +64,7 @@ def joined(
         return
     # JAX's own service waits for SIGTERM alone: training/loop.py waits for all signals.
     jax.config.update('jax_enable_preemption_service', False)
+    _end_instead_of_abort()
     try:
         with Progress('waiting for the other processes'):
             jax.distributed.initialize(
@@ -68,6 +75,8 @@ def joined(
             )
     except (RuntimeError, ValueError, OSError) as error:
         reason = ' '.join(str(error).split())[:500]
+        if 'bad_cast' in reason:  # see _end_instead_of_abort
+            reason = f'not all came within {JOIN_SECONDS} s, or their flags differ'
         raise UserError(
             f'this process could not join the others of its run: {reason}; check --coordinator, '
             '--num_processes and --process_id, or the launcher'
@@ -78,11 +87,14 @@ def joined(
         raise
     except UserError:
         # If all have the error, each reports it; else the others end because this process does.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
+        with contextlib.suppress(RuntimeError):
             barrier('all have an error', SAME_ERROR_SECONDS)
             jax.distributed.shutdown()
         raise
-    jax.distributed.shutdown()  # waits for the others
+    try:
+        jax.distributed.shutdown()  # waits for the others
+    except RuntimeError:
+        raise _lost('it did not come to the end') from None
 
 
 def _options(
@@ -124,6 +136,59 @@ def _launched() -> bool:
         package = importlib.util.find_spec('kubernetes')
         return package is not None or env['JOB_COMPLETION_INDEX'] != '0'
     return ',' in env.get('TPU_WORKER_HOSTNAMES', '')
+
+
+def _end_instead_of_abort() -> None:
+    """Makes this process end with one line if JAX's service misses another process.
+
+    By default JAX prints a stack trace and aborts. With a callback it only throws std::bad_cast: it
+    cannot call Python, which has no type for a C++ status. In a call from Python this becomes a
+    RuntimeError. In a thread of JAX it is an abort, and the handler of SIGABRT runs in that thread,
+    even while the main thread waits for a collective that will never end.
+    """
+    distributed._jax.get_distributed_runtime_client = functools.partial(
+        distributed._jax.get_distributed_runtime_client, missed_heartbeat_callback=_end
+    )
+    _LIBC.signal(signal.SIGABRT, _handle_abort)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _handle_abort(_number: int) -> None:
+    """Ends this process; by an abort only if JAX's service answers and so is not the cause.
+
+    While it waits, the main thread may report the error of a collective.
+    """
+    client, answered = distributed.global_state.client, threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            if client:  # else the run is over
+                client.key_value_set('gpt2_jax: an answer', '', allow_overwrite=True)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    if not answered.wait(ANSWER_SECONDS):
+        _end()
+    _LIBC.signal(signal.SIGABRT, None)  # the default
+    signal.raise_signal(signal.SIGABRT)
+
+
+def _end(_status: Any = None) -> NoReturn:
+    """Reports that another process is lost and ends this one, in any thread."""
+    error = _lost("JAX's coordination service misses it")
+    with contextlib.suppress(OSError):
+        os.write(2, f'error: {error}\n'.encode())  # no lock, which another thread might hold
+    os._exit(error.exit_code)
+
+
+def _lost(reason: str) -> LostProcess:
+    """The error of this process if another one is gone."""
+    index, count = distributed.global_state.process_id, distributed.global_state.num_processes
+    other = f'process {1 - index}' if count == 2 else 'another one'
+    return LostProcess(
+        f'process {index} of {count} lost {other}, whose own output says why it ended ({reason}); '
+        'the same command resumes from the latest checkpoint'
+    )
 
 
 def several() -> bool:
@@ -177,11 +242,7 @@ def lost_processes() -> Iterator[None]:
         if not several() or not re.search(LOST, str(error)):
             raise
         reason = ' '.join(str(error).split())[:300]
-        raise LostProcess(
-            f'process {jax.process_index()} of {jax.process_count()} lost another one, whose own '
-            f'output says why it ended ({reason}); the same command resumes from the latest '
-            'checkpoint'
-        ) from None
+        raise _lost(reason) from None
 
 
 class Agreement:
