@@ -40,7 +40,6 @@ AUTO = 'auto'  # as --coordinator: JAX finds the address, the number and the id 
 
 # What the error of a collective says if a process at the other end is gone.
 LOST = 'Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|[Cc]oordination|[Hh]eartbeat|[Bb]arrier'
-_LIBC = ctypes.CDLL(None)
 
 
 class LostProcess(UserError):
@@ -149,7 +148,7 @@ def _end_instead_of_abort() -> None:
     distributed._jax.get_distributed_runtime_client = functools.partial(
         distributed._jax.get_distributed_runtime_client, missed_heartbeat_callback=_end
     )
-    _LIBC.signal(signal.SIGABRT, _handle_abort)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handle_abort)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -169,7 +168,7 @@ def _handle_abort(_number: int) -> None:
     threading.Thread(target=ask, daemon=True).start()
     if not answered.wait(ANSWER_SECONDS):
         _end()
-    _LIBC.signal(signal.SIGABRT, None)  # the default
+    ctypes.CDLL(None).signal(signal.SIGABRT, None)  # the default
     signal.raise_signal(signal.SIGABRT)
 
 
