@@ -13,10 +13,17 @@ from gpt2_jax.inference.sampling import Sampling, sample_token
 from gpt2_jax.kernels import decode, sample
 from gpt2_jax.model.gpt2 import init_cache
 
+
 # Block sizes with which tiny models have several blocks of everything.
-SMALL = dict(
-    ONE_INPUTS=16, ROWS_INPUTS=16, ONE_ATTEND=(4, 1), ROWS_ATTEND=(4, 1), COLUMNS=8, MAX_ROWS=16
-)
+def small_linear(B, D, N, width, merges):
+    return decode.LinearSizes(1, 2, 16, 1, 1) if B == 1 else decode.LinearSizes(16, 16, 16, 1, 1)
+
+
+def small_attend(B, S, width):
+    return decode.AttendSizes(4, 1, -(-S // 4) if B == 1 else 1)
+
+
+SMALL = dict(linear_sizes=small_linear, attend_sizes=small_attend, COLUMNS=8)
 MODULE = {name: decode if hasattr(decode, name) else sample for name in SMALL}
 GPU_SIZES = {name: getattr(module, name) for name, module in MODULE.items()}
 
@@ -85,10 +92,12 @@ def test_bfloat16_is_as_near_to_fp32_as_the_plain_model(batch, residual_dtype, b
 def test_only_matrices_are_rounded(kernels):
     """So that the model that writes text is the model that is evaluated."""
     model = tiny(dtype='bfloat16', kernels=kernels)
-    for part in decoding.cast_params(model, rough_params(model)):
-        for name, leaf in flat(part).items():
-            exact = {'wte', 'wpe', 'ln_1', 'ln_2', 'ln_f'} & set(name.split('/'))
-            assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
+    plain, decoded = decoding.cast_params(model, rough_params(model))
+    for name, leaf in flat(plain).items():
+        exact = {'wte', 'wpe', 'ln_1', 'ln_2', 'ln_f'} & set(name.split('/'))
+        assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
+    for name, leaf in flat(decoded).items() if kernels == 'fused' else ():
+        assert leaf.dtype == (jnp.bfloat16 if name.endswith('kernel') else jnp.float32), name
 
 
 def test_tokens_past_the_context_write_at_the_last_position_only():
@@ -106,7 +115,7 @@ def test_tokens_past_the_context_write_at_the_last_position_only():
 def kept(x, k):
     """The elements that reach the threshold, from the blocks that the kernel sees."""
     padded = np.concatenate([x, np.full(-len(x) % 8, -np.inf, np.float32)]).reshape(-1, 8)
-    bound = jax.jit(lambda *blocks: sample._kth_largest(blocks, k))(*padded)[0]
+    bound = jax.jit(lambda *blocks: sample._kth_largest(blocks, k, k))(*padded)[0]
     return x >= bound
 
 
@@ -229,6 +238,7 @@ def test_lowers_for_a_gpu(batch, residual_dtype):
             text = traced.lower(lowering_platforms=('cuda',)).as_text()
         jax.clear_caches()
     assert text.count('_attend_kernel')
+    assert text.count('_select_kernel')
     assert text.count('_sample_kernel')
-    # Five for the layer, the head, and the draw.
-    assert text.count('custom_call @__gpu$xla.gpu.triton') == 7
+    # Five for the layer, the head, and two for the draw.
+    assert text.count('custom_call @__gpu$xla.gpu.triton') == 8

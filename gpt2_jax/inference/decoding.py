@@ -24,6 +24,8 @@ from gpt2_jax.model.gpt2 import GPT2, init_cache
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. A longer chunk
 # saves round trips to the device, a shorter one streams more smoothly.
 CHUNK = 16
+# Tokens in one pass of the loop that a GPU runs for a chunk. It waits 2 us between passes (H100).
+UNROLL = 4
 # Shorter prompts are padded to this length: unpadded they would be no faster, and each length would
 # need a compilation of its own.
 MIN_PREFILL = 64
@@ -52,17 +54,17 @@ def cast_params(model: GPT2, params):
     Matrices are in the compute dtype, embeddings and LayerNorms in fp32, as in training and
     evaluation.
     """
-    params = jax.tree_util.tree_map_with_path(
+    cast = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf
         ),
         params,
     )
     if model.cfg.kernels != 'fused':
-        return params, params
+        return cast, cast
     from gpt2_jax.kernels import decode
 
-    return params, decode.cast_params(model.cfg, params)
+    return cast, decode.cast_params(model.cfg, params)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -105,9 +107,11 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
         )
         return model.apply({'params': weights}, x_B1D[:, 0], method='head'), cache
 
+    unroll = 1
     if model.cfg.kernels == 'fused':
-        from gpt2_jax.kernels import decode, sample
+        from gpt2_jax.kernels import decode, launch, sample
 
+        unroll = 1 if launch.interprets() else UNROLL  # compiling it would take tests long
         step = functools.partial(decode.next_logits, model.cfg, weights)
         if sampling.top_p == 1 and logits_BV.shape[1] <= sample.MAX_VOCAB:
             pick = sample.make_sampler(
@@ -120,7 +124,7 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
         return *step(tokens_CB[i], cache, pos + i), tokens_CB
 
     carry = logits_BV, cache, jnp.zeros(keys_CB.shape, jnp.int32)
-    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, carry)
+    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, carry, unroll=unroll)
     return tokens_CB.T, logits_BV, cache
 
 

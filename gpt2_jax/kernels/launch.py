@@ -70,6 +70,18 @@ def only(present, specs):
     return {name: None if present[name] is None else spec for name, spec in specs.items()}
 
 
+def load_or_zero(ref, mask):
+    """The elements under the mask, which may be None, and 0 elsewhere."""
+    return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def block_mask(rows, columns):
+    """The mask of a block from those of its rows and columns, each of which may be None."""
+    rows = None if rows is None else rows[:, None]
+    columns = None if columns is None else columns[None, :]
+    return columns if rows is None else rows if columns is None else rows & columns
+
+
 def seed_inputs(seed):
     """The inputs of SEED_SPECS from a seed of dropout.dropout_seeds, which may be None."""
     if seed is None:

@@ -1,4 +1,9 @@
-"""Drawing the next token in one kernel: temperature, top_k and the draw, without a sort."""
+"""Drawing the next token: temperature, top_k and the draw, without a sort.
+
+The kernel `sample` draws the token of a row. One program, which holds the row's values in its
+registers, would take long to find the k largest of a vocabulary. So the kernel `select` finds those
+of each block of logits first, a program each, and `sample` chooses among them.
+"""
 
 import functools
 import math
@@ -11,21 +16,24 @@ from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.kernels.launch import call, column_blocks
 
-COLUMNS, SAMPLE_WARPS = 4096, 16  # columns of a block of logits
+COLUMNS, SAMPLE_WARPS, SELECT_WARPS = 4096, 16, 8  # columns of a block of logits
+# With more rows the GPU has a row for each multiprocessor, so that nothing is gained by `select`:
+# 36 -> 24 us for 32 texts, but 44 -> 59 us for 128 (H100).
+MAX_SELECT_ROWS = 32
 MAX_VOCAB = 2**16  # because the registers of one program hold all logits of a row
 
 
-def _kth_largest(x, k):
-    """The k-th largest element of the blocks `x`, how many reach it, and how many exceed it.
+def _kth_largest(x, k, most):
+    """A number that k to `most` elements of the blocks `x` reach; how many do; how many exceed it.
 
-    The last two are exact if more than k reach it: on a tie.
+    On a tie, more than `most` reach it. Then it is the k-th largest, and the last two are exact.
     """
 
     def narrow(x, low, high):
         """Bisects: at least k values are >= low, fewer than k are >= high.
 
-        Ends when exactly k values are >= low, or when no number lies between low and high. Returns
-        low, its count, and the count of high.
+        Ends when at most `most` values are >= low, or when no number lies between low and high.
+        Returns low, its count, and the count of high.
         """
 
         def count(bound):
@@ -34,7 +42,7 @@ def _kth_largest(x, k):
         def undecided(state):
             low, n_low, high, _, _ = state
             middle = 0.5 * low + 0.5 * high
-            return (n_low > k) & (low < middle) & (middle < high)
+            return (n_low > most) & (low < middle) & (middle < high)
 
         def step(state):
             low, n_low, high, n_high, turn = state
@@ -65,13 +73,13 @@ def _kth_largest(x, k):
     return narrow(x, low, high)
 
 
-def _k_largest(x, columns, k):
+def _k_largest(x, columns, k, most):
     """Masks of the k largest elements of the blocks `x`; of equal ones, the first columns count.
 
-    Without a tie this adds no pass over the blocks: one costs 4 us of the 306 us that a token of
-    GPT-2 124M takes (H100).
+    Up to `most` may be kept, the largest ones, if that is found sooner. Without a tie this adds no
+    pass over the blocks.
     """
-    bound, n_reaching, n_above = _kth_largest(x, k)
+    bound, n_reaching, n_above = _kth_largest(x, k, most)
 
     def count(column):
         """The ties in columns up to this one."""
@@ -86,36 +94,86 @@ def _k_largest(x, columns, k):
 
     # Bisects: too few ties are in columns <= low, enough in columns <= high. Without a tie too many
     # the two begin next to each other.
-    end = x[0].shape[0] * len(x)
-    low = end - 1 - end * (n_reaching > k).astype(jnp.int32)  # -1 on a tie
-    _, last = lax.while_loop(lambda state: state[1] - state[0] > 1, narrow, (low, 0 * low + end))
+    low = MAX_VOCAB - 1 - MAX_VOCAB * (n_reaching > most).astype(jnp.int32)  # -1 on a tie
+    _, last = lax.while_loop(
+        lambda state: state[1] - state[0] > 1, narrow, (low, 0 * low + MAX_VOCAB)
+    )
     return [
         (part > bound) | ((part == bound) & (at <= last))
         for part, at in zip(x, columns, strict=True)
     ]
 
 
-def _sample_kernel(i_ref, logits_ref, noise_ref, _, tokens_ref, *, V, temperature, top_k):
-    size, blocks = column_blocks(V, COLUMNS)
-    columns = [j * size + jnp.arange(size) for j in range(blocks)]
+def _select_kernel(logits_ref, values_ref, columns_ref, *, V, k):
+    """The k largest logits of a block, and a few more, with their columns; -inf fills the rest."""
+    (most,) = values_ref.shape
+    index = jnp.arange(COLUMNS)
+    columns = pl.program_id(1) * COLUMNS + index
+    x = plgpu.load(logits_ref, mask=columns < V, other=-jnp.inf)
+    (kept,) = _k_largest([x], [columns], k, most)
+    # What is kept comes first, in its order, and the rest behind it.
+    rank = jnp.cumsum(kept.astype(jnp.int32))
+    slot = jnp.where(kept, rank - 1, rank.max() + index - rank)
+    plgpu.store(values_ref.at[slot], jnp.where(kept, x, -jnp.inf), mask=slot < most)
+    plgpu.store(columns_ref.at[slot], columns, mask=slot < most)
 
-    def load(ref, j, *index, of=True):
-        here = ref.at[(*index, pl.ds(j * size, size))]
-        return plgpu.load(here, mask=(columns[j] < V) & of, other=-jnp.inf)
 
-    x = [load(logits_ref, j) for j in range(blocks)]
+def _select(logits_BV, k):
+    """The candidates for the k largest logits of each row: their values and columns, (B, N).
+
+    Returns all logits and None if that would take longer, or if k is 0.
+    """
+    (B, V), blocks = logits_BV.shape, pl.cdiv(logits_BV.shape[1], COLUMNS)
+    most = pl.next_power_of_2(k + 1)
+    if not k or B > MAX_SELECT_ROWS or blocks < 3 or most > COLUMNS // 2:
+        return logits_BV, None
+    kept = pl.BlockSpec((None, most), lambda b, j: (b, j))
+    return call(
+        functools.partial(_select_kernel, V=V, k=k),
+        grid=(B, blocks),
+        warps=SELECT_WARPS,
+        in_specs=[pl.BlockSpec((None, COLUMNS), lambda b, j: (b, j))],
+        out_specs=[kept, kept],
+        out_shape=[
+            jax.ShapeDtypeStruct((B, blocks * most), dtype) for dtype in (jnp.float32, jnp.int32)
+        ],
+    )(logits_BV)
+
+
+def _sample_kernel(
+    i_ref, x_ref, columns_ref, noise_ref, _, tokens_ref, *, N, V, temperature, top_k
+):
+    size, blocks = column_blocks(N, COLUMNS)
+    index = [j * size + jnp.arange(size) for j in range(blocks)]
+    blocks = [pl.ds(j * size, size) for j in range(blocks)]
+    x = [
+        plgpu.load(x_ref.at[block], mask=at < N, other=-jnp.inf)
+        for block, at in zip(blocks, index, strict=True)
+    ]
+    columns = index
+    if columns_ref is not None:
+        columns = [
+            plgpu.load(columns_ref.at[block], mask=at < N, other=0)
+            for block, at in zip(blocks, index, strict=True)
+        ]
     if temperature:
-        kept = _k_largest(x, columns, top_k) if 0 < top_k < V else [part > -jnp.inf for part in x]
+        kept = [part > -jnp.inf for part in x]
+        if 0 < top_k < V:
+            kept = _k_largest(x, columns, top_k, top_k)
         largest = functools.reduce(jnp.maximum, x).max()
         x = [(part - largest) / temperature for part in x]
         # The noise is loaded for the values kept only, so that it cannot be loaded, and take
         # registers, before they are known.
-        noisy = [part + load(noise_ref, j, i_ref[0], of=kept[j]) for j, part in enumerate(x)]
+        noisy = [
+            part + plgpu.load(noise_ref.at[i_ref[0], at], mask=mask & (at < V), other=-jnp.inf)
+            for part, at, mask in zip(x, columns, kept, strict=True)
+        ]
         x = [jnp.where(*parts, -jnp.inf) for parts in zip(kept, noisy, strict=True)]
     best, token = x[0], columns[0]
     for part, column in zip(x[1:], columns[1:], strict=True):
         token, best = jnp.where(part > best, column, token), jnp.maximum(part, best)
-    tokens_ref[i_ref[0]] = jnp.where(best == best.max(), token, V - 1).min()  # the first on a tie
+    token = jnp.where(best == best.max(), token, V - 1).min()  # the first on a tie
+    tokens_ref[i_ref[0]] = token
 
 
 @functools.partial(jax.jit, static_argnames=('temperature', 'top_k'))
@@ -129,24 +187,26 @@ def sample_token(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
     (B, V), C = logits_BV.shape, tokens_CB.shape[0]
     if V > MAX_VOCAB:
         raise ValueError(f'the sample kernel got {V} tokens; expected at most {MAX_VOCAB}')
-    width = math.prod(column_blocks(V, COLUMNS))
+    x_BN, columns_BN = _select(logits_BV, top_k if temperature and top_k < V else 0)
+    N = x_BN.shape[1]
+    row = pl.BlockSpec((None, math.prod(column_blocks(N, COLUMNS))), lambda b: (b, 0))
     tokens = pl.BlockSpec((C, None), lambda b: (0, b))
-    noise = pl.BlockSpec((C, None, width), lambda b: (0, b, 0))
     in_specs = [
         pl.BlockSpec((1,), lambda b: (0,)),
-        pl.BlockSpec((None, width), lambda b: (b, 0)),
-        None if noise_CBV is None else noise,
+        row,
+        None if columns_BN is None else row,
+        None if noise_CBV is None else pl.BlockSpec((C, None, V), lambda b: (0, b, 0)),
         tokens,
     ]
     return call(
-        functools.partial(_sample_kernel, V=V, temperature=temperature, top_k=top_k),
+        functools.partial(_sample_kernel, N=N, V=V, temperature=temperature, top_k=top_k),
         grid=(B,),
         warps=SAMPLE_WARPS,
         in_specs=in_specs,
         out_specs=tokens,
         out_shape=jax.ShapeDtypeStruct(tokens_CB.shape, jnp.int32),
-        input_output_aliases={2 if noise_CBV is None else 3: 0},
-    )(jnp.reshape(i, 1), logits_BV, noise_CBV, tokens_CB)
+        input_output_aliases={sum(spec is not None for spec in in_specs) - 1: 0},
+    )(jnp.reshape(i, 1), x_BN, columns_BN, noise_CBV, tokens_CB)
 
 
 def make_sampler(keys_CB, V, temperature, top_k):
