@@ -32,6 +32,9 @@ from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_probes
 
+# As little care as for all other programs of the tests: see conftest.py.
+programs.DRAW_OPTIONS['cpu'] = {}
+
 # With dropout, so that another mask would show; saves and evaluations rarely coincide.
 SETTINGS = {
     'model.n_layer': 2,
@@ -47,8 +50,13 @@ SETTINGS = {
     'checkpoint.every': 5,
     'log.every': 3,
 }
-# For the suite: quick to compile, with as few steps as show a save of each kind.
-SMALL = SETTINGS | {'model.n_layer': 1, 'model.attn_pdrop': 0.0, 'train.steps': 18}
+# For the suite: quick to compile and to save, with as few steps as show a save of each kind.
+SMALL = SETTINGS | {
+    'model.n_layer': 1,
+    'model.bias': False,
+    'model.attn_pdrop': 0.0,
+    'train.steps': 18,
+}
 
 
 def write_text(path: Path, words: int = 1200) -> Path:
