@@ -32,9 +32,6 @@ from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_probes
 
-# As little care as for all other programs of the tests: see conftest.py.
-programs.DRAW_OPTIONS['cpu'] = {}
-
 # With dropout, so that another mask would show; saves and evaluations rarely coincide.
 SETTINGS = {
     'model.n_layer': 2,

@@ -340,7 +340,7 @@ def test_gelu_in_bf16_is_rounded_once(function):
 
 
 @jax.jit
-def some_seeds():
+def seeds_of_sites():
     return dropout_seeds(tiny().cfg, jax.random.key(0))
 
 
@@ -355,7 +355,7 @@ def kept(n, seed, rate):
 def test_dropout_in_bf16_is_rounded_once(path, rate):
     """With bf16(1 - rate) as divisor, the scale would be off by 0.18 % at a rate of 0.1."""
     x_ND = every_bfloat16()
-    seed = some_seeds()[2]
+    seed = seeds_of_sites()[2]
     if path == 'fused':
         one_D, zero_ND = jnp.ones(128), jnp.zeros_like(x_ND)
         got, _ = add_norm(zero_ND, x_ND, None, one_D, None, seed, rate, 1e-5, 'float32')
@@ -370,7 +370,7 @@ def test_dropout_of_the_pattern_in_bf16_is_rounded_once():
     """With q = k = 0 the pattern is 1 / (t + 1), and with v = 1 the output is its dropout."""
     T, rate = 64, 0.1
     zero_BTHK, v_BHSK = jnp.zeros((1, T, 1, T)), jnp.eye(T, dtype=jnp.bfloat16)[None, None]
-    seed = some_seeds()[1]
+    seed = seeds_of_sites()[1]
     got = causal_attention(zero_BTHK, zero_BTHK.swapaxes(1, 2), v_BHSK, rate=rate, seed=seed)
     keep = kept(T * T, seed, rate).reshape(T, T)
     exact = np.where(np.tril(keep), 1 / np.arange(1, T + 1)[:, None] / (1 - rate), 0)

@@ -312,7 +312,7 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 if __name__ == '__main__':
     from gpt2_jax.training import programs
 
-    programs.DRAW_OPTIONS['cpu'] = {}  # see runs.py
+    programs.DRAW_OPTIONS['cpu'] = {}  # compiles sooner, as above
     _, text_path, group = sys.argv
     if group == 'muon':
         results = {mesh: run_on(mesh, text_path, algorithm='muon') for mesh in (ONE, ALL)}
