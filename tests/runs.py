@@ -47,8 +47,13 @@ SETTINGS = {
     'checkpoint.every': 5,
     'log.every': 3,
 }
-# For the suite: quick to compile, with as few steps as show a save of each kind.
-SMALL = SETTINGS | {'model.n_layer': 1, 'model.attn_pdrop': 0.0, 'train.steps': 18}
+# For the suite: quick to compile and to save, with as few steps as show a save of each kind.
+SMALL = SETTINGS | {
+    'model.n_layer': 1,
+    'model.bias': False,
+    'model.attn_pdrop': 0.0,
+    'train.steps': 18,
+}
 
 
 def write_text(path: Path, words: int = 1200) -> Path:

@@ -109,7 +109,7 @@ def test_a_corrupted_passage_is_found_while_the_run_continues(tmp_path):
     lines.insert(number, spoilt)
     (tmp_path / 'text.txt').write_text('\n'.join(lines))
     settings = QUIET | {'train__steps': 165, 'checkpoint__every': 20, 'optim__learning_rate': 1e-2}
-    settings |= {'model__embd_pdrop': 0.0, 'model__resid_pdrop': 0.0}
+    settings |= {'model__embd_pdrop': 0.0, 'model__resid_pdrop': 0.0, 'model__bias': True}
     config = runs.make_config(tmp_path / 'text.txt', **settings, train__spike=5)
     code, printed = runs.quiet_train(config, tmp_path / 'run')
     assert code == 0

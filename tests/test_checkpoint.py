@@ -235,7 +235,7 @@ def test_the_reason_why_an_array_cannot_be_read_is_given():
 @pytest.mark.parametrize(
     ('changes', 'difference'),
     [
-        ({'model__n_layer': 2}, 'h_1 is only here (12 arrays)'),
+        ({'model__n_layer': 2}, 'h_1 is only here (6 arrays)'),
         (
             {'model__n_positions': 17},
             'wpe/embedding is (16, 32) float32 there, (17, 32) float32 here',
@@ -270,10 +270,9 @@ def test_a_tie_makes_the_newer_checkpoint_the_best():
     assert not checksums.is_better(1.5, 1.4)
 
 
-@pytest.mark.parametrize('name', ['a*[!b]?', '[v2]/{x}', 'ü 日本'])
-def test_the_name_of_a_folder_is_no_pattern(name, text, finished, tmp_path):
+def test_the_name_of_a_folder_is_no_pattern(text, finished, tmp_path):
     """Orbax finds the parts of a checkpoint by a pattern that begins with the folder's path."""
-    run = tmp_path / name
+    run = tmp_path / 'a*[!b]?' / '[v2]' / '{x} ü 日本'
     assert runs.quiet_train(make_config(text), run)[0] == 0
     assert load(run, 'best').step == load(finished, 'best').step
     assert runs.differences(run, finished) == []
@@ -537,14 +536,13 @@ def test_a_value_that_is_not_finite_is_never_saved(text, finished, tmp_path, mon
 
 
 @pytest.mark.usefixtures('unexplained')
-def test_a_huge_learning_rate_ends_the_run_as_diverged(text, tmp_path):
-    config = make_config(
-        text, optim__learning_rate=1e30, optim__clip_norm=0.0, optim__warmup_steps=0
+def test_huge_parameters_end_the_run_as_diverged(text, tmp_path, monkeypatch):
+    runs.before_updates(
+        monkeypatch,
+        lambda state: state.replace(params=jax.tree.map(lambda leaf: leaf * 1e30, state.params)),
     )
-    with pytest.raises(
-        DivergedError, match=r'diverged at step [12]: .* there is no checkpoint yet'
-    ):
-        runs.quiet_train(config, tmp_path)
+    with pytest.raises(DivergedError, match=r'diverged at step 1: .* there is no checkpoint yet'):
+        runs.quiet_train(make_config(text, log__every=1), tmp_path)
     assert all_steps(tmp_path / FOLDER) == []
     for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))

@@ -3,12 +3,11 @@
 import json
 import os
 import re
+import resource
 import shutil
-import subprocess
 import sys
 import types
 import urllib.error
-from pathlib import Path
 
 import jax
 import pytest
@@ -95,6 +94,8 @@ def evaluate(*options):
 def sample(*options, run='run'):
     return ('sample', f'--ckpt_dir={{made}}/{run}', *options)
 
+
+NO_DROPOUT = ('--config.model.embd_pdrop=0', '--config.model.resid_pdrop=0')  # quick to compile
 
 # the mistake -> (script and arguments, exit code, what the line must contain)
 ROWS = {
@@ -275,7 +276,7 @@ ROWS = {
         ['--extend allows a larger train.steps'],
     ),
     'out of memory': (
-        train('--config.model.n_embd=3200000'),
+        train('--config.model.n_embd=3200000', *NO_DROPOUT),
         1,
         [
             'out of memory',
@@ -521,6 +522,7 @@ def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkey
         '--config.data.val_fraction=0.001',
         '--config.train.steps=1',
         '--config.eval.sample_tokens=0',
+        *NO_DROPOUT,
     )
     assert code == 0
     assert "FALLBACK: this run trains on 'python-topics' instead" in out
@@ -568,24 +570,14 @@ def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_full_disk(kilobytes, fragments, made, tmp_path):
+def test_a_full_disk(kilobytes, fragments, made, tmp_path, monkeypatch):
     """A limit on the size of any file stands in for a full disk."""
-    script, *arguments = train('--config.log.every=1')
-    command = [
-        sys.executable,
-        Path(__file__).parents[1] / f'scripts/{script}.py',
-        *(argument.format(made=made) for argument in arguments),
-        f'--workdir={tmp_path}/run',
-    ]
-    code = (
-        'import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
-        'os.execv(sys.executable, sys.argv[1:])'
-    ).format(kilobytes * 1024)
-    # A copy, since the cache may get half an entry; and Python would leave half of a module.
-    cache = shutil.copytree(runs.compile_cache(), tmp_path / 'cache')
-    env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache), 'PYTHONDONTWRITEBYTECODE': '1'}
-    done = subprocess.run(
-        [sys.executable, '-c', code, *command], env=env, capture_output=True, text=True, timeout=120
-    )
-    check(done.returncode, done.stderr, 1, fragments)
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)  # Python would leave half of a module
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
+    try:
+        code, _, err = run_train(made, tmp_path / 'run', '--config.log.every=1')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check(code, err, 1, fragments)
     assert not any((tmp_path / 'run' / FOLDER).iterdir())  # the failed save was removed

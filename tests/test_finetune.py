@@ -22,6 +22,8 @@ SIZES = dict(
     model__n_head=2,
     model__n_embd=16,
     model__n_positions=8,
+    model__embd_pdrop=0.0,
+    model__resid_pdrop=0.0,
     train__steps=6,
     eval__sample_tokens=0,
 )
@@ -131,9 +133,9 @@ def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
     [
         (dict(model__n_layer=2), {}, 'model.n_layer is 1 there, 2 here$'),
         (
-            dict(model__n_head=4, model__bias=False),
+            dict(model__n_head=4, model__bias=True),
             {},
-            'model.n_head is 2 there, 4 here; model.bias is True there, False',
+            'model.n_head is 2 there, 4 here; model.bias is False there, True',
         ),
         (
             dict(model__activation_function='gelu'),

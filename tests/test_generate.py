@@ -219,6 +219,7 @@ def test_draws_follow_the_filtered_distribution(settings):
 
 
 def test_sampling_without_chance_takes_the_likeliest():
+    sample = jax.jit(sample_token, static_argnums=2)
     logits_BV = np.random.default_rng(0).normal(0, 3, (64, 11)).astype(np.float32)
     keys_B = jax.random.split(jax.random.key(0), 64)
     best_B = logits_BV.argmax(-1)
@@ -228,8 +229,8 @@ def test_sampling_without_chance_takes_the_likeliest():
         Sampling(top_k=1),
         Sampling(top_p=1e-6),
     ):
-        assert np.array_equal(sample_token(logits_BV, keys_B, sampling), best_B), sampling
-    assert not np.array_equal(sample_token(logits_BV, keys_B, Sampling()), best_B)
+        assert np.array_equal(sample(logits_BV, keys_B, sampling), best_B), sampling
+    assert not np.array_equal(sample(logits_BV, keys_B, Sampling()), best_B)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,12 @@ def text(model):
     return tokens(model, batch=2, length=9)
 
 
+@pytest.fixture(scope='module')
+def whole(model, params, text):
+    """Every activation."""
+    return lens.capture((model, params), text)
+
+
 def losses_if(change, params, cfg, tokens_BT):
     """The losses in fp64 with change(name, x) in the place of each activation."""
     return numpy_losses(numpy_gpt2(params, cfg, tokens_BT, change), tokens_BT)
@@ -112,15 +118,15 @@ def test_activations_equal_numpy_name_by_name(changes):
     'changes',
     [
         {},
-        dict(remat='block'),
-        dict(dtype='bfloat16'),
-        dict(dtype='bfloat16', residual_dtype='float32'),
+        dict(n_layer=1, remat='block'),
+        dict(n_layer=1, dtype='bfloat16'),
+        dict(n_layer=1, dtype='bfloat16', residual_dtype='float32'),
     ],
 )
 def test_capturing_changes_no_logit(changes):
     """Bit for bit, with remat and in bfloat16."""
-    model = tiny(n_embd=32, **changes)
-    params, tokens_BT = rough_params(model, std=0.1), tokens(model)
+    model = tiny(**changes)
+    params, tokens_BT = rough_params(model, std=0.1), tokens(model, batch=2, length=9)
     logits_BTV = jax.jit(model.apply)({'params': params}, tokens_BT)
     captured = lens.capture((model, params), tokens_BT)
     np.testing.assert_array_equal(captured['logits'], logits_BTV)
@@ -139,16 +145,15 @@ def test_the_wing_costs_nothing_when_off(model, monkeypatch):
     assert with_tap == step()
 
 
-def test_patterns_are_causal_and_sum_to_one(model, params, text):
-    for pattern_BHTS in lens.capture((model, params), text, 'pattern').values():
+def test_patterns_are_causal_and_sum_to_one(whole):
+    for pattern_BHTS in (whole['h_0.pattern'], whole['h_1.pattern']):
         np.testing.assert_allclose(pattern_BHTS.sum(-1), 1, rtol=1e-6)
         assert (np.triu(pattern_BHTS, 1) == 0).all()
         assert (np.tril(pattern_BHTS)[..., np.tril_indices(9)[0], np.tril_indices(9)[1]] > 0).all()
 
 
-def test_addresses(model, params, text):
-    whole = lens.capture((model, params), text)
-    for address, expected in {
+def test_addresses(model, params, text, whole):
+    expected = {
         'h_1.attn.0': whole['h_1.z'][:, :, 0],
         'h_1.pattern.1': whole['h_1.pattern'][:, 1],
         'h_0.mlp.17': whole['h_0.mlp_post'][:, :, 17],
@@ -159,13 +164,18 @@ def test_addresses(model, params, text):
         'h_1.pattern.1@3': whole['h_1.pattern'][:, 1, 3],
         'pos_embed@3': whole['pos_embed'][3],
         'logits.4': whole['logits'][:, :, 4],
-    }.items():
-        ((found, x),) = lens.capture((model, params), text, address).items()
-        assert found == address
-        np.testing.assert_array_equal(x, expected)
-    assert list(lens.capture((model, params), text, 'h_*.attn.*')) == sites.all_heads(model.cfg)
-    assert list(lens.capture((model, params), text, ['ln_f@-1', 'h_1.q'])) == ['ln_f@8', 'h_1.q']
-    assert len(lens.capture((model, params), text, 'h_0.resid_pre@*')) == 9
+    }
+    found = lens.capture((model, params), text, expected)
+    assert list(found) == list(expected)
+    for address, x in expected.items():
+        np.testing.assert_array_equal(found[address], x, err_msg=address)
+
+    def expanded(names):
+        return [site.address for site in sites.expand(model.cfg, names, n_positions=9)]
+
+    assert expanded('h_*.attn.*') == sites.all_heads(model.cfg)
+    assert expanded(['ln_f@-1', 'h_1.q']) == ['ln_f@8', 'h_1.q']
+    assert len(expanded('h_0.resid_pre@*')) == 9
 
 
 @pytest.mark.parametrize(
@@ -255,31 +265,29 @@ def test_a_position_without_a_loss_is_reported(model, params, text, at):
 # Edits
 
 
-def test_replacing_an_activation_by_itself_changes_nothing(model, params, text):
+def test_replacing_an_activation_by_itself_changes_nothing(model, params, text, whole):
     """To rounding if the value comes from outside: XLA fuses differently around it."""
-    captured = lens.capture((model, params), text)
-    logits_BTV = captured['logits']
-    same = lens.edit((model, params), text, dict.fromkeys(captured, lambda x: x))['logits']
+    logits_BTV = whole['logits']
+    same = lens.edit((model, params), text, dict.fromkeys(whole, lambda x: x))['logits']
     np.testing.assert_array_equal(same, logits_BTV)
-    for name in ('h_0.resid_pre', 'h_1.pattern'):
-        replaced = lens.edit((model, params), text, {name: captured[name]})['logits']
-        np.testing.assert_allclose(replaced, logits_BTV, rtol=0, atol=5e-6)
+    outside = {name: whole[name] for name in ('h_0.resid_pre', 'h_1.pattern')}
+    replaced = lens.edit((model, params), text, outside)['logits']
+    np.testing.assert_allclose(replaced, logits_BTV, rtol=0, atol=5e-6)
     losses = lens.token_losses((model, params), text)
     for loss in lens.patch((model, params), text, text, '*').values():
         np.testing.assert_allclose(loss, losses, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(
-    ('address', 'name', 'index'),
+    ('address', 'name', 'index', 'change'),
     [
-        ('h_1.attn.1', 'h_1.z', np.s_[:, :, 1]),
-        ('h_0.mlp.5@3', 'h_0.mlp_post', np.s_[:, 3, 5]),
-        ('h_0.pattern.0@2:5', 'h_0.pattern', np.s_[:, 0, 2:5]),
-        ('h_1.resid_mid', 'h_1.resid_mid', np.s_[:]),
-        ('pos_embed@4', 'pos_embed', np.s_[4]),
+        ('h_1.attn.1', 'h_1.z', np.s_[:, :, 1], 0.25),
+        ('h_0.mlp.5@3', 'h_0.mlp_post', np.s_[:, 3, 5], lambda x: 0.5 * x),
+        ('h_0.pattern.0@2:5', 'h_0.pattern', np.s_[:, 0, 2:5], lambda x: 0.5 * x),
+        ('h_1.resid_mid', 'h_1.resid_mid', np.s_[:], lambda x: 0.5 * x),
+        ('pos_embed@4', 'pos_embed', np.s_[4], 0.25),
     ],
 )
-@pytest.mark.parametrize('change', [0.25, lambda x: 0.5 * x])
 def test_edits_equal_numpy(model, params, text, address, name, index, change):
     def in_numpy(at, x):
         if at == name:
@@ -355,12 +363,11 @@ def test_texts_and_models_that_do_not_fit_are_reported(model, params, text):
 # Readings
 
 
-def test_the_last_layer_of_the_logit_lens_is_the_model(model, params, text):
+def test_the_last_layer_of_the_logit_lens_is_the_model(model, params, text, whole):
     logits_LBTV = lens.logit_lens((model, params), text)
     assert logits_LBTV.shape == (3, 2, 9, 11)
-    captured = lens.capture((model, params), text)
-    np.testing.assert_array_equal(logits_LBTV[-1], captured['logits'])
-    stream = captured['h_0.resid_post']
+    np.testing.assert_array_equal(logits_LBTV[-1], whole['logits'])
+    stream = whole['h_0.resid_post']
     skipped = lens.edit((model, params), text, {'h_1.resid_post': stream})
     np.testing.assert_allclose(logits_LBTV[1], skipped['logits'], **CLOSE)
     assert np.abs(logits_LBTV[0] - logits_LBTV[1]).max() > 0.1
@@ -384,7 +391,8 @@ def test_jacobian_lens_equals_jacfwd():
         return taken['h_1.resid_post']
 
     stream = lens.capture((model, params), text, names)
-    for layer, name in enumerate(names):
+    np.testing.assert_array_equal(jacobians_LDD[2], np.eye(8))
+    for layer, name in enumerate(names[:2]):
         jacfwd = jax.jit(jax.jacfwd(functools.partial(last_stream, layer)))
         full = jacfwd(jnp.asarray(stream[name]))
         # (B, T', D, B, T, D): both texts apart, summed over the later positions, mean over the
@@ -420,11 +428,10 @@ def test_attributions_sum_to_the_logit(bias):
     assert ('ln_f.bias' in terms) == bias
 
 
-def test_the_attribution_of_a_head_is_what_it_adds(model, params, text):
+def test_the_attribution_of_a_head_is_what_it_adds(model, params, text, whole):
     """Without that head's output, the LayerNorm's scale held, the logit lacks its term."""
     source = model, params
-    taken = lens.capture(source, text, ['h_1.resid_post', 'h_1.z'])
-    stream, z = np.float64(taken['h_1.resid_post']), taken['h_1.z']
+    stream, z = np.float64(whole['h_1.resid_post']), whole['h_1.z']
     written = np.einsum('btk,kd->btd', z[:, :, 1], params['h_1']['attn']['c_proj']['kernel'][1])
     scale = params['ln_f']['scale']
 

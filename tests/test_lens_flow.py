@@ -21,12 +21,12 @@ from gpt2_jax.reports import flow as flow_report
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=65)
 CONFIGS = {
     'plain': {},
-    'no bias': dict(bias=False, n_inner=500),
+    'no bias': dict(bias=False, n_inner=500, n_layer=1),
     'remat': dict(remat='block', n_layer=3),
-    'bfloat16': dict(dtype='bfloat16'),
-    'exact GELU': dict(activation_function='gelu'),
+    'bfloat16': dict(dtype='bfloat16', n_layer=1),
+    'exact GELU': dict(activation_function='gelu', n_layer=1),
     'large vocabulary': dict(vocab_size=5000, n_layer=1),
-    'one head': dict(n_head=1),
+    'one head': dict(n_head=1, n_layer=1),
 }
 # Of XLA's own count, which has casts and the polynomials of erfc too: for the widths in use.
 XLA_BOUND = 0.01

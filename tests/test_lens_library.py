@@ -26,7 +26,13 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('library')
     text = write_text(path / 'words.txt')
     config = make_config(
-        text, data__tokenizer='byte', model__n_positions=32, train__steps=2, eval__every=1
+        text,
+        data__tokenizer='byte',
+        model__n_positions=32,
+        model__embd_pdrop=0.0,
+        model__resid_pdrop=0.0,
+        train__steps=2,
+        eval__every=1,
     )
     assert quiet_train(config, path / 'runs/quickstart')[0] == 0
     return path

@@ -24,6 +24,9 @@ from gpt2_jax.reports.model import render
 TEXT = 'ab</b>\n&lt;é\tab ab'
 
 
+SMALL = dict(n_layer=1, n_head=1)
+
+
 def loaded(tokenizer, **changes) -> SimpleNamespace:
     model = tiny(tokenizer.vocab_size, n_positions=20, **changes)
     return SimpleNamespace(model=model, params=rough_params(model), tokenizer=tokenizer)
@@ -116,18 +119,17 @@ def test_arrays_equal_the_library(source, tokens, page):
 
 def test_gradients_equal_the_library(source, tokens, page):
     facts, arrays = unpacked(page)
-    T = len(tokens)
-    for at in (3, T - 2):
-        names = ['h_0.resid_pre', 'h_0.resid_post', 'h_1.resid_post']
-        gradients = lens.gradients(source, TEXT, [*names, '*/*'], at=at)
-        for layer, name in enumerate(names):
-            row = arrays['gradient.resid'][layer, at * (at + 1) // 2 :][: at + 1]
-            expected = np.linalg.norm(gradients[name][0], axis=-1)
-            np.testing.assert_allclose(row, expected[: at + 1], rtol=1 / 200, atol=1e-6)
-            assert (expected[at + 1 :] == 0).all()
-        for i, leaf in enumerate(facts['leaves']):
-            expected = np.linalg.norm(gradients[leaf])
-            assert arrays['gradient.params'][at, i] == pytest.approx(expected, rel=1e-3), leaf
+    at = len(tokens) // 2
+    names = ['h_0.resid_pre', 'h_0.resid_post', 'h_1.resid_post']
+    gradients = lens.gradients(source, TEXT, [*names, '*/*'], at=at)
+    for layer, name in enumerate(names):
+        row = arrays['gradient.resid'][layer, at * (at + 1) // 2 :][: at + 1]
+        expected = np.linalg.norm(gradients[name][0], axis=-1)
+        np.testing.assert_allclose(row, expected[: at + 1], rtol=1 / 200, atol=1e-6)
+        assert (expected[at + 1 :] == 0).all()
+    for i, leaf in enumerate(facts['leaves']):
+        expected = np.linalg.norm(gradients[leaf])
+        assert arrays['gradient.params'][at, i] == pytest.approx(expected, rel=1e-3), leaf
 
 
 def test_curvature_and_shapes_are_those_of_the_library(source, report, page):
@@ -138,14 +140,14 @@ def test_curvature_and_shapes_are_those_of_the_library(source, report, page):
     assert f'{report.flow.n_params:,} parameters' in page
 
 
-def test_tokens_are_shown_as_text(source, page):
+def test_tokens_are_shown_as_text(source, tokens, page):
     facts, _ = unpacked(page)
     assert ''.join(facts['text'][str(token)] for token in facts['tokens']) == TEXT
-    stray = report_lib.collect(loaded(ByteTokenizer()), 'é', skip=report_lib.SECTIONS)
+    stray = report_lib.collect(loaded(ByteTokenizer(), **SMALL), 'é', skip=report_lib.SECTIONS)
     texts = [stray.facts['text'][token] for token in stray.facts['tokens']]
     assert texts == ['\\xc3', '\\xa9']
     bare = source.model, source.params
-    texts = report_lib.collect(bare, [3, 1], skip=report_lib.SECTIONS).facts['text']
+    texts = report_lib.collect(bare, tokens, skip=report_lib.SECTIONS).facts['text']
     assert texts[3] == '<3>'
 
 
@@ -363,7 +365,7 @@ def test_keys_reach_everything(shown):
 @pytest.mark.parametrize(
     'changes',
     [
-        dict(n_layer=1, n_head=1),
+        SMALL,
         pytest.param(dict(n_layer=48, n_embd=8, n_head=4), marks=pytest.mark.long),
     ],
 )

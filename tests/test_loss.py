@@ -1,5 +1,7 @@
 """The loss over chunks of targets = the loss of all logits at once, and so are its gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,22 +31,36 @@ def whole(x_BTD, wte_VD, targets_BT, precision):
     return token_losses(logits_BTV, targets_BT)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def in_chunks(x_BTD, wte_VD, targets_BT, chunk_targets):
+    """Losses, a tenth of their sum and its gradients."""
+
+    def summed(x_BTD, wte_VD):
+        return 0.1 * summed_loss(x_BTD, wte_VD, targets_BT, 'highest', chunk_targets)
+
+    nats_BT = map_logits(token_losses, x_BTD, wte_VD, targets_BT, 'highest', chunk_targets)
+    return nats_BT, *jax.value_and_grad(summed, argnums=(0, 1))(x_BTD, wte_VD)
+
+
+@jax.jit
+def at_once(x_BTD, wte_VD, targets_BT):
+    def summed(x_BTD, wte_VD):
+        nats_BT = whole(x_BTD, wte_VD, targets_BT, 'highest')
+        return 0.1 * nats_BT.sum(), nats_BT
+
+    run = jax.value_and_grad(summed, argnums=(0, 1), has_aux=True)
+    (total, nats_BT), gradients = run(x_BTD, wte_VD)
+    return nats_BT, total, gradients
+
+
 @pytest.mark.parametrize('chunk_targets', [1, 2, 4, 5, 6, 12, 100])
 @pytest.mark.parametrize('scale', [0.1, 1.0, 100.0])
 def test_chunks_equal_all_logits_at_once(chunk_targets, scale):
     x_BTD, wte_VD, targets_BT = arrays(jnp.float32, scale)
 
-    def summed(x_BTD, wte_VD):
-        return 0.1 * summed_loss(x_BTD, wte_VD, targets_BT, 'highest', chunk_targets)
-
-    def expected_sum(x_BTD, wte_VD):
-        return 0.1 * whole(x_BTD, wte_VD, targets_BT, 'highest').sum()
-
-    expected_BT = whole(x_BTD, wte_VD, targets_BT, 'highest')
-    got_BT = map_logits(token_losses, x_BTD, wte_VD, targets_BT, 'highest', chunk_targets)
+    got_BT, *got = in_chunks(x_BTD, wte_VD, targets_BT, chunk_targets)
+    expected_BT, *expected = at_once(x_BTD, wte_VD, targets_BT)
     np.testing.assert_allclose(got_BT, expected_BT, rtol=1e-6, atol=1e-6 * scale)
-    got = jax.value_and_grad(summed, argnums=(0, 1))(x_BTD, wte_VD)
-    expected = jax.value_and_grad(expected_sum, argnums=(0, 1))(x_BTD, wte_VD)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * np.abs(b).max())
 
@@ -60,8 +76,10 @@ def test_padding_of_the_table_changes_nothing(precision):
     def expected_sum(x_BTD, wte_VD):
         return whole(x_BTD, wte_VD, targets_BT, precision).sum()
 
-    got, (dx_BTD, dwte_VD) = jax.value_and_grad(summed, argnums=(0, 1))(x_BTD, wte_VD)
-    expected, (x_grad, wte_grad) = jax.value_and_grad(expected_sum, argnums=(0, 1))(x_BTD, wte_VD)
+    (got, (dx_BTD, dwte_VD)), (expected, (x_grad, wte_grad)) = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x_BTD, wte_VD)
+        for f in (summed, expected_sum)
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert (dx_BTD.dtype, dwte_VD.dtype, dwte_VD.shape) == (jnp.bfloat16, jnp.bfloat16, (V, D))
     for a, b in ((dx_BTD, x_grad), (dwte_VD, wte_grad)):
@@ -85,7 +103,7 @@ def test_the_length_of_a_chunk():
 @pytest.mark.parametrize('chunk_targets', [pytest.param(6, marks=pytest.mark.long), 36])
 def test_chunks_of_the_model_change_no_value(chunk_targets):
     """With dropout, whose masks do not depend on the chunks."""
-    model = tiny(vocab_size=150, n_layer=1, resid_pdrop=0.2)
+    model = tiny(vocab_size=150, n_layer=1, bias=False, resid_pdrop=0.2)
     params, ids_BT = rough_params(model), tokens(model, batch=3)
     batch = {'inputs': ids_BT, 'targets': np.roll(ids_BT, -1, 1)}
     key = jax.random.key(3)

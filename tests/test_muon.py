@@ -105,11 +105,11 @@ def test_updates_equal_those_of_optax():
             lambda path, _: numbers['/'.join(key.key for key in path[-3:])], tree
         )
 
-    params = rough_params(tiny())
+    params = rough_params(tiny(n_layer=1))
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: 'muon' if '/'.join(k.key for k in path[-3:]) in numbers else 'adamw', params
     )
-    assert sum(label == 'muon' for label in jax.tree.leaves(labels)) == 2 * 4
+    assert sum(label == 'muon' for label in jax.tree.leaves(labels)) == 4
     muon = optax.contrib.muon(
         OPTIONS['muon_schedule'],
         beta=0.9,
@@ -141,7 +141,8 @@ def test_updates_equal_those_of_optax():
 def test_products_in_bfloat16_bring_singular_values_near_1():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 24, 40)), jnp.float32)
     for dtype in ('float32', 'bfloat16'):
-        values = np.linalg.svd(orthogonalize(x, dtype), compute_uv=False)
+        near = jax.jit(orthogonalize, static_argnums=1)(x, dtype)
+        values = np.linalg.svd(near, compute_uv=False)
         assert 0.65 < values.min() < values.max() < 1.25
 
 

@@ -39,11 +39,17 @@ def value_and_grad(model, params, text_BT):
         logits_BTV = model.apply({'params': params}, text_BT[:, :-1], key)
         return token_losses(logits_BTV, text_BT[:, 1:]).mean(), logits_BTV
 
-    (value, logits_BTV), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, logits_BTV), grads = jax.device_get(run(params))
     return logits_BTV, value, grads
 
 
-@pytest.mark.parametrize('name', CASES)
+LONG = ('tiny',)  # each of its sizes is one of another case
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
+)
 def test_plain_and_fast_are_equal_in_fp32(name):
     """The forward pass bit for bit, gradients to 1e-6 of the largest in their leaf."""
     model = tiny(**CASES[name])
@@ -58,7 +64,9 @@ def test_plain_and_fast_are_equal_in_fp32(name):
         assert error <= 1e-6 * largest.max(), leaf_name
 
 
-@pytest.mark.parametrize('residual_dtype', ['compute', 'float32'])
+@pytest.mark.parametrize(
+    'residual_dtype', ['compute', pytest.param('float32', marks=pytest.mark.long)]
+)
 def test_plain_and_fast_are_equal_in_bf16_to_its_rounding(residual_dtype):
     """Logits to 2^-7 of the largest, gradients to 2 % of their leaf's norm: a bf16 has 8 bits."""
     rounded = dict(dtype='bfloat16', residual_dtype=residual_dtype)
@@ -116,8 +124,9 @@ def small(request):
 
     vector = np.concatenate([leaf.ravel() for leaf in leaves])
     assert vector.dtype == np.float32
+    small_logits, loss = jax.jit(small_logits), jax.jit(loss)
     assert abs(loss(jnp.array(vector)) - loss_fp64(np.float64(vector))) < 1e-6
-    return jax.jit(small_logits), jax.jit(loss), loss_fp64, jnp.array(vector)
+    return small_logits, loss, loss_fp64, jnp.array(vector)
 
 
 def directions(vector, n=2):
@@ -144,26 +153,23 @@ def test_forward_mode_equals_finite_differences(small):
 
 def test_forward_mode_jacobian_equals_reverse_mode(small):
     small_logits, _, _, x = small
-    forward, reverse = jax.jacfwd(small_logits)(x), jax.jacrev(small_logits)(x)
+    forward, reverse = (jax.jit(jac(small_logits))(x) for jac in (jax.jacfwd, jax.jacrev))
     assert forward.shape == (1, 3, 5, x.size)
     np.testing.assert_allclose(forward, reverse, rtol=0, atol=1e-5 * np.abs(reverse).max())
 
 
 def test_second_derivatives_equal_finite_differences(small):
-    """jax.hessian, and forward-over-reverse products: the jvp of the gradient."""
+    """jax.hessian: its columns are forward-over-reverse products, the jvp of the gradient."""
     _, loss, loss_fp64, x = small
-    hessian = jax.jit(jax.hessian(loss))(x)
+    hessian = np.float64(jax.jit(jax.hessian(loss))(x))
     np.testing.assert_allclose(hessian, hessian.T, rtol=0, atol=1e-5 * np.abs(hessian).max())
-    v, w = directions(x)
-    _, product = jax.jvp(jax.grad(loss), (x,), (v,))
-    np.testing.assert_allclose(product, hessian @ v, rtol=0, atol=1e-5 * np.abs(product).max())
-    v, w = np.float64(v), np.float64(w)
+    v, w = np.float64(directions(x))
     expected = slope(lambda y: slope(loss_fp64, y, v, 1e-4), np.float64(x), w, 1e-4)
     assert abs(expected) > 1e-3
-    np.testing.assert_allclose(product @ w, expected, rtol=1e-3)
+    np.testing.assert_allclose(w @ hessian @ v, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots'])
+@pytest.mark.parametrize('remat', ['none', pytest.param('dots', marks=pytest.mark.long)])
 def test_gradients_of_single_texts_by_vmap(remat):
     model = GPT2(tiny(n_layer=1, remat=remat).cfg)
     params, text_BT = rough_params(model), tokens(model, batch=4)
@@ -173,7 +179,8 @@ def test_gradients_of_single_texts_by_vmap(remat):
         return token_losses(logits_BTV, text_T[None, 1:]).mean()
 
     grad = jax.jit(jax.grad(loss))
-    together = flat(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, text_BT))
+    together_B = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, text_BT)
+    together = flat(jax.device_get(together_B))
     for i, text_T in enumerate(text_BT):
         for name, leaf in flat(grad(params, text_T)).items():
             atol = 1e-5 * np.abs(leaf).max()
@@ -238,8 +245,12 @@ def test_a_tap_replaces_its_activation():
     params, ids_BT = rough_params(model), tokens(model)
     parts = ('h_0.attn_out', 'h_0.mlp_out')
     ops = PLAIN._replace(tap=lambda name, x: 0 * x if name in parts else x)
-    without = GPT2(dataclasses.replace(model.cfg, n_layer=0)).apply({'params': params}, ids_BT)
-    np.testing.assert_array_equal(model.clone(ops=ops).apply({'params': params}, ids_BT), without)
+    empty = GPT2(dataclasses.replace(model.cfg, n_layer=0))
+    got, without = (
+        jax.jit(tapped.apply)({'params': params}, ids_BT)
+        for tapped in (model.clone(ops=ops), empty)
+    )
+    np.testing.assert_array_equal(got, without)
 
 
 def every_bfloat16():
@@ -328,18 +339,29 @@ def test_gelu_in_bf16_is_rounded_once(function):
     check_rounded_once(got, GELU['gelu_new'](x), 4e-7 * np.abs(x))
 
 
+@jax.jit
+def seeds_of_sites():
+    return dropout_seeds(tiny().cfg, jax.random.key(0))
+
+
+def kept(n, seed, rate):
+    """The elements 0 to n - 1 that dropout keeps."""
+    mask = jax.jit(lambda index, seed: keep_mask(index, seed, rate))
+    return np.asarray(mask(np.arange(n, dtype=np.uint32), seed))
+
+
 @pytest.mark.parametrize('path', ['xla', 'fused'])
 @pytest.mark.parametrize('rate', [0.1, 0.2])
 def test_dropout_in_bf16_is_rounded_once(path, rate):
     """With bf16(1 - rate) as divisor, the scale would be off by 0.18 % at a rate of 0.1."""
     x_ND = every_bfloat16()
-    seed = dropout_seeds(tiny().cfg, jax.random.key(0))[2]
+    seed = seeds_of_sites()[2]
     if path == 'fused':
         one_D, zero_ND = jnp.ones(128), jnp.zeros_like(x_ND)
         got, _ = add_norm(zero_ND, x_ND, None, one_D, None, seed, rate, 1e-5, 'float32')
     else:
         got = dropout(x_ND, seed, rate)
-    keep = keep_mask(jnp.arange(x_ND.size, dtype=jnp.uint32).reshape(x_ND.shape), seed, rate)
+    keep = kept(x_ND.size, seed, rate).reshape(x_ND.shape)
     exact = np.where(keep, np.float64(x_ND) / (1 - rate), 0)
     check_rounded_once(got, exact, 2e-7 * np.abs(exact))
 
@@ -348,8 +370,8 @@ def test_dropout_of_the_pattern_in_bf16_is_rounded_once():
     """With q = k = 0 the pattern is 1 / (t + 1), and with v = 1 the output is its dropout."""
     T, rate = 64, 0.1
     zero_BTHK, v_BHSK = jnp.zeros((1, T, 1, T)), jnp.eye(T, dtype=jnp.bfloat16)[None, None]
-    seed = dropout_seeds(tiny().cfg, jax.random.key(0))[1]
+    seed = seeds_of_sites()[1]
     got = causal_attention(zero_BTHK, zero_BTHK.swapaxes(1, 2), v_BHSK, rate=rate, seed=seed)
-    keep = keep_mask(jnp.arange(T * T, dtype=jnp.uint32).reshape(T, T), seed, rate)
+    keep = kept(T * T, seed, rate).reshape(T, T)
     exact = np.where(np.tril(keep), 1 / np.arange(1, T + 1)[:, None] / (1 - rate), 0)
     check_rounded_once(got[0, :, 0], exact, 2e-7 * exact)

@@ -23,7 +23,7 @@ from gpt2_jax.parallel.devices import peak_flops
 # data x fsdp x tensor
 ONE, DATA, FSDP, ALL, TENSOR = '1 1 1', '8 1 1', '2 4 1', '2 2 2', '1 1 4'
 # The runs of one process. ALL has the axes of the meshes that only --long runs.
-GROUPS = {'few': (ONE, DATA, ALL), 'long': (ONE, FSDP, TENSOR)}
+GROUPS = {'few': (ONE, ALL), 'long': (ONE, DATA, FSDP, TENSOR)}
 MESHES = [
     pytest.param(mesh, group, id=mesh, marks=pytest.mark.long if group == 'long' else ())
     for group, meshes in GROUPS.items()
@@ -139,7 +139,7 @@ def restore_tour(corpus: str) -> list[str]:
     meta = {'config': '', 'tokenizer': '', 'progress': {}, 'log_sizes': {}}
     meta['corpus'] = {'name': '', 'sha256': '', 'fallback': False}
     first = None
-    for step, mesh_sizes in enumerate((DATA, TENSOR, ALL, ONE)):
+    for step, mesh_sizes in enumerate((ALL, TENSOR, DATA, ONE)):
         setup = make_setup(mesh_sizes, corpus)
         with Checkpoints(Path(corpus).with_name('tour')) as checkpoints:
             if first is None:
@@ -310,6 +310,9 @@ def test_the_peak_of_an_unlisted_device_is_unknown(kind, peak):
 
 
 if __name__ == '__main__':
+    from gpt2_jax.training import programs
+
+    programs.DRAW_OPTIONS['cpu'] = {}  # compiles sooner, as above
     _, text_path, group = sys.argv
     if group == 'muon':
         results = {mesh: run_on(mesh, text_path, algorithm='muon') for mesh in (ONE, ALL)}

@@ -1,5 +1,6 @@
 """One update, opened: the replay equals the run to the digit, and a hand computation."""
 
+import functools
 import json
 import shutil
 
@@ -52,13 +53,14 @@ def replay(run):
 
 @pytest.fixture(scope='module')
 def opened(replay):
-    """Every step, opened."""
-    return {step: replay.open(step) for step in range(1, LONGER + 1)}
+    """A step, opened when it is first asked for."""
+    return functools.cache(replay.open)
 
 
 @pytest.mark.long
 def test_every_step_equals_the_recorded_one_to_the_digit(opened):
-    for step, found in opened.items():
+    for step in range(1, LONGER + 1):
+        found = opened(step)
         assert found.checkpoint == step - 1
         assert found.recorded == found.replayed
         assert found.verdict == 'the replayed metrics equal the recorded ones to the last digit'
@@ -79,10 +81,10 @@ def test_far_checkpoints_any_order_and_damage_give_the_same(run, replay, opened,
     for step, checkpoint in ((9, 8), (4, 0), (5, 0), (2, 0)):  # 1 is damaged; 0, the initial state
         found = far.open(step)
         assert found.checkpoint == checkpoint
-        assert found.replayed == opened[step].replayed
-        assert np.array_equal(found.after_BT, opened[step].after_BT)
+        assert found.replayed == opened(step).replayed
+        assert np.array_equal(found.after_BT, opened(step).after_BT)
     shutil.rmtree(copy / FOLDER / '0')
-    assert far.open(3).replayed == opened[3].replayed
+    assert far.open(3).replayed == opened(3).replayed
 
 
 def test_numbers_equal_a_hand_computation(run, opened):
@@ -104,7 +106,7 @@ def test_numbers_equal_a_hand_computation(run, opened):
 
     by_hand = jax.jit(jax.grad(losses, has_aux=True))
     for step in (1, 4):
-        found, old, new = opened[step], states[step - 1].params, states[step].params
+        found, old, new = opened(step), states[step - 1].params, states[step].params
         grads, before_BT = by_hand(old, found.tokens_BT1, step)
         np.testing.assert_allclose(found.before_BT, before_BT, atol=2e-6)
         _, after_BT = by_hand(new, found.tokens_BT1, step)
@@ -120,7 +122,7 @@ def test_numbers_equal_a_hand_computation(run, opened):
 
 
 def test_rows_are_the_text_at_their_place(replay, opened, text):
-    found = step_report.to_json(replay.run, opened[3])
+    found = step_report.to_json(replay.run, opened(3))
     data = text.read_bytes()
     means = [row['before_mean'] for row in found['rows']]
     assert means == sorted(means, reverse=True)
@@ -128,13 +130,13 @@ def test_rows_are_the_text_at_their_place(replay, opened, text):
         held = ''.join(row['tokens']).encode()
         assert data[row['byte'] : row['byte'] + len(held)] == held
         assert data[: row['byte']].count(b'\n') + 1 == row['line']
-        assert row['before'] == pytest.approx(opened[3].before_BT[row['row']], abs=1e-5)
+        assert row['before'] == pytest.approx(opened(3).before_BT[row['row']], abs=1e-5)
 
 
 def test_a_replay_that_differs_says_so(run, replay, opened, tmp_path, monkeypatch):
     (tmp_path / 'run').mkdir()
     records = (run / 'metrics.jsonl').read_text()
-    value = opened[4].recorded['grad_norm']
+    value = opened(4).recorded['grad_norm']
     for factor, verdict in (
         (1.01, 'THE REPLAY DIFFERS: by 9.9e-03, relative.'),
         (1 + 1e-6, 'the replayed metrics equal the recorded ones to 1.0e-06, relative: rounding'),
@@ -142,8 +144,8 @@ def test_a_replay_that_differs_says_so(run, replay, opened, tmp_path, monkeypatc
         changed = records.replace(str(value), str(value * factor))
         (tmp_path / 'run' / 'metrics.jsonl').write_text(changed)
         record = next(r for r in history.read_records(tmp_path / 'run', 'train') if r['step'] == 4)
-        monkeypatch.setitem(opened[4].recorded, 'grad_norm', record['grad_norm'])
-        assert opened[4].verdict.startswith(verdict)
+        monkeypatch.setitem(opened(4).recorded, 'grad_norm', record['grad_norm'])
+        assert opened(4).verdict.startswith(verdict)
 
 
 def test_what_cannot_be_replayed_is_one_line(run, replay, text, tmp_path):

@@ -1,6 +1,7 @@
 """The structure of the package: imports point down, data/ loads no JAX, scripts are short."""
 
 import ast
+import functools
 import io
 import subprocess
 import sys
@@ -258,13 +259,16 @@ def test_lines_are_counted_right(tmp_path):
     assert code_lines(tmp_path / 'x.py') == 5
 
 
+@functools.cache
+def imported_packages() -> set[str]:
+    return {full.split('.')[0] for path in PACKAGE.values() for full in imports(path)}
+
+
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_short_and_shadow_nothing(path):
     """scripts/ comes first on the path of a script: JAX would import a file inspect.py there."""
     assert path.stem not in sys.stdlib_module_names
-    assert path.stem not in {
-        full.split('.')[0] for other in PACKAGE.values() for full in imports(other)
-    }
+    assert path.stem not in imported_packages()
     flag_lines = {
         line
         for node in ast.parse(path.read_text('utf-8')).body

@@ -30,6 +30,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import mutate
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -41,8 +43,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.inference import lambada, texts
 from gpt2_jax.inference.evaluate import pad_windows
 from gpt2_jax.model import huggingface
-from gpt2_jax.model.params import init_params
-from gpt2_jax.training import meter, setup, start, step
+from gpt2_jax.training import meter, setup, start
 from gpt2_jax.workdir import checkpoints, checksums
 from gpt2_jax.workdir import folder as run_folder
 from gpt2_jax.workdir.restore import load
@@ -290,7 +291,7 @@ def make_checkpoint(folder: Path) -> None:
     progress = meter.Progress(best_step=1, best_val_loss=2.0, final_val_loss=2.0)
     meta = start.checkpoint_meta(built, folder, progress)
     with checkpoints.Checkpoints(folder / 'checkpoints') as saved:
-        state = step.init_state(init_params(built.model.cfg, 0), built.optimizer)
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), built.shapes)
         saved.save(1, state.replace(step=state.step + 1), meta, 2.0)
 
 

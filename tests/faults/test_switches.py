@@ -81,7 +81,7 @@ def test_the_line_of_a_nan_is_named(capsys, monkeypatch):
     cfg = GPT2Config(vocab_size=5, n_layer=1, n_head=1, n_embd=8, n_positions=4)
 
     def main(arguments):
-        params = init_params(cfg, 0)
+        params = jax.jit(lambda: init_params(cfg, 0))()
         params['ln_f']['bias'] += jnp.nan
         with switched('jax_debug_nans', True):
             jax.jit(GPT2(cfg).apply)({'params': params}, jnp.zeros((1, 2), jnp.int32))
@@ -123,7 +123,7 @@ def test_a_platform_that_is_not_there(error, monkeypatch):
 @pytest.mark.parametrize(('free', 'warned'), [(10**12, False), (100, True), (None, False)])
 def test_memory_is_estimated_before_training(free, warned, text, tmp_path, monkeypatch):
     monkeypatch.setattr(faults, 'free_memory', lambda device: free)
-    config = runs.make_config(text, train__steps=1, eval__sample_tokens=0)
+    config = runs.make_config(text, **SHORT | {'eval__sample_tokens': 0})
     _, printed = runs.quiet_train(config, tmp_path)
     assert 'for parameters, moments, gradients and saving' in printed
     assert ('warning: this may run out of memory: lower --config.train.batch' in printed) == warned
