@@ -209,6 +209,17 @@ def test_generated_text_equals_the_plain_model(samples, n_layer, sampling):
     assert np.array_equal(text('fused'), expected)
 
 
+@pytest.mark.parametrize('width', [48, 768, 1024, 1152, 1600])
+def test_blocks_of_any_matrix_are_powers_of_two(width):
+    """Also of small vocabularies in a wide model."""
+    for B in (1, 2, 16, 17, 33, 200):
+        for N in (5, 65, 527, 528, width, 3 * width, 4 * width, 8 * width, 50257):
+            for D in (width, 4 * width):
+                for size in GPU_SIZES['linear_sizes'](B, D, N, width, merges=False)[:4]:
+                    assert isinstance(size, int)
+                    assert size.bit_count() == 1
+
+
 @pytest.mark.parametrize(
     ('batch', 'residual_dtype'), [(1, 'compute'), (5, 'float32'), (32, 'compute')]
 )

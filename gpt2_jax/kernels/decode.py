@@ -32,9 +32,11 @@ from gpt2_jax.model.ops import activate
 STATISTICS = 64  # columns of several rows that are read at a time for the statistics of LayerNorm
 HEAD_OUTS = 8192  # a matrix with more outputs is the head: it keeps the memory busy by itself
 # Up to this width, many small programs process one row. A wider row would leave each of them less
-# on its way: gpt2-xl decoded 431 tokens/s with them, and 485 with fewer, larger ones (H100).
+# on its way: gpt2-xl decoded 431 tokens/s with them, and 485 in an earlier version with larger ones
+# (H100).
 MAX_NARROW = 1024
-MAX_SPLITS = 16  # because `linear` holds all splits of a head's result in registers
+WIDE_PROGRAMS = 528  # that share a matrix if one row is wider: four a multiprocessor of an H100
+MAX_SPLITS = 16  # because a program of `linear` holds all splits of all heads in registers
 
 
 class LinearSizes(NamedTuple):
@@ -58,7 +60,8 @@ def linear_sizes(B, D, N, width, merges):
     so each has more on its way.
     """
     if B == 1 and width > MAX_NARROW:
-        return LinearSizes(1, min(8, 2 ** ((N // 528).bit_length() - 1)), 1024, 4, 1)
+        outs = max(1, N // WIDE_PROGRAMS)
+        return LinearSizes(1, min(8, 2 ** (outs.bit_length() - 1)), 1024, 4, 1)
     if B == 1:
         if merges:
             return LinearSizes(1, 8, 256, 8, 1)
