@@ -35,11 +35,13 @@ END_SECONDS = 15  # within which the others end if one process dies
 
 # As on a GPU whose collective waits for ever, the main thread is not the one to notice a loss.
 WAIT = """
+import faulthandler
 import sys
 import time
 
 from gpt2_jax.parallel import hosts
 
+faulthandler.enable()
 with hosts.joined(sys.argv[1], 2, int(sys.argv[2])):
     print('joined', flush=True)
     time.sleep(60)
@@ -262,6 +264,8 @@ def test_a_process_that_waits_for_a_lost_one_ends(folder, starter, victim, numbe
     assert (codes[victim], codes[other]) == (-number, 1)
     assert group.output(other).count('error:') == 1
     assert 'stack trace' not in group.output(other)
+    reported = 'Fatal Python error: Aborted' in group.output(victim)  # by faulthandler
+    assert reported == (number == signal.SIGABRT)
 
 
 @pytest.mark.long

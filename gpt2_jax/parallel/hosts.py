@@ -137,6 +137,7 @@ def _launched() -> bool:
     return ',' in env.get('TPU_WORKER_HOSTNAMES', '')
 
 
+@functools.cache  # once in a process
 def _end_instead_of_abort() -> None:
     """Makes this process end with one line if JAX's service misses another process.
 
@@ -148,14 +149,25 @@ def _end_instead_of_abort() -> None:
     distributed._jax.get_distributed_runtime_client = functools.partial(
         distributed._jax.get_distributed_runtime_client, missed_heartbeat_callback=_end
     )
-    ctypes.CDLL(None).signal(signal.SIGABRT, _handle_abort)
+    _handle_abort.before = _set_abort_handler(_handle_abort)
+
+
+def _set_abort_handler(handler: Any) -> int | None:
+    """Sets the handler of SIGABRT, and returns the address of the one before; None: the default.
+
+    In C, because Python runs a handler of its own in the main thread only.
+    """
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    return set_handler(signal.SIGABRT, handler)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _handle_abort(_number: int) -> None:
     """Ends this process; by an abort only if JAX's service answers and so is not the cause.
 
-    While it waits, the main thread may report the error of a collective.
+    While it waits, the main thread may report the error of a collective. The handler that was there
+    before runs at an abort, such as faulthandler's, which prints where it happened.
     """
     client, answered = distributed.global_state.client, threading.Event()
 
@@ -168,8 +180,8 @@ def _handle_abort(_number: int) -> None:
     threading.Thread(target=ask, daemon=True).start()
     if not answered.wait(ANSWER_SECONDS):
         _end()
-    ctypes.CDLL(None).signal(signal.SIGABRT, None)  # the default
-    signal.raise_signal(signal.SIGABRT)
+    _set_abort_handler(_handle_abort.before)
+    signal.raise_signal(signal.SIGABRT)  # arrives when this handler has returned
 
 
 def _end(_status: Any = None) -> NoReturn:
