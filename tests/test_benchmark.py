@@ -122,7 +122,7 @@ def test_scale(monkeypatch):
     assert peaks == sorted(peaks)
     assert all(record['tokens_per_second'] > 0 for record in records)
     records[0] |= {'tokens_per_second': 500.0, 'peak_memory_bytes': 3 * 2**30, 'mfu': 0.25}
-    shares = {'collectives': 0.125, 'collectives_alone': 0.0625}
+    shares = {'collectives': 0.125, 'collectives_alone': 0.0}
     slow = records[0] | {'devices': 2, 'tokens_per_second': 900.0} | shares
     large = records[0] | {'size': 'gpt2-xl', 'tokens_per_second': None}
     lines = list(scale.scale_table([large, slow, records[0]]))
@@ -132,7 +132,7 @@ def test_scale(monkeypatch):
         ['| gpt2-xl', '1', '2', 'out of memory', '', ''],
     ]
     assert '| 0.250 |  |  | 3.0 GiB |' in lines[2]
-    assert '| 0.250 | 12.5% | 6.2% | 3.0 GiB |' in lines[3]
+    assert '| 0.250 | 12.5% | 0.0% | 3.0 GiB |' in lines[3]
 
 
 def test_collectives_in_a_profile():

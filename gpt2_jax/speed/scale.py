@@ -86,7 +86,7 @@ def scale_table(records: list[dict[str, Any]]) -> Iterator[str]:
     """Yields the records of `bench_scale` as a Markdown table, with weak scaling."""
     yield (
         '| model | GPUs | windows a GPU | tokens/s | planned | weak scaling | MFU | '
-        'in collectives | nothing else | memory a GPU | planned |'
+        'in collectives | in them alone | memory a GPU | planned |'
     )
     yield '| --- ' * 11 + '|'
     rates = {(r['size'], r['devices']): r['tokens_per_second'] for r in records}
@@ -108,7 +108,7 @@ def scale_table(records: list[dict[str, Any]]) -> Iterator[str]:
             f'{planned:,.0f}' if planned else '',
             f'{rate / one:.2f}' if rate and one else '',
             f'{mfu:.3f}' if mfu else '',
-            *(f'{share:.1%}' if share else '' for share in shares),
+            *('' if share is None else f'{share:.1%}' for share in shares),
             f'{peak / GIB:.1f} GiB' if peak else '',
             f'{record["planned_memory_bytes"] / GIB:.1f} GiB',
         ]
