@@ -1,6 +1,8 @@
 """The decoding kernels, in Pallas' interpreter, against the plain formulas."""
 
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +220,35 @@ def test_blocks_of_any_matrix_are_powers_of_two(width):
                 for size in GPU_SIZES['linear_sizes'](B, D, N, width, merges=False)[:4]:
                     assert isinstance(size, int)
                     assert size.bit_count() == 1
+
+
+@pytest.mark.parametrize(
+    ('capability', 'kilobytes'), [('9.0', 227), ('8.0', 163), ('8.9', 99), ('12.0', 99)]
+)
+def test_blocks_fit_the_shared_memory(capability, kilobytes, monkeypatch):
+    """XLA refuses a program that needs more: all stages but one hold a block of each input."""
+    calls = []
+
+    def call(kernel, *, in_specs, stages, **options):
+        calls.append((in_specs[0], stages))
+        return lambda ins: ins['x']
+
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, 'devices', lambda: [device])
+    monkeypatch.setattr(decode, 'call', call)
+    monkeypatch.setattr(decode, 'linear_sizes', GPU_SIZES['linear_sizes'])
+    cfg = tiny(n_embd=768, n_head=12, dtype='bfloat16').cfg
+    for B, N, D in itertools.product((1, 8, 16, 17, 200), (65, 768, 3072, 50257), (768, 3072)):
+        inputs = GPU_SIZES['linear_sizes'](B, D, N, 768, merges=False).inputs
+        for dtype in ('bfloat16', 'float32'):
+            x_BD = jax.ShapeDtypeStruct((B, D), jnp.dtype(dtype))
+            w_ND = jax.ShapeDtypeStruct((N, D), jnp.dtype('bfloat16'))
+            decode.linear.__wrapped__(cfg, x_BD, {'kernel': w_ND})
+            specs, stages = calls.pop()
+            rows, outs = (specs[name].block_shape[0] for name in 'xw')
+            held = inputs * (rows * x_BD.dtype.itemsize + outs * 2)
+            assert B == 1 or stages > 1
+            assert (stages - 1) * held <= kilobytes * 1024
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gpt2_jax.architecture import GPT2Config
-from gpt2_jax.kernels.launch import block_mask, call, load_or_zero, only
+from gpt2_jax.kernels.launch import block_mask, call, load_or_zero, only, shared_memory
 from gpt2_jax.model.gpt2 import Cache, embed
 from gpt2_jax.model.ops import activate
 
@@ -196,6 +196,9 @@ def linear(cfg: GPT2Config, x, weights, residual_BN=None, lse_SH=None, *, gelu=F
     (N, D), H, K = weights['kernel'].shape, cfg.n_head, cfg.head_dim
     B = 1 if lse_SH is not None else x.shape[0]
     rows, outs, inputs, warps, stages = linear_sizes(B, D, N, cfg.n_embd, lse_SH is not None)
+    # One stage computes, and the others each hold a block of x and of the weights.
+    held = inputs * (rows * x.dtype.itemsize + outs * weights['kernel'].dtype.itemsize)
+    stages = min(stages, 1 + shared_memory() // held)
     one = None if B == 1 else 1  # in a BlockSpec: no axis for a single row
     vector = pl.BlockSpec((one, outs), lambda i, j: (0, j))
     mine = pl.BlockSpec((one and rows, outs), lambda i, j: (i, j))

@@ -38,6 +38,11 @@ sys.modules.setdefault('jaxlib.mlir.dialects.tt', dialect)
 
 LOG2_E = math.log2(math.e)
 
+# Bytes of shared memory that a program can have (CUDA programming guide): what an A100 has, an H100
+# has more, and the compute capabilities that have less: such as an L4, an L40S or an RTX 4090.
+SHARED_MEMORY = 163 * 1024
+SMALL_SHARED_MEMORY = dict.fromkeys(('8.6', '8.9', '12.0', '12.1'), 99 * 1024)
+
 # The blocks of a dropout seed: see seed_inputs.
 SEED_SPECS = {
     'words': pl.BlockSpec((2,), lambda *grid: (0,)),
@@ -49,6 +54,12 @@ SEED_SPECS = {
 def interprets() -> bool:
     """True if kernels run in the interpreter: there is no GPU."""
     return jax.default_backend() != 'gpu'
+
+
+def shared_memory() -> int:
+    """The bytes of shared memory that a program of this GPU can count on."""
+    capability = getattr(jax.devices()[0], 'compute_capability', None)
+    return SMALL_SHARED_MEMORY.get(capability, SHARED_MEMORY)
 
 
 def call(kernel, *, warps, stages=2, **options):
