@@ -24,7 +24,8 @@ def small_linear(B, D, N, width, merges):
 
 
 def small_attend(B, S, width):
-    return decode.AttendSizes(4, 1, -(-S // 4) if B == 1 else 1)
+    """One block is longer than the context with many rows."""
+    return decode.AttendSizes(4 if B <= 16 else 32, 1, -(-S // 4) if B == 1 else 1)
 
 
 SMALL = dict(linear_sizes=small_linear, attend_sizes=small_attend, COLUMNS=8)

@@ -230,10 +230,10 @@ def linear(cfg: GPT2Config, x, weights, residual_BN=None, lse_SH=None, *, gelu=F
     )(ins)
 
 
-def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, *outputs, K, block):
+def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, *outputs, S, K, block):
     """Softmax names are FlashAttention's, m, l and alpha: see attention.py."""
     z_ref, k_out_ref, v_out_ref, lse_ref = outputs
-    S, width = k_ref.shape
+    width = k_ref.shape[1]
     split = 0 if lse_ref is None else pl.program_id(2)
     columns = jnp.arange(width) < K
 
@@ -292,7 +292,8 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
     """
     B, H, S, K = k_BHSK.shape
     width, (block, warps, splits) = pl.next_power_of_2(K), attend_sizes(B, S, H * K)
-    cache = pl.BlockSpec((None, None, S, width), lambda b, h, s: (b, h, 0, 0))
+    whole = block * pl.cdiv(S, block)  # positions in whole blocks
+    cache = pl.BlockSpec((None, None, whole, width), lambda b, h, s: (b, h, 0, 0))
 
     def part(index):
         return pl.BlockSpec((None, None, None, width), lambda b, h, s: (b, index, h, 0))
@@ -305,7 +306,7 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
         lse = jax.ShapeDtypeStruct((splits, H), jnp.float32)
         lse_spec = pl.BlockSpec((None, None), lambda b, h, s: (s, h))
     z, *layer_cache, lse_SH = call(
-        functools.partial(_attend_kernel, K=K, block=block),
+        functools.partial(_attend_kernel, S=S, K=K, block=block),
         grid=(B, H, splits),
         warps=warps,
         input_output_aliases={4: 1, 5: 2},
