@@ -175,7 +175,7 @@ def test_drawn_tokens_equal_the_plain_sampler(sampling):
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
     keys_CB = jnp.stack([keys_B[::-1], keys_B])
     pick = sample.make_sampler(keys_CB, 60, sampling.divisor, sampling.top_k)
-    got = pick(logits_BV, jnp.full(keys_CB.shape, -1), 1)
+    got = pick(logits_BV, jnp.full(keys_CB.shape, -1, jnp.int32), 1)
     assert np.all(got[0] == -1)
     assert np.array_equal(got[1], sample_token(logits_BV, keys_B, sampling))
 
@@ -253,11 +253,12 @@ def test_blocks_fit_the_shared_memory(capability, kilobytes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('batch', 'residual_dtype'), [(1, 'compute'), (5, 'float32'), (32, 'compute')]
+    ('batch', 'residual_dtype', 'x64'),
+    [(1, 'compute', False), (5, 'float32', False), (32, 'compute', True)],
 )
-def test_lowers_for_a_gpu(batch, residual_dtype):
+def test_lowers_for_a_gpu(batch, residual_dtype, x64):
     """At the size of GPT-2, with the block sizes of a GPU; none is needed."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(x64):
         for name, value in GPU_SIZES.items():
             patch.setattr(MODULE[name], name, value)
         patch.setattr(jax, 'default_backend', lambda: 'gpu')

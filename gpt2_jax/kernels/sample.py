@@ -107,7 +107,7 @@ def _k_largest(x, columns, k, most):
 def _select_kernel(logits_ref, values_ref, columns_ref, *, V, k):
     """The k largest logits of a block, and a few more, with their columns; -inf fills the rest."""
     (most,) = values_ref.shape
-    index = jnp.arange(COLUMNS)
+    index = jnp.arange(COLUMNS, dtype=jnp.int32)
     columns = pl.program_id(1) * COLUMNS + index
     x = plgpu.load(logits_ref, mask=columns < V, other=-jnp.inf)
     (kept,) = _k_largest([x], [columns], k, most)
@@ -144,7 +144,7 @@ def _sample_kernel(
     i_ref, x_ref, columns_ref, noise_ref, _, tokens_ref, *, N, V, temperature, top_k
 ):
     size, blocks = column_blocks(N, COLUMNS)
-    index = [j * size + jnp.arange(size) for j in range(blocks)]
+    index = [j * size + jnp.arange(size, dtype=jnp.int32) for j in range(blocks)]
     blocks = [pl.ds(j * size, size) for j in range(blocks)]
     x = [
         plgpu.load(x_ref.at[block], mask=at < N, other=-jnp.inf)
@@ -217,7 +217,8 @@ def make_sampler(keys_CB, V, temperature, top_k):
     """
     noise_CBV = None
     if temperature:
-        noise_CBV = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (V,))))(keys_CB)
+        draw = functools.partial(jax.random.gumbel, shape=(V,), dtype=jnp.float32)
+        noise_CBV = jax.vmap(jax.vmap(draw))(keys_CB)
     return functools.partial(_pick, noise_CBV, temperature, top_k)
 
 
