@@ -91,7 +91,9 @@ def joined(
             jax.distributed.shutdown()
         raise
     try:
-        jax.distributed.shutdown()  # waits for the others
+        if several():
+            barrier('the end')  # shutdown waits only HEARTBEAT_SECONDS for a process that is slower
+        jax.distributed.shutdown()
     except RuntimeError:
         raise _lost('it did not come to the end') from None
 
