@@ -92,16 +92,8 @@ def scale_table(records: list[dict[str, Any]]) -> Iterator[str]:
     rates = {(r['size'], r['devices']): r['tokens_per_second'] for r in records}
     for record in sorted(records, key=lambda r: (SCALE_SIZES.index(r['size']), r['devices'])):
         rate, one = record['tokens_per_second'], rates[record['size'], 1]
-        planned, peak, mfu, *shares = (
-            record[name]
-            for name in (
-                'planned_tokens_per_second',
-                'peak_memory_bytes',
-                'mfu',
-                'collectives',
-                'collectives_alone',
-            )
-        )
+        planned, peak = record['planned_tokens_per_second'], record['peak_memory_bytes']
+        mfu, shares = record['mfu'], (record['collectives'], record['collectives_alone'])
         cells = [
             *(record['size'], record['devices'], record['windows_a_device']),
             f'{rate:,.0f}' if rate else 'out of memory',
