@@ -120,6 +120,37 @@ def _matmul_rows_backward(precision, saved, dy_N):
 matmul_rows.defvjp(_matmul_rows_forward, _matmul_rows_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_rows_each(x_ND, kernels, precision):
+    """(x W1, x W2, ..) for several kernels: a tuple of (N, *outputs).
+
+    The gradient of x is a sum of products. Each but the first is the left operand of its addition,
+    because XLA then lets cuBLAS add the others to it: 38 us less for each addition (124M, 32 x 1024
+    tokens, H200).
+    """
+    return tuple(matmul_rows(x_ND, kernel, precision) for kernel in kernels)
+
+
+def _matmul_rows_each_forward(x_ND, kernels, precision):
+    return matmul_rows_each(x_ND, kernels, precision), (x_ND, kernels)
+
+
+def _matmul_rows_each_backward(precision, saved, dy_N):
+    x_ND, kernels = saved
+    (dx_ND, dkernel), *others = (
+        _matmul_rows_backward(precision, (x_ND, kernel), dy)
+        for kernel, dy in zip(kernels, dy_N, strict=True)
+    )
+    dkernels = [dkernel]
+    for part_ND, dkernel in others:
+        dx_ND = part_ND + dx_ND
+        dkernels.append(dkernel)
+    return dx_ND, tuple(dkernels)
+
+
+matmul_rows_each.defvjp(_matmul_rows_each_forward, _matmul_rows_each_backward)
+
+
 def fast_matmul(x, kernel, n_inputs: int, precision):
     """`matmul` by `matmul_rows`."""
     lead, inputs = x.shape[:-n_inputs], x.shape[-n_inputs:]

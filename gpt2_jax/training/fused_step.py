@@ -22,7 +22,13 @@ from gpt2_jax.kernels.gelu import gelu
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds
 from gpt2_jax.model.gpt2 import causal_attention, embed
-from gpt2_jax.model.ops import FAST, REMAT_POLICIES, cudnn_attention, matmul_rows
+from gpt2_jax.model.ops import (
+    FAST,
+    REMAT_POLICIES,
+    cudnn_attention,
+    matmul_rows,
+    matmul_rows_each,
+)
 from gpt2_jax.parallel import collectives
 from gpt2_jax.training.optim import (
     FusedOptimizer,
@@ -77,7 +83,7 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
         """
         kernel_3DD = jnp.moveaxis(attn['c_attn']['kernel'].reshape(D, 3, D), 1, 0)
         bias_3HK, bias_D = attn['c_attn'].get('bias'), attn['c_proj'].get('bias')
-        q_ND, k_ND, v_ND = (matmul_rows(y_ND, kernel_DD, cfg.precision) for kernel_DD in kernel_3DD)
+        q_ND, k_ND, v_ND = matmul_rows_each(y_ND, tuple(kernel_3DD), cfg.precision)
         if bias_3HK is not None:
             kernel_HKD = attn['c_proj']['kernel'].astype(jnp.float32)
             q_ND = add_bias(q_ND, bias_3HK[0].reshape(D))  # by cuBLAS, as long as it is a vector

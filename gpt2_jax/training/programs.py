@@ -91,6 +91,7 @@ def compiler_options(setup: Setup, training: bool) -> dict[str, bool | int]:
     if fused:
         options['xla_gpu_enable_cublaslt'] = True  # see kernels/gelu.py
         options['xla_gpu_enable_triton_gemm'] = False
+        options['xla_gpu_dot_merger_threshold_mb'] = 0
         options['xla_gpu_experimental_enable_fusion_autotuner'] = False
     if setup.config.train.deterministic and setup.device.platform == 'gpu':
         options['xla_gpu_autotune_level'] = 0
