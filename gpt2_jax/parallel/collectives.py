@@ -72,6 +72,8 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     'tensor' must have size 1.
     """
 
+    on_one_host = len({device.process_index for device in mesh.devices.flat}) == 1
+
     def add_up(gradient, spec: P):
         """The sum over all devices, of the shard that this one holds."""
         if mesh.shape['fsdp'] == 1 or 'fsdp' not in spec:
@@ -87,6 +89,8 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
             whole = gather(mesh, cast(shards), spec)
             loss, grads = loss_and_grads(whole, rows, key, n_targets)
             grads = jax.tree.map(lambda g: g.astype(dtype), grads)
+            if on_one_host:
+                loss, grads = lax.optimization_barrier((loss, grads))
             return lax.psum(loss, ROW_AXES), jax.tree.map(add_up, grads, spec)
 
         return jax.shard_map(

@@ -296,14 +296,13 @@ def make_optimizer(
             ones = [1.0] * len(jax.tree.leaves(params))
             return update_shards(grads, state, params, ones, lambda x: x)
         spec, state_spec = (collectives.specs(mesh, tree) for tree in (params, state))
-        weights = [
-            1 / collectives.copies(mesh, leaf_spec)
-            for leaf_spec in jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
-        ]
+        specs = jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
+        weights, axes = [1.0] * len(specs), ()  # unless sharded, each device has the whole sums
+        if mesh.shape['fsdp'] > 1:
+            weights = [1 / collectives.copies(mesh, leaf_spec) for leaf_spec in specs]
+            axes = mesh.axis_names
         return jax.shard_map(
-            lambda *trees: update_shards(
-                *trees, weights, lambda x: jax.lax.psum(x, mesh.axis_names)
-            ),
+            lambda *trees: update_shards(*trees, weights, lambda x: jax.lax.psum(x, axes)),
             mesh=mesh,
             in_specs=(spec, state_spec, spec),
             out_specs=(spec, state_spec, P()),
