@@ -24,7 +24,7 @@ ROWS_MULTIPLE = 2048
 HEAD_DIMS = (16, 32, 64, 128)
 # Tokens of a device's micro-batch from which cuDNN's attention is the faster one without dropout:
 # its three products pay only if they are large.
-CUDNN_TOKENS = 24 * 1024
+CUDNN_TOKENS = 16 * 1024
 
 
 class Kernels(NamedTuple):
