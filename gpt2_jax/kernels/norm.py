@@ -24,8 +24,17 @@ from gpt2_jax.model.dropout import keep_mask
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 NORM_ROWS, NORM_WARPS = 2, 2  # rows of a program in the forward pass
-# In the backward pass: programs, which share the rows equally; rows processed at a time; warps.
-NORM_PROGRAMS, NORM_BACKWARD_ROWS, NORM_BACKWARD_WARPS = 1024, 2, 1
+# In the backward pass: programs, which share the rows equally; rows processed at a time.
+NORM_PROGRAMS, NORM_BACKWARD_ROWS = 1024, 2
+
+
+def backward_warps(D):
+    """The warps of a program in the backward pass for rows of D numbers.
+
+    All of a row's intermediate results are in registers. Those of 768 numbers fit into one warp,
+    which sums a row without another; of 1,600 they would take 8 KB more than it has.
+    """
+    return 1 if D <= 768 else pl.next_power_of_2(D) // 512
 
 
 def _rows(ref, index, D):
@@ -230,7 +239,7 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
     outs = call(
         functools.partial(_add_norm_backward_kernel, D=D, rate=rate if drops else 0, summed=summed),
         grid=(programs,),
-        warps=NORM_BACKWARD_WARPS,
+        warps=backward_warps(D),
         name='add_norm_backward',
         in_specs=[only(ins, in_specs)],
         out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}),
