@@ -15,7 +15,15 @@ from gpt2_jax.architecture import padded_vocab
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds, keep_mask
 from gpt2_jax.model.gpt2 import GPT2, causal_attention
-from gpt2_jax.model.ops import FAST, PLAIN, activate, fast_activate, fast_logits, logits
+from gpt2_jax.model.ops import (
+    FAST,
+    PLAIN,
+    activate,
+    fast_activate,
+    fast_logits,
+    logits,
+    matmul_rows_each,
+)
 from gpt2_jax.training.step import token_losses
 
 # A head width of 32, three heads, an odd vocabulary above 1,024, texts of 21 tokens.
@@ -42,6 +50,30 @@ def value_and_grad(model, params, text_BT):
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, logits_BTV), grads = jax.device_get(run(params))
     return logits_BTV, value, grads
+
+
+def test_several_products_of_one_input():
+    """Their values and gradients are those of single products, and each but one is a left operand.
+
+    Which operand it is decides what XLA runs on a GPU: see matmul_rows_each.
+    """
+    rng = np.random.default_rng(0)
+    x_ND, *kernels, a, b, c = (
+        jnp.float32(rng.normal(size=shape))
+        for shape in ((5, 3), (3, 2), (3, 4), (3, 2, 2), (5, 2), (5, 4), (5, 2, 2))
+    )
+    single = jax.vjp(lambda x, w: tuple(jnp.tensordot(x, k, 1) for k in w), x_ND, tuple(kernels))
+    joined = jax.vjp(lambda x, w: matmul_rows_each(x, w, 'highest'), x_ND, tuple(kernels))
+    for ours, theirs in zip(
+        jax.tree.leaves((joined[0], joined[1]((a, b, c)))),
+        jax.tree.leaves((single[0], single[1]((a, b, c)))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    equations = jax.make_jaxpr(joined[1])((a, b, c)).eqns
+    made_by = {out: eqn.primitive.name for eqn in equations for out in eqn.outvars}
+    added = [made_by[eqn.invars[0]] for eqn in equations if eqn.primitive.name == 'add']
+    assert added == ['dot_general'] * 2
 
 
 LONG = ('tiny',)  # each of its sizes is one of another case

@@ -226,6 +226,28 @@ def test_fused_kernels_on_a_mesh_equal_one_device(results, mesh):
     assert set(collectives) == FUSED_COLLECTIVES[mesh] & {'all-gather'}
 
 
+@pytest.mark.parametrize('several', [False, True])
+def test_sums_of_gradients_wait_for_the_backward_pass_in_one_process(monkeypatch, several):
+    import jax
+    import jax.numpy as jnp
+
+    from gpt2_jax.parallel import collectives
+    from gpt2_jax.parallel.mesh import make_mesh
+
+    mesh = make_mesh(data=1, fsdp=1, tensor=1)
+    monkeypatch.setattr(type(mesh), 'is_multi_process', several)
+
+    def loss_and_grads(params, rows, key, n_targets):
+        return jax.value_and_grad(lambda params: (rows @ params['w']).sum())(params)
+
+    run = collectives.on_own_rows(mesh, loss_and_grads, lambda params: params, 'float32')
+    traced = jax.make_jaxpr(run, static_argnums=3)(
+        {'w': jnp.ones(3)}, jnp.ones((2, 3)), jax.random.key(0), 1
+    )
+    operations = re.findall(r'optimization_barrier|psum', str(traced))
+    assert operations[-3:] == (['psum'] * 2 if several else ['optimization_barrier', 'psum', 'psum'])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
 def test_a_plan_has_the_bytes_of_the_collectives(results, mesh):

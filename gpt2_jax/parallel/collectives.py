@@ -70,9 +70,11 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     `cast` prepares the shards for use, before they are gathered: bf16 takes half the transfers of
     fp32. `dtype` is the one in which gradients are sent and added, once an update. The mesh axis
     'tensor' must have size 1.
-    """
 
-    on_one_host = len({device.process_index for device in mesh.devices.flat}) == 1
+    The devices of one process have fast links, and transfers would slow the products beside them
+    by more than they take: there they wait for the end of the backward pass, which saves up to 2.5 %
+    of a step on two H200. Between hosts they begin as soon as they can.
+    """
 
     def add_up(gradient, spec: P):
         """The sum over all devices, of the shard that this one holds."""
@@ -89,7 +91,7 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
             whole = gather(mesh, cast(shards), spec)
             loss, grads = loss_and_grads(whole, rows, key, n_targets)
             grads = jax.tree.map(lambda g: g.astype(dtype), grads)
-            if on_one_host:
+            if not mesh.is_multi_process:
                 loss, grads = lax.optimization_barrier((loss, grads))
             return lax.psum(loss, ROW_AXES), jax.tree.map(add_up, grads, spec)
 
