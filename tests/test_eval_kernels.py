@@ -1,5 +1,8 @@
 """Evaluation by the fused kernels, in Pallas' interpreter, against the plain model."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,3 +186,27 @@ def test_the_choice_of_an_evaluation():
     cfg = tiny(n_head=1, dtype='bfloat16').cfg
     assert choose.evaluation_attention(cfg, 'gpu') == 'cudnn'  # of the plain model
     assert choose.evaluation_attention(cfg, 'cpu') == 'xla'
+
+
+@pytest.mark.parametrize(
+    ('capability', 'kernels'),
+    [('9.0', 'fused'), ('12.1', 'fused'), ('8.0', 'fused'), ('7.5', 'xla'), ('gfx942', 'xla')],
+)
+def test_kernels_need_a_gpu_with_bfloat16(capability, kernels):
+    gpu = SimpleNamespace(platform='gpu', compute_capability=capability)
+    platform, cfg = choose.platform_of(gpu), tiny(n_head=1, dtype='bfloat16').cfg
+    chosen, reasons = choose.choose(cfg, 'auto', choose.Place(platform, rows=32, seq_len=64))
+    assert set(chosen) == {kernels, 'optax'} - ({'optax'} if kernels == 'fused' else set())
+    assert choose.usable(dataclasses.replace(cfg, kernels='fused'), platform).kernels == (
+        'fused' if kernels == 'fused' else 'auto'
+    )
+    if kernels == 'xla':
+        assert reasons['norm'] == (
+            'fused needs an NVIDIA GPU of compute capability 8.0 or more, but this runs on a GPU '
+            f'of compute capability {capability}'
+        )
+
+
+def test_the_platform_of_other_devices():
+    assert choose.platform_of(jax.devices()[0]) == 'cpu'
+    assert choose.platform_of(SimpleNamespace(platform='tpu')) == 'tpu'

@@ -20,7 +20,7 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
 from gpt2_jax.errors import UserError
-from gpt2_jax.kernels.choose import usable
+from gpt2_jax.kernels.choose import platform_of, usable
 from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.parallel.feed import Batch, train_batch
 from gpt2_jax.parallel.partition import make_unshard
@@ -250,7 +250,7 @@ def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
     """
     cfg = usable(
         GPT2Config(**config.model, vocab_size=run.dataset.tokenizer.vocab_size),
-        jax.default_backend(),
+        platform_of(jax.devices()[0]),
     )
     config = config.copy_and_resolve_references()
     config.model.update(kernels=cfg.kernels, attention=cfg.attention)

@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.sampling import AS_PREDICTED, Sampling, sample_token
-from gpt2_jax.kernels.choose import Place, unmet_needs
+from gpt2_jax.kernels.choose import Place, platform_of, unmet_needs
 from gpt2_jax.model.gpt2 import GPT2, init_cache
 
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. A longer chunk
@@ -39,7 +39,7 @@ def with_kernels(model: GPT2, kernels: str, dtype: str) -> GPT2:
     the model's own. Raises UsageError if fused kernels are asked for and cannot run here.
     """
     cfg = dataclasses.replace(model.cfg, dtype=dtype or model.cfg.dtype)
-    need = next(unmet_needs('decoding', 'fused', cfg, Place(jax.default_backend())), None)
+    need = next(unmet_needs('decoding', 'fused', cfg, Place(platform_of(jax.devices()[0]))), None)
     if kernels == 'fused' and need:
         raise UsageError(f'the fused kernels of decoding need {need}; otherwise give --kernels=xla')
     if kernels == 'auto':

@@ -25,6 +25,8 @@ HEAD_DIMS = (16, 32, 64, 128)
 # Tokens of a device's micro-batch from which cuDNN's attention is the faster one without dropout:
 # its three products pay only if they are large.
 CUDNN_TOKENS = 16 * 1024
+# The compute capability of an A100. Older GPUs, such as a T4, have no bfloat16.
+MIN_CAPABILITY = 8
 
 
 class Kernels(NamedTuple):
@@ -49,7 +51,7 @@ FUSED = Kernels('fused', 'fused', 'fused', 'fused', 'fused', 'fused', 'fused')
 
 
 class Place(NamedTuple):
-    """Where a model runs: JAX's name of the platform, and one device's share of a micro-batch.
+    """Where a model runs: `platform_of` its devices, and one device's share of a micro-batch.
 
     `deterministic` is the setting train.deterministic, `algorithm` the setting optim.algorithm.
     """
@@ -67,6 +69,20 @@ class Place(NamedTuple):
         return (self.rows or 0) * (self.seq_len or 0)
 
 
+def platform_of(device) -> str:
+    """JAX's name of a device's platform, or what is wrong with a GPU that cannot run the kernels.
+
+    Its compute capability is below MIN_CAPABILITY, or a name, because it is not NVIDIA's.
+    """
+    capability = getattr(device, 'compute_capability', None)
+    if device.platform != 'gpu' or capability is None:
+        return device.platform
+    major = capability.partition('.')[0]
+    if major.isdecimal() and int(major) >= MIN_CAPABILITY:
+        return 'gpu'
+    return f'a GPU of compute capability {capability}'
+
+
 def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator[str]:
     """Yields what the implementation `name` of a part needs and lacks here; nothing if it can run.
 
@@ -76,7 +92,8 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
         return
     training = part in ('attention', 'norm', 'gelu', 'loss')
     if place.platform != 'gpu':
-        yield f'an NVIDIA GPU, but this runs on {place.platform}'
+        newer = f' of compute capability {MIN_CAPABILITY}.0 or more' * ('GPU' in place.platform)
+        yield f'an NVIDIA GPU{newer}, but this runs on {place.platform}'
     if part == 'optimizer':
         if place.algorithm != 'adamw':
             yield "optim.algorithm = 'adamw': its kernel does not compute Muon"

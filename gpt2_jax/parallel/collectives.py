@@ -72,8 +72,8 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     'tensor' must have size 1.
 
     The devices of one process have fast links, and transfers would slow the products beside them
-    by more than they take: there they wait for the end of the backward pass, which saves up to 2.5 %
-    of a step on two H200. Between hosts they begin as soon as they can.
+    by more than they take: there they wait for the end of the backward pass, which saves up to
+    2.5 % of a step on two H200. Between hosts they begin as soon as they can.
     """
 
     def add_up(gradient, spec: P):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from gpt2_jax.architecture import GPT2Config, flops_per_token
 from gpt2_jax.data import load
 from gpt2_jax.data.dataset import Dataset
-from gpt2_jax.kernels.choose import Kernels, Place, choose, evaluation_attention
+from gpt2_jax.kernels.choose import Kernels, Place, choose, evaluation_attention, platform_of
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
@@ -91,7 +91,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     dataset = dataset or load.load_dataset(**config.data)
     cfg = GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size)
     kernels, reasons = choose(cfg, config.optim.implementation, place_of(config, mesh))
-    attention = evaluation_attention(cfg, mesh.devices.flat[0].platform)
+    attention = evaluation_attention(cfg, platform_of(mesh.devices.flat[0]))
     model = GPT2(cfg, training_ops(attention))
     schedule = build_schedule(config)
     optimizer = _build_optimizer(config, cfg, kernels.optimizer, schedule, mesh)
@@ -107,7 +107,7 @@ def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
     """Where the update runs: its platform, and the share of a micro-batch that a device has."""
     train, shares = config.train, mesh.shape['data'] * mesh.shape['fsdp']
     rows = train.batch_size // train.grad_accum_steps // shares
-    platform, tensor = mesh.devices.flat[0].platform, mesh.shape['tensor']
+    platform, tensor = platform_of(mesh.devices.flat[0]), mesh.shape['tensor']
     return Place(platform, tensor, rows, train.seq_len, train.deterministic, config.optim.algorithm)
 
 

@@ -12,7 +12,7 @@ from gpt2_jax import config as config_lib
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UserError
-from gpt2_jax.kernels.choose import evaluation_attention, usable
+from gpt2_jax.kernels.choose import evaluation_attention, platform_of, usable
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
@@ -52,13 +52,14 @@ def load(run: Path, step: str) -> Restored:
         config = config_lib.from_json(meta['config'])
         tokenizer = tokenizers.from_json(meta['tokenizer'])
         asked = GPT2Config(**config.model, vocab_size=tokenizer.vocab_size)
-        cfg = usable(asked, jax.default_backend())
+        platform = platform_of(jax.devices()[0])
+        cfg = usable(asked, platform)
         config.model.update(kernels=cfg.kernels, attention=cfg.attention)
         shapes = jax.eval_shape(lambda: init_params(cfg, 0))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         items = storage.restore_items(manager, number, params=ocp.args.StandardRestore(zeros))
     check_step(path, storage.read_step(path))
-    model = GPT2(cfg, training_ops(evaluation_attention(cfg, jax.default_backend())))
+    model = GPT2(cfg, training_ops(evaluation_attention(cfg, platform)))
     return Restored(number, model, items.params, tokenizer, config, meta)
 
 
