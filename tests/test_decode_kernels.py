@@ -23,9 +23,11 @@ def small_linear(B, D, N, width, merges):
     return decode.LinearSizes(1, 2, 16, 1, 1) if B == 1 else decode.LinearSizes(16, 16, 16, 1, 1)
 
 
-def small_attend(B, S, width):
+def small_attend(B, width):
     """One block is longer than the context with many rows."""
-    return decode.AttendSizes(4 if B <= 16 else 32, 1, -(-S // 4) if B == 1 else 1)
+    if B == 1:
+        return decode.AttendSizes(2, 1, 3)
+    return decode.AttendSizes(4 if B <= 16 else 32, 1, 1)
 
 
 SMALL = dict(linear_sizes=small_linear, attend_sizes=small_attend, COLUMNS=8)
@@ -56,7 +58,8 @@ def decoded(model, params, ids_BT):
     cache = empty_cache(model, len(ids_BT), np.nan)
     logits = []
     for pos in range(ids_BT.shape[1]):
-        logits_BV, cache = step(model.cfg, weights, ids_BT[:, pos], cache, pos)
+        at_2 = jnp.array([0, pos])
+        logits_BV, cache = step(model.cfg, weights, ids_BT[:, pos], cache, at_2)
         logits.append(logits_BV)
     return np.stack(logits, axis=1)
 
@@ -113,7 +116,7 @@ def test_tokens_past_the_context_write_at_the_last_position_only():
     weights = jax.jit(functools.partial(decode.cast_params, model.cfg))(rough_params(model))
     cache = empty_cache(model, 2, 1)
     _, after = jax.jit(decode.next_logits, static_argnums=0)(
-        model.cfg, weights, jnp.array([1, 2]), cache, 14
+        model.cfg, weights, jnp.array([1, 2]), cache, jnp.array([0, 14])
     )
     for leaf in jax.tree.leaves(jax.device_get(after)):
         assert np.all(leaf[:, :, :-1] == 1)
@@ -175,7 +178,9 @@ def test_drawn_tokens_equal_the_plain_sampler(sampling):
     keys_B = jax.random.split(jax.random.key(3), len(logits_BV))
     keys_CB = jnp.stack([keys_B[::-1], keys_B])
     pick = sample.make_sampler(keys_CB, 60, sampling.divisor, sampling.top_k)
-    got = pick(logits_BV, jnp.full(keys_CB.shape, -1, jnp.int32), 1)
+    at_2, tokens_CB = jnp.array([1, 20]), jnp.full(keys_CB.shape, -1, jnp.int32)
+    got, next_2 = pick(logits_BV, tokens_CB, at_2)
+    assert next_2.tolist() == [2, 21]
     assert np.all(got[0] == -1)
     assert np.array_equal(got[1], sample_token(logits_BV, keys_B, sampling))
 
@@ -232,7 +237,7 @@ def test_blocks_fit_the_shared_memory(capability, kilobytes, monkeypatch):
 
     def call(kernel, *, in_specs, stages, **options):
         calls.append((in_specs[0], stages))
-        return lambda ins: ins['x']
+        return lambda ins: dict(y=None)
 
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, 'devices', lambda: [device])

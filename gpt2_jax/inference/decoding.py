@@ -95,13 +95,14 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
         jnp.arange(CHUNK)
     )
 
-    def pick(logits_BV, tokens_CB, i):
-        token_B = sample_token(logits_BV, keys_CB[i], sampling)
-        return tokens_CB.at[i].set(token_B.astype(jnp.int32))  # int64 under JAX_ENABLE_X64
+    def pick(logits_BV, tokens_CB, at_2):
+        token_B = sample_token(logits_BV, keys_CB[at_2[0]], sampling)
+        token_B = token_B.astype(jnp.int32)  # int64 under JAX_ENABLE_X64
+        return tokens_CB.at[at_2[0]].set(token_B), at_2 + 1
 
-    def step(token_B, cache, pos):
+    def step(token_B, cache, at_2):
         # Under JAX_DISABLE_JIT the model checks the positions of the tokens to drop, too.
-        pos = jnp.minimum(pos, model.cfg.n_positions - 1)
+        pos = jnp.minimum(at_2[1], model.cfg.n_positions - 1)
         x_B1D, cache = model.apply(
             {'params': weights}, token_B[:, None], cache, pos, method='features'
         )
@@ -118,13 +119,15 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
                 keys_CB, logits_BV.shape[1], sampling.divisor, sampling.top_k
             )
 
-    def one(i, carry):
-        logits_BV, cache, tokens_CB = carry
-        tokens_CB = pick(logits_BV, tokens_CB, i)
-        return *step(tokens_CB[i], cache, pos + i), tokens_CB
+    def one(_, carry):
+        logits_BV, cache, tokens_CB, at_2 = carry
+        tokens_CB, next_2 = pick(logits_BV, tokens_CB, at_2)
+        return *step(tokens_CB[at_2[0]], cache, at_2), tokens_CB, next_2
 
-    carry = logits_BV, cache, jnp.zeros(keys_CB.shape, jnp.int32)
-    logits_BV, cache, tokens_CB = jax.lax.fori_loop(0, CHUNK, one, carry, unroll=unroll)
+    at_2 = jnp.array([0, pos], jnp.int32)  # the next token of the chunk, and its position
+    tokens_CB = jax.lax.empty(keys_CB.shape, jnp.int32)  # the loop writes all of them
+    carry = logits_BV, cache, tokens_CB, at_2
+    logits_BV, cache, tokens_CB, _ = jax.lax.fori_loop(0, CHUNK, one, carry, unroll=unroll)
     return tokens_CB.T, logits_BV, cache
 
 

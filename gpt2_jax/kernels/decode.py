@@ -4,8 +4,9 @@ The arithmetic of one token takes almost no time. Reading every weight once does
 starting kernels. So there are few kernels, each starts enough programs for the whole GPU to read
 weights, and each program starts all of its loads before it uses the first:
 
-    linear     x W + b or LayerNorm(x) W + b, through GELU, or added to the residual stream
-    attend     writes the token's keys and values into the cache, and reads only what is there
+    linear     x W + b or LayerNorm(x) W + b, through GELU, or added to the residual stream; also
+               writes the token's keys and values into the cache
+    attend     attention to the cache, of which it reads only what is there
 
 They compute what model/gpt2.py spells out, rounding fewer intermediate results. Names carry shapes
 as there; N is the number of outputs of a matrix, which is kept as (N, D), so that the share of a
@@ -28,15 +29,13 @@ from gpt2_jax.kernels.launch import block_mask, call, load_or_zero, only, shared
 from gpt2_jax.model.gpt2 import Cache, embed
 from gpt2_jax.model.ops import activate
 
-# Sizes of blocks are the best of those tried on an H100 with GPT-2 124M; docs/speed.md has times.
+# Sizes of blocks are the best of those tried on an H100 with GPT-2 124M, and for one row with
+# gpt2-xl, too, where one rule serves both; docs/speed.md has times.
 STATISTICS = 64  # columns of several rows that are read at a time for the statistics of LayerNorm
 HEAD_OUTS = 8192  # a matrix with more outputs is the head: it keeps the memory busy by itself
-# Up to this width, many small programs process one row. A wider row would leave each of them less
-# on its way: gpt2-xl decoded 431 tokens/s with them, and 485 in an earlier version with larger ones
-# (H100).
-MAX_NARROW = 1024
-WIDE_PROGRAMS = 528  # that share a matrix if one row is wider: four a multiprocessor of an H100
-MAX_SPLITS = 16  # because a program of `linear` holds all splits of all heads in registers
+MAX_PROGRAMS = 2500  # of one row: more take longer to start
+MAX_WEIGHTS = 6400  # of a warp: its registers hold them, and as many inputs
+MAX_MERGED = 4096  # width of a model whose attention is split: `linear` holds all of the splits
 
 
 class LinearSizes(NamedTuple):
@@ -59,17 +58,13 @@ def linear_sizes(B, D, N, width, merges):
     More rows go to tensor cores, which take 16 and more. A matrix of few outputs has few programs,
     so each has more on its way.
     """
-    if B == 1 and width > MAX_NARROW:
-        outs = max(1, N // WIDE_PROGRAMS)
-        return LinearSizes(1, min(8, 2 ** (outs.bit_length() - 1)), 1024, 4, 1)
+    if B == 1 and merges:
+        return LinearSizes(1, 4, 256, 4, 1)
+    if B == 1 and width < D:
+        return LinearSizes(1, 1, 1024, 8, 1)
     if B == 1:
-        if merges:
-            return LinearSizes(1, 8, 256, 8, 1)
-        if D > MAX_NARROW:
-            return LinearSizes(1, 1, 1024, 8, 1)
-        if N > HEAD_OUTS:
-            return LinearSizes(1, 4, 256, 1, 1)
-        return LinearSizes(1, 4, 256, 4, 1) if N > 3 * D else LinearSizes(1, 2, 256, 1, 1)
+        outs = 2 if N <= 2 * MAX_PROGRAMS else 4
+        return LinearSizes(1, outs, 256, pl.next_power_of_2(pl.cdiv(outs * D, MAX_WEIGHTS)), 1)
     rows = 16 if B <= 16 else 32
     few = rows == 16
     if N > HEAD_OUTS:
@@ -89,27 +84,32 @@ class AttendSizes(NamedTuple):
     splits: int  # programs that share the positions of a head
 
 
-def attend_sizes(B, S, width):
-    """The sizes for B rows and a cache of S positions, in a model of this width.
+def attend_sizes(B, width):
+    """The sizes for B rows in a model of this width.
 
-    One row has few heads, too few programs for the GPU, so up to MAX_SPLITS programs share one.
-    With many rows, fewer registers a program are faster.
+    One row has few heads, too few programs for the GPU, so four share one. More splits are shorter,
+    but merging them takes longer than that. With many rows, fewer registers a program are faster.
     """
-    if B == 1 and width <= MAX_NARROW and pl.cdiv(S, 64) <= MAX_SPLITS:
-        return AttendSizes(64, 4, pl.cdiv(S, 64))
+    if B == 1 and width <= MAX_MERGED:
+        return AttendSizes(64, 4, 4)
     return AttendSizes(128, 8, 1) if B <= 16 else AttendSizes(64, 4, 1)
+
+
+def _within(start, size, total):
+    """Which of `size` indices from `start` on exist; None if all do."""
+    return start + jnp.arange(size) < total if total % size else None
 
 
 def _inside(axis, size, total):
     """Which of this program's `size` indices along a grid axis exist; None if all do."""
-    return None if total % size == 0 else pl.program_id(axis) * size + jnp.arange(size) < total
+    return _within(pl.program_id(axis) * size, size, total)
 
 
 def _tiles(ref, D, block, rows):
     """A function that loads block j of D columns, of these rows; 0 for elements outside."""
 
     def tile(j):
-        columns = j * block + jnp.arange(block) < D if D % block else None
+        columns = _within(j * block, block, D)
         return load_or_zero(ref.at[:, pl.ds(j * block, block)], block_mask(rows, columns))
 
     return tile
@@ -126,7 +126,7 @@ def _row_tiles(ref, D, block, outs):
     return tile
 
 
-def _split_tiles(ins, splits, H, K, out):
+def _merged(ins, splits, H, K, out):
     """The weights (outs, H, K), and the result of attention in splits, (1, H, K).
 
     It is the mean of the splits, weighted by exp(lse).
@@ -143,15 +143,44 @@ def _split_tiles(ins, splits, H, K, out):
     return w, (z * weight[:, :, None]).sum(0)[None]
 
 
-def _linear_kernel(ins, y_ref, *, B, D, N, H, splits, inputs, eps, gelu, precision):
+def _statistics(x, D, eps, keepdims):
+    """mean(x) and 1 / std(x) of each row, from blocks of columns."""
+    x = [part.astype(jnp.float32) for part in x]
+    mean = sum(x).sum(-1, keepdims=keepdims) / D
+    square = sum(map(jnp.square, x)).sum(-1, keepdims=keepdims) / D
+    return mean, lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
+
+
+def _store_in_cache(refs, pos, y, B, D):
+    """Writes the keys and values among this program's outputs y, (outs,) or (rows, outs).
+
+    Outputs are the queries, keys and values of all heads, (3, H, K); refs are k_BHSK and v_BHSK.
+    """
+    _, H, S, K = refs[0].shape
+    out = pl.program_id(1) * y.shape[-1] + jnp.arange(y.shape[-1], dtype=jnp.int32)
+    head, column = lax.rem(lax.div(out, jnp.int32(K)), jnp.int32(H)), lax.rem(out, jnp.int32(K))
+    pos = jnp.minimum(pos, S - 1)  # of a token past the context, which is never used
+    index, inside = (0 * out, head, pos + 0 * out, column), None
+    if y.ndim > 1:
+        row = pl.program_id(0) * y.shape[0] + jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
+        index, inside = (row + index[0], *(part + 0 * row for part in index[1:])), row < B
+    for i, ref in enumerate(refs):
+        mine = (out >= (i + 1) * D) & (out < (i + 2) * D)
+        plgpu.store(
+            ref.at[index], y.astype(ref.dtype), mask=mine if inside is None else inside & mine
+        )
+
+
+def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, precision):
     """A single row comes without its axis: y (outs,), bias (outs,), .."""
+    y_ref = outputs['y']
     one, outs = y_ref.ndim == 1, y_ref.shape[-1]
     row, out = None if one else _inside(0, y_ref.shape[0], B), _inside(1, outs, N)
     normed, dtype, blocks = ins['sum'] is not None, ins['w'].dtype, range(pl.cdiv(D, inputs))
     mine, vector = (out, out) if one else (block_mask(row, out), block_mask(None, out))
     w, x = [], []
     if ins['lse'] is not None:
-        w, x = zip(_split_tiles(ins, splits, H, D // H, out))
+        w, x = zip(_merged(ins, splits, H, D // H, out))
     elif one:
         w = list(map(_tiles(ins['w'], D, inputs, out), blocks))
         x = list(map(_row_tiles(ins['x'], D, inputs, outs), blocks))
@@ -162,8 +191,9 @@ def _linear_kernel(ins, y_ref, *, B, D, N, H, splits, inputs, eps, gelu, precisi
         for name, mask in (('sum', vector), ('bias', vector), ('residual', mine))
     )
     if one:
-        x = [part.astype(jnp.float32) for part in x]
-        y = sum(w.astype(jnp.float32) * x for w, x in zip(w, x, strict=True))
+        # x is there before the weights.
+        mean, scale = _statistics(x, D, eps, keepdims=False) if normed else (0, 1)
+        y = sum(w.astype(jnp.float32) * x.astype(jnp.float32) for w, x in zip(w, x, strict=True))
         y = y.reshape(outs, -1).sum(-1)
     else:
         # Both stream through shared memory: the next blocks load while these are multiplied.
@@ -173,25 +203,39 @@ def _linear_kernel(ins, y_ref, *, B, D, N, H, splits, inputs, eps, gelu, precisi
             return y + plgpu.dot(tile_x(j).astype(dtype), tile_w(j).T, precision=precision)
 
         y = lax.fori_loop(0, len(blocks), add_block, jnp.zeros(y_ref.shape, jnp.float32))
+        mean, scale = _statistics(x, D, eps, keepdims=True) if normed else (0, 1)
     if normed:
-        x = [part.astype(jnp.float32) for part in x]
-        mean = sum(x).sum(-1, keepdims=not one) / D
-        square = sum(map(jnp.square, x)).sum(-1, keepdims=not one) / D
-        y = (y - mean * total) * lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
+        y = (y - mean * total) * scale
     y += bias
     if gelu:
         y = nn.gelu(y, approximate=True)
-    plgpu.store(y_ref, (y + residual).astype(y_ref.dtype), mask=mine)
+    y += residual
+    plgpu.store(y_ref, y.astype(y_ref.dtype), mask=mine)
+    if ins['pos'] is not None:
+        _store_in_cache((outputs['k'], outputs['v']), ins['pos'][...], y, B, D)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'gelu', 'dtype'))
-def linear(cfg: GPT2Config, x, weights, residual_BN=None, lse_SH=None, *, gelu=False, dtype=None):
+def linear(
+    cfg: GPT2Config,
+    x,
+    weights,
+    residual_BN=None,
+    lse_SH=None,
+    cache=None,
+    *,
+    gelu=False,
+    dtype=None,
+):
     """residual + gelu(x W^T + b): (B, D) -> (B, N). All but the product are optional.
 
     `weights` is {'kernel': (N, D), 'bias': (N,), 'sum': (N,)}. The bias may be left out. With `sum`
     the input is LayerNorm(x): see `cast_params`. x is (B, D), or with `lse` a single row of
     `attend` in splits, (splits, H, K). `dtype` is the result's: by default that of the residual or,
     without one, of the weights.
+
+    With `cache`, (k_BHSK, v_BHSK, at_2), the outputs are queries, keys and values. It returns them
+    and the cache, in the same memory, with the keys and values at position at_2[1].
     """
     (N, D), H, K = weights['kernel'].shape, cfg.n_head, cfg.head_dim
     B = 1 if lse_SH is not None else x.shape[0]
@@ -211,53 +255,57 @@ def linear(cfg: GPT2Config, x, weights, residual_BN=None, lse_SH=None, *, gelu=F
         x_spec = pl.BlockSpec(sizes, lambda i, j: (0, 0, 0))
         w, w_spec = w.reshape(N, H, K), pl.BlockSpec((outs, *sizes[1:]), lambda i, j: (j, 0, 0))
         lse_spec = pl.BlockSpec(sizes[:2], lambda i, j: (0, 0))
-    specs = dict(x=x_spec, w=w_spec, bias=vector, sum=vector, residual=mine, lse=lse_spec)
-    ins = dict(x=x, w=w, residual=residual_BN, lse=lse_SH) | {
+    k_BHSK, v_BHSK, at_2 = cache or (None, None, None)
+    ins = dict(x=x, w=w, residual=residual_BN, lse=lse_SH, pos=at_2, k=k_BHSK, v=v_BHSK) | {
         name: weights[name][None] if name in weights else None for name in ('bias', 'sum')
     }
+    dtype = dtype or (weights['kernel'] if residual_BN is None else residual_BN).dtype
+    outputs = {'y': jax.ShapeDtypeStruct((B, N), dtype)} | {
+        name: jax.ShapeDtypeStruct(k_BHSK.shape, k_BHSK.dtype) if cache else None for name in 'kv'
+    }
+    whole = cache and pl.BlockSpec(k_BHSK.shape, lambda i, j: (0, 0, 0, 0))
+    specs = dict(x=x_spec, w=w_spec, bias=vector, sum=vector, residual=mine, lse=lse_spec)
+    specs |= dict(pos=pl.BlockSpec((None,), lambda i, j: (1,)), k=whole, v=whole)
     options = dict(B=B, D=D, N=N, H=H, splits=splits, inputs=inputs, gelu=gelu)
     options |= dict(eps=cfg.layer_norm_epsilon, precision=cfg.precision)
-    return call(
+    # Arrays are counted in the order of their names.
+    order = sorted(name for name in ins if ins[name] is not None)
+    outputs = call(
         functools.partial(_linear_kernel, **options),
         grid=(pl.cdiv(B, rows), pl.cdiv(N, outs)),
         warps=warps,
         stages=stages,
+        input_output_aliases={order.index('k'): 0, order.index('v'): 1} if cache else {},
         in_specs=[only(ins, specs)],
-        out_specs=mine,
-        out_shape=jax.ShapeDtypeStruct(
-            (B, N), dtype or (weights['kernel'] if residual_BN is None else residual_BN).dtype
-        ),
+        out_specs=only(outputs, dict(y=mine, k=whole, v=whole)),
+        out_shape=outputs,
     )(ins)
+    return (outputs['y'], outputs['k'], outputs['v']) if cache else outputs['y']
 
 
-def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, *outputs, S, K, block):
+def _attend_kernel(pos_ref, q_ref, k_ref, v_ref, z_ref, lse_ref, *, S, K, block, splits):
     """Softmax names are FlashAttention's, m, l and alpha: see attention.py."""
-    z_ref, k_out_ref, v_out_ref, lse_ref = outputs
-    width = k_ref.shape[1]
-    split = 0 if lse_ref is None else pl.program_id(2)
-    columns = jnp.arange(width) < K
+    columns = jnp.arange(q_ref.shape[0]) < K
+    end = jnp.minimum(pos_ref[...], S - 1) + 1
+    first = 0
+    if splits > 1:
+        share = lax.div(end + splits - 1, jnp.int32(splits))
+        first = pl.program_id(2) * share
+        end = jnp.minimum(first + share, end)
 
-    def load(j, end):
-        """The keys and values of block j up to the position `end`."""
-        mask = block_mask(j * block + jnp.arange(block) < end, columns)
-        return [load_or_zero(ref.at[pl.ds(j * block, block), :], mask) for ref in (k_ref, v_ref)]
+    def load(start):
+        mask = block_mask(start + jnp.arange(block) < end, columns)
+        return [load_or_zero(ref.at[pl.ds(start, block), :], mask) for ref in (k_ref, v_ref)]
 
-    # The first block of several is read before the position is known.
-    held = load(0, S) if lse_ref is None else None
-    # A token past the context is never used, but writing it must not leave the cache.
-    pos = jnp.minimum(pos_ref[0], S - 1)
-    held = held or load(split, pos)
-    q, k, v = (load_or_zero(ref, columns) for ref in (q_ref, new_k_ref, new_v_ref))
-    first = columns & (split == 0)  # the split that processes the token itself
-    plgpu.store(k_out_ref.at[pos, :], k, mask=first)
-    plgpu.store(v_out_ref.at[pos, :], v, mask=first)
-    q, k, v = q.astype(jnp.float32) / math.sqrt(K), k.astype(jnp.float32), v.astype(jnp.float32)
+    held = load(first)
+    q = load_or_zero(q_ref, columns).astype(jnp.float32) / math.sqrt(K)
 
     def add_block(j, carry):
         """One running softmax a lane, merged afterwards: no reduction across lanes in the loop."""
         z, m, l, keys, values = carry
-        held = load(j + 1, pos)  # while this block is processed
-        here = j * block + jnp.arange(block) < pos
+        start = first + j * block
+        held = load(start + block)  # while this block is processed
+        here = start + jnp.arange(block) < end
         scores = jnp.where(here, (keys.astype(jnp.float32) * q[None, :]).sum(-1), -1e30)
         m_new = jnp.maximum(m, scores)
         alpha, p = jnp.exp(m - m_new), jnp.where(here, jnp.exp(scores - m_new), 0)
@@ -265,39 +313,33 @@ def _attend_kernel(pos_ref, q_ref, new_k_ref, new_v_ref, k_ref, v_ref, *outputs,
         return z * alpha[:, None] + p[:, None] * values, m_new, l * alpha + p, *held
 
     zero = jnp.zeros(block, jnp.float32)
-    carry = jnp.zeros((block, width), jnp.float32), zero - 1e30, zero, *held
-    if lse_ref is None:
-        z, m, l, *_ = lax.fori_loop(0, pl.cdiv(pos, block), add_block, carry)
-    else:
-        z, m, l, *_ = add_block(split, carry)
-    own_score = jnp.where(split == 0, (q * k).sum(), -1e30)
-    m_all = jnp.maximum(m.max(), own_score)
-    alpha, own = jnp.exp(m - m_all), jnp.where(split == 0, jnp.exp(own_score - m_all), 0)
-    l = (l * alpha).sum() + own
-    l = jnp.where(l == 0, 1, l)  # 0 in a split that begins behind the position
-    z = ((z * alpha[:, None]).sum(0) + own * v) / l
+    carry = jnp.zeros((block, q_ref.shape[0]), jnp.float32), zero - 1e30, zero, *held
+    blocks = lax.div(end - first + block - 1, jnp.int32(block))
+    z, m, l, *_ = lax.fori_loop(0, blocks, add_block, carry)
+    m_all = m.max()
+    alpha = jnp.exp(m - m_all)
+    l = (l * alpha).sum()
+    l = jnp.where(l == 0, 1, l)  # 0 in a split without positions
+    z = (z * alpha[:, None]).sum(0) / l
     plgpu.store(z_ref, z.astype(z_ref.dtype), mask=columns)
     if lse_ref is not None:
         lse_ref[...] = m_all + jnp.log(l)
 
 
 @jax.jit
-def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
-    """Attention of one token at position `pos` to itself and to the cache before it.
+def attend(qkv_B3HK, k_BHSK, v_BHSK, at_2):
+    """Attention of one token at position at_2[1] to the cache up to there.
 
-    Returns z_BD, the cache with the token's keys and values, in the same memory, and None.
-    Whatever the cache holds from `pos` on is ignored. A single row may be split: several programs
-    share the positions of a head. Then it returns the result of each split, z_SHK, and instead of
-    None the logarithm of the sum of its weights, lse_SH; `linear` merges them.
+    Returns z_BD and None. Whatever the cache holds behind this position is ignored. A single row
+    may be split: several programs share the positions of a head. Then it returns the result of
+    each split, z_SHK, and the logarithm of the sum of its weights, lse_SH; `linear` merges them.
     """
     B, H, S, K = k_BHSK.shape
-    width, (block, warps, splits) = pl.next_power_of_2(K), attend_sizes(B, S, H * K)
-    whole = block * pl.cdiv(S, block)  # positions in whole blocks
-    cache = pl.BlockSpec((None, None, whole, width), lambda b, h, s: (b, h, 0, 0))
-
-    def part(index):
-        return pl.BlockSpec((None, None, None, width), lambda b, h, s: (b, index, h, 0))
-
+    width, (block, warps, splits) = pl.next_power_of_2(K), attend_sizes(B, H * K)
+    # A block more than there are positions: a split begins anywhere.
+    cache = pl.BlockSpec(
+        (None, None, block * (pl.cdiv(S, block) + 1), width), lambda b, h, s: (b, h, 0, 0)
+    )
     z = jax.ShapeDtypeStruct((B, H, K), qkv_B3HK.dtype)
     z_spec, lse, lse_spec = pl.BlockSpec((None, None, width), lambda b, h, s: (b, h, 0)), None, None
     if splits > 1:
@@ -305,20 +347,20 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1):
         z_spec = pl.BlockSpec((None, None, width), lambda b, h, s: (s, h, 0))
         lse = jax.ShapeDtypeStruct((splits, H), jnp.float32)
         lse_spec = pl.BlockSpec((None, None), lambda b, h, s: (s, h))
-    z, *layer_cache, lse_SH = call(
-        functools.partial(_attend_kernel, S=S, K=K, block=block),
+    z, lse_SH = call(
+        functools.partial(_attend_kernel, S=S, K=K, block=block, splits=splits),
         grid=(B, H, splits),
         warps=warps,
-        input_output_aliases={4: 1, 5: 2},
-        in_specs=[pl.BlockSpec((1,), lambda b, h, s: (0,)), *map(part, range(3)), cache, cache],
-        out_specs=[z_spec, cache, cache, lse_spec],
-        out_shape=[
-            z,
-            *(jax.ShapeDtypeStruct(old.shape, old.dtype) for old in (k_BHSK, v_BHSK)),
-            lse,
+        in_specs=[
+            pl.BlockSpec((None,), lambda b, h, s: (1,)),
+            pl.BlockSpec((None, None, None, width), lambda b, h, s: (b, 0, h, 0)),
+            cache,
+            cache,
         ],
-    )(pos_1, qkv_B3HK, qkv_B3HK, qkv_B3HK, k_BHSK, v_BHSK)
-    return z.reshape(B, -1) if lse is None else z, tuple(layer_cache), lse_SH
+        out_specs=[z_spec, lse_spec],
+        out_shape=[z, lse],
+    )(at_2, qkv_B3HK, k_BHSK, v_BHSK)
+    return z.reshape(B, -1) if lse is None else z, lse_SH
 
 
 def cast_params(cfg: GPT2Config, params):
@@ -363,21 +405,22 @@ def cast_params(cfg: GPT2Config, params):
     }
 
 
-def next_logits(cfg: GPT2Config, weights, token_B, cache: Cache, pos):
-    """The logits after a token at position `pos`, and the cache with it: GPT2.features and .head.
+def next_logits(cfg: GPT2Config, weights, token_B, cache: Cache, at_2):
+    """The logits after a token at position at_2[1], and the cache with it.
 
-    `weights` are from `cast_params`.
+    As GPT2.features and GPT2.head. `weights` are from `cast_params`.
     """
-    B, pos_1, layers = token_B.shape[0], jnp.reshape(pos, 1), []
-    embed_B1D, pos_embed_1D = embed(weights['wte'], weights['wpe'], token_B[:, None], pos)
+    B, layers = token_B.shape[0], []
+    embed_B1D, pos_embed_1D = embed(weights['wte'], weights['wpe'], token_B[:, None], at_2[1])
     x_BD = (embed_B1D + pos_embed_1D).astype(cfg.stream_dtype)[:, 0]
     in_kernel = cfg.activation_function == 'gelu_new'  # Pallas' Triton has no erf for 'gelu'
-    for h, (k_BHSK, v_BHSK) in zip(weights['h'], cache, strict=True):
-        qkv_B3HK = linear(cfg, x_BD, h['c_attn']).reshape(B, 3, cfg.n_head, cfg.head_dim)
-        z, layer_cache, lse_SH = attend(qkv_B3HK, k_BHSK, v_BHSK, pos_1)
+    for h, layer_cache in zip(weights['h'], cache, strict=True):
+        qkv_BN, *layer_cache = linear(cfg, x_BD, h['c_attn'], cache=(*layer_cache, at_2))
+        qkv_B3HK = qkv_BN.reshape(B, 3, cfg.n_head, cfg.head_dim)
+        z, lse_SH = attend(qkv_B3HK, *layer_cache, at_2)
         x_BD = linear(cfg, z, h['attn_proj'], x_BD, lse_SH)
         h_BF = linear(cfg, x_BD, h['c_fc'], gelu=in_kernel)
         h_BF = h_BF if in_kernel else activate(cfg.activation_function, h_BF)
         x_BD = linear(cfg, h_BF, h['mlp_proj'], x_BD)
-        layers.append(layer_cache)
+        layers.append(tuple(layer_cache))
     return linear(cfg, x_BD, weights['head'], dtype=jnp.float32), tuple(layers)

@@ -141,7 +141,7 @@ def _select(logits_BV, k):
 
 
 def _sample_kernel(
-    i_ref, x_ref, columns_ref, noise_ref, _, tokens_ref, *, N, V, temperature, top_k
+    at_ref, x_ref, columns_ref, noise_ref, _, tokens_ref, next_ref, *, N, V, temperature, top_k
 ):
     size, blocks = column_blocks(N, COLUMNS)
     index = [j * size + jnp.arange(size, dtype=jnp.int32) for j in range(blocks)]
@@ -165,7 +165,7 @@ def _sample_kernel(
         # The noise is loaded for the values kept only, so that it cannot be loaded, and take
         # registers, before they are known.
         noisy = [
-            part + plgpu.load(noise_ref.at[i_ref[0], at], mask=mask & (at < V), other=-jnp.inf)
+            part + plgpu.load(noise_ref.at[at_ref[0], at], mask=mask & (at < V), other=-jnp.inf)
             for part, at, mask in zip(x, columns, kept, strict=True)
         ]
         x = [jnp.where(*parts, -jnp.inf) for parts in zip(kept, noisy, strict=True)]
@@ -173,12 +173,16 @@ def _sample_kernel(
     for part, column in zip(x[1:], columns[1:], strict=True):
         token, best = jnp.where(part > best, column, token), jnp.maximum(part, best)
     token = jnp.where(best == best.max(), token, V - 1).min()  # the first on a tie
-    tokens_ref[i_ref[0]] = token
+    tokens_ref[at_ref[0]] = token
+    next_ref[...] = at_ref[...] + 1
 
 
 @functools.partial(jax.jit, static_argnames=('temperature', 'top_k'))
-def sample_token(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
+def sample_token(logits_BV, noise_CBV, tokens_CB, at_2, *, temperature, top_k):
     """Writes each row's token into tokens[i]: of its top_k, the one with the largest logit + noise.
+
+    at_2 holds i and the position of the token. Returns tokens_CB and the at_2 of the next token:
+    XLA would add 1 to each in a kernel of its own.
 
     With Gumbel noise this is a draw from the softmax. Temperature 0 ignores noise and top_k. The
     kernel writes into the memory of tokens_CB: a token written by XLA would be copied first, on a
@@ -190,9 +194,9 @@ def sample_token(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
     x_BN, columns_BN = _select(logits_BV, top_k if temperature and top_k < V else 0)
     N = x_BN.shape[1]
     row = pl.BlockSpec((None, math.prod(column_blocks(N, COLUMNS))), lambda b: (b, 0))
-    tokens = pl.BlockSpec((C, None), lambda b: (0, b))
+    tokens, at = pl.BlockSpec((C, None), lambda b: (0, b)), pl.BlockSpec((2,), lambda b: (0,))
     in_specs = [
-        pl.BlockSpec((1,), lambda b: (0,)),
+        at,
         row,
         None if columns_BN is None else row,
         None if noise_CBV is None else pl.BlockSpec((C, None, V), lambda b: (0, b, 0)),
@@ -203,14 +207,16 @@ def sample_token(logits_BV, noise_CBV, tokens_CB, i, *, temperature, top_k):
         grid=(B,),
         warps=SAMPLE_WARPS,
         in_specs=in_specs,
-        out_specs=tokens,
-        out_shape=jax.ShapeDtypeStruct(tokens_CB.shape, jnp.int32),
+        out_specs=[tokens, at],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (tokens_CB.shape, (2,))],
         input_output_aliases={sum(spec is not None for spec in in_specs) - 1: 0},
-    )(jnp.reshape(i, 1), x_BN, columns_BN, noise_CBV, tokens_CB)
+    )(at_2, x_BN, columns_BN, noise_CBV, tokens_CB)
 
 
 def make_sampler(keys_CB, V, temperature, top_k):
-    """pick(logits_BV, tokens_CB, i) -> tokens_CB, drawn as jax.random.categorical with keys[i].
+    """pick(logits_BV, tokens_CB, at_2) -> tokens_CB, next at_2: see `sample_token`.
+
+    Tokens are drawn as jax.random.categorical does with keys[i].
 
     The noise that is added to the logits does not depend on them, so the noise of all C tokens of
     the chunk is drawn at once.
@@ -222,5 +228,6 @@ def make_sampler(keys_CB, V, temperature, top_k):
     return functools.partial(_pick, noise_CBV, temperature, top_k)
 
 
-def _pick(noise_CBV, temperature, top_k, logits_BV, tokens_CB, i):
-    return sample_token(logits_BV, noise_CBV, tokens_CB, i, temperature=temperature, top_k=top_k)
+def _pick(noise_CBV, temperature, top_k, logits_BV, tokens_CB, at_2):
+    options = dict(temperature=temperature, top_k=top_k)
+    return sample_token(logits_BV, noise_CBV, tokens_CB, at_2, **options)
