@@ -248,6 +248,31 @@ def test_sums_of_gradients_wait_for_the_backward_pass_in_one_process(monkeypatch
     assert operations == ['optimization_barrier'] * (not several) + ['psum', 'psum']
 
 
+@pytest.mark.parametrize('mesh', [DATA, FSDP, ALL, TENSOR])
+def test_norms_of_the_fused_optimizer_are_added_up_if_a_leaf_is_sharded(mesh):
+    """The sums of squares of the gradients, and those of updates and parameters together."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AbstractMesh, AxisType
+
+    from gpt2_jax.training import fused_step
+
+    axes = ('data', 'fsdp', 'tensor')
+    optimizer = fused_step.make_optimizer(
+        schedule=lambda step: 1e-3,
+        beta1=0.9,
+        beta2=0.99,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        mesh=AbstractMesh(tuple(map(int, mesh.split())), axes, (AxisType.Auto,) * 3),
+    )
+    params = {'mlp': {'c_fc': {'kernel': jnp.ones((32, 32)), 'bias': jnp.ones(32)}}}
+    traced = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
+    sums = re.findall(r'= psum\w*\[', str(traced))
+    assert len(sums) == (0 if mesh == DATA else 2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
 def test_a_plan_has_the_bytes_of_the_collectives(results, mesh):

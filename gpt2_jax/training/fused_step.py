@@ -297,10 +297,9 @@ def make_optimizer(
             return update_shards(grads, state, params, ones, lambda x: x)
         spec, state_spec = (collectives.specs(mesh, tree) for tree in (params, state))
         specs = jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
-        weights, axes = [1.0] * len(specs), ()  # unless sharded, each device has the whole sums
-        if mesh.shape['fsdp'] > 1:
-            weights = [1 / collectives.copies(mesh, leaf_spec) for leaf_spec in specs]
-            axes = mesh.axis_names
+        weights, axes = [1 / collectives.copies(mesh, leaf) for leaf in specs], mesh.axis_names
+        if mesh.shape['data'] == mesh.size:  # no leaf is sharded: each device has the whole sums
+            weights, axes = [1.0] * len(specs), ()
         return jax.shard_map(
             lambda *trees: update_shards(*trees, weights, lambda x: jax.lax.psum(x, axes)),
             mesh=mesh,
