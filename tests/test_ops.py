@@ -18,6 +18,7 @@ from gpt2_jax.model.gpt2 import GPT2, causal_attention
 from gpt2_jax.model.ops import (
     FAST,
     PLAIN,
+    REMAT_POLICIES,
     activate,
     fast_activate,
     fast_logits,
@@ -74,6 +75,20 @@ def test_several_products_of_one_input():
     made_by = {out: eqn.primitive.name for eqn in equations for out in eqn.outvars}
     added = [made_by[eqn.invars[0]] for eqn in equations if eqn.primitive.name == 'add']
     assert added == ['dot_general'] * 2
+
+
+def test_several_products_of_one_input_are_kept_by_remat_dots():
+    """Three products forwards and six backwards: none is computed again, unlike with 'block'."""
+
+    def loss(x_ND, kernels):
+        return sum(jnp.sin(y_ND).sum() for y_ND in matmul_rows_each(x_ND, kernels, 'highest'))
+
+    def count(policy):
+        gradient = jax.grad(jax.checkpoint(loss, policy=REMAT_POLICIES[policy]), argnums=(0, 1))
+        traced = jax.make_jaxpr(gradient)(jnp.ones((5, 3)), (jnp.ones((3, 4)),) * 3)
+        return str(traced).count('dot_general[')
+
+    assert (count('dots'), count('block')) == (9, 12)
 
 
 LONG = ('tiny',)  # each of its sizes is one of another case
