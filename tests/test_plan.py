@@ -39,18 +39,18 @@ def case(sizes, rows, mesh='1 1 1', dropout=0.0, **changes) -> Case:
     return Case(cfg, mesh, rows, cfg.n_positions)
 
 
-# Measured on H200s: case, GiB a device, ms an update, and how far off the plan may be in either.
+# Measured: case, GiB a device, ms an update, and how far off the plan may be in either.
 MEASURED = {
     'gpt2, 12 x 1,024': (case('gpt2', 12), 6.5, 23.5, 0.05, 0.1),
-    'gpt2, 32 x 1,024': (case('gpt2', 32), 14.4, 59.0, 0.05, 0.1),
-    'gpt2-medium, 16 x 1,024': (case('gpt2-medium', 16), 18.8, 83.0, 0.05, 0.1),
-    'gpt2-xl, 2 x 16 x 1,024, fsdp': (case('gpt2-xl', 16, '1 2 1'), 51.3, 394, 0.05, 0.1),
-    'gpt2-xl, the same, remat block': (
-        *(case('gpt2-xl', 16, '1 2 1', remat='block'), None, 465, None, 0.1),
-    ),
+    'gpt2, 32 x 1,024 (H100)': (case('gpt2', 32), 14.5, 59.7, 0.05, 0.1),
     'gpt2-medium, 8 x 1,024': (case('gpt2-medium', 8), 11.8, 43.5, 0.05, 0.1),
-    'gpt2, 2 x 32 x 1,024, data': (case('gpt2', 32, '2 1 1'), 14.5, 63.5, 0.05, 0.1),
-    'gpt2, 2 x 32 x 1,024, fsdp': (case('gpt2', 32, '1 2 1'), 14.5, 63.3, 0.06, 0.1),
+    'gpt2-medium, 16 x 1,024 (H100)': (case('gpt2-medium', 16), 18.9, 82.6, 0.05, 0.1),
+    'gpt2-xl, 16 x 1,024 (H100)': (case('gpt2-xl', 16), 60.1, 327, 0.05, 0.1),
+    'gpt2, 2 x 32 x 1,024, data (H100)': (case('gpt2', 32, '2 1 1'), 14.5, 64.1, 0.05, 0.1),
+    'gpt2, 2 x 32 x 1,024, fsdp': (case('gpt2', 32, '1 2 1'), 14.5, 62.4, 0.06, 0.1),
+    'gpt2-medium, 2 x 16 x 1,024, data (H100)': (
+        *(case('gpt2-medium', 16, '2 1 1'), 18.8, 91.9, 0.05, 0.1),
+    ),
     'characters, 64 x 256': (case(CHARACTERS, 64, dropout=0.2), 1.4, 4.01, 0.05, 0.1),
     'GPT-2 tokens, 64 x 256': (case(SMALL, 64, dropout=0.2), 3.6, 8.79, 0.1, 0.1),
 }

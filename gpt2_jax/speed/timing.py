@@ -32,10 +32,10 @@ class GPU(NamedTuple):
     memory_bytes: float = 3.46e12  # a second: LayerNorm, GELU, softmax and AdamW
     overhead: float = 1.1e-3  # of a micro-batch: everything else
     # Bytes a second that a device sends in the collectives of an update, with the casts and
-    # transposes around them, fitted to two H200: all-reduces; and gathers and scatters of fsdp.
+    # transposes around them, fitted to two GPUs: all-reduces; and gathers and scatters of fsdp.
     # NCCL alone all-reduces at 329e9 on two H100.
-    reduce_bytes: float = 110e9
-    shard_bytes: float = 80e9
+    reduce_bytes: float = 130e9
+    shard_bytes: float = 120e9
     # The same for a device that sends to other hosts: assumed, half a 400 Gbit/s card for each GPU.
     network_bytes: float = 25e9
 
