@@ -207,6 +207,22 @@ def test_kernels_need_a_gpu_with_bfloat16(capability, kernels):
         )
 
 
+@pytest.mark.parametrize(
+    ('rows', 'T', 'dropout', 'attention'),
+    [
+        (16, 1024, 0.0, 'cudnn'),
+        (15, 1024, 0.0, 'fused'),
+        (64, 256, 0.0, 'fused'),
+        (16, 1024, 0.1, 'fused'),
+        (16, 1025, 0.0, 'cudnn'),
+    ],
+)
+def test_the_attention_of_training_by_size(rows, T, dropout, attention):
+    cfg = tiny(n_head=1, dtype='bfloat16', attn_pdrop=dropout).cfg
+    chosen, _ = choose.choose(cfg, 'auto', choose.Place('gpu', rows=rows, seq_len=T))
+    assert chosen.attention == attention
+
+
 def test_the_platform_of_other_devices():
     assert choose.platform_of(jax.devices()[0]) == 'cpu'
     assert choose.platform_of(SimpleNamespace(platform='tpu')) == 'tpu'

@@ -22,9 +22,9 @@ from gpt2_jax.errors import UsageError
 SEQ_LEN_MULTIPLE = 64
 ROWS_MULTIPLE = 2048
 HEAD_DIMS = (16, 32, 64, 128)
-# Tokens of a device's micro-batch from which cuDNN's attention is the faster one without dropout:
-# its three products pay only if they are large.
-CUDNN_TOKENS = 16 * 1024
+# Tokens of a device's micro-batch, and of a window, from which cuDNN's attention is the faster one
+# without dropout: its three products pay only if they are large. Other windows were not measured.
+CUDNN_TOKENS, CUDNN_SEQ_LEN = 16 * 1024, 1024
 # The compute capability of an A100. Older GPUs, such as a T4, have no bfloat16.
 MIN_CAPABILITY = 8
 
@@ -170,8 +170,8 @@ def _options(
     if cfg.kernels != 'auto':
         return (cfg.kernels,), 'model.kernels'
     if part == 'attention':
-        by_size = ('cudnn', 'fused') if place.tokens >= CUDNN_TOKENS else ('fused', 'cudnn')
-        return (*by_size, 'xla'), ''
+        is_large = place.tokens >= CUDNN_TOKENS and place.seq_len >= CUDNN_SEQ_LEN
+        return (('cudnn', 'fused', 'xla') if is_large else ('fused', 'cudnn', 'xla')), ''
     return ('fused', 'xla'), ''
 
 

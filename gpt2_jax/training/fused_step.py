@@ -296,12 +296,14 @@ def make_optimizer(
             ones = [1.0] * len(jax.tree.leaves(params))
             return update_shards(grads, state, params, ones, lambda x: x)
         spec, state_spec = (collectives.specs(mesh, tree) for tree in (params, state))
-        specs = jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
-        weights, axes = [1 / collectives.copies(mesh, leaf) for leaf in specs], mesh.axis_names
-        if mesh.shape['data'] == mesh.size:  # no leaf is sharded: each device has the whole sums
-            weights, axes = [1.0] * len(specs), ()
+        weights = [
+            1 / collectives.copies(mesh, leaf_spec)
+            for leaf_spec in jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
+        ]
         return jax.shard_map(
-            lambda *trees: update_shards(*trees, weights, lambda x: jax.lax.psum(x, axes)),
+            lambda *trees: update_shards(
+                *trees, weights, lambda x: jax.lax.psum(x, mesh.axis_names)
+            ),
             mesh=mesh,
             in_specs=(spec, state_spec, spec),
             out_specs=(spec, state_spec, P()),
