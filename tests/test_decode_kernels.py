@@ -71,7 +71,7 @@ def decoded(model, params, ids_BT):
         (3, dict(n_embd=24, n_layer=1)),
         (20, dict(n_embd=48, n_head=4, n_layer=1)),
         (1, dict(bias=False, activation_function='gelu', n_layer=1)),
-        (2, dict(bias=False, activation_function='gelu', n_inner=40, n_layer=1)),
+        (2, dict(bias=False, activation_function='gelu', n_embd=6, n_inner=40, n_layer=1)),
     ],
 )
 def test_logits_at_every_position(batch, changes):

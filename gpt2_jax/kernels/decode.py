@@ -156,16 +156,20 @@ def _store_in_cache(refs, pos, y, B, D):
 
     Outputs are the queries, keys and values of all heads, (3, H, K); refs are k_BHSK and v_BHSK.
     """
-    _, H, S, K = refs[0].shape
+    _, _, S, K = refs[0].shape
     out = pl.program_id(1) * y.shape[-1] + jnp.arange(y.shape[-1], dtype=jnp.int32)
-    head, column = lax.rem(lax.div(out, jnp.int32(K)), jnp.int32(H)), lax.rem(out, jnp.int32(K))
     pos = jnp.minimum(pos, S - 1)  # of a token past the context, which is never used
-    index, inside = (0 * out, head, pos + 0 * out, column), None
+    row, inside = jnp.int32(0), None
     if y.ndim > 1:
         row = pl.program_id(0) * y.shape[0] + jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
-        index, inside = (row + index[0], *(part + 0 * row for part in index[1:])), row < B
+        inside = row < B
     for i, ref in enumerate(refs):
-        mine = (out >= (i + 1) * D) & (out < (i + 2) * D)
+        here = out - (i + 1) * D
+        mine = (here >= 0) & (here < D)
+        # The rest gets an index outside: the interpreter writes old values where the mask is False.
+        here = jnp.where(mine, here, D)
+        head, column = lax.div(here, jnp.int32(K)), lax.rem(here, jnp.int32(K))
+        index = tuple(jnp.broadcast_arrays(row, head, pos, column))
         plgpu.store(
             ref.at[index], y.astype(ref.dtype), mask=mine if inside is None else inside & mine
         )
