@@ -24,9 +24,9 @@ def small_linear(B, D, N, width, merges):
 
 
 def small_attend(B, width):
-    """One block is longer than the context with many rows."""
+    """One block is longer than the context with many rows. A wide model has no splits."""
     if B == 1:
-        return decode.AttendSizes(2, 1, 3)
+        return decode.AttendSizes(2, 1, 3 if width < 32 else 1)
     return decode.AttendSizes(4 if B <= 16 else 32, 1, 1)
 
 
@@ -70,7 +70,7 @@ def decoded(model, params, ids_BT):
         (1, dict(n_embd=24, n_layer=1)),
         (3, dict(n_embd=24, n_layer=1)),
         (20, dict(n_embd=48, n_head=4, n_layer=1)),
-        (1, dict(bias=False, activation_function='gelu', n_layer=1)),
+        (1, dict(bias=False, activation_function='gelu', n_embd=32, n_layer=1)),
         (2, dict(bias=False, activation_function='gelu', n_embd=6, n_inner=40, n_layer=1)),
     ],
 )
