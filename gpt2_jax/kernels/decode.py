@@ -29,11 +29,11 @@ from gpt2_jax.kernels.launch import block_mask, call, load_or_zero, only, shared
 from gpt2_jax.model.gpt2 import Cache, embed
 from gpt2_jax.model.ops import activate
 
-# Sizes of blocks are the best of those tried on an H100 with GPT-2 124M, and for one row with
-# gpt2-xl, too, where one rule serves both; docs/speed.md has times.
+# Sizes of blocks are the best of those tried on an H100 with GPT-2 124M. For one row, the rule also
+# serves gpt2-xl. docs/speed.md has times.
 STATISTICS = 64  # columns of several rows that are read at a time for the statistics of LayerNorm
 HEAD_OUTS = 8192  # a matrix with more outputs is the head: it keeps the memory busy by itself
-MAX_PROGRAMS = 2500  # of one row: more take longer to start
+MAX_PAIRED = 5000  # outputs that one row takes two a program: more programs take longer to start
 MAX_WEIGHTS = 6400  # of a warp: its registers hold them, and as many inputs
 MAX_MERGED = 4096  # width of a model whose attention is split: `linear` holds all of the splits
 
@@ -52,8 +52,8 @@ def linear_sizes(B, D, N, width, merges):
     """The sizes for B rows and a matrix of N outputs and D inputs, in a model of this width.
 
     A single row is multiplied and summed, with a program's whole share loading at once. A warp
-    reads 256 columns at a time, so that it sums up its outputs without another warp. A long share
-    of few outputs is worth several warps for one output, and so is merging attention's splits.
+    reads 256 columns at a time, so that it sums up its outputs without another warp. Several warps
+    share a program only if its outputs have many inputs, or if it merges attention's splits.
 
     More rows go to tensor cores, which take 16 and more. A matrix of few outputs has few programs,
     so each has more on its way.
@@ -63,7 +63,7 @@ def linear_sizes(B, D, N, width, merges):
     if B == 1 and width < D:
         return LinearSizes(1, 1, 1024, 8, 1)
     if B == 1:
-        outs = 2 if N <= 2 * MAX_PROGRAMS else 4
+        outs = 2 if N <= MAX_PAIRED else 4
         return LinearSizes(1, outs, 256, pl.next_power_of_2(pl.cdiv(outs * D, MAX_WEIGHTS)), 1)
     rows = 16 if B <= 16 else 32
     few = rows == 16
@@ -195,7 +195,7 @@ def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, preci
         for name, mask in (('sum', vector), ('bias', vector), ('residual', mine))
     )
     if one:
-        # x is there before the weights.
+        # These need x alone, so they are computed while the weights load.
         mean, scale = _statistics(x, D, eps, keepdims=False) if normed else (0, 1)
         y = sum(w.astype(jnp.float32) * x.astype(jnp.float32) for w, x in zip(w, x, strict=True))
         y = y.reshape(outs, -1).sum(-1)
