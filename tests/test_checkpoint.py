@@ -563,6 +563,29 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(text, tmp_path, monke
         runs.quiet_train(make_config(text), tmp_path)
 
 
+def test_a_failed_save_leaves_nothing_even_if_a_writer_is_late(tmp_path, monkeypatch):
+    """Orbax reports the first item that cannot be written while others are still being written."""
+    late = tmp_path / '5.orbax-checkpoint-tmp' / 'train.orbax-checkpoint-tmp' / '_sharding'
+    (tmp_path / '4.orbax-checkpoint-tmp').mkdir()  # of another step
+
+    def write():
+        late.parent.mkdir(parents=True, exist_ok=True)
+        late.write_text('')
+
+    def save(*args, **options):
+        write()
+        writer.start()
+        raise OSError('File too large')
+
+    writer = threading.Timer(0.15, write)
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints_lib.ocp.CheckpointManager, 'save', save)
+        with pytest.raises(UserError, match=r'checkpoint 5 could not be saved .* File too large'):
+            checkpoints.save(5, small_state(5), META, None)
+        writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ['4.orbax-checkpoint-tmp']
+
+
 @pytest.mark.parametrize('every', [5, 1000])
 def test_a_save_that_fails_in_the_background_is_reported(every, text, tmp_path, monkeypatch):
     seal, failed = checksums.write_checksums, threading.Event()

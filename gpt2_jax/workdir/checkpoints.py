@@ -16,6 +16,7 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ META = {
     'progress': {},
     'log_sizes': {str: foreign.integer(0)},
 }
+
+# A failed save has been removed for good if so many looks at it, 0.05 s apart, find nothing; no
+# longer than these seconds.
+QUIET_LOOKS, REMOVAL_SECONDS = 5, 10
 
 
 class Checkpoints:
@@ -192,9 +197,8 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> UserError:
         """Removes the unfinished save, since the disk may be full; returns the error to raise."""
         self._check_claim()  # in another run's folder nothing is removed
-        for part in [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*'), self.folder / str(step)]:
-            if hosts.is_first() and not (part / CHECKSUMS).is_file():
-                shutil.rmtree(part, ignore_errors=True)
+        if hosts.is_first():
+            self._remove_unfinished(step)
         steps = ', '.join(map(str, committed_steps(self.folder)))
         left = f'the checkpoints of step {steps} are whole' if steps else 'there is none yet'
         text = ' '.join(str(error).split())
@@ -205,6 +209,21 @@ class Checkpoints:
             f'checkpoint {step} could not be saved in {self.folder}: {reason}; {left}. '
             'Remove the cause, then run the same command to resume'
         )
+
+    def _remove_unfinished(self, step: int) -> None:
+        """Removes what a failed save has left, until nothing comes after it.
+
+        Orbax writes the items of a checkpoint on several threads and reports the first that fails.
+        The others may still be writing, and would leave a folder behind.
+        """
+        quiet, deadline = 0, time.monotonic() + REMOVAL_SECONDS
+        while quiet < QUIET_LOOKS and time.monotonic() < deadline:
+            parts = [*self.folder.glob(f'{step}.orbax-checkpoint-tmp*'), self.folder / str(step)]
+            parts = [part for part in parts if part.exists() and not (part / CHECKSUMS).is_file()]
+            for part in parts:
+                shutil.rmtree(part, ignore_errors=True)
+            quiet = 0 if parts else quiet + 1
+            time.sleep(0.05)
 
 
 def train_item(state) -> dict[str, Any]:
