@@ -128,3 +128,27 @@ def test_bf16_scores_are_near_fp32(size):
     errors = {name: np.abs(np.float64(x) / exact_B - 1).max() for name, x in losses.items()}
     print(f'{size}: relative errors of the losses of {rows} texts: {errors}')
     assert errors['fused'] < max(1.5 * errors['bfloat16'], 1e-4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason='cuDNN needs a GPU')
+def test_products_before_cudnns_attention_stay_apart():
+    """The bias of q ends its product, and cuBLAS adds up the gradients of the three: see ops.py."""
+    sizes = dict(SIZES['124M'])
+    rows, cfg = sizes.pop('rows'), GPT2Config(**sizes, dtype='bfloat16')
+    kernels = FUSED._replace(attention='cudnn')
+    setup = SimpleNamespace(
+        kernels=kernels,
+        config=SimpleNamespace(train=SimpleNamespace(deterministic=False)),
+        device=jax.devices()[0],
+    )
+    run = jax.jit(
+        make_value_and_grad(GPT2(cfg), kernels),
+        static_argnums=3,
+        compiler_options=compiler_options(setup, training=True),
+    )
+    tokens_BT = jax.ShapeDtypeStruct((rows, cfg.n_positions), np.int32)
+    params, key = jax.eval_shape(lambda: (init_params(cfg, 0), jax.random.key(0)))
+    batch = {'inputs': tokens_BT, 'targets': tokens_BT}
+    program = run.lower(params, batch, key, 1).compile().as_text()
+    assert program.count('"epilogue":"BIAS"') == cfg.n_layer
+    assert program.count('"beta":1') > 2 * cfg.n_layer

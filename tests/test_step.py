@@ -1,6 +1,7 @@
 """One update and one evaluation step: accumulation, metrics, dropout keys, masks, learning."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from tiny import flat, rough_params, tiny, tokens
 
 from gpt2_jax.config import default_config, resolve
+from gpt2_jax.kernels.choose import FUSED, XLA
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
@@ -197,9 +199,15 @@ def test_train_seed_reaches_parameters_batches_and_dropout(tmp_path):
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
 
 
-def test_xla_knows_the_options_of_a_gpu():
+@pytest.mark.parametrize('kernels', [FUSED, XLA])
+def test_xla_knows_the_options_of_a_gpu(kernels):
     """An option that a version of XLA does not know would end a run on a GPU."""
-    options = programs.DRAW_OPTIONS['gpu']
+    setup = SimpleNamespace(
+        kernels=kernels,
+        config=SimpleNamespace(train=SimpleNamespace(deterministic=True)),
+        device=SimpleNamespace(platform='gpu'),
+    )
+    options = programs.DRAW_OPTIONS['gpu'] | programs.compiler_options(setup, training=True)
     assert jax.jit(lambda x: -x, compiler_options=options)(1) == -1
 
 
