@@ -325,11 +325,11 @@ def test_unsupported_configurations_are_refused(tmp_path):
             config[section][name] = value
         return resolve(config)
 
-    def chosen(**changes):
+    def chosen(hopper=0, **changes):
         changed = config(**changes)
         train, tensor = changed.train, changed.mesh.tensor
         algorithm = changed.optim.algorithm
-        place = Place('gpu', tensor, train.batch_size, train.seq_len, algorithm=algorithm)
+        place = Place('gpu', tensor, train.batch_size, train.seq_len, False, algorithm, hopper)
         return choose(GPT2Config(**changed.model), changed.optim.implementation, place)
 
     kernels, reasons = chosen()
@@ -354,6 +354,22 @@ def test_unsupported_configurations_are_refused(tmp_path):
         assert theirs - {'evaluation'} == set(parts.split())
         assert re.search(f'fused needs .*{says}', reasons[parts.split()[0]])
         assert set(reasons) - {'evaluation'} == set(parts.split())
+    # 2e12 numbers in GELU: micro-batches of 16 x 128 tokens, one layer of 512.
+    enough = 1_907_349
+    for auto in ('auto', 'fused'):
+        kernels, reasons = chosen(enough, model__kernels=auto)
+        assert kernels == kernel_choice.FUSED._replace(gelu='hopper')
+        assert not reasons
+        for count, says, changes in (
+            (enough - 1, 'a run of 1,907,349 micro-batches or more, .* not 1,907,348', {}),
+            (2 * enough, 'n_inner to be a multiple of 128 .*, not 448', {'model__n_inner': 448}),
+            (2 * enough, 'n_embd of 64, not 512 and 96', {'model__n_embd': 96, 'model__n_head': 3}),
+        ):
+            changes = {'model__n_inner': 512, 'model__kernels': auto} | changes
+            kernels, reasons = chosen(count, **changes)
+            assert kernels == kernel_choice.FUSED
+            assert re.fullmatch(f'hopper needs .*{says}.*', reasons.pop('gelu'))
+            assert not reasons
     for changes, says in (
         ({}, r"^model.kernels = 'fused' needs an NVIDIA GPU, .* cpu; else"),
         ({'model__kernels': 'xla'}, r"^optim.implementation = 'fused' needs an NVIDIA GPU"),

@@ -3,6 +3,7 @@
 A part is attention, norm, gelu or loss of a training step, the optimizer, evaluation, or decoding.
 Each takes the fastest implementation whose needs are met:
 
+    hopper  as fused, but the backward pass of GELU is the end of a product, on an H100 or H200
     fused   the GPU kernels of this package
     cudnn   cuDNN's attention; in evaluation, with everything else as XLA compiles it
     xla     what XLA compiles from model/gpt2.py;  optax: the same of the optimizer
@@ -11,6 +12,7 @@ Only the kernels import Pallas, so that asking costs nothing.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +24,11 @@ from gpt2_jax.errors import UsageError
 SEQ_LEN_MULTIPLE = 64
 ROWS_MULTIPLE = 2048
 HEAD_DIMS = (16, 32, 64, 128)
+# The kernel for Hopper GPUs processes n_inner and n_embd in blocks of these sizes.
+# Compiling it takes 2 s longer than the others, and it gains 1 s in 1e12 numbers that go through
+# GELU in a whole run (H100): it takes 13,000 updates of configs/shakespeare.py to gain 2 s.
+HOPPER_COLUMNS, HOPPER_INNER = 128, 64
+HOPPER_NUMBERS = 2e12
 # Tokens of a device's micro-batch, and of a window, from which cuDNN's attention is the faster one
 # without dropout: its three products pay only if they are large. Other windows were not measured.
 CUDNN_TOKENS, CUDNN_SEQ_LEN = 16 * 1024, 1024
@@ -43,7 +50,8 @@ class Kernels(NamedTuple):
     @property
     def fused_training(self) -> bool:
         """Whether training/fused_step.py computes the loss and its gradient."""
-        return 'fused' in (self.attention, self.norm, self.gelu, self.loss)
+        parts = self.attention, self.norm, self.gelu, self.loss
+        return 'fused' in parts or 'hopper' in parts
 
 
 XLA = Kernels()
@@ -54,6 +62,8 @@ class Place(NamedTuple):
     """Where a model runs: `platform_of` its devices, and one device's share of a micro-batch.
 
     `deterministic` is the setting train.deterministic, `algorithm` the setting optim.algorithm.
+    `micro_batches` are those of the whole run, if kernels for Hopper GPUs can run, and
+    0 elsewhere: see parallel/devices.py.
     """
 
     platform: str
@@ -62,6 +72,7 @@ class Place(NamedTuple):
     seq_len: int | None = None
     deterministic: bool = False
     algorithm: str = 'adamw'
+    micro_batches: int = 0
 
     @property
     def tokens(self) -> int:
@@ -88,7 +99,7 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
 
     `part` is a field of Kernels. Without `rows` and `seq_len` their needs are not looked at.
     """
-    if name not in ('fused', 'cudnn'):
+    if name not in ('hopper', 'fused', 'cudnn'):
         return
     training = part in ('attention', 'norm', 'gelu', 'loss')
     if place.platform != 'gpu':
@@ -115,6 +126,18 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
         yield 'mesh.tensor = 1: its kernels hold whole heads and rows'
     if part in ('gelu', 'evaluation') and cfg.activation_function != 'gelu_new':
         yield "model.activation_function = 'gelu_new'"
+    if name == 'hopper':
+        if cfg.d_ff % HOPPER_COLUMNS or cfg.n_embd % HOPPER_INNER:
+            yield (
+                f'n_inner to be a multiple of {HOPPER_COLUMNS} and n_embd of {HOPPER_INNER}, not '
+                f'{cfg.d_ff} and {cfg.n_embd}'
+            )
+        numbers = place.tokens * cfg.n_layer * cfg.d_ff  # in a micro-batch
+        if numbers and numbers * place.micro_batches < HOPPER_NUMBERS:
+            yield (
+                f'a run of {math.ceil(HOPPER_NUMBERS / numbers):,} micro-batches or more, to make '
+                f'up for its compilation, not {place.micro_batches:,}'
+            )
     if part in ('attention', 'evaluation'):
         if cfg.head_dim not in HEAD_DIMS:
             yield f'a head width n_embd / n_head = 16, 32, 64 or 128, not {cfg.head_dim}'
@@ -140,7 +163,7 @@ def choose(cfg: GPT2Config, optimizer: str, place: Place) -> tuple[Kernels, dict
             if need is None:
                 chosen[part] = name
                 break
-            if setting:
+            if setting and name == options[-1]:
                 raise UsageError(
                     f"{setting} = '{name}' needs {need}; else set --config.{setting}=auto"
                 )
@@ -167,12 +190,14 @@ def _options(
         return (('fused', 'cudnn', 'xla') if is_fused else ('cudnn', 'xla')), ''
     if part == 'attention' and cfg.attention != 'auto':
         return (cfg.attention,), 'model.attention'
+    # On other GPUs nothing is missed: there is no such kernel.
+    fused = ('hopper', 'fused') if part == 'gelu' and place.micro_batches else ('fused',)
     if cfg.kernels != 'auto':
-        return (cfg.kernels,), 'model.kernels'
+        return fused if cfg.kernels == 'fused' else (cfg.kernels,), 'model.kernels'
     if part == 'attention':
         is_large = place.tokens >= CUDNN_TOKENS and place.seq_len >= CUDNN_SEQ_LEN
         return (('cudnn', 'fused', 'xla') if is_large else ('fused', 'cudnn', 'xla')), ''
-    return ('fused', 'xla'), ''
+    return (*fused, 'xla'), ''
 
 
 def evaluation_attention(cfg: GPT2Config, platform: str) -> str:

@@ -48,10 +48,10 @@ def gelu(x_NF, bias_F):
     Its gradient raises ValueError unless N is a multiple of GELU_PROGRAMS * GELU_ROWS, or a smaller
     multiple of GELU_ROWS.
     """
-    return _forward(x_NF, bias_F)[0]
+    return gelu_forward(x_NF, bias_F)[0]
 
 
-def _forward(x_NF, bias_F):
+def gelu_forward(x_NF, bias_F):
     """(h, u), with u = x + bias.
 
     XLA knows these formulas: with programs.compiler_options cuBLAS computes them in fp32 at the end
@@ -65,7 +65,7 @@ def _forward(x_NF, bias_F):
 
 def _gelu_fwd(x_NF, bias_F):
     row_programs('gelu', len(x_NF), GELU_ROWS, GELU_PROGRAMS)
-    h_NF, u_NF = _forward(x_NF, bias_F)
+    h_NF, u_NF = gelu_forward(x_NF, bias_F)
     return h_NF, (u_NF, bias_F)
 
 

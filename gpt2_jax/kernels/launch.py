@@ -1,8 +1,9 @@
-"""What the fused GPU kernels share. They are written in Pallas (Triton). For training:
+"""What the fused GPU kernels share. All but one are written in Pallas (Triton). For training:
 
     attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
     norm            x + dropout(branch + bias), and the LayerNorm of the sum
     gelu            gelu_new(x + bias), forward by cuBLAS
+    gelu_product    the same with the product behind it, for Hopper GPUs (Mosaic GPU)
     embedding       the loss of the tied head, its gradients, and the gradient of the lookup
     adamw           the update of a parameter
 
@@ -74,6 +75,41 @@ def call(kernel, *, warps, stages=2, **options):
         **options,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
     )
+
+
+def call_hopper(kernel, *, programs, warpgroups, name, **options):
+    """A kernel of Pallas' Mosaic GPU, on a GPU or in its interpreter elsewhere.
+
+    Loops over blocks start from the axes 'program' and 'warpgroup'.
+    """
+    from jax.experimental.pallas import mosaic_gpu  # takes 0.2 s to load, only where it is used
+
+    return mosaic_gpu.kernel(
+        kernel,
+        grid=(programs,),
+        grid_names=('program',),
+        num_threads=warpgroups,
+        thread_name='warpgroup',
+        kernel_name=name,
+        interpret=mosaic_gpu.InterpretGPUParams() if interprets() else None,
+        compiler_params=mosaic_gpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        **options,
+    )
+
+
+def multiprocessors() -> int:
+    """How many multiprocessors this GPU has; the interpreter acts as one with 2."""
+    return 2 if interprets() else jax.devices()[0].core_count
+
+
+def swizzled(columns, dtype):
+    """The order in which Hopper's tensor cores read blocks with this many columns."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = mosaic_gpu.find_swizzle(columns * bits)
+    tiling = mosaic_gpu.TilingTransform((8, swizzle * 8 // bits))
+    return tiling, mosaic_gpu.SwizzleTransform(swizzle)
 
 
 def only(present, specs):

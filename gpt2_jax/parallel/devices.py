@@ -49,6 +49,9 @@ PEAK_MEMORY_RATES = {
 # take a second, and an evaluation or a sample takes less.
 CACHED_SECONDS = 0.1
 
+# The first jax with the parts of Pallas that kernels for Hopper GPUs need.
+HOPPER_JAX = (0, 11)
+
 # Switches of JAX for debugging that raise an error in the code of Flax and Optax.
 UNSUPPORTED_SWITCHES = {
     'jax_numpy_rank_promotion': 'raise',
@@ -162,6 +165,12 @@ def model_flops_utilisation(
     if not peak or not tokens_per_second:
         return None
     return tokens_per_second * flops_per_token / (peak * mesh.size)
+
+
+def has_hopper_kernels(device: jax.Device) -> bool:
+    """Whether kernels for Hopper GPUs can run on this device: an H100 or H200, with a newer jax."""
+    capability = getattr(device, 'compute_capability', None)
+    return capability == '9.0' and jax.__version_info__ >= HOPPER_JAX
 
 
 def free_memory(device: jax.Device) -> int | None:

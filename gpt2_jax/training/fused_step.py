@@ -101,6 +101,11 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
         x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_2'], seeds_3[2])
         c_fc, c_proj = h['mlp']['c_fc'], h['mlp']['c_proj']
         h_NF, bias_F = matmul(y_ND, c_fc), c_fc.get('bias')
+        if kernels.gelu == 'hopper':
+            from gpt2_jax.kernels.gelu_product import gelu_product
+
+            out_ND = gelu_product(h_NF, bias_F, c_proj['kernel'], cfg.precision)
+            return x_ND, (out_ND, c_proj.get('bias'))
         if kernels.gelu == 'fused':
             h_NF = gelu(h_NF, bias_F)
         else:

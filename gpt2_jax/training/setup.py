@@ -14,6 +14,7 @@ from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import partition
+from gpt2_jax.parallel.devices import has_hopper_kernels
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.muon import make_muon
 from gpt2_jax.training.optim import Optimizer, make_optimizer, make_schedule
@@ -107,8 +108,16 @@ def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
     """Where the update runs: its platform, and the share of a micro-batch that a device has."""
     train, shares = config.train, mesh.shape['data'] * mesh.shape['fsdp']
     rows = train.batch_size // train.grad_accum_steps // shares
-    platform, tensor = platform_of(mesh.devices.flat[0]), mesh.shape['tensor']
-    return Place(platform, tensor, rows, train.seq_len, train.deterministic, config.optim.algorithm)
+    device = mesh.devices.flat[0]
+    return Place(
+        platform_of(device),
+        mesh.shape['tensor'],
+        rows,
+        train.seq_len,
+        train.deterministic,
+        config.optim.algorithm,
+        train.steps * train.grad_accum_steps * has_hopper_kernels(device),
+    )
 
 
 def build_schedule(config: ConfigDict) -> optax.Schedule:

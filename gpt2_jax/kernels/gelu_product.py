@@ -1,0 +1,214 @@
+"""The MLP from its first product to its second, for Hopper GPUs such as an H100.
+
+    u = x + bias,   h = gelu_new(u),   out = h W
+    backward:  du = (dout W^T) gelu_new'(u),   dbias = sum of du over tokens,   dW = h^T dout
+
+On other GPUs the product dout W^T goes to memory, and kernels/gelu.py reads it again. Here du is
+the end of the product. It is written in Pallas' Mosaic GPU: in Triton the same gained half as much.
+
+There is a program for each multiprocessor, of three warpgroups. The third one copies blocks of dout
+and W into shared memory, STAGES of them ahead. The first two take turns: while one multiplies, the
+other computes slopes, so that tensor cores never wait for them. Each block of du belongs to one
+warpgroup; its u is in shared memory before the product ends, and du takes its place there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gpt2_jax.kernels.choose import HOPPER_COLUMNS, HOPPER_INNER
+from gpt2_jax.kernels.gelu import GELU_CUBE, GELU_SCALE, gelu_forward
+from gpt2_jax.kernels.launch import LOG2_E, call_hopper, multiprocessors, swizzled
+from gpt2_jax.model.ops import matmul
+
+# Sizes are the best of those tried on an H100; docs/speed.md has times.
+ROWS, COLUMNS = 128, HOPPER_COLUMNS  # of a block of du
+INNER = HOPPER_INNER  # columns of dout and W that are multiplied at a time
+STAGES = 5  # blocks of them that are on their way: more do not fit into shared memory
+PART = 64  # columns of du that are written at a time
+# Registers of a thread that copies, and of one that computes: 128 (40 + 2 x 232) are all there are.
+COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
+
+
+def _slope(u):
+    """gelu_new'(u), in few operations: gelu_new(u) = u s, with s = sigmoid(2 v) as in gelu.py."""
+    square, scale = u * u, 2 * GELU_SCALE
+    power = u * (square * (-LOG2_E * scale * GELU_CUBE) - LOG2_E * scale)
+    s = jnp.square(lax.rsqrt(1 + jnp.exp2(power)))  # faster here than a division
+    dv = u * (square * (3 * scale * GELU_CUBE) + scale)
+    return s + s * (dv - dv * s)
+
+
+def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, read, arrived):
+    """dout (N, D), w (F, D), u and du (N, F), dbias (N / ROWS, F), all in the GPU's memory.
+
+    `blocks` are dout's and w's in shared memory, `held` each warpgroup's u, then du, in parts.
+    Three kinds of barriers say that a block is there, that it is `read`, and that a part of u has
+    `arrived`. A warpgroup has barriers of its own, since it sees only the blocks of its turn.
+    """
+    (N, F), (dout_blocks, w_blocks, ones_block) = u.shape, blocks
+    warpgroup, program = lax.axis_index('warpgroup'), lax.axis_index('program')
+    steps, parts = D // INNER, COLUMNS // PART
+    turns = lax.div(N // ROWS * (F // COLUMNS) - program + programs - 1, programs)
+
+    def place(turn):
+        """The block of du of a turn: its number down and across."""
+        block = program + turn * programs
+        return lax.div(block, F // COLUMNS), lax.rem(block, F // COLUMNS)
+
+    def barrier(barriers, turn, slot):
+        return barriers.at[lax.rem(turn, 2) * STAGES + slot]
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(COPY_REGISTERS, action='decrease')
+
+        def copy(n, _):
+            slot = lax.rem(n, STAGES)
+
+            @pl.when(n >= STAGES)
+            def _():
+                plgpu.barrier_wait(barrier(read, lax.div(n - STAGES, steps), slot))
+
+            @pl.when(n < turns * steps)
+            def _():
+                turn, inner = lax.div(n, steps), pl.ds(lax.rem(n, steps) * INNER, INNER)
+                i, j = place(turn)
+                there = barrier(stages, turn, slot)
+                dout_here = dout.at[pl.ds(i * ROWS, ROWS), inner]
+                plgpu.copy_gmem_to_smem(dout_here, dout_blocks.at[slot], there)
+                w_here = w.at[pl.ds(j * COLUMNS, COLUMNS), inner]
+                plgpu.copy_gmem_to_smem(w_here, w_blocks.at[slot], there)
+
+            return _
+
+        lax.fori_loop(0, turns * steps + STAGES, copy, None)
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action='increase')
+        if dbias:
+            plgpu.copy_gmem_to_smem(ones, ones_block.at[warpgroup], arrived.at[warpgroup * parts])
+            plgpu.barrier_wait(arrived.at[warpgroup * parts])
+
+        def compute(pair, _):
+            turn = 2 * pair + warpgroup
+            i, j = place(turn)
+            rows = pl.ds(i * ROWS, ROWS)
+            columns = [pl.ds(j * COLUMNS + part * PART, PART) for part in range(parts)]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # du of the turn before left
+            for part in range(parts):
+                there = arrived.at[warpgroup * parts + part]
+                plgpu.copy_gmem_to_smem(u.at[rows, columns[part]], held.at[warpgroup, part], there)
+
+            def multiply(total, step):
+                slot = lax.rem(turn * steps + step, STAGES)
+                plgpu.barrier_wait(barrier(stages, turn, slot))
+                plgpu.wgmma(total, dout_blocks.at[slot], w_blocks.at[slot].transpose((1, 0)))
+
+            def release(step):
+                slot = lax.rem(turn * steps + step, STAGES)
+                plgpu.barrier_arrive(barrier(read, turn, slot))
+
+            def product(total):
+                multiply(total, 0)
+
+                def step(k, _):
+                    multiply(total, k)
+                    plgpu.wgmma_wait(1)  # for the product before
+                    release(k - 1)
+                    return _
+
+                lax.fori_loop(1, steps, step, None)
+                return total[...]
+
+            dh = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+            release(steps - 1)
+            for part in range(parts):
+                here = held.at[warpgroup, part]
+                plgpu.barrier_wait(arrived.at[warpgroup * parts + part])
+                slope = _slope(here[...].astype(jnp.float32))
+                du_part = dh[:, part * PART : (part + 1) * PART] * slope
+                here[...] = du_part.astype(here.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(here, du.at[rows, columns[part]])
+            for part in range(parts if dbias else 0):
+
+                def add_rows(total, here=held.at[warpgroup, part]):
+                    """du^T times ones: a sum over the rows of du, in each of 8 columns."""
+                    for row in range(0, ROWS, INNER):
+                        left = here.at[pl.ds(row, INNER)].transpose((1, 0))
+                        plgpu.wgmma(total, left, ones_block.at[warpgroup].transpose((1, 0)))
+                    return total[...]
+
+                sums = pl.run_scoped(add_rows, plgpu.ACC((PART, 8), jnp.float32))
+                dbias[0][i, columns[part]] = sums.sum(1) / 8
+            return _
+
+        lax.fori_loop(0, lax.div(turns + 1 - warpgroup, 2), compute, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+@functools.partial(jax.jit, static_argnames='has_bias')
+def gelu_backward(dout_ND, w_FD, u_NF, has_bias: bool):
+    """(du, dbias), (N, F) and (F,), from the gradient of `out`. dbias is None without a bias.
+
+    Raises ValueError unless N, F and D are multiples of ROWS, COLUMNS and INNER: the rest would be
+    left out.
+    """
+    (N, D), F, dtype = dout_ND.shape, w_FD.shape[0], u_NF.dtype
+    if N % ROWS or F % COLUMNS or D % INNER:
+        raise ValueError(
+            f'the kernel gelu_product got sizes {N}, {F}, {D}; expected multiples of {ROWS}, '
+            f'{COLUMNS}, {INNER}'
+        )
+    programs, parts = multiprocessors(), COLUMNS // PART
+
+    def shared(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
+
+    outs = [jax.ShapeDtypeStruct((N, F), dtype)]
+    outs += [jax.ShapeDtypeStruct((N // ROWS, F), jnp.float32)] * has_bias
+    blocks = shared(STAGES, ROWS, INNER), shared(STAGES, COLUMNS, INNER), shared(2, 8, INNER)
+    du_NF, *dbias = call_hopper(
+        functools.partial(_kernel, D=D, programs=programs),
+        programs=programs,
+        warpgroups=3,
+        name='gelu_product',
+        out_type=outs,
+        scratch_types={
+            'blocks': blocks,
+            'stages': plgpu.Barrier(num_arrivals=2, num_barriers=2 * STAGES),
+            'held': shared(2, parts, ROWS, PART),
+            'read': plgpu.Barrier(num_barriers=2 * STAGES),
+            'arrived': plgpu.Barrier(num_barriers=2 * parts),
+        },
+    )(dout_ND, w_FD, u_NF, jnp.ones((8, INNER), dtype))
+    return du_NF, dbias[0].sum(0) if has_bias else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gelu_product(x_NF, bias_F, w_FD, precision):
+    """gelu_new(x + bias) W: (N, F), (F,), (F, D) -> (N, D). The bias may be None.
+
+    Forward by cuBLAS. The gradient raises ValueError for sizes as `gelu_backward` does.
+    """
+    return matmul(gelu_forward(x_NF, bias_F)[0], w_FD, 1, precision)
+
+
+def _forward(x_NF, bias_F, w_FD, precision):
+    h_NF, u_NF = gelu_forward(x_NF, bias_F)
+    return matmul(h_NF, w_FD, 1, precision), (h_NF, u_NF, bias_F, w_FD)
+
+
+def _backward(precision, saved, dout_ND):
+    h_NF, u_NF, bias_F, w_FD = saved
+    du_NF, dbias_F = gelu_backward(dout_ND, w_FD, u_NF, bias_F is not None)
+    return du_NF, dbias_F, jnp.tensordot(h_NF, dout_ND, (0, 0), precision=precision)
+
+
+gelu_product.defvjp(_forward, _backward)
