@@ -6,7 +6,7 @@ import numpy as np
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
-from gpt2_jax.model.params import init_params
+from gpt2_jax.model.params import param_shapes
 
 
 def tiny(vocab_size=11, **changes) -> GPT2:
@@ -30,7 +30,7 @@ def tiny(vocab_size=11, **changes) -> GPT2:
 
 def shapes(model: GPT2):
     """The shapes of the parameters, by abstract evaluation."""
-    return jax.eval_shape(lambda: init_params(model.cfg, 0))
+    return param_shapes(model.cfg)
 
 
 def rough_params(model: GPT2, seed=0, std=0.3):

@@ -18,7 +18,7 @@ from gpt2_jax.architecture import GPT2Config, padded_vocab
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.jaxpr import Operation, read_operations
 from gpt2_jax.lens.subject import run
-from gpt2_jax.model.params import init_params
+from gpt2_jax.model.params import param_shapes
 
 # A step is traced with these sizes to name its dimensions. The vocabulary and whatever is derived
 # from it stay on their side of 1,024, where model/ops.py begins to pad, and of 4,096, where
@@ -84,7 +84,7 @@ def plain_step(sizes: Sizes) -> tuple[Callable, tuple]:
 
         return jax.value_and_grad(loss)(state['params'])
 
-    params = jax.eval_shape(lambda: init_params(sizes.cfg, 0))
+    params = param_shapes(sizes.cfg)
     tokens_BT = jax.ShapeDtypeStruct((sizes.batch_size, sizes.seq_len), jnp.int32)
     return step, ({'params': params}, tokens_BT, tokens_BT)
 

@@ -10,7 +10,6 @@ and as its second a text (str), or tokens: int (T,) or (B, T). A folder is read 
 """
 
 import dataclasses
-import functools
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import PLAIN
-from gpt2_jax.model.params import init_params
+from gpt2_jax.model.params import param_shapes
 from gpt2_jax.workdir import restore
 
 
@@ -69,11 +68,6 @@ def as_subject(source) -> Subject:
     return Subject(cfg, jax.device_put(params), tokenizer)
 
 
-@functools.lru_cache(maxsize=8)
-def _shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
-    return leaf_shapes(jax.eval_shape(lambda: init_params(cfg, 0)))
-
-
 def leaf_shapes(params) -> dict[str, tuple[int, ...]]:
     """{'h_0/attn/c_attn/kernel': (D, 3, H, K), ..}."""
     return {
@@ -84,7 +78,7 @@ def leaf_shapes(params) -> dict[str, tuple[int, ...]]:
 
 def check_params(cfg: GPT2Config, params) -> None:
     """Raises UserError unless `params` has exactly the leaves of the model, with their shapes."""
-    expected, found = _shapes(cfg), leaf_shapes(params)
+    expected, found = leaf_shapes(param_shapes(cfg)), leaf_shapes(params)
     for name in [*expected, *found]:
         if name not in found:
             raise UserError(f'the parameters lack {name}, which this model needs')

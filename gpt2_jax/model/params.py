@@ -1,6 +1,7 @@
 """The parameters of a model: initial values, and their number."""
 
 import dataclasses
+import functools
 import math
 import operator
 
@@ -30,6 +31,16 @@ def init_params(cfg: GPT2Config, seed: int):
     return params | {
         f'h_{i}': jax.tree.map(operator.itemgetter(i), blocks) for i in range(cfg.n_layer)
     }
+
+
+def param_shapes(cfg: GPT2Config):
+    """The shapes and dtypes of the parameters, traced once for each model: 0.05 s."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(cfg))  # a tree that the caller may change
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(cfg: GPT2Config):
+    return jax.eval_shape(lambda: init_params(cfg, 0))
 
 
 def count_params(params) -> int:

@@ -12,7 +12,7 @@ from gpt2_jax.data.dataset import Dataset
 from gpt2_jax.kernels.choose import Kernels, Place, choose, evaluation_attention, platform_of
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
-from gpt2_jax.model.params import init_params
+from gpt2_jax.model.params import param_shapes
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.devices import has_hopper_kernels
 from gpt2_jax.parallel.mesh import make_mesh
@@ -97,7 +97,9 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     schedule = build_schedule(config)
     optimizer = _build_optimizer(config, cfg, kernels.optimizer, schedule, mesh)
     averages = config.optim.average > 0
-    shapes = jax.eval_shape(lambda: init_state(init_params(cfg, 0), optimizer, averages))
+    shapes = jax.eval_shape(
+        lambda params: init_state(params, optimizer, averages), param_shapes(cfg)
+    )
     layout = partition.shardings(mesh, shapes)
     return Setup(
         config, mesh, dataset, model, kernels, reasons, schedule, optimizer, shapes, layout

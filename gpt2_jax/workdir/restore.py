@@ -15,7 +15,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.kernels.choose import evaluation_attention, platform_of, usable
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import training_ops
-from gpt2_jax.model.params import init_params
+from gpt2_jax.model.params import param_shapes
 from gpt2_jax.progress import Progress
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checkpoints import check_step, read_meta
@@ -55,8 +55,7 @@ def load(run: Path, step: str) -> Restored:
         platform = platform_of(jax.devices()[0])
         cfg = usable(asked, platform)
         config.model.update(kernels=cfg.kernels, attention=cfg.attention)
-        shapes = jax.eval_shape(lambda: init_params(cfg, 0))
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
         items = storage.restore_items(manager, number, params=ocp.args.StandardRestore(zeros))
     check_step(path, storage.read_step(path))
     model = GPT2(cfg, training_ops(evaluation_attention(cfg, platform)))
