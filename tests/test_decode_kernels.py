@@ -112,11 +112,11 @@ def test_only_matrices_are_rounded(kernels):
 
 
 def test_tokens_past_the_context_write_at_the_last_position_only():
-    model = tiny(n_layer=1)
+    model = tiny(n_embd=24, n_layer=1)  # of three texts: a program that the test above has compiled
     weights = jax.jit(functools.partial(decode.cast_params, model.cfg))(rough_params(model))
-    cache = empty_cache(model, 2, 1)
+    cache = empty_cache(model, 3, 1)
     _, after = jax.jit(decode.next_logits, static_argnums=0)(
-        model.cfg, weights, jnp.array([1, 2]), cache, jnp.array([0, 14])
+        model.cfg, weights, jnp.array([1, 2, 3]), cache, jnp.array([0, 14])
     )
     for leaf in jax.tree.leaves(jax.device_get(after)):
         assert np.all(leaf[:, :, :-1] == 1)
