@@ -8,8 +8,8 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'gpt2_jax/__init__.py').read_text()).group(1)
 
-# 0.10.2 is the last version for Python 3.11. The fused kernels use Pallas' Triton backend, which is
-# deprecated since JAX 0.11 and still there in 0.12.
+# 0.10.2 is the last version for Python 3.11. Most fused kernels use Pallas' Triton backend, which
+# is deprecated since JAX 0.11 and still there in 0.12.
 JAX_VERSIONS = '>=0.10.2,<0.13'
 PARQUET = ['pyarrow>=21,<27']
 GRAIN = ['grain>=0.2.18,<0.3']
