@@ -3,6 +3,8 @@
 Its interpreter also raises for a barrier that somebody did not wait for.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_kernels import DROPOUT, XLA, check_equal, first_update
 
+from gpt2_jax.config import default_config, resolve
 from gpt2_jax.kernels import choose, launch
-from gpt2_jax.parallel.devices import HOPPER_JAX
+from gpt2_jax.parallel.devices import HOPPER_JAX, has_hopper_kernels
+from gpt2_jax.parallel.mesh import make_mesh
+from gpt2_jax.training.setup import place_of
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < HOPPER_JAX, reason='this jax has no interpreter for it'
@@ -94,3 +99,15 @@ def test_it_lowers_for_a_gpu(gelu_product, monkeypatch, N, D, has_bias):
     gelu_product.gelu_backward.clear_cache()
     assert 'custom_call @mosaic_gpu_v2' in text
     assert 'gelu_product' in text
+
+
+def test_only_hopper_gpus_and_long_runs_take_it(monkeypatch):
+    """It has instructions that only a GPU of compute capability 9.0 knows."""
+    for capability, expected in (('9.0', True), ('8.9', False), ('10.0', False), (None, False)):
+        assert has_hopper_kernels(SimpleNamespace(compute_capability=capability)) == expected
+    mesh = make_mesh(**default_config().mesh)
+    config = resolve(default_config())
+    config.train.steps, config.train.grad_accum_steps = 70, 3
+    assert place_of(config, mesh).micro_batches == 0
+    monkeypatch.setattr('gpt2_jax.training.setup.has_hopper_kernels', lambda device: True)
+    assert place_of(config, mesh).micro_batches == 210
