@@ -7,7 +7,7 @@ import pytest
 
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.training import meter, programs
+from gpt2_jax.training import meter, programs, setup
 from gpt2_jax.training.setup import build
 
 
@@ -65,6 +65,36 @@ def test_a_run_describes_its_precision(tmp_path, dtype, residual_dtype, expected
     config.model.update(dtype=dtype, residual_dtype=residual_dtype)
     lines = [line for line in describe(build(resolve(config))) if line.startswith('precision')]
     assert [line.endswith(expected) for line in lines] == [True]
+
+
+@pytest.mark.parametrize(
+    ('steps', 'expected'),
+    [
+        (476_838, ['decoding; hopper (a GPU kernel of this package for Hopper GPUs): gelu']),
+        (
+            476_837,
+            [
+                'all parts',
+                'gelu: hopper needs a run of 953,675 micro-batches or more, to make up for its '
+                'compilation, not 953,674',
+            ],
+        ),
+    ],
+)
+def test_a_run_describes_the_kernel_for_hopper_gpus(tmp_path, monkeypatch, steps, expected):
+    """From 2e12 numbers in GELU: an update has 2 micro-batches of 16 x 128 tokens, in 2 layers."""
+    monkeypatch.setattr(setup, 'platform_of', lambda device: 'gpu')
+    monkeypatch.setattr(setup, 'has_hopper_kernels', lambda device: True)
+    (tmp_path / 'text.txt').write_text('abcde' * 400)
+    config = default_config()
+    config.data.corpus = str(tmp_path / 'text.txt')
+    config.model.update(n_layer=2, n_head=2, n_embd=128, n_positions=128, dtype='bfloat16')
+    config.train.update(steps=steps, batch_size=32, grad_accum_steps=2)
+    lines = describe(build(resolve(config)))
+    first = next(n for n, line in enumerate(lines) if line.startswith('kernels'))
+    found = lines[first : first + len(expected)]
+    assert all(line.endswith(end) for line, end in zip(found, expected, strict=True))
+    assert sum('hopper' in line for line in lines) == 1
 
 
 def run_meter(seconds, monkeypatch, recorded=None):

@@ -22,6 +22,7 @@ CPU_CORE_FLOPS = 45e9
 # What the names in kernels/choose.py mean.
 KERNELS = {
     'fused': 'GPU kernels of this package',
+    'hopper': 'a GPU kernel of this package for Hopper GPUs',
     'cudnn': "cuDNN's attention",
     'xla': 'compiled by XLA from model/gpt2.py',
 }
