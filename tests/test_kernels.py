@@ -370,6 +370,9 @@ def test_unsupported_configurations_are_refused(tmp_path):
             assert kernels == kernel_choice.FUSED
             assert re.fullmatch(f'hopper needs .*{says}.*', reasons.pop('gelu'))
             assert not reasons
+    # What 'fused' needs too is named before what only 'hopper' needs.
+    _, reasons = chosen(1, train__batch_size=24, model__kernels='auto')
+    assert reasons['gelu'].startswith('hopper needs a multiple of 2,048 tokens')
     for changes, says in (
         ({}, r"^model.kernels = 'fused' needs an NVIDIA GPU, .* cpu; else"),
         ({'model__kernels': 'xla'}, r"^optim.implementation = 'fused' needs an NVIDIA GPU"),
