@@ -19,7 +19,7 @@ from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.setup import place_of
 
 pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < HOPPER_JAX, reason='this jax has no interpreter for it'
+    jax.__version_info__ < HOPPER_JAX, reason='the interpreter of this jax cannot run it'
 )
 
 KERNELS = choose.FUSED._replace(gelu='hopper')
@@ -105,6 +105,9 @@ def test_only_hopper_gpus_and_long_runs_take_it(monkeypatch):
     """It has instructions that only a GPU of compute capability 9.0 knows."""
     for capability, expected in (('9.0', True), ('8.9', False), ('10.0', False), (None, False)):
         assert has_hopper_kernels(SimpleNamespace(compute_capability=capability)) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, '__version_info__', (0, 11, 1))
+        assert not has_hopper_kernels(SimpleNamespace(compute_capability='9.0'))
     mesh = make_mesh(**default_config().mesh)
     config = resolve(default_config())
     config.train.steps, config.train.grad_accum_steps = 70, 3
