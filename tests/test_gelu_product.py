@@ -75,11 +75,21 @@ def test_gradients_equal_the_formula(gelu_product, N, D, F, has_bias, dtype, tol
         np.testing.assert_allclose(np.float32(found), expected, rtol=0, atol=tolerance * largest)
 
 
-def test_gradients_equal_the_plain_model():
+def test_gradients_equal_the_plain_model(monkeypatch):
     """With dropout, and recomputation of what the kernel reads."""
+    from gpt2_jax.kernels import gelu_product
+
+    calls, kernel = [], gelu_product.gelu_backward
+
+    def gelu_backward(*args):
+        calls.append(args)
+        return kernel(*args)
+
+    monkeypatch.setattr(gelu_product, 'gelu_backward', gelu_backward)
     sizes = dict(n_layer=1, n_head=2, n_embd=64, n_positions=128, vocab_size=301)
     ours = first_update(KERNELS, 'explicit', **DROPOUT, **sizes, remat='dots')
     check_equal(ours, first_update(**XLA, **DROPOUT, **sizes))
+    assert len(calls) == 1, 'the step did not use the kernel'
 
 
 def test_other_sizes_are_refused(gelu_product):
@@ -92,7 +102,10 @@ def test_other_sizes_are_refused(gelu_product):
 
 @pytest.mark.parametrize(('N', 'D', 'has_bias'), [(16384, 384, False), (2048, 1600, True)])
 def test_it_lowers_for_a_gpu(gelu_product, monkeypatch, N, D, has_bias):
-    """And fits into the shared memory of an H100, which is looked at then."""
+    """And fits into the shared memory of an H100, which is checked then, and into its registers."""
+    # 384 threads start with 168 registers each; warpgroups that ask for more in all wait forever.
+    registers = gelu_product.COPY_REGISTERS + 2 * gelu_product.COMPUTE_REGISTERS
+    assert registers <= 3 * 168
     monkeypatch.setattr(launch, 'interprets', lambda: False)
     monkeypatch.setattr(gelu_product, 'multiprocessors', lambda: 132)
     gelu_product.gelu_backward.clear_cache()
