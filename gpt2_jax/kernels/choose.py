@@ -3,7 +3,7 @@
 A part is attention, norm, gelu or loss of a training step, the optimizer, evaluation, or decoding.
 Each takes the fastest implementation whose needs are met:
 
-    hopper  as fused, but the backward pass of GELU is the end of a product, on an H100 or H200
+    hopper  as fused, but a product ends with the backward pass of GELU: Hopper GPUs, long runs
     fused   the GPU kernels of this package
     cudnn   cuDNN's attention; in evaluation, with everything else as XLA compiles it
     xla     what XLA compiles from model/gpt2.py;  optax: the same of the optimizer
@@ -25,8 +25,9 @@ SEQ_LEN_MULTIPLE = 64
 ROWS_MULTIPLE = 2048
 HEAD_DIMS = (16, 32, 64, 128)
 # The kernel for Hopper GPUs processes n_inner and n_embd in blocks of these sizes.
-# Compiling it takes 2 s longer than the others, and it gains 1 s in 1e12 numbers that go through
-# GELU in a whole run (H100): it takes 13,000 updates of configs/shakespeare.py to gain 2 s.
+# Compiling it takes 2 s longer than the others. It gains about 1 s in 1e12 numbers that go through
+# GELU in a whole run, so that 13,000 updates of configs/shakespeare.py gain 2 s (H100, widths of
+# 384 to 1,024; at 1,600 it gains nothing).
 HOPPER_COLUMNS, HOPPER_INNER = 128, 64
 HOPPER_NUMBERS = 2e12
 # Tokens of a device's micro-batch, and of a window, from which cuDNN's attention is the faster one
@@ -62,8 +63,8 @@ class Place(NamedTuple):
     """Where a model runs: `platform_of` its devices, and one device's share of a micro-batch.
 
     `deterministic` is the setting train.deterministic, `algorithm` the setting optim.algorithm.
-    `micro_batches` are those of the whole run, if kernels for Hopper GPUs can run, and
-    0 elsewhere: see parallel/devices.py.
+    `micro_batches` is the number of micro-batches in the whole run if kernels for Hopper GPUs can
+    run (see parallel/devices.py), and 0 if they cannot.
     """
 
     platform: str

@@ -3,13 +3,14 @@
     u = x + bias,   h = gelu_new(u),   out = h W
     backward:  du = (dout W^T) gelu_new'(u),   dbias = sum of du over tokens,   dW = h^T dout
 
-On other GPUs the product dout W^T goes to memory, and kernels/gelu.py reads it again. Here du is
-the end of the product. It is written in Pallas' Mosaic GPU: in Triton the same gained half as much.
+Elsewhere cuBLAS writes the product dout W^T to memory, and kernels/gelu.py reads it again. Here the
+kernel of the product also multiplies by the slope, and writes du. It is written in Pallas' Mosaic
+GPU: in Triton the same gained half as much.
 
-There is a program for each multiprocessor, of three warpgroups. The third one copies blocks of dout
-and W into shared memory, STAGES of them ahead. The first two take turns: while one multiplies, the
-other computes slopes, so that tensor cores never wait for them. Each block of du belongs to one
-warpgroup; its u is in shared memory before the product ends, and du takes its place there.
+Each multiprocessor runs one program of three warpgroups. The third warpgroup copies blocks of dout
+and W into shared memory, up to STAGES of them ahead. The first two compute blocks of du in turn:
+while one multiplies, the other computes slopes, so that the tensor cores have work meanwhile. A
+warpgroup loads the u of its block into shared memory during the product, and overwrites it with du.
 """
 
 import functools
@@ -28,9 +29,10 @@ from gpt2_jax.model.ops import matmul
 # Sizes are the best of those tried on an H100; docs/speed.md has times.
 ROWS, COLUMNS = 128, HOPPER_COLUMNS  # of a block of du
 INNER = HOPPER_INNER  # columns of dout and W that are multiplied at a time
-STAGES = 5  # blocks of them that are on their way: more do not fit into shared memory
-PART = 64  # columns of du that are written at a time
-# Registers of a thread that copies, and of one that computes: 128 (40 + 2 x 232) are all there are.
+STAGES = 5  # pairs of blocks of dout and W in shared memory: no more fit
+PART = 64  # columns of u and du that are copied at a time
+# Registers of a thread that copies, and of a thread that computes. The 384 threads of a program
+# start with 168 each, and 40 + 2 x 232 = 3 x 168: with more in all, a warpgroup would wait forever.
 COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 
 
@@ -46,9 +48,12 @@ def _slope(u):
 def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, read, arrived):
     """dout (N, D), w (F, D), u and du (N, F), dbias (N / ROWS, F), all in the GPU's memory.
 
-    `blocks` are dout's and w's in shared memory, `held` each warpgroup's u, then du, in parts.
-    Three kinds of barriers say that a block is there, that it is `read`, and that a part of u has
-    `arrived`. A warpgroup has barriers of its own, since it sees only the blocks of its turn.
+    In shared memory, `blocks` holds blocks of dout, of w, and of ones, and `held` the u, then the
+    du, of each computing warpgroup, in parts of PART columns. There are three kinds of barriers:
+    `stages` complete when blocks of dout and w are in shared memory, `read` when they may be
+    overwritten, and `arrived` when a part of u is in shared memory. Each computing warpgroup has
+    barriers of its own: a barrier must not complete twice before it is waited for, and a warpgroup
+    does not wait for the blocks of the other.
     """
     (N, F), (dout_blocks, w_blocks, ones_block) = u.shape, blocks
     warpgroup, program = lax.axis_index('warpgroup'), lax.axis_index('program')
@@ -56,7 +61,7 @@ def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, rea
     turns = lax.div(N // ROWS * (F // COLUMNS) - program + programs - 1, programs)
 
     def place(turn):
-        """The block of du of a turn: its number down and across."""
+        """The row and the column of the block of du that a turn computes, counted in blocks."""
         block = program + turn * programs
         return lax.div(block, F // COLUMNS), lax.rem(block, F // COLUMNS)
 
@@ -100,7 +105,8 @@ def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, rea
             i, j = place(turn)
             rows = pl.ds(i * ROWS, ROWS)
             columns = [pl.ds(j * COLUMNS + part * PART, PART) for part in range(parts)]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # du of the turn before left
+            # u replaces the du of the turn before, once that is copied out of shared memory.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for part in range(parts):
                 there = arrived.at[warpgroup * parts + part]
                 plgpu.copy_gmem_to_smem(u.at[rows, columns[part]], held.at[warpgroup, part], there)
@@ -119,7 +125,7 @@ def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, rea
 
                 def step(k, _):
                     multiply(total, k)
-                    plgpu.wgmma_wait(1)  # for the product before
+                    plgpu.wgmma_wait(1)  # only this step's product may still read its blocks
                     release(k - 1)
                     return _
 
@@ -139,7 +145,7 @@ def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, rea
             for part in range(parts if dbias else 0):
 
                 def add_rows(total, here=held.at[warpgroup, part]):
-                    """du^T times ones: a sum over the rows of du, in each of 8 columns."""
+                    """du^T times ones: the sum over the rows of du, in 8 equal columns."""
                     for row in range(0, ROWS, INNER):
                         left = here.at[pl.ds(row, INNER)].transpose((1, 0))
                         plgpu.wgmma(total, left, ones_block.at[warpgroup].transpose((1, 0)))
@@ -157,8 +163,8 @@ def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, rea
 def gelu_backward(dout_ND, w_FD, u_NF, has_bias: bool):
     """(du, dbias), (N, F) and (F,), from the gradient of `out`. dbias is None without a bias.
 
-    Raises ValueError unless N, F and D are multiples of ROWS, COLUMNS and INNER: the rest would be
-    left out.
+    Raises ValueError unless N, F and D are multiples of ROWS, COLUMNS and INNER: the kernel would
+    leave out the rest.
     """
     (N, D), F, dtype = dout_ND.shape, w_FD.shape[0], u_NF.dtype
     if N % ROWS or F % COLUMNS or D % INNER:
@@ -195,7 +201,8 @@ def gelu_backward(dout_ND, w_FD, u_NF, has_bias: bool):
 def gelu_product(x_NF, bias_F, w_FD, precision):
     """gelu_new(x + bias) W: (N, F), (F,), (F, D) -> (N, D). The bias may be None.
 
-    Forward by cuBLAS. The gradient raises ValueError for sizes as `gelu_backward` does.
+    cuBLAS computes the forward pass. Sizes that `gelu_backward` refuses raise ValueError in the
+    gradient.
     """
     return matmul(gelu_forward(x_NF, bias_F)[0], w_FD, 1, precision)
 

@@ -43,9 +43,9 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
     """The final hidden states from the embeddings: (B, T, D) -> (N, D).
 
     A branch is what attention or MLP adds to the residual stream: (its product, its bias). Each
-    branch is added by the kernel that also computes the next LayerNorm. A part that `kernels` does
-    not name 'fused' is computed by the formula of model/gpt2.py. `first_row` is the number of the
-    first text here in the whole micro-batch, for the dropout masks.
+    branch is added by the kernel that also computes the next LayerNorm. A part that is 'xla' in
+    `kernels` is computed by the formula of model/gpt2.py. `first_row` is the number of the first
+    text here in the whole micro-batch, for the dropout masks.
     """
     B, T, D = x_BTD.shape
     N, H, K = B * T, cfg.n_head, cfg.head_dim
