@@ -355,24 +355,30 @@ def test_unsupported_configurations_are_refused(tmp_path):
         assert re.search(f'fused needs .*{says}', reasons[parts.split()[0]])
         assert set(reasons) - {'evaluation'} == set(parts.split())
     # 2e12 numbers in GELU: micro-batches of 16 x 128 tokens, one layer of 512.
-    enough = 1_907_349
-    for auto in ('auto', 'fused'):
-        kernels, reasons = chosen(enough, model__kernels=auto)
-        assert kernels == kernel_choice.FUSED._replace(gelu='hopper')
+    enough, sizes = 1_907_349, {'model__n_inner': 512, 'model__kernels': 'auto'}
+    kernels, reasons = chosen(enough, **sizes)
+    assert kernels == kernel_choice.FUSED._replace(gelu='hopper')
+    assert not reasons
+    for count, says, changes in (
+        (enough - 1, 'a run of 1,907,349 micro-batches or more, .* not 1,907,348', {}),
+        (2 * enough, 'n_inner to be a multiple of 128 .*, not 448', {'model__n_inner': 448}),
+        (2 * enough, 'n_embd of 64, not 512 and 96', {'model__n_embd': 96, 'model__n_head': 3}),
+        (
+            2 * enough,
+            'n_embd up to 1,024 .*, not 2,048',
+            {'model__n_embd': 2048, 'model__n_head': 16},
+        ),
+    ):
+        kernels, reasons = chosen(count, **sizes | changes)
+        assert kernels == kernel_choice.FUSED
+        assert re.fullmatch(f'hopper needs .*{says}.*', reasons.pop('gelu'))
         assert not reasons
-        for count, says, changes in (
-            (enough - 1, 'a run of 1,907,349 micro-batches or more, .* not 1,907,348', {}),
-            (2 * enough, 'n_inner to be a multiple of 128 .*, not 448', {'model__n_inner': 448}),
-            (2 * enough, 'n_embd of 64, not 512 and 96', {'model__n_embd': 96, 'model__n_head': 3}),
-        ):
-            changes = {'model__n_inner': 512, 'model__kernels': auto} | changes
-            kernels, reasons = chosen(count, **changes)
-            assert kernels == kernel_choice.FUSED
-            assert re.fullmatch(f'hopper needs .*{says}.*', reasons.pop('gelu'))
-            assert not reasons
-    # What 'fused' needs too is named before what only 'hopper' needs.
-    _, reasons = chosen(1, train__batch_size=24, model__kernels='auto')
-    assert reasons['gelu'].startswith('hopper needs a multiple of 2,048 tokens')
+    # 'fused' is for any GPU, and what it lacks too is said of it.
+    kernels, reasons = chosen(enough, **sizes | {'model__kernels': 'fused'})
+    assert kernels == kernel_choice.FUSED
+    assert not reasons
+    _, reasons = chosen(1, **sizes, train__batch_size=24)
+    assert reasons['gelu'].startswith('fused needs a multiple of 2,048 tokens')
     for changes, says in (
         ({}, r"^model.kernels = 'fused' needs an NVIDIA GPU, .* cpu; else"),
         ({'model__kernels': 'xla'}, r"^optim.implementation = 'fused' needs an NVIDIA GPU"),

@@ -27,9 +27,9 @@ HEAD_DIMS = (16, 32, 64, 128)
 # The kernel for Hopper GPUs processes n_inner and n_embd in blocks of these sizes.
 # Compiling it takes 2 s longer than the others. It gains about 1 s in 1e12 numbers that go through
 # GELU in a whole run, so that 13,000 updates of configs/shakespeare.py gain 2 s (H100, widths of
-# 384 to 1,024; at 1,600 it gains nothing).
+# 384 to 1,024). At a width of 1,600 it gains nothing; widths between were not measured.
 HOPPER_COLUMNS, HOPPER_INNER = 128, 64
-HOPPER_NUMBERS = 2e12
+HOPPER_NUMBERS, HOPPER_WIDTH = 2e12, 1024
 # Tokens of a device's micro-batch, and of a window, from which cuDNN's attention is the faster one
 # without dropout: its three products pay only if they are large. Other windows were not measured.
 CUDNN_TOKENS, CUDNN_SEQ_LEN = 16 * 1024, 1024
@@ -141,6 +141,8 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
                 f'n_inner to be a multiple of {HOPPER_COLUMNS} and n_embd of {HOPPER_INNER}, not '
                 f'{cfg.d_ff} and {cfg.n_embd}'
             )
+        if cfg.n_embd > HOPPER_WIDTH:
+            yield f'n_embd up to {HOPPER_WIDTH:,} to be faster, not {cfg.n_embd:,}'
         numbers = place.tokens * cfg.n_layer * cfg.d_ff  # in a micro-batch
         if numbers and numbers * place.micro_batches < HOPPER_NUMBERS:
             yield (
@@ -164,10 +166,12 @@ def choose(cfg: GPT2Config, optimizer: str, place: Place) -> tuple[Kernels, dict
             if need is None:
                 chosen[part] = name
                 break
-            if setting and name == options[-1]:
+            if setting:
                 raise UsageError(
                     f"{setting} = '{name}' needs {need}; else set --config.{setting}=auto"
                 )
+            if reasons.get(part) == f'hopper needs {need}':
+                del reasons[part]  # 'fused' lacks the same, on any GPU
             reasons.setdefault(part, f'{name} needs {need}')
     return Kernels(**chosen), reasons
 
@@ -191,14 +195,14 @@ def _options(
         return (('fused', 'cudnn', 'xla') if is_fused else ('cudnn', 'xla')), ''
     if part == 'attention' and cfg.attention != 'auto':
         return (cfg.attention,), 'model.attention'
-    # On other GPUs nothing is missed: there is no such kernel.
-    fused = ('hopper', 'fused') if part == 'gelu' and place.micro_batches else ('fused',)
     if cfg.kernels != 'auto':
-        return fused if cfg.kernels == 'fused' else (cfg.kernels,), 'model.kernels'
+        return (cfg.kernels,), 'model.kernels'
     if part == 'attention':
         is_large = place.tokens >= CUDNN_TOKENS and place.seq_len >= CUDNN_SEQ_LEN
         return (('cudnn', 'fused', 'xla') if is_large else ('fused', 'cudnn', 'xla')), ''
-    return (*fused, 'xla'), ''
+    # On GPUs without such a kernel, 'hopper' is not what is missing.
+    hopper = ('hopper',) if part == 'gelu' and place.micro_batches else ()
+    return (*hopper, 'fused', 'xla'), ''
 
 
 def evaluation_attention(cfg: GPT2Config, platform: str) -> str:

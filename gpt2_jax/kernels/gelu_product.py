@@ -31,6 +31,7 @@ ROWS, COLUMNS = 128, HOPPER_COLUMNS  # of a block of du
 INNER = HOPPER_INNER  # columns of dout and W that are multiplied at a time
 STAGES = 5  # pairs of blocks of dout and W in shared memory: no more fit
 PART = 64  # columns of u and du that are copied at a time
+SUM_COLUMNS = 8  # the fewest that tensor cores compute
 # Registers of a thread that copies, and of a thread that computes. The 384 threads of a program
 # start with 168 each, and 40 + 2 x 232 = 3 x 168: with more in all, a warpgroup would wait forever.
 COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
@@ -45,116 +46,118 @@ def _slope(u):
     return s + s * (dv - dv * s)
 
 
-def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, stages, held, read, arrived):
+def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, u_blocks, filled, freed, u_filled):
     """dout (N, D), w (F, D), u and du (N, F), dbias (N / ROWS, F), all in the GPU's memory.
 
-    In shared memory, `blocks` holds blocks of dout, of w, and of ones, and `held` the u, then the
-    du, of each computing warpgroup, in parts of PART columns. There are three kinds of barriers:
-    `stages` complete when blocks of dout and w are in shared memory, `read` when they may be
-    overwritten, and `arrived` when a part of u is in shared memory. Each computing warpgroup has
-    barriers of its own: a barrier must not complete twice before it is waited for, and a warpgroup
-    does not wait for the blocks of the other.
+    In shared memory, `blocks` holds blocks of dout, of w, and of ones, and `u_blocks` the u, then
+    the du, of each computing warpgroup, in parts of PART columns. There are three kinds of
+    barriers: `filled` complete when blocks of dout and w are in shared memory, `freed` when they
+    may be overwritten, and `u_filled` when a part of u is in shared memory. Each computing
+    warpgroup has barriers of its own: a barrier must not complete twice before it is waited for,
+    and a warpgroup does not wait for the blocks of the other.
     """
-    (N, F), (dout_blocks, w_blocks, ones_block) = u.shape, blocks
+    (N, F), (dout_blocks, w_blocks, ones_blocks) = u.shape, blocks
     warpgroup, program = lax.axis_index('warpgroup'), lax.axis_index('program')
     steps, parts = D // INNER, COLUMNS // PART
     turns = lax.div(N // ROWS * (F // COLUMNS) - program + programs - 1, programs)
 
-    def place(turn):
+    def block_of(turn):
         """The row and the column of the block of du that a turn computes, counted in blocks."""
         block = program + turn * programs
         return lax.div(block, F // COLUMNS), lax.rem(block, F // COLUMNS)
 
+    def slot_of(turn, step):
+        return lax.rem(turn * steps + step, STAGES)
+
     def barrier(barriers, turn, slot):
         return barriers.at[lax.rem(turn, 2) * STAGES + slot]
+
+    def fill(n, _):
+        """Copies the blocks of step n, counted over all turns, and waits for their place first."""
+        turn, step = lax.div(n, steps), lax.rem(n, steps)
+        slot = slot_of(turn, step)
+
+        @pl.when(n >= STAGES)
+        def _():
+            plgpu.barrier_wait(barrier(freed, lax.div(n - STAGES, steps), slot))
+
+        @pl.when(turn < turns)
+        def _():
+            (i, j), inner = block_of(turn), pl.ds(step * INNER, INNER)
+            for source, block, target in ((dout, i, dout_blocks), (w, j, w_blocks)):
+                rows = pl.ds(block * target.shape[1], target.shape[1])
+                done = barrier(filled, turn, slot)
+                plgpu.copy_gmem_to_smem(source.at[rows, inner], target.at[slot], done)
+
+        return _
+
+    def compute(pair, _):
+        """Computes a block of du."""
+        turn = 2 * pair + warpgroup
+        i, j = block_of(turn)
+        rows = pl.ds(i * ROWS, ROWS)
+        columns = [pl.ds(j * COLUMNS + part * PART, PART) for part in range(parts)]
+        # u replaces the du of the turn before, once that is copied out of shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for part in range(parts):
+            done = u_filled.at[warpgroup * parts + part]
+            plgpu.copy_gmem_to_smem(u.at[rows, columns[part]], u_blocks.at[warpgroup, part], done)
+
+        def multiply(total, step):
+            slot = slot_of(turn, step)
+            plgpu.barrier_wait(barrier(filled, turn, slot))
+            plgpu.wgmma(total, dout_blocks.at[slot], w_blocks.at[slot].transpose((1, 0)))
+
+        def free(step):
+            plgpu.barrier_arrive(barrier(freed, turn, slot_of(turn, step)))
+
+        def product(total):
+            multiply(total, 0)
+
+            def next_step(step, _):
+                multiply(total, step)
+                plgpu.wgmma_wait(1)  # only this step's product may still read its blocks
+                free(step - 1)
+                return _
+
+            lax.fori_loop(1, steps, next_step, None)
+            return total[...]
+
+        dh = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+        free(steps - 1)
+        for part in range(parts):
+            here = u_blocks.at[warpgroup, part]
+            plgpu.barrier_wait(u_filled.at[warpgroup * parts + part])
+            slope = _slope(here[...].astype(jnp.float32))
+            here[...] = (dh[:, part * PART : (part + 1) * PART] * slope).astype(here.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(here, du.at[rows, columns[part]])
+        for part in range(parts if dbias else 0):
+
+            def add_rows(total, here=u_blocks.at[warpgroup, part]):
+                """du^T times ones: the sum over the rows of du, in equal columns."""
+                _, ones_rows = ones.shape
+                for row in range(0, ROWS, ones_rows):
+                    left = here.at[pl.ds(row, ones_rows)].transpose((1, 0))
+                    plgpu.wgmma(total, left, ones_blocks.at[warpgroup].transpose((1, 0)))
+                return total[...]
+
+            sums = pl.run_scoped(add_rows, plgpu.ACC((PART, SUM_COLUMNS), jnp.float32))
+            dbias[0][i, columns[part]] = sums.sum(1) / SUM_COLUMNS
+        return _
 
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(COPY_REGISTERS, action='decrease')
-
-        def copy(n, _):
-            slot = lax.rem(n, STAGES)
-
-            @pl.when(n >= STAGES)
-            def _():
-                plgpu.barrier_wait(barrier(read, lax.div(n - STAGES, steps), slot))
-
-            @pl.when(n < turns * steps)
-            def _():
-                turn, inner = lax.div(n, steps), pl.ds(lax.rem(n, steps) * INNER, INNER)
-                i, j = place(turn)
-                there = barrier(stages, turn, slot)
-                dout_here = dout.at[pl.ds(i * ROWS, ROWS), inner]
-                plgpu.copy_gmem_to_smem(dout_here, dout_blocks.at[slot], there)
-                w_here = w.at[pl.ds(j * COLUMNS, COLUMNS), inner]
-                plgpu.copy_gmem_to_smem(w_here, w_blocks.at[slot], there)
-
-            return _
-
-        lax.fori_loop(0, turns * steps + STAGES, copy, None)
+        lax.fori_loop(0, turns * steps + STAGES, fill, None)  # the last ones only wait
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action='increase')
         if dbias:
-            plgpu.copy_gmem_to_smem(ones, ones_block.at[warpgroup], arrived.at[warpgroup * parts])
-            plgpu.barrier_wait(arrived.at[warpgroup * parts])
-
-        def compute(pair, _):
-            turn = 2 * pair + warpgroup
-            i, j = place(turn)
-            rows = pl.ds(i * ROWS, ROWS)
-            columns = [pl.ds(j * COLUMNS + part * PART, PART) for part in range(parts)]
-            # u replaces the du of the turn before, once that is copied out of shared memory.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for part in range(parts):
-                there = arrived.at[warpgroup * parts + part]
-                plgpu.copy_gmem_to_smem(u.at[rows, columns[part]], held.at[warpgroup, part], there)
-
-            def multiply(total, step):
-                slot = lax.rem(turn * steps + step, STAGES)
-                plgpu.barrier_wait(barrier(stages, turn, slot))
-                plgpu.wgmma(total, dout_blocks.at[slot], w_blocks.at[slot].transpose((1, 0)))
-
-            def release(step):
-                slot = lax.rem(turn * steps + step, STAGES)
-                plgpu.barrier_arrive(barrier(read, turn, slot))
-
-            def product(total):
-                multiply(total, 0)
-
-                def step(k, _):
-                    multiply(total, k)
-                    plgpu.wgmma_wait(1)  # only this step's product may still read its blocks
-                    release(k - 1)
-                    return _
-
-                lax.fori_loop(1, steps, step, None)
-                return total[...]
-
-            dh = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-            release(steps - 1)
-            for part in range(parts):
-                here = held.at[warpgroup, part]
-                plgpu.barrier_wait(arrived.at[warpgroup * parts + part])
-                slope = _slope(here[...].astype(jnp.float32))
-                du_part = dh[:, part * PART : (part + 1) * PART] * slope
-                here[...] = du_part.astype(here.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(here, du.at[rows, columns[part]])
-            for part in range(parts if dbias else 0):
-
-                def add_rows(total, here=held.at[warpgroup, part]):
-                    """du^T times ones: the sum over the rows of du, in 8 equal columns."""
-                    for row in range(0, ROWS, INNER):
-                        left = here.at[pl.ds(row, INNER)].transpose((1, 0))
-                        plgpu.wgmma(total, left, ones_block.at[warpgroup].transpose((1, 0)))
-                    return total[...]
-
-                sums = pl.run_scoped(add_rows, plgpu.ACC((PART, 8), jnp.float32))
-                dbias[0][i, columns[part]] = sums.sum(1) / 8
-            return _
-
+            done = u_filled.at[warpgroup * parts]
+            plgpu.copy_gmem_to_smem(ones, ones_blocks.at[warpgroup], done)
+            plgpu.barrier_wait(done)
         lax.fori_loop(0, lax.div(turns + 1 - warpgroup, 2), compute, None)
         plgpu.wait_smem_to_gmem(0)
 
@@ -179,7 +182,8 @@ def gelu_backward(dout_ND, w_FD, u_NF, has_bias: bool):
 
     outs = [jax.ShapeDtypeStruct((N, F), dtype)]
     outs += [jax.ShapeDtypeStruct((N // ROWS, F), jnp.float32)] * has_bias
-    blocks = shared(STAGES, ROWS, INNER), shared(STAGES, COLUMNS, INNER), shared(2, 8, INNER)
+    blocks = shared(STAGES, ROWS, INNER), shared(STAGES, COLUMNS, INNER)
+    ones = jnp.ones((SUM_COLUMNS, INNER), dtype)
     du_NF, *dbias = call_hopper(
         functools.partial(_kernel, D=D, programs=programs),
         programs=programs,
@@ -187,13 +191,13 @@ def gelu_backward(dout_ND, w_FD, u_NF, has_bias: bool):
         name='gelu_product',
         out_type=outs,
         scratch_types={
-            'blocks': blocks,
-            'stages': plgpu.Barrier(num_arrivals=2, num_barriers=2 * STAGES),
-            'held': shared(2, parts, ROWS, PART),
-            'read': plgpu.Barrier(num_barriers=2 * STAGES),
-            'arrived': plgpu.Barrier(num_barriers=2 * parts),
+            'blocks': (*blocks, shared(2, *ones.shape)),
+            'u_blocks': shared(2, parts, ROWS, PART),
+            'filled': plgpu.Barrier(num_arrivals=2, num_barriers=2 * STAGES),
+            'freed': plgpu.Barrier(num_barriers=2 * STAGES),
+            'u_filled': plgpu.Barrier(num_barriers=2 * parts),
         },
-    )(dout_ND, w_FD, u_NF, jnp.ones((8, INNER), dtype))
+    )(dout_ND, w_FD, u_NF, ones)
     return du_NF, dbias[0].sum(0) if has_bias else None
 
 
