@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/shakespeare_bpe.py
 
-Hardware: one GPU. Time: 55 s on an H100, 17.5 ms a step. The best checkpoint, at step 250, has
+Hardware: one GPU. Time: 9.4 ms a step on an H100. The best checkpoint, at step 250, has
 4.851 nats a token. A token here is 3.1 bytes, so compare it with a character model in bits per
 byte: 2.262, and 2.010 for configs/shakespeare_fast.py. The text has only 301,966 training tokens,
 as many as 18 steps read: from step 250 on the validation loss rises, to 5.590 at the end. Sample

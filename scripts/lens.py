@@ -36,7 +36,9 @@ _PROMPT_FILE = flags.DEFINE_string(
 _NEW_TOKENS = flags.DEFINE_integer(
     'new_tokens', None, 'Tokens for the model to write after it.', lower_bound=0
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of those tokens.', lower_bound=0, upper_bound=2**32 - 1)
+_SEED = flags.DEFINE_integer(
+    'seed', 0, 'Seed of the tokens that the model writes.', lower_bound=0, upper_bound=2**32 - 1
+)
 _OUT = flags.DEFINE_string('out', 'report.html', 'report: the file to write.')
 _SKIP = flags.DEFINE_list(
     'skip', [], 'report: parts to leave out: jacobian, ablation, backward, curvature, shapes.'

@@ -1,4 +1,4 @@
-"""Says what a configuration needs on a mesh of GPUs, before any is there: memory, transfers, time.
+r"""Says what a configuration needs on a mesh of GPUs, before any is there: memory, transfers, time.
 
     python scripts/plan.py --config=configs/gpt2_124m.py --config.mesh.data=8 \
         --config.train.grad_accum_steps=5
@@ -18,7 +18,9 @@ from gpt2_jax.speed.case import VOCABULARIES, case_of
 from gpt2_jax.speed.timing import GPUS
 
 _CONFIG = cli.config_flag()
-_GPU = flags.DEFINE_enum('gpu', 'h200', list(GPUS), 'The kind of GPU.')
+_GPU = flags.DEFINE_enum(
+    'gpu', 'h200', list(GPUS), 'The kind of GPU: its memory. Times are those of an H200.'
+)
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'The vocabulary; 0: that of data.tokenizer, on TinyShakespeare.', lower_bound=0
 )

@@ -14,6 +14,7 @@ from tiny import flat, shapes, tiny
 
 from gpt2_jax.architecture import PRESETS, GPT2Config
 from gpt2_jax.config import default_config, resolve
+from gpt2_jax.errors import UsageError
 from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import partition, rules
 from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
@@ -192,6 +193,18 @@ def test_what_a_plan_says():
     assert re.search(r'by model.remat: none [\d.]+ GiB, dots [\d.]+ GiB, block [\d.]+ GiB', lines)
     assert 'h_*/mlp/c_fc/kernel: 768 is not a multiple of mesh.fsdp = 5' in lines
     assert 'no measured rates' in lines
+
+
+def test_a_plan_that_does_not_fit_says_so():
+    h100 = GPUS['h100']
+    for rows, fits in ((14, True), (64, False)):
+        planned = plan.plan(case('gpt2-xl', rows), h100)
+        lines = '\n'.join(plan.describe(planned, h100))
+        assert ('it does not fit: JAX has 59.3 GiB of a device' in lines) != fits
+    row = next(line for line in plan.table(case('gpt2', 1), [1], h100) if '| gpt2-xl |' in line)
+    assert '| 60.3 GiB: too much |' in row
+    with pytest.raises(UsageError, match=r'gpt2-large on 12 GPUs: .* whole hosts of 8; give a mul'):
+        list(plan.table(case('gpt2', 1), [12], H200))
 
 
 def test_the_script_names_what_is_wrong():

@@ -302,9 +302,10 @@ class Probe:
 
     def cost(self, seconds: float) -> str:
         """What the probes of this process cost, out of its `seconds`."""
+        probes, percent = 'probe' + 's' * (self.count != 1), 100 * self.seconds / seconds
         return (
-            f'{self.count} probes took {self.seconds:.1f} s, {100 * self.seconds / seconds:.1f} % '
-            f'of the time of this process; they are in {self.workdir / PROBES}'
+            f'{self.count} {probes} took {self.seconds:.1f} s, {percent:.1f} % of the time of this '
+            f'process; they are in {self.workdir / PROBES}'
         )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from gpt2_jax.architecture import PRESETS, GPT2Config
+from gpt2_jax.errors import UsageError
 from gpt2_jax.parallel import rules
 
 HOST = 8  # GPUs of a host
@@ -71,10 +72,16 @@ def scale_case(base: Case, size: str, devices: int) -> Case:
     """A published size on a number of devices, as docs/scale.md plans and measures it.
 
     Everything else is as in `base`, without micro-batches. The smaller two sizes run on a mesh of
-    data, the larger two of fsdp within a host and data over hosts.
+    data, the larger two of fsdp within a host and data over hosts. Raises UsageError if that takes
+    whole hosts and `devices` are not.
     """
     rows, axis = SCALE_CASES[size]
     fsdp = 1 if axis == 'data' else min(devices, HOST)
+    if devices % fsdp:
+        raise UsageError(
+            f'{size} on {devices} GPUs: beyond one host it is planned for whole hosts of {HOST}; '
+            f'give a multiple of {HOST}'
+        )
     cfg = dataclasses.replace(base.cfg, **PRESETS[size], n_inner=None)
     mesh = {'data': devices // fsdp, 'fsdp': fsdp, 'tensor': 1}
     return base._replace(cfg=cfg, mesh=mesh, rows=rows, micro_batches=1)

@@ -112,7 +112,9 @@ def describe(planned: Plan, gpu: GPU, fraction: float = MEMORY_FRACTION) -> Iter
         f'{name} {_size(size)}' for name, size in policies.items()
     )
     rows, limit = largest_rows(case, gpu, fraction), fraction * gpu.memory / GIB
-    yield f'largest    {rows} windows a device and micro-batch in {limit:.1f} GiB'
+    if rows < case.rows:
+        yield f'           it does not fit: JAX has {limit:.1f} GiB of a device'
+    yield f'largest    {rows:,} windows a device and micro-batch in {limit:.1f} GiB'
     shapes = parameter_shapes(case.cfg).items()
     for line in rules.undivided(shapes, case.mesh):
         yield f'undivided  {line}'
@@ -132,7 +134,8 @@ def describe(planned: Plan, gpu: GPU, fraction: float = MEMORY_FRACTION) -> Iter
     )
     for name, value in planned.seconds.items():
         if value:
-            yield f'           {value * 1e3:8.2f}  {name}'
+            yield f'           {value * 1e3:8.2f} ms  {name}'
+    yield "           at the rates of an H200, without GELU's kernel for Hopper GPUs"
 
 
 def table(
@@ -153,6 +156,8 @@ def table(
             milliseconds = case.tokens_an_update / rate * 1e3
             speed = f'{milliseconds:.1f} ms', f'{rate:,.0f}', f'{mfu(planned, gpu):.3f}'
         memory, fitting = _size(planned.peak), largest_rows(case, gpu, fraction)
+        if fitting < case.rows:
+            memory += ': too much'
         yield _row(size, devices, mesh, case.rows, memory, *speed, f'{sent / 1e9:.2f} GB', fitting)
 
 
