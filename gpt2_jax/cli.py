@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import itertools
 import logging
+import math
 import os
 import re
 import select
@@ -79,6 +80,13 @@ def refuse(unused: Iterable[flags.FlagHolder], context: str) -> None:
     for flag in unused:
         if flag.present:
             raise UsageError(f'--{flag.name} means nothing {context}: leave it out')
+
+
+def check_finite(flags_given: Iterable[flags.FlagHolder]) -> None:
+    """Raises UsageError for a flag that is nan or inf, which absl takes as a number."""
+    for flag in flags_given:
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise UsageError(f'--{flag.name}={flag.value}: expected a finite number')
 
 
 def read_prompt(path: str | None) -> str:

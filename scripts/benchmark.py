@@ -75,6 +75,7 @@ UNUSED = {
 def main(arguments: list[str]) -> None:
     """Calls the library once and prints the figures."""
     cli.no_more(arguments)
+    cli.check_finite((_SECONDS, _LOSS, _AGAINST_LOSS, _AGAINST_SECONDS))
     cli.refuse(UNUSED[_WHAT.value], f'with --what={_WHAT.value}')
     with Progress('loading'):
         from gpt2_jax import config

@@ -39,6 +39,7 @@ _TABLE = flags.DEFINE_list(
 def main(arguments: list[str]) -> None:
     """Calls the library once and prints its lines."""
     cli.no_more(arguments)
+    cli.check_finite([_MEMORY_FRACTION])
     resolved = config.resolve(_CONFIG.value)
     vocab_size = _VOCAB_SIZE.value or VOCABULARIES[resolved.data.tokenizer]
     case = case_of(resolved, vocab_size)

@@ -432,6 +432,26 @@ ROWS = {
         2,
         ['--top_k means nothing with --what=startup'],
     ),
+    'seconds that are not a number': (
+        ('benchmark', '--config={made}/fine.py', '--seconds=nan'),
+        2,
+        ['--seconds=nan', 'expected a finite number'],
+    ),
+    'seconds without an end': (
+        ('benchmark', '--config={made}/fine.py', '--seconds=inf'),
+        2,
+        ['--seconds=inf', 'expected a finite number'],
+    ),
+    'loss that is not a number': (
+        ('benchmark', '--config={made}/fine.py', '--what=time-to-loss', '--loss=nan'),
+        2,
+        ['--loss=nan', 'expected a finite number'],
+    ),
+    'memory fraction that is not a number': (
+        ('plan', '--config={made}/fine.py', '--memory_fraction=nan'),
+        2,
+        ['--memory_fraction=nan', 'expected a finite number'],
+    ),
     'no input': (('prepare', '--out_dir={made}/out'), 2, ['--input is missing']),
     'input that is not there': (
         ('prepare', '--input={made}/nowhere.txt', '--out_dir={made}/out'),
