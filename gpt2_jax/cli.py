@@ -143,6 +143,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         message, code = f'{error.filename or "input or output"}: {error.strerror or error}', 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except ValueError as error:  # JAX reads its variables of the environment when it is imported
+        if not re.search('for (JAX flag|environment) ', str(error)):
+            raise
+        message, code = f'{error}: correct this variable of the environment, or unset it', 2
     except FloatingPointError as error:  # under JAX_DEBUG_NANS or JAX_DEBUG_INFS
         message, code = f'{error}, {_last_line(error)}', DivergedError.exit_code
     if message:

@@ -1,6 +1,10 @@
 """JAX's switches for debugging, as people use them: a run works, or is refused in one line."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +105,25 @@ def test_a_switch_that_the_libraries_do_not_support_is_refused(switch):
     value = devices.UNSUPPORTED_SWITCHES[switch]
     with switched(switch, value), pytest.raises(UsageError, match=message):
         devices.select_platform('auto')
+
+
+@pytest.mark.parametrize(
+    ('variable', 'value'), [('JAX_ENABLE_X64', 'maybe'), ('JAX_NUM_CPU_DEVICES', 'two')]
+)
+def test_a_value_that_jax_cannot_read_is_one_line(variable, value, tmp_path):
+    script = Path(__file__).parents[2] / 'scripts/sample.py'
+    done = subprocess.run(
+        [sys.executable, script, f'--ckpt_dir={tmp_path}'],
+        env=os.environ | {variable: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('error: ')
+    assert value in line
+    assert variable.lower() in line.lower()
+    assert line.endswith('correct this variable of the environment, or unset it')
 
 
 @pytest.mark.parametrize(
