@@ -3,6 +3,7 @@
 import sys
 from typing import TextIO
 
+from gpt2_jax.errors import UserError
 from gpt2_jax.foreign import escape
 
 
@@ -17,4 +18,17 @@ def printable(text: str, stream: TextIO | None) -> str:
 
 def say(text: str) -> None:
     """Prints a line, which may hold names that others chose, at once."""
-    print(printable(text, sys.stdout), flush=True)
+    put(printable(text, sys.stdout))
+
+
+def put(text: str) -> None:
+    """Prints a line as it is, at once. Raises UserError if standard output cannot be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader ended first: no error of this process
+        raise
+    except OSError as error:
+        raise UserError(
+            f'cannot write to standard output: {error.strerror or error}; remove the cause, or '
+            'send the output elsewhere, and run the same command again'
+        ) from None

@@ -1,5 +1,6 @@
 """Wrong input of any kind gives one line on stderr with the remedy, and never a traceback."""
 
+import errno
 import json
 import os
 import re
@@ -554,6 +555,18 @@ def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkey
     code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
     assert code == 0, err
     assert repr(summary['best_val_loss']) in out
+
+
+def test_an_output_that_cannot_be_written_is_not_blamed_on_the_folder(made, tmp_path, monkeypatch):
+    """As in `train.py > train.log` on a full disk, here after the folder was claimed."""
+    from gpt2_jax import terminal
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(terminal, 'print', full, raising=False)
+    code, _, err = run_train(made, tmp_path / 'run')
+    check(code, err, 1, ['cannot write to standard output: No space left', 'the same command'])
 
 
 def test_a_second_run_in_the_same_folder(made, tmp_path):

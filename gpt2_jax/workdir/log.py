@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from gpt2_jax import files
 from gpt2_jax.progress import Progress
-from gpt2_jax.terminal import printable
+from gpt2_jax.terminal import printable, put
 from gpt2_jax.workdir import events
 
 PLAIN_SECONDS = 5  # between progress lines if the output is not a terminal, to keep a log short
@@ -142,14 +142,14 @@ class Logger:
                 text, markup=False, emoji=False, highlight=False, soft_wrap=True
             )
         else:
-            print(text, flush=True)
+            put(text)
 
     def work(self, text: str) -> None:
         """Says what the run is busy with: in the live line, or in a line of its own."""
         if self._live:
             self._live.update(self._task, description=text)
         else:
-            print(text, flush=True)
+            put(text)
 
     def working(self, what: str, total: int, unit: str) -> Progress:
         """The progress of work beside training, reported by `work`."""
@@ -193,7 +193,7 @@ class Logger:
             self._live.update(self._task, completed=step, description=line)
         elif time.monotonic() - self._last_line > PLAIN_SECONDS or step == steps:
             self._last_line = time.monotonic()
-            print(f'step {step}/{steps}: {line}', flush=True)
+            put(f'step {step}/{steps}: {line}')
 
     def flush(self) -> None:
         """Writes out all buffers: the files hold everything reported so far when this returns.
