@@ -180,12 +180,20 @@ def _totals(sources: list[Source]) -> dict[str, int]:
     }
 
 
+def _size(path: str) -> int:
+    """The bytes of a file; 0 for one that was removed since it was found: reading it names it."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
 def _count(
     paths: list[str], text_field: str, learns_alphabet: bool
 ) -> tuple[list[Source], set[str]]:
     """The first pass: the files that are not empty, and the alphabet, if asked for."""
     sources, alphabet, bad = [], set(), {}
-    with Progress('pass 1 of 2: read', sum(map(os.path.getsize, paths))) as progress:
+    with Progress('pass 1 of 2: read', sum(map(_size, paths))) as progress:
         for path in paths:
             digest, n_bytes, n_documents, n_characters = hashlib.sha256(), 0, 0, 0
 

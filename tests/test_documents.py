@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from gpt2_jax import prepare
 from gpt2_jax.data import documents
 from gpt2_jax.errors import UserError
 
@@ -227,3 +228,25 @@ def test_inputs_without_a_text_are_refused(tmp_path, monkeypatch, name, named):
     (tmp_path / 'list').write_text('a.csv')
     with pytest.raises(UserError, match=named):
         documents.find_files([name])
+
+
+def test_a_file_that_was_removed_after_it_was_found(tmp_path, monkeypatch):
+    """prepare.py blames the file that it cannot read, and not the folder that it writes."""
+    for name in ('a.txt', 'b.txt'):
+        (tmp_path / name).write_text('ba bo')
+    find = documents.find_files
+
+    def find_and_lose(inputs):
+        found = find(inputs)
+        (tmp_path / 'a.txt').unlink()
+        return found
+
+    monkeypatch.setattr(documents, 'find_files', find_and_lose)
+    with pytest.raises(UserError, match=r'a\.txt cannot be read: No such file'):
+        prepare.prepare(
+            [str(tmp_path)],
+            str(tmp_path / 'out'),
+            tokenizer_name='char',
+            val_fraction=0.1,
+            shard_tokens=100,
+        )
