@@ -8,6 +8,7 @@ it back.
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -469,15 +470,15 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1) + '\n'
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, source: str | os.PathLike = 'the configuration') -> ConfigDict:
     """The configuration that `to_json` wrote, in this version or an older one.
 
     One line on stderr names the settings that were renamed since. Raises UsageError for a key or a
-    value that is not allowed.
+    value that is not allowed, and UserError, which names `source`, for text that is not such JSON.
     """
     config, renamed = default_config(), []
     config.update_from_flattened_dict(FORMER_VALUES)
-    sections = foreign.parse_json(text, 'the configuration', {str: {}})
+    sections = foreign.parse_json(text, source, {str: {}})
     for section, values in sections.items():
         for name, value in values.items():
             old_key = f'{section}.{name}'

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -288,8 +289,13 @@ def test_wrong_questions_are_one_line(tmp_path):
         ({'text': 'a', 'file': 'a.txt'}, '--file belongs to --line'),
         ({'token_offset': 99999}, 'the training text has '),
         ({'text': 'a', 'by_step': -1}, 'expected at least 0'),
+        ({'line': 0}, 'lines are counted from 1'),
     ]:
         with pytest.raises(UsageError, match=said):
             ledger.find(run, **options)
     with pytest.raises(UserError, match='expected the folder of a run'):
         ledger.find(tmp_path, text='a')
+    config = run / 'config.json'
+    config.write_text(config.read_text()[:-9])
+    with pytest.raises(UserError, match=f'^{re.escape(str(config))} cannot be read as JSON'):
+        ledger.find(run, text='a')

@@ -115,6 +115,8 @@ class Origins(NamedTuple):
 
         Raises UsageError if the line is not in the training text, or if the file is not.
         """
+        if line < 1:
+            raise UsageError(f'--line={line} is not allowed: lines are counted from 1')
         chosen = [i for i, name in enumerate(self.files) if file in (None, name, Path(name).name)]
         if len(chosen) != 1:
             names = ', '.join(Path(name).name for name in self.files[:5])

@@ -28,7 +28,7 @@ def read_config(run: Path) -> ConfigDict:
     path = run / 'config.json'
     if not path.exists():
         raise foreign.error(run, 'holds no config.json', NOT_A_RUN)
-    return config_lib.from_json(foreign.read_text(path))
+    return config_lib.from_json(foreign.read_text(path), path)
 
 
 def config_at(run: Path, step: int) -> ConfigDict:
