@@ -93,8 +93,7 @@ def main(arguments: list[str]) -> None:
     if _WHAT.value == 'time-to-loss':
         options = (flag.value for flag in SEEDED[1:])  # in the order of its arguments
         seeds = range(_SEEDS.value)
-        figures = time_to_loss.report_time_to_loss(train, _CONFIG.value, seeds, *options)
-        show(figures)
+        show(time_to_loss.report_time_to_loss(train, _CONFIG.value, seeds, *options))
         return
     devices.select_platform(_PLATFORM.value)
     data = benchmark.random_data(_VOCAB_SIZE.value) if _VOCAB_SIZE.value else None
