@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     gpu, fraction = GPUS[_GPU.value], _MEMORY_FRACTION.value
     if _TABLE.value:
         if not all(re.fullmatch('[1-9][0-9]{0,5}', count) for count in _TABLE.value):
-            raise UsageError('--table takes numbers of GPUs, as in --table=1,2,8')
+            raise UsageError('--table takes numbers of GPUs, below a million, as in --table=1,2,8')
         lines = plan.table(case, map(int, _TABLE.value), gpu, fraction)
     else:
         lines = plan.describe(plan.plan(case, gpu), gpu, fraction)
