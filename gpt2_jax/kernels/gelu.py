@@ -18,16 +18,25 @@ GELU_ROWS, GELU_COLUMNS, GELU_WARPS = 4, 512, 4
 GELU_PROGRAMS = ROWS_MULTIPLE // GELU_ROWS  # of the backward pass, for each block of columns
 
 
+def gelu_slope(u, reciprocal):
+    """gelu_new'(u), in few operations; `reciprocal` is a function that computes 1 / x.
+
+    gelu_new(u) = u s, with s = (1 + tanh(v)) / 2 = sigmoid(2 v): one exponential.
+    """
+    square, scale = u * u, 2 * GELU_SCALE
+    power = u * (square * (-LOG2_E * scale * GELU_CUBE) - LOG2_E * scale)
+    s = reciprocal(1 + jnp.exp2(power))
+    dv = u * (square * (3 * scale * GELU_CUBE) + scale)
+    return s + s * (dv - dv * s)
+
+
 def _gelu_backward_kernel(ins, outs):
     span, columns = ins['u'].shape
 
     def body(r, total):
         here = pl.ds(r * GELU_ROWS, GELU_ROWS), slice(None)
         u = ins['u'][here].astype(jnp.float32)
-        # gelu_new(u) = u s, with s = (1 + tanh(v)) / 2 = sigmoid(2 v): one exponential.
-        s = 1 / (1 + jnp.exp2((-2 * LOG2_E * GELU_SCALE) * (u + GELU_CUBE * u * u * u)))
-        slope = s + u * s * (1 - s) * (2 * GELU_SCALE) * (1 + 3 * GELU_CUBE * u * u)
-        du = ins['dh'][here].astype(jnp.float32) * slope
+        du = ins['dh'][here].astype(jnp.float32) * gelu_slope(u, lambda x: 1 / x)
         outs['du'][here] = du.astype(outs['du'].dtype)
         return total + du.sum(0) if outs['dbias'] is not None else total
 

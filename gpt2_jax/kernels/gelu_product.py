@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gpt2_jax.kernels.choose import HOPPER_COLUMNS, HOPPER_INNER
-from gpt2_jax.kernels.gelu import GELU_CUBE, GELU_SCALE, gelu_forward
-from gpt2_jax.kernels.launch import LOG2_E, call_hopper, multiprocessors, swizzled
+from gpt2_jax.kernels.gelu import gelu_forward, gelu_slope
+from gpt2_jax.kernels.launch import call_hopper, multiprocessors, swizzled
 from gpt2_jax.model.ops import matmul
 
 # Sizes are the best of those tried on an H100; docs/speed.md has times.
@@ -37,13 +37,9 @@ SUM_COLUMNS = 8  # the fewest that tensor cores compute
 COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 
 
-def _slope(u):
-    """gelu_new'(u), in few operations: gelu_new(u) = u s, with s = sigmoid(2 v) as in gelu.py."""
-    square, scale = u * u, 2 * GELU_SCALE
-    power = u * (square * (-LOG2_E * scale * GELU_CUBE) - LOG2_E * scale)
-    s = jnp.square(lax.rsqrt(1 + jnp.exp2(power)))  # faster here than a division
-    dv = u * (square * (3 * scale * GELU_CUBE) + scale)
-    return s + s * (dv - dv * s)
+def _reciprocal(x):
+    """1 / x, by fewer operations here than a division."""
+    return jnp.square(lax.rsqrt(x))
 
 
 def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, u_blocks, filled, freed, u_filled):
@@ -128,7 +124,7 @@ def _kernel(dout, w, u, ones, du, *dbias, D, programs, blocks, u_blocks, filled,
         for part in range(parts):
             here = u_blocks.at[warpgroup, part]
             plgpu.barrier_wait(u_filled.at[warpgroup * parts + part])
-            slope = _slope(here[...].astype(jnp.float32))
+            slope = gelu_slope(here[...].astype(jnp.float32), _reciprocal)
             here[...] = (dh[:, part * PART : (part + 1) * PART] * slope).astype(here.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(here, du.at[rows, columns[part]])

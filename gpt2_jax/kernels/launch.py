@@ -3,7 +3,7 @@
     attention       softmax(q k^T / sqrt(K), causal) v, with dropout on the pattern
     norm            x + dropout(branch + bias), and the LayerNorm of the sum
     gelu            gelu_new(x + bias), forward by cuBLAS
-    gelu_product    the same with the product behind it, for Hopper GPUs (Mosaic GPU)
+    gelu_product    the product dout W^T with GELU's slope at its end, on Hopper GPUs (Mosaic GPU)
     embedding       the loss of the tied head, its gradients, and the gradient of the lookup
     adamw           the update of a parameter
 
@@ -80,7 +80,7 @@ def call(kernel, *, warps, stages=2, **options):
 def call_hopper(kernel, *, programs, warpgroups, name, **options):
     """A kernel of Pallas' Mosaic GPU, on a GPU or in its interpreter elsewhere.
 
-    Loops over blocks start from the axes 'program' and 'warpgroup'.
+    In it, lax.axis_index('program') and lax.axis_index('warpgroup') say which part is computed.
     """
     from jax.experimental.pallas import mosaic_gpu  # takes 0.2 s to load, only where it is used
 
