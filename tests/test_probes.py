@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -33,6 +34,12 @@ def probed(text, tmp_path_factory):
     code, printed = runs.quiet_train(config, run)
     assert code == 0
     return run, printed
+
+
+@pytest.mark.parametrize(('count', 'words'), [(1, '1 probe took 0.4 s, 5.0 %'), (2, '2 probes ')])
+def test_the_cost_of_probes_in_words(tmp_path, count, words):
+    counted = SimpleNamespace(count=count, seconds=0.4, workdir=tmp_path)
+    assert probes.Probe.cost(counted, 8.0).startswith(words)
 
 
 @pytest.fixture(scope='module')
