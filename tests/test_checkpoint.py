@@ -468,6 +468,22 @@ def test_latest_two_and_best_are_kept(losses, kept, reopened, tmp_path):
     checkpoints.__exit__(None, None, None)
 
 
+def test_rounded_matrices_are_made_from_the_parameters(tmp_path):
+    """A checkpoint does not hold them."""
+    params = {'kernel': jnp.array([1.001, 2.003]), 'bias': jnp.ones(2)}
+    state = small_state(1).replace(
+        params=params, rounded={'kernel': params['kernel'].astype(jnp.bfloat16), 'bias': None}
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, META, None)
+        checkpoints.wait()
+        restored = checkpoints.restore(1, jax.eval_shape(lambda: state))
+    assert not [path for path in (tmp_path / '1').rglob('*') if 'rounded' in path.name]
+    assert restored.rounded['bias'] is None
+    assert restored.rounded['kernel'].dtype == jnp.bfloat16
+    assert np.array_equal(restored.rounded['kernel'], state.rounded['kernel'])
+
+
 def test_a_damaged_best_checkpoint_is_reported_and_training_resumes(text, finished, run):
     folder, latest = run / FOLDER, newest(run)
     shutil.copytree(latest, folder / '9')

@@ -1,5 +1,7 @@
 """A run that starts from another run's checkpoint: parameters, context, optimizer state."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import optax
@@ -9,8 +11,10 @@ from tiny import flat
 
 from gpt2_jax.config import resolve
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
+from gpt2_jax.training import setup as setup_lib
 from gpt2_jax.training.setup import build
 from gpt2_jax.training.start import from_pretrained
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
@@ -89,6 +93,16 @@ def test_the_requested_checkpoint_is_loaded(text, base):
     assert not all(
         np.array_equal(by_step['latest'][name], leaf) for name, leaf in by_step['5'].items()
     )
+
+
+def test_matrices_are_rounded_for_the_fused_update(text, base):
+    with mock.patch.object(setup_lib, 'choose', return_value=(FUSED, {})):
+        setup = parts_of(text, model__dtype='bfloat16')
+    state, _ = start(setup, base)
+    rounded, params = flat(state.rounded), flat(state.params)
+    assert rounded.keys() == {name for name in params if name.endswith('kernel')}
+    for name, leaf in rounded.items():
+        assert np.array_equal(leaf, params[name].astype('bfloat16')), name
 
 
 def test_a_smaller_context_is_cropped(text, base):

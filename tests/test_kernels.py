@@ -18,7 +18,7 @@ from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
 from gpt2_jax.kernels import choose as kernel_choice
 from gpt2_jax.kernels import embedding, gelu, launch, norm
-from gpt2_jax.kernels.adamw import adamw
+from gpt2_jax.kernels.adamw import adamw, squares
 from gpt2_jax.kernels.attention import attention
 from gpt2_jax.kernels.choose import Kernels, Place, choose
 from gpt2_jax.kernels.embedding import head_loss
@@ -56,14 +56,20 @@ def several_rows_a_program():
         yield
 
 
-def optimizer(implementation, clip_norm=0.1):
+def optimizer(implementation, clip_norm=0.1, **options):
     make = functools.partial(make_optimizer, implementation=implementation)
     if implementation == 'fused':
         make = fused_step.make_optimizer
     elif implementation == 'muon':
         make = functools.partial(make_muon, muon_schedule=SCHEDULE, muon_beta=0.9)
     return make(
-        schedule=SCHEDULE, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=clip_norm
+        schedule=SCHEDULE,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=clip_norm,
+        **options,
     )
 
 
@@ -240,7 +246,7 @@ def test_micro_batches():
 
 def test_updates_equal_the_explicit_optimizer():
     """Parameters and norms, from the same gradients, through warmup, clipping and decay."""
-    ours, theirs = (optimizer(name) for name in ('fused', 'explicit'))
+    ours, theirs = optimizer('fused', round_to='bfloat16'), optimizer('explicit')
     params = rough_params(tiny(**SIZE))
     state, (theirs_params, theirs_state) = (
         (params, ours.init(params)),
@@ -252,8 +258,14 @@ def test_updates_equal_the_explicit_optimizer():
     )
     for _ in range(4):
         grads = jax.tree.map(lambda leaf: np.float32(rng.normal(0, 0.1, leaf.shape)), params)
-        *state, norms = update(grads, state[1], state[0])
-        theirs_params, theirs_state, expected = expected_update(grads, theirs_state, theirs_params)
+        *state, rounded, norms = update(grads, state[1], state[0])
+        kernels = {name: leaf for name, leaf in flat(state[0]).items() if name.endswith('kernel')}
+        assert flat(rounded).keys() == kernels.keys()
+        for name, leaf in flat(rounded).items():
+            assert np.array_equal(leaf, kernels[name].astype(jnp.bfloat16)), name
+        theirs_params, theirs_state, _, expected = expected_update(
+            grads, theirs_state, theirs_params
+        )
         for name, leaf in flat(theirs_params).items():
             np.testing.assert_allclose(
                 flat(state[0])[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name
@@ -262,6 +274,44 @@ def test_updates_equal_the_explicit_optimizer():
         for name, value in expected.items():
             np.testing.assert_allclose(norms[name], value, rtol=1e-5, err_msg=name)
         assert norms['grad_norm'] > 0.1  # clipped
+
+
+@pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.long)])
+def test_rounded_matrices_change_no_bit(n):
+    """Reading those that the update before has written, or rounding the parameters again."""
+    model = tiny(**SIZE, dtype='bfloat16')
+    after = []
+    for options in ({}, {'round_to': 'bfloat16'}):
+        optim = optimizer('fused', **options)
+        update = train_step(model, kernel_choice.FUSED, optim, n)
+        state = init_state(rough_params(model, std=0.1), optim)
+        for _ in range(3):
+            state, metrics = update(state, batch(model, n * ROWS))
+        assert (state.rounded is None) == (not options)
+        after.append(flat((state.params, state.opt_state, metrics)))
+    for name, leaf in after[0].items():
+        assert np.array_equal(after[1][name], leaf), name
+
+
+def test_vectors_of_several_blocks_and_groups():
+    """A vector longer than a block, between others, and more vectors than one call takes."""
+    rng = np.random.default_rng(0)
+    sizes = [3, 2048 + 5, 2048, *[7] * 15]
+    params = {
+        f'h_{i:02}': {'ln_1': {'bias': np.float32(rng.normal(size=size))}}
+        for i, size in enumerate(sizes)
+    }
+    grads = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), params)
+    after = []
+    for name in ('fused', 'explicit'):
+        optim = optimizer(name)
+        new, state, _, norms = jax.jit(functools.partial(apply_update, optim))(
+            grads, optim.init(params), params
+        )
+        moment = optax.tree.get(state, 'v' if name == 'explicit' else 'nu')
+        after.append(flat((new, moment, norms)))
+    for name, leaf in after[1].items():
+        np.testing.assert_allclose(after[0][name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_kernel_lowers_without_a_warning(monkeypatch):
@@ -300,8 +350,8 @@ def test_the_step_lowers_for_a_gpu(monkeypatch, changes):
         'add_norm',
         'gelu_backward',
         'softmax_gradient',
+        'squares',
         'adamw',
-        'adamw_vectors',
     ):
         assert name in text
     assert shapes(model)
@@ -508,7 +558,9 @@ def test_kernels_refuse_shapes_that_they_would_process_in_part():
         run()
     m = v = p = jnp.zeros((3, 8))
     with pytest.raises(ValueError, match=r'gradient of shape \(2, 8\); expected \(3, 8\)'):
-        jax.eval_shape(lambda g: adamw(g, m, v, p, jnp.zeros(4), rates=(0,) * 4), p[:2])
+        jax.eval_shape(lambda g: adamw([g], [m], [v], [p], jnp.zeros(4), rates=(0,) * 4), p[:2])
+    with pytest.raises(ValueError, match='got 17 leaves; expected 16 at most'):
+        jax.eval_shape(lambda x: squares([x] * 17), p)
 
 
 def test_gradients_are_not_scaled_in_bfloat16():

@@ -73,7 +73,7 @@ def test_one_matrix_by_hand(shape):
     for n, std in enumerate((0.1, 3, 0.1), 1):
         grads = draw(rng, params, std)
         before = p.copy()
-        params, state, norms = update(grads, state, params)
+        params, state, _, norms = update(grads, state, params)
         g = np.float64(flat(grads)['h_0/mlp/c_fc/kernel'])
         norm = np.linalg.norm(g)
         assert (norm > 1) == (n == 2)
@@ -126,7 +126,7 @@ def test_updates_equal_those_of_optax():
     @jax.jit
     def update(grads, ours_params, state, params, their_state):
         updates, their_state = theirs.update(grads, their_state, params)
-        ours_params, state, _ = ours.update(grads, state, ours_params)
+        ours_params, state, *_ = ours.update(grads, state, ours_params)
         return ours_params, state, optax.apply_updates(params, updates), their_state
 
     rng, both = np.random.default_rng(0), (params, ours.init(params), params, theirs.init(params))

@@ -79,11 +79,13 @@ def test_measured_runs(name):
     assert f'| {" | ".join(cells)} |' in SCALE.read_text('utf-8')
 
 
-@pytest.mark.parametrize('algorithm', ['adamw', 'muon'])
+@pytest.mark.parametrize('algorithm', ['adamw', 'muon', 'fused'])
 @pytest.mark.parametrize('mesh', ['1 1 1', '8 1 1', '1 8 1', '2 2 2', '1 1 4'])
 def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
     """30 tokens: 2 divides them, 4 does not. 6 positions. Muon also averages."""
-    model = tiny(vocab_size=30, n_head=4, n_embd=32, n_positions=6, bias=mesh != '2 2 2')
+    model = tiny(
+        vocab_size=30, n_head=4, n_embd=32, n_positions=6, bias=mesh != '2 2 2', dtype='bfloat16'
+    )
     sizes = tuple(map(int, mesh.split()))
     axes = dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True))
     params = shapes(model)
@@ -94,6 +96,8 @@ def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
     if averages:
         muon = {'muon_schedule': lambda step: 1e-2, 'muon_beta': 0.95}
         optimizer = make_muon(**rate, **muon, **options)
+    if algorithm == 'fused':
+        optimizer = fused_step.make_optimizer(**rate, **options, round_to=model.cfg.compute_dtype)
     state = jax.eval_shape(lambda: init_state(params_of(params), optimizer, averages))
     layout = partition.shardings(AbstractMesh(sizes, tuple(axes)), state)
     held = sum(
@@ -101,9 +105,14 @@ def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
         for leaf, lies in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True)
     )
     counters = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if not leaf.shape)
-    case = Case(model.cfg, axes, 8, 6, algorithm=algorithm, averages=averages)
+    kind = 'muon' if algorithm == 'muon' else 'adamw'
+    case = Case(model.cfg, axes, 8, 6, algorithm=kind, averages=averages)
     planned, _ = memory.memory(case, FUSED)
-    names = ('parameters', 'moments', 'average of the parameters')
+    names = ['parameters', 'moments', 'average of the parameters']
+    if algorithm == 'fused' and axes['fsdp'] > 1:
+        names.append('matrices of the shard, rounded')
+    elif algorithm == 'fused':
+        names.append('parameters as used')
     assert held - counters == sum(planned.get(name, 0) for name in names)
 
 

@@ -107,15 +107,17 @@ def parameter_shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
     return shapes | biases if cfg.bias else shapes
 
 
-def stored_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> int:
-    """Parameters that one device stores; each moment has as many."""
-    shapes = parameter_shapes(cfg).items()
-    return sum(rules.local_size(name, shape, mesh) for name, shape in shapes)
+def stored_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
+    """Elements of the kernels, and of all other leaves, that a device stores.
 
-
-def used_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
-    """Elements of the kernels, and of all other leaves, that a device multiplies by: gathered."""
-    mesh, counts = {**mesh, 'fsdp': 1}, [0, 0]
+    Each moment has as many.
+    """
+    counts = [0, 0]
     for name, shape in parameter_shapes(cfg).items():
         counts[not name.endswith('kernel')] += rules.local_size(name, shape, mesh)
     return counts[0], counts[1]
+
+
+def used_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
+    """The same of the leaves that a device multiplies by: gathered over fsdp."""
+    return stored_elements(cfg, {**mesh, 'fsdp': 1})

@@ -15,7 +15,7 @@ GIB = 2**30
 
 def moment_elements(case: Case) -> int:
     """Elements of the moments that one device stores: two for a parameter, one under Muon."""
-    both = 2 * stored_elements(case.cfg, case.mesh)
+    both = 2 * sum(stored_elements(case.cfg, case.mesh))
     if case.algorithm == 'adamw':
         return both
     return both - sum(
@@ -77,14 +77,18 @@ def memory(case: Case, kernels: Kernels) -> tuple[dict[str, int], str]:
     """
     cfg, N, mesh = case.cfg, case.tokens, case.mesh
     c, s, D, F = BYTES[cfg.compute_dtype], BYTES[cfg.stream_dtype], cfg.n_embd, cfg.d_ff
-    stored, (kernels_used, others_used) = stored_elements(cfg, mesh), used_elements(cfg, mesh)
-    used, tensor = kernels_used + others_used, mesh['tensor']
+    (own_kernels, own_others), tensor = stored_elements(cfg, mesh), mesh['tensor']
+    kernels_used, others_used = used_elements(cfg, mesh)
+    stored, used = own_kernels + own_others, kernels_used + others_used
     vocab = padded_vocab(cfg.vocab_size) // (1 if cfg.vocab_size % tensor else tensor)
     casts = kernels_used * c if c == 2 or mesh['fsdp'] > 1 else 0
+    # The fused update writes a shard's matrices in the compute dtype; gathered, they are new.
+    rounds = kernels.fused_training and kernels.optimizer == 'fused' and mesh['fsdp'] > 1
     always = {
         'parameters': 4 * stored,
         'moments': 4 * moment_elements(case),
         'average of the parameters': 4 * stored if case.averages else 0,
+        'matrices of the shard, rounded': own_kernels * c if rounds else 0,
         'parameters as used': casts + (4 * others_used if mesh['fsdp'] > 1 else 0),
         'gradients of other micro-batches': 4 * used if case.micro_batches > 1 else 0,
     }

@@ -123,7 +123,7 @@ def seconds(
     cfg, n, remat = case.cfg, case.micro_batches, case.cfg.remat
     c, s = BYTES[cfg.compute_dtype], BYTES[cfg.stream_dtype]
     D, F, L, vocab = cfg.n_embd, cfg.d_ff, cfg.n_layer, padded_vocab(cfg.vocab_size)
-    N, stored = n * case.tokens, stored_elements(cfg, case.mesh)
+    N, stored = n * case.tokens, sum(stored_elements(cfg, case.mesh))
     # Multiplications and additions for a token: forward, and twice as many backward.
     block, head = 2 * (4 * D * D + 2 * D * F), 2 * D * vocab
     products = 3 * (L * block + head)

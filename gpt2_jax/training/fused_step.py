@@ -7,6 +7,7 @@ of rows have one row for each token: N = B T.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.architecture import GPT2Config
-from gpt2_jax.kernels.adamw import MAX_VECTORS, adamw, adamw_vectors
+from gpt2_jax.kernels.adamw import MAX_LEAVES, adamw, join, squares
 from gpt2_jax.kernels.attention import attention
 from gpt2_jax.kernels.choose import FUSED, Kernels
 from gpt2_jax.kernels.embedding import add_rows, head_loss, head_nats, padded_head
@@ -31,12 +32,15 @@ from gpt2_jax.model.ops import (
 )
 from gpt2_jax.parallel import collectives
 from gpt2_jax.training.optim import (
+    DECAYED,
     FusedOptimizer,
     bias_correction,
-    decay_mask,
-    sum_of_squares,
+    join_kernels,
+    round_kernels,
 )
 from gpt2_jax.training.optim import make_optimizer as make_optax
+
+MATRICES = 4  # leaves in a call of the optimizer's kernels: the matrices of a block
 
 
 def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUSED, first_row=0):
@@ -156,11 +160,7 @@ def make_value_and_grad(cfg: GPT2Config, kernels: Kernels = FUSED) -> Callable:
 
 def cast_kernels(cfg: GPT2Config, params):
     """The leaves 'kernel' in the compute dtype, the others as they are."""
-
-    def cast(path, leaf):
-        return leaf.astype(cfg.compute_dtype) if path[-1].key == 'kernel' else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return join_kernels(round_kernels(params, cfg.compute_dtype), params)
 
 
 def value_and_grad(
@@ -241,15 +241,17 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    round_to: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> FusedOptimizer:
-    """optim.make_optimizer's update, with one kernel for each matrix that reads and writes it once.
+    """optim.make_optimizer's update, by kernels that read and write each leaf once.
 
     XLA computes updates, moments and norms in several passes, and copies leaves that one pass reads
     and another overwrites: the copies alone take 1.3 of 28 ms a step (124M, H100).
 
     The state is that of optax, so that a checkpoint is not bound to the kernels it was made with.
-    On a mesh each device updates its own shards.
+    The update also returns the leaves 'kernel' in the dtype `round_to`, if that is given. On a mesh
+    each device updates its own shards.
     """
     reference = make_optax(
         schedule=schedule,
@@ -263,7 +265,20 @@ def make_optimizer(
     def update_shards(grads, state, params, weights, total):
         """`weights` count each shard once, however many devices hold it; `total` adds over them."""
         adam = optax.tree.get(state, 'ScaleByAdamState')
-        norm = jnp.sqrt(total(sum_of_squares(jax.tree.leaves(grads), weights)))
+        groups = leaf_groups(params, weights)
+        trees = [jax.tree.leaves(tree) for tree in (grads, adam.mu, adam.nu, params)]
+
+        def leaves(k: int) -> list:
+            """The leaves of each group in one of the trees."""
+            return [[trees[k][i] for i in group.leaves] for group in groups]
+
+        def summed(sums: list):
+            # Without the barrier XLA would sum in the kernel that joins: 47 instead of 6 us.
+            weighed = [sum_ * group.weight for group, sum_ in zip(groups, sums, strict=True)]
+            return total(jax.lax.optimization_barrier(jnp.concatenate(weighed, -1)).sum(-1))
+
+        grads = [g if group.kind else [join(g)] for group, g in zip(groups, leaves(0), strict=True)]
+        norm = jnp.sqrt(summed(list(map(squares, grads))))
         scalars = {
             'learning_rate': schedule(adam.count),
             'factor': jnp.where(norm > clip_norm, clip_norm / norm, 1) if clip_norm else 1.0,
@@ -271,36 +286,34 @@ def make_optimizer(
             'correct2': 1 / bias_correction(beta2, adam.count + 1),
         }
         scalars_4 = jnp.stack([jnp.float32(x) for x in scalars.values()])
-        leaves = list(zip(*map(jax.tree.leaves, (grads, adam.mu, adam.nu, params)), strict=True))
-        decays = jax.tree.leaves(decay_mask(params))
-        matrices = [i for i, is_matrix in enumerate(decays) if is_matrix]
-        vectors = [i for i, is_matrix in enumerate(decays) if not is_matrix]
-        new, sums = {}, []  # leaf -> (m, v, p); sums of squares of updates and parameters
-        for i in matrices:
-            rates = beta1, beta2, eps, weight_decay
-            *new[i], partial = adamw(*leaves[i], scalars_4, rates=rates)
-            sums.append(partial * weights[i])
-        for start in range(0, len(vectors), MAX_VECTORS):
-            group = vectors[start : start + MAX_VECTORS]
-            columns = map(list, zip(*(leaves[i] for i in group), strict=True))
-            rates = beta1, beta2, eps, 0.0
-            *together, partial = adamw_vectors(*columns, scalars_4, rates=rates)
-            new |= zip(group, zip(*together, strict=True), strict=True)
-            sums.append(partial * jnp.array([weights[i] for i in group])[:, None])
+        new, sums = {}, []  # leaf -> (m, v, p, rounded); sums of squares of updates and parameters
+        for group, *columns in zip(groups, grads, *map(leaves, (1, 2, 3)), strict=True):
+            *together, rounded, partial = adamw(
+                *columns,
+                scalars_4,
+                rates=(beta1, beta2, eps, weight_decay if group.kind else 0.0),
+                joined=not group.kind,
+                dtype=round_to if group.kind == 'kernel' else None,
+            )
+            together.append(rounded or [None] * len(group.leaves))
+            new |= zip(group.leaves, zip(*together, strict=True), strict=True)
+            sums.append(partial)
         tree = jax.tree.structure(params)
-        columns = zip(*(new[i] for i in range(len(leaves))), strict=True)
-        m, v, params = (jax.tree.unflatten(tree, column) for column in columns)
-        # Without the barrier XLA would sum in the kernel that joins: 47 instead of 6 us (10.7M).
-        sums_2n = jax.lax.optimization_barrier(jnp.concatenate(sums).T)
-        update_norm, param_norm = jnp.sqrt(total(sums_2n.sum(1)))
+        columns = zip(*(new[i] for i in sorted(new)), strict=True)
+        m, v, params, rounded = (jax.tree.unflatten(tree, column) for column in columns)
+        update_norm, param_norm = jnp.sqrt(summed(sums))
         norms = {'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}
-        return params, optax.tree.set(state, mu=m, nu=v, count=adam.count + 1), norms
+        state = optax.tree.set(state, mu=m, nu=v, count=adam.count + 1)
+        return params, state, rounded if round_to else None, norms
 
     def update(grads, state, params):
         if mesh is None or mesh.size == 1:
             ones = [1.0] * len(jax.tree.leaves(params))
             return update_shards(grads, state, params, ones, lambda x: x)
-        spec, state_spec = (collectives.specs(mesh, tree) for tree in (params, state))
+        rounded = round_kernels(params, round_to) if round_to else None
+        spec, state_spec, rounded_spec = (
+            collectives.specs(mesh, tree) for tree in (params, state, rounded)
+        )
         weights = [
             1 / collectives.copies(mesh, leaf_spec)
             for leaf_spec in jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
@@ -311,8 +324,33 @@ def make_optimizer(
             ),
             mesh=mesh,
             in_specs=(spec, state_spec, spec),
-            out_specs=(spec, state_spec, P()),
+            out_specs=(spec, state_spec, rounded_spec, P()),
             check_vma=False,
         )(grads, state, params)
 
-    return FusedOptimizer(reference.init, update)
+    return FusedOptimizer(reference.init, update, round_to)
+
+
+class Group(NamedTuple):
+    """Leaves, by number, that the optimizer's kernels take together.
+
+    `kind` is 'kernel', 'embedding', or '' for vectors. `weight` is that of their sums of squares.
+    """
+
+    kind: str
+    weight: float
+    leaves: list[int]
+
+
+def leaf_groups(params, weights: list[float]) -> list[Group]:
+    """All leaves of the parameters in groups of one kind and weight."""
+    together: dict[tuple[str, float], list[int]] = {}
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        name = path[-1].key
+        together.setdefault((name if name in DECAYED else '', weights[i]), []).append(i)
+    groups = []
+    for (kind, weight), leaves in together.items():
+        size = MATRICES if kind else MAX_LEAVES
+        parts = [leaves[start : start + size] for start in range(0, len(leaves), size)]
+        groups += [Group(kind, weight, part) for part in parts]
+    return groups

@@ -96,7 +96,7 @@ def make_muon(
         state = MuonState(n, unstack_matrices(m, state.m), at, state_others)
         matrices, mask = unstack_matrices(p, state.m), muon_mask(params)
         params = jax.tree.map(lambda is_m, a, b: a if is_m else b, mask, matrices, p_others)
-        return params, state, norms
+        return params, state, None, norms
 
     return FusedOptimizer(init, update)
 

@@ -21,11 +21,13 @@ DECAYED = ('kernel', 'embedding')
 class FusedOptimizer(NamedTuple):
     """An optimizer whose update returns the new parameters, not what to add to them.
 
-    init(params) -> state;  update(grads, state, params) -> (params, state, norms).
+    init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms), with
+    the new `round_kernels(params, round_to)`, or None if round_to is None.
     """
 
     init: Callable
     update: Callable
+    round_to: str | None = None
 
 
 Optimizer = optax.GradientTransformation | FusedOptimizer
@@ -34,6 +36,23 @@ Optimizer = optax.GradientTransformation | FusedOptimizer
 def decay_mask(params):
     """True for each leaf that is decayed, by the last part of its path."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+
+def round_kernels(params, dtype: str):
+    """The leaves 'kernel', the matrices of the blocks, in this dtype; None for other leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key == 'kernel' else None, params
+    )
+
+
+def join_kernels(rounded, params):
+    """The parameters with the leaves of `round_kernels` in their places."""
+    return jax.tree.map(
+        lambda kernel, leaf: leaf if kernel is None else kernel,
+        rounded,
+        params,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def make_schedule(
@@ -148,9 +167,10 @@ def as_parameters(grads, params):
 
 
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
-    """Clips, runs AdamW and adds the result to the parameters: new (params, opt_state, norms).
+    """Clips, runs AdamW and adds the result: new (params, opt_state, rounded, norms).
 
-    The norms are grad_norm (before clipping), update_norm and param_norm (after the update).
+    `rounded` is as in FusedOptimizer, and None for other optimizers. The norms are grad_norm
+    (before clipping), update_norm and param_norm (after the update).
     """
     if isinstance(optimizer, FusedOptimizer):
         return optimizer.update(grads, opt_state, params)
@@ -158,7 +178,7 @@ def apply_update(optimizer: Optimizer, grads, opt_state, params):
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     trees = {'grad_norm': grads, 'update_norm': updates, 'param_norm': params}
-    return params, opt_state, {name: optax.tree.norm(tree) for name, tree in trees.items()}
+    return params, opt_state, None, {name: optax.tree.norm(tree) for name, tree in trees.items()}
 
 
 def average_in(average, params, n, decay: float):
@@ -229,25 +249,17 @@ def explicit_adamw(
 
 
 def root_of_squares(tree):
-    """The global norm of a tree in few passes: see `sum_of_squares`."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(sum_of_squares(leaves, [1.0] * len(leaves)))
-
-
-def sum_of_squares(leaves: list, weights: list[float]):
-    """The sum of weight x^2 over all elements x of all leaves, fp32, in few passes.
+    """The global norm of a tree, fp32, in few passes.
 
     Each matrix is summed by rows, all vectors are joined into one, and then these sums are summed.
     """
-    parts, vectors = [], {}
-    for leaf, weight in zip(leaves, weights, strict=True):
+    parts, vectors = [], []
+    for leaf in jax.tree.leaves(tree):
+        leaf = leaf.astype(jnp.float32)
         if leaf.size > 1 << 16:
-            rows = jnp.square(leaf.astype(jnp.float32)).sum(-1).reshape(-1)
-            parts.append(rows if weight == 1 else rows * weight)
+            parts.append(jnp.square(leaf).sum(-1).reshape(-1))
         else:
-            vectors.setdefault(weight, []).append(leaf.astype(jnp.float32).reshape(-1))
-    for weight, group in vectors.items():
-        squares = jnp.square(jnp.concatenate(group))
-        parts.append(squares if weight == 1 else squares * weight)
+            vectors.append(leaf.reshape(-1))
+    parts += [jnp.square(jnp.concatenate(vectors))] if vectors else []
     # Without the barrier XLA sums each part by itself: 100 small kernels for the 124M model.
-    return jax.lax.optimization_barrier(jnp.concatenate(parts)).sum()
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(parts)).sum())

@@ -95,7 +95,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     attention = evaluation_attention(cfg, platform_of(mesh.devices.flat[0]))
     model = GPT2(cfg, training_ops(attention))
     schedule = build_schedule(config)
-    optimizer = _build_optimizer(config, cfg, kernels.optimizer, schedule, mesh)
+    optimizer = _build_optimizer(config, cfg, kernels, schedule, mesh)
     averages = config.optim.average > 0
     shapes = jax.eval_shape(
         lambda params: init_state(params, optimizer, averages), param_shapes(cfg)
@@ -139,7 +139,7 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
 def _build_optimizer(
     config: ConfigDict,
     cfg: GPT2Config,
-    implementation: str,
+    kernels: Kernels,
     schedule: optax.Schedule,
     mesh: jax.sharding.Mesh,
 ) -> Optimizer:
@@ -155,15 +155,16 @@ def _build_optimizer(
     if optim.algorithm == 'muon':
         ratio = optim.muon_learning_rate / optim.learning_rate
         return make_muon(
-            implementation=implementation,
+            implementation=kernels.optimizer,
             muon_schedule=lambda step: ratio * schedule(step),
             muon_beta=optim.muon_beta,
             dtype=cfg.compute_dtype,
             precision=cfg.precision,
             **options,
         )
-    if implementation == 'fused':
+    if kernels.optimizer == 'fused':
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
-        return fused_step.make_optimizer(mesh=mesh, **options)
-    return make_optimizer(implementation=implementation, **options)
+        round_to = cfg.compute_dtype if kernels.fused_training else None
+        return fused_step.make_optimizer(round_to=round_to, mesh=mesh, **options)
+    return make_optimizer(implementation=kernels.optimizer, **options)

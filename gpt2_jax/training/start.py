@@ -189,7 +189,8 @@ def from_pretrained(
     notify(f'starting from checkpoint {restored.step:,} in {run}, with {optimizer}{context}')
     # A copy, because an update reuses the memory of each array in the state.
     average = jax.tree.map(np.copy, cropped[0]) if setup.averages else None
-    return jax.device_put(TrainState(np.int32(0), *cropped, average), setup.layout)
+    state = TrainState(np.int32(0), *cropped, average, setup.shapes.rounded).round_again()
+    return jax.device_put(state, setup.layout)
 
 
 def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> restore.Restored:

@@ -15,7 +15,15 @@ import optax
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, summed_loss, token_losses
 from gpt2_jax.parallel.feed import Batch
-from gpt2_jax.training.optim import Optimizer, apply_update, as_parameters, average_in
+from gpt2_jax.training.optim import (
+    FusedOptimizer,
+    Optimizer,
+    apply_update,
+    as_parameters,
+    average_in,
+    join_kernels,
+    round_kernels,
+)
 
 
 @flax.struct.dataclass
@@ -23,24 +31,46 @@ class TrainState:
     """Everything an update reads and writes. `step` counts the updates done.
 
     `average` is the average of the parameters over updates (see optim.average_in), or None.
+    `rounded` repeats the matrices in the compute dtype if the kernel of AdamW writes them: reading
+    them again would take 1 % of an update. A checkpoint does not hold it (see `round_again`).
     """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
     average: dict | None = None
+    rounded: dict | None = None
 
     @property
     def evaluated(self):
         """The parameters that are evaluated, sampled from and published: averaged if they are."""
         return self.params if self.average is None else self.average
 
+    @property
+    def used(self):
+        """The parameters that an update computes its loss with."""
+        return self.params if self.rounded is None else join_kernels(self.rounded, self.params)
+
+    def round_again(self):
+        """The same state, with `rounded` made from the parameters, in the dtypes that it has."""
+        if self.rounded is None:
+            return self
+        rounded = jax.tree.map(
+            lambda old, leaf: None if old is None else leaf.astype(old.dtype),
+            self.rounded,
+            self.params,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        return self.replace(rounded=rounded)
+
 
 def init_state(params, optimizer: Optimizer, averages: bool = False) -> TrainState:
     """The state before the first update, with an average of the parameters if `averages`."""
     # Copied, because an update reuses the memory of each array in the state.
     average = jax.tree.map(jnp.copy, params) if averages else None
-    return TrainState(jnp.int32(0), params, optimizer.init(params), average)
+    round_to = optimizer.round_to if isinstance(optimizer, FusedOptimizer) else None
+    rounded = round_kernels(params, round_to) if round_to else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), average, rounded)
 
 
 def plain_value_and_grad(
@@ -118,13 +148,15 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads = loss_and_grads(state.params, batch, step_key, batch['targets'].size)
-        params, opt_state, norms = apply_update(optimizer, grads, state.opt_state, state.params)
+        loss, grads = loss_and_grads(state.used, batch, step_key, batch['targets'].size)
+        params, opt_state, rounded, norms = apply_update(
+            optimizer, grads, state.opt_state, state.params
+        )
         metrics = {'loss': loss, 'learning_rate': jnp.float32(schedule(state.step)), **norms}
         n, averaged = state.step + 1, state.average
         if averaged is not None:
             averaged = average_in(averaged, params, n, average)
-        return TrainState(n, params, opt_state, averaged), metrics
+        return TrainState(n, params, opt_state, averaged, rounded), metrics
 
     return train_step
 

@@ -242,7 +242,7 @@ def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
     )
     check_step(Path(manager.directory) / str(step), int(items.train['step']))
     name = 'params' if abstract.average is None else 'average'
-    return abstract.replace(**{name: items.params}, **items.train)
+    return abstract.replace(**{name: items.params}, **items.train).round_again()
 
 
 def check_step(path: Path, step: int) -> None:
