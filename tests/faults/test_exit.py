@@ -36,6 +36,25 @@ def test_an_error_does_not_wait_for_threads():
     assert done.stderr == 'error: what was wrong\n'
 
 
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['--version']])
+def test_an_output_that_cannot_be_written_is_named(arguments, unbuffered):
+    """As in `evaluate.py > scores.txt` on a full disk, at the first print or at the end."""
+    program = 'from gpt2_jax import cli; cli.run(lambda arguments: print("figures"))'
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-c', program, *arguments],
+            timeout=60,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {'PYTHONUNBUFFERED': unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: cannot write to standard output: No space left')
+    assert done.stderr.count('\n') == 1
+
+
 @pytest.mark.parametrize('text', ['a\x1b]0;title\x07b', 'a\nb', 'a\x9bb', 'x' * 10**6])
 def test_an_error_is_one_short_line_without_control_characters(text, capsys, monkeypatch):
     from gpt2_jax import cli
