@@ -567,9 +567,12 @@ def test_evaluate_restores_best_and_latest_to_the_digit(reference):
         ('best', summary['best_step'], summary['best_val_loss']),
         ('latest', STEPS, summary['final_val_loss']),
     ):
-        code, out, err = runs.script('evaluate', f'--ckpt_dir={reference}', f'--step={which}')
+        arguments = ('evaluate', f'--ckpt_dir={reference}', f'--step={which}')
+        code, out, err = runs.script(*arguments)
         assert (code, err) == (0, '')
-        assert out.startswith(f'step {step}, val: loss {loss!r} nats per token')
+        assert out.startswith(f'step {step}, val: loss {loss:.4f} nats per token')
+        found = json.loads(runs.script(*arguments, '--json')[1])
+        assert (found['step'], found['loss']) == (step, loss)
 
 
 def test_sampling_needs_only_the_folder(text, reference, tmp_path, monkeypatch):
