@@ -249,6 +249,15 @@ def test_a_finished_run_says_so_and_changes_nothing(text, reference):
     assert snapshot(reference) == before
 
 
+def test_a_finished_run_writes_deleted_settings_again(text, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / 'run')
+    before = {name: (run / name).read_bytes() for name in ('config.json', 'tokenizer.json')}
+    for name in before:
+        (run / name).unlink()
+    assert runs.quiet_train(make_config(text), run)[0] == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
 def test_a_terminal_does_not_obey_the_name_of_a_folder(text, reference, tmp_path, monkeypatch):
     run = shutil.copytree(reference, tmp_path / 'a\x1b[2Jb')
     monkeypatch.setattr(sys, 'stdout', io.StringIO())
