@@ -1,6 +1,7 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
 import contextlib
+import glob
 import importlib.metadata
 import itertools
 import logging
@@ -12,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from absl import flags
@@ -87,6 +88,18 @@ def check_finite(flags_given: Iterable[flags.FlagHolder]) -> None:
     for flag in flags_given:
         if flag.value is not None and not math.isfinite(flag.value):
             raise UsageError(f'--{flag.name}={flag.value}: expected a finite number')
+
+
+@contextlib.contextmanager
+def corpus_hint(corpus: str) -> Iterator[None]:
+    """Adds --corpus to the error of a block that reads the corpus of a run, if no file is there."""
+    try:
+        yield
+    except UserError as error:
+        is_file = os.path.basename(corpus).count('.')
+        if isinstance(error, UsageError) or not is_file or glob.glob(os.path.expanduser(corpus)):
+            raise
+        raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
 
 
 def read_prompt(path: str | None) -> str:
