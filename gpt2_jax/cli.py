@@ -1,6 +1,7 @@
 """From a command line to one call: flags, --help and --version, and errors in one line."""
 
 import contextlib
+import glob
 import importlib.metadata
 import itertools
 import logging
@@ -12,14 +13,14 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
-from gpt2_jax import files, foreign
+from gpt2_jax import files, foreign, terminal
 from gpt2_jax.config import SETTINGS, check_key, describe
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 
@@ -89,6 +90,18 @@ def check_finite(flags_given: Iterable[flags.FlagHolder]) -> None:
             raise UsageError(f'--{flag.name}={flag.value}: expected a finite number')
 
 
+@contextlib.contextmanager
+def corpus_hint(corpus: str) -> Iterator[None]:
+    """Adds --corpus to the error of a block that reads the corpus of a run, if no file is there."""
+    try:
+        yield
+    except UserError as error:
+        is_file = os.path.basename(corpus).count('.')
+        if isinstance(error, UsageError) or not is_file or glob.glob(os.path.expanduser(corpus)):
+            raise
+        raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
+
+
 def read_prompt(path: str | None) -> str:
     """The text of a file, or of standard input: for '-', and if a pipe provides one; else ''.
 
@@ -129,6 +142,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if hasattr(sys.stdout, 'reconfigure'):  # None if it was closed
         # A character that the terminal cannot show must not end a run.
         sys.stdout.reconfigure(errors='replace')
+        # The error of a failed print names no file: these name standard output.
+        sys.stdout.write = terminal.printing()(sys.stdout.write)
+        sys.stdout.flush = terminal.printing()(sys.stdout.flush)
     message = None
     try:
         code = main(_parse(sys.argv)) or 0
@@ -164,7 +180,7 @@ def end_process(code: int) -> NoReturn:
     """
     if code:
         for stream in filter(None, (sys.stdout, sys.stderr)):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 stream.flush()
         os._exit(code)
     sys.exit(code)
@@ -196,7 +212,8 @@ def _parse(argv: list[str]) -> list[str]:
         libraries = ' '.join(
             f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'flax', 'optax')
         )
-        print(f'gpt2_jax {gpt2_jax.__version__} ({libraries}, Python {sys.version.split()[0]})')
+        python = sys.version.split()[0]
+        print(f'gpt2_jax {gpt2_jax.__version__} ({libraries}, Python {python})', flush=True)
         sys.exit(0)
     path = _check_config_flags(argv[1:])
     try:
@@ -225,6 +242,7 @@ def _print_help() -> None:
         for key, (default, *_) in SETTINGS.items():
             value = 'left open' if isinstance(default, type) else repr(default)
             print(f'  {describe(key)} [{value}]')
+    print(end='', flush=True)
 
 
 def _check_config_flags(argv: list[str]) -> str | None:

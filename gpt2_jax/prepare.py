@@ -111,8 +111,9 @@ def prepare(
     Returns its manifest. Two passes over the files, one block at a time: the first pass counts and
     collects the alphabet, the second pass encodes. With `special_tokens`, <|endoftext|> in a text
     is the token of that name, else ordinary text. Raises UserError for a file that cannot be read
-    or changes between the passes, for texts that are all empty, if `out_dir` holds anything, and
-    for one of SIGNALS; then nothing is written.
+    or changes between the passes, for texts that are all empty, for a split without tokens (but
+    `val_fraction` may be 0), if `out_dir` holds anything, and for one of SIGNALS; then nothing is
+    written.
     """
     if shard_tokens < 1:
         raise UsageError(f'shard_tokens is {shard_tokens}: expected at least 1')
@@ -148,6 +149,13 @@ def prepare(
             _encode(sources, writers, text_field, split_by, val_fraction)
             with Progress('encoding and writing the rest'):
                 splits = {writer.split: writer.finish() for writer in writers}
+        n_train, n_val = (splits[split]['tokens'] for split in SPLITS)
+        if not n_train or (val_fraction and not n_val):
+            raise UserError(
+                f'val_fraction = {val_fraction} leaves {n_train:,} tokens to train on and '
+                f'{n_val:,} to validate on: expected some of each; use another fraction, or more '
+                'text'
+            )
         left_out['empty files'] += len(paths) - len(sources)
         manifest = {
             'format': FORMAT,

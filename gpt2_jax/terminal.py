@@ -1,6 +1,8 @@
 """Text for a terminal, which obeys the control characters in it."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 from gpt2_jax.errors import UserError
@@ -23,8 +25,15 @@ def say(text: str) -> None:
 
 def put(text: str) -> None:
     """Prints a line as it is, at once. Raises UserError if standard output cannot be written."""
-    try:
+    with printing():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Raises UserError if the block, which prints, cannot write to standard output."""
+    try:
+        yield
     except BrokenPipeError:  # the reader ended first: no error of this process
         raise
     except OSError as error:

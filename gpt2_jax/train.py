@@ -124,6 +124,8 @@ def run_in_folder(
             f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with '
             '--extend to continue, or start again with --fresh'
         )
+        if hosts.is_first():
+            write_settings(setup, workdir, missing_only=True)
         return 0
 
     # Compiled side by side, in the order of their first use. The update is traced before anything
@@ -256,5 +258,14 @@ def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str,
         say(report)
     probes.cut_back(workdir, start)
     (workdir / 'summary.json').unlink(missing_ok=True)
-    files.write_text(workdir / 'config.json', config_lib.to_json(setup.config))
-    files.write_text(workdir / 'tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer))
+    write_settings(setup, workdir)
+
+
+def write_settings(setup: Setup, workdir: Path, missing_only: bool = False) -> None:
+    """Writes config.json and tokenizer.json; with `missing_only`, those that were deleted."""
+    for name, text in (
+        ('config.json', config_lib.to_json(setup.config)),
+        ('tokenizer.json', tokenizers.to_json(setup.dataset.tokenizer)),
+    ):
+        if not (missing_only and (workdir / name).exists()):
+            files.write_text(workdir / name, text)

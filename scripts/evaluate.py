@@ -15,14 +15,12 @@ a pattern. --stride=32 gives each target more context.
 --lambada predicts the last word of each passage.
 """
 
-import glob
 import json
-import os
 
 from absl import flags
 
 from gpt2_jax import cli, files
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import detokenizers
 from gpt2_jax.progress import Progress
 
@@ -121,13 +119,8 @@ def main(arguments: list[str]) -> None:
             result = score.score_text(restored, _TEXT.value, split=_SPLIT.value, **options)
     else:
         options |= {'stride': _STRIDE.value, 'max_targets': _MAX_TOKENS.value}
-        corpus = restored.config.data.corpus
-        try:
+        with cli.corpus_hint(restored.config.data.corpus):
             result = score.score_corpus(restored, split=_SPLIT.value or 'val', **options)
-        except UserError as error:
-            if not os.path.basename(corpus).count('.') or glob.glob(os.path.expanduser(corpus)):
-                raise
-            raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
     if _JSON.value:
         print(json.dumps({'step': restored.step, **result.figures()}))
     else:

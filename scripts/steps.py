@@ -27,6 +27,9 @@ from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
+_CORPUS = flags.DEFINE_string(
+    'corpus', None, "Where the run's own corpus is now, if it was moved since training."
+)
 _TEXT = flags.DEFINE_string('text', None, 'find: the text to look for.')
 _TOKEN_OFFSET = flags.DEFINE_integer(
     'token_offset', None, 'find: the position of a training token, from 0.'
@@ -55,7 +58,7 @@ def find() -> None:
     from gpt2_jax.diagnostics import ledger
 
     options = {flag.name: flag.value for flag in FIND}
-    found = ledger.find(files.user_path(_WORKDIR.value), **options)
+    found = ledger.find(files.user_path(_WORKDIR.value), corpus=_CORPUS.value, **options)
     if _FORMAT.value == 'json':
         print(json.dumps(ledger.to_json(found), indent=1, ensure_ascii=False))
     else:
@@ -86,7 +89,7 @@ def show() -> None:
     from gpt2_jax.diagnostics.replay import Replay
     from gpt2_jax.reports import step
 
-    replay = Replay(folder, notify)
+    replay = Replay(folder, notify, _CORPUS.value)
     found = step.to_json(replay.run, replay.open(number))
     if out:
         print(step.write(found, out))
@@ -102,7 +105,7 @@ def examine() -> None:
     cli.refuse([_OUT, _FORMAT, _LIMIT], 'with autopsy')
     from gpt2_jax.reports import autopsy
 
-    said, page = autopsy.explain(folder, number, notify)
+    said, page = autopsy.explain(folder, number, notify, _CORPUS.value)
     print('\n'.join([*said, f'{page} shows all of it']))
 
 
@@ -112,7 +115,11 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in commands:
         got = ' '.join(arguments) or 'none'
         raise UsageError(f'expected one command, find, show or autopsy; got {got}')
-    commands[arguments[0]]()
+    from gpt2_jax.workdir import history
+
+    config = history.read_config(files.user_path(_WORKDIR.value))
+    with cli.corpus_hint(_CORPUS.value or config.data.corpus):
+        commands[arguments[0]]()
 
 
 if __name__ == '__main__':

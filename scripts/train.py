@@ -11,10 +11,15 @@ metrics.jsonl, samples.txt, tensorboard/, checkpoints/ and, at its end, summary.
 folder.
 """
 
+import signal
 import time
 
 STARTED = time.monotonic()  # before all other imports, which are part of the start
-
+# While the imports run, Ctrl-C ends the process at once: inside them, Python would print a
+# traceback, and modules in C++ would report another error or lose the signal.
+ON_CTRL_C = signal.getsignal(signal.SIGINT)
+if ON_CTRL_C is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import flags  # noqa: E402
 
@@ -50,6 +55,7 @@ def main(arguments: list[str]) -> int:
     with hosts.joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         with devices.selecting_platform(_PLATFORM.value), Progress('loading'):
             from gpt2_jax.train import train  # while the device starts
+        signal.signal(signal.SIGINT, ON_CTRL_C)
         return train(
             _CONFIG.value,
             workdir,

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import runpy
+import signal
 import struct
 import sys
 import warnings
@@ -140,6 +141,7 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
     """Runs scripts/NAME.py as a user would, in this process; returns exit code, stdout, stderr."""
     path, known = Path(__file__).parents[1] / 'scripts' / f'{name}.py', set(flags.FLAGS)
     argv, out, err = [str(path), *map(str, arguments)], io.StringIO(), io.StringIO()
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         with (
             open(os.devnull) as nothing,
@@ -161,6 +163,7 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
     except SystemExit as end:
         return end.code, out.getvalue(), err.getvalue()
     finally:
+        signal.signal(signal.SIGINT, on_ctrl_c)
         for added in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, added)
         flags.FLAGS.unparse_flags()

@@ -99,8 +99,10 @@ def test_training_and_decoding(tiny_setup, monkeypatch):
     read = cfg.n_layer * matrices + cfg.vocab_size * cfg.n_embd
     read += 2 * 2 * cfg.n_layer * cfg.n_embd * (8 + 10)  # keys and values of two texts
     assert figures['memory_share'] == pytest.approx(4 * read / figures['token_seconds'] / 1e9)
-    with pytest.raises(UsageError, match='do not fit the context'):
-        benchmark.bench_decode(tiny_setup, 1, 1, 20, Sampling(), prompt_tokens=1000)
+    most = cfg.n_positions + 1
+    message = f'--prompt_tokens=8 and --new_tokens={most} do not fit .* at most {most} together'
+    with pytest.raises(UsageError, match=message):
+        benchmark.bench_decode(tiny_setup, 1, 1, most, Sampling(), prompt_tokens=8)
 
 
 @pytest.mark.long

@@ -552,7 +552,7 @@ def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkey
     assert summary['corpus']['name'] == 'python-topics'
     # With a network, too, it is evaluated on the text that it was trained on.
     monkeypatch.setattr('gpt2_jax.data.corpora._download', lambda name: made / 'text.txt')
-    code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run')
+    code, out, err = runs.script('evaluate', f'--ckpt_dir={tmp_path}/run', '--json')
     assert code == 0, err
     assert repr(summary['best_val_loss']) in out
 

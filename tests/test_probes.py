@@ -1,5 +1,6 @@
 """Probes: they change nothing, survive a kill, and say what the lens and the replay say."""
 
+import io
 import json
 import re
 import shutil
@@ -202,12 +203,22 @@ def test_probes_are_in_tensorboard(probed):
 
 
 def test_a_damaged_file_is_named(probed, tmp_path):
-    run = shutil.copytree(probed[0], tmp_path / 'run')
-    (run / 'probes.npz').write_bytes((run / 'probes.npz').read_bytes()[:-100])
-    with pytest.raises(
-        UserError, match=r'probes\.npz cannot be read as the probes of a run: .*move it away'
+    data, array, objects = (probed[0] / 'probes.npz').read_bytes(), io.BytesIO(), io.BytesIO()
+    np.save(array, np.zeros(3))
+    np.savez(objects, steps=np.array([{}], object))
+    for damaged, reason in (
+        (data[:-100], 'File is not a zip file'),
+        (b'no zip file', 'it is damaged, or another file'),
+        (array.getvalue(), 'it is damaged, or another file'),
+        (objects.getvalue(), 'it is damaged, or another file'),
     ):
-        read_probes(run)
+        (tmp_path / 'probes.npz').write_bytes(damaged)
+        with pytest.raises(UserError) as error:
+            read_probes(tmp_path)
+        assert str(error.value).endswith(
+            f'/probes.npz cannot be read as the probes of a run: {reason}; move it away, and the '
+            'run records its probes from here on'
+        )
 
 
 def test_every_array_is_documented(probed):

@@ -249,6 +249,15 @@ def test_a_finished_run_says_so_and_changes_nothing(text, reference):
     assert snapshot(reference) == before
 
 
+def test_a_finished_run_writes_deleted_settings_again(text, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / 'run')
+    before = {name: (run / name).read_bytes() for name in ('config.json', 'tokenizer.json')}
+    for name in before:
+        (run / name).unlink()
+    assert runs.quiet_train(make_config(text), run)[0] == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
 def test_a_terminal_does_not_obey_the_name_of_a_folder(text, reference, tmp_path, monkeypatch):
     run = shutil.copytree(reference, tmp_path / 'a\x1b[2Jb')
     monkeypatch.setattr(sys, 'stdout', io.StringIO())
@@ -567,9 +576,12 @@ def test_evaluate_restores_best_and_latest_to_the_digit(reference):
         ('best', summary['best_step'], summary['best_val_loss']),
         ('latest', STEPS, summary['final_val_loss']),
     ):
-        code, out, err = runs.script('evaluate', f'--ckpt_dir={reference}', f'--step={which}')
+        arguments = ('evaluate', f'--ckpt_dir={reference}', f'--step={which}')
+        code, out, err = runs.script(*arguments)
         assert (code, err) == (0, '')
-        assert out.startswith(f'step {step}, val: loss {loss!r} nats per token')
+        assert out.startswith(f'step {step}, val: loss {loss:.4f} nats per token')
+        found = json.loads(runs.script(*arguments, '--json')[1])
+        assert (found['step'], found['loss']) == (step, loss)
 
 
 def test_sampling_needs_only_the_folder(text, reference, tmp_path, monkeypatch):

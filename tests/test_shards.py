@@ -241,6 +241,22 @@ def test_too_few_documents_to_split(texts, tmp_path):
     assert dataset.tokenizer.decode(all_of(dataset.val)) == SECOND
 
 
+@pytest.mark.parametrize(
+    ('lines', 'options', 'left'),
+    [
+        (['a'], {}, '0 tokens to train on and 1 to validate on'),
+        (['abc', 'de'], {'val_fraction': 0.9}, '0 tokens to train on and 5 to'),
+        (['abc', ''], {'val_fraction': 0.5, 'split_by': 'document'}, '3 .* on and 0 to validate'),
+    ],
+)
+def test_a_split_without_tokens_is_refused(tmp_path, lines, options, left):
+    path = tmp_path / 'a.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in lines))
+    with pytest.raises(UserError, match=f'val_fraction = .* leaves {left}.*more text'):
+        write([str(path)], tmp_path / 'out', **options)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize('block_bytes', [1, 3, 1 << 20])
 def test_the_special_token_is_a_choice(tmp_path, monkeypatch, small_vocabulary, block_bytes):
     monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
@@ -614,7 +630,9 @@ def limit_files(kilobytes):
     code = (
         f'import os, resource, signal, sys; size = {kilobytes} * 1024; '
         'resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); '
-        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])'
+        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+        'os.environ["PYTHONDONTWRITEBYTECODE"] = "1"; '  # else half of a module would be left
+        'os.execv(sys.executable, sys.argv[1:])'
     )
     return [sys.executable, '-c', code]
 

@@ -160,6 +160,20 @@ def test_what_cannot_be_replayed_is_one_line(run, replay, text, tmp_path):
         Replay(copy)
 
 
+def test_a_text_that_was_moved(run, text, tmp_path):
+    copy, gone = shutil.copytree(run, tmp_path / 'run'), tmp_path / 'gone.txt'
+    config = (copy / 'config.json').read_text()
+    (copy / 'config.json').write_text(config.replace(str(text), str(gone)))
+    for command in (('find', '--text=ba'), ('show', '--step=8'), ('autopsy', '--step=8')):
+        arguments = ('steps', *command, f'--workdir={copy}')
+        code, out, err = runs.script(*arguments)
+        assert (code, out) == (1, '')
+        assert err.endswith(f'; --corpus=PATH says where {gone} is now\n')
+        code, out, err = runs.script(*arguments, f'--corpus={text}')
+        assert (code, err) == (0, '')
+        assert 'text.txt' in out or 'Every value of step 8 is finite' in out
+
+
 def test_the_configuration_of_each_part_of_an_extended_run(run):
     planned = [history.config_at(run, step).train.steps for step in (1, STEPS, STEPS + 1, LONGER)]
     assert planned == [STEPS, STEPS, LONGER, LONGER]

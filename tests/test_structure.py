@@ -111,6 +111,7 @@ NO_JAX = (
     'foreign',
     'permutation',
     'progress',
+    'terminal',
     'verified',
     'cli',
     'prepare',

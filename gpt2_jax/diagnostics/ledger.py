@@ -157,9 +157,14 @@ class Run(NamedTuple):
         return self.dataset.tokenizer.decode(self.dataset.train.read(start, stop))
 
 
-def open_run(folder: Path) -> Run:
-    """Opens the text that a run trained on. Raises UserError if the text has changed since."""
+def open_run(folder: Path, corpus: str | None = None) -> Run:
+    """Opens the text that a run trained on. Raises UserError if the text has changed since.
+
+    `corpus` says where the text is now, if it was moved.
+    """
     config = history.read_config(folder)
+    if corpus is not None:
+        config.data.corpus = corpus
     dataset = load_dataset(**config.data, notify=lambda text: None)
     recorded = history.read_corpus(folder)
     if recorded and recorded['sha256'] != dataset.sha256:
@@ -198,17 +203,19 @@ def find(
     line: int | None = None,
     file: str | None = None,
     by_step: int | None = None,
+    corpus: str | None = None,
 ) -> Found:
     """Every step and row of a run that trained on a text, on one token, or on a line of a file.
 
     Exactly one of `text`, `token_offset` and `line` is given; `file` chooses among several files.
-    Steps up to `by_step`, by default all that the configuration plans. Raises UsageError.
+    Steps up to `by_step`, by default all that the configuration plans. `corpus` is as in
+    `open_run`. Raises UsageError.
     """
     if sum(x is not None for x in (text, token_offset, line)) != 1:
         raise UsageError('give one of --text, --token_offset and --line')
     if file is not None and line is None:
         raise UsageError('--file belongs to --line: it chooses the file of that line')
-    run = open_run(folder)
+    run = open_run(folder, corpus)
     steps = run.config.train.steps if by_step is None else by_step
     n = len(run.dataset.train)
     if steps < 0:

@@ -110,11 +110,16 @@ class OpenedStep:
 class Replay:
     """Computes updates of a run again. Compiles once; steps in ascending order are the fastest.
 
-    `notify` receives a line when many updates must be replayed.
+    `notify` receives a line when many updates must be replayed. `corpus` is as in ledger.open_run.
     """
 
-    def __init__(self, folder: Path, notify: Callable[[str], None] = lambda text: None):
-        self.run, self.notify = ledger.open_run(folder), notify
+    def __init__(
+        self,
+        folder: Path,
+        notify: Callable[[str], None] = lambda text: None,
+        corpus: str | None = None,
+    ):
+        self.run, self.notify = ledger.open_run(folder, corpus), notify
         self._setups = {}  # by train.steps: the programs of each configuration of an extended run
         self._at = None  # (step, state) after the last replayed update
 

@@ -71,7 +71,7 @@ class Score(NamedTuple):
         per_byte = '' if bits_per_byte is None else f'{bits_per_byte:.4f} bits per byte, '
         part = '' if n_tokens == n_split else f' ({n_split:,} in all: an evenly spread part)'
         lines = [
-            f'{self.name}: loss {loss!r} nats per token, perplexity {perplexity:.4f}, {per_byte}'
+            f'{self.name}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}, {per_byte}'
             f'over {n_tokens:,} tokens{part} of {n_bytes:,} bytes'
         ]
         if self.words is not None:

@@ -17,14 +17,17 @@ LEAP = 0.5
 
 
 def explain(
-    run: Path, step: int, notify: Callable[[str], None] = lambda text: None
+    run: Path,
+    step: int,
+    notify: Callable[[str], None] = lambda text: None,
+    corpus: str | None = None,
 ) -> tuple[list[str], Path]:
     """Examines an update of a run and writes the page; returns the explanation and the path.
 
-    The page is autopsies/step_N.html in the run's folder. Raises UserError if the text of the run
-    has changed.
+    The page is autopsies/step_N.html in the run's folder. `corpus` is as in ledger.open_run. Raises
+    UserError if the text of the run has changed.
     """
-    replay = Replay(run, notify)
+    replay = Replay(run, notify, corpus)
     found = examine(replay, step)
     said = sentences(replay.run, found)
     out = run / FOLDER / f'step_{step}.html'

@@ -81,14 +81,14 @@ def read_probes(run: Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
     remedy = 'move it away, and the run records its probes from here on'
-    with (
-        foreign.open_file(path) as file,
-        foreign.parsing(path, 'the probes of a run', remedy),
-        np.load(file, allow_pickle=False) as arrays,
-    ):
-        if sum(info.file_size for info in arrays.zip.infolist()) > MAX_PROBES_BYTES:
-            raise ValueError('it is too large')
-        return dict(arrays)
+    with foreign.open_file(path) as file, foreign.parsing(path, 'the probes of a run', remedy):
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                if sum(info.file_size for info in arrays.zip.infolist()) > MAX_PROBES_BYTES:
+                    raise foreign.error(path, 'is too large', remedy)
+                return dict(arrays)
+        except (TypeError, ValueError):  # numpy's message advises to trust the file
+            raise ValueError('it is damaged, or another file') from None
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

@@ -3,9 +3,11 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import kill_runs
 import pytest
@@ -34,6 +36,50 @@ def test_an_error_does_not_wait_for_threads():
     )
     assert (done.returncode, done.stdout) == (1, 'printed\n')
     assert done.stderr == 'error: what was wrong\n'
+
+
+def test_ctrl_c_during_the_imports_ends_the_process(tmp_path):
+    (tmp_path / 'absl.py').write_text('import signal\nsignal.raise_signal(signal.SIGINT)\n')
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, root / 'scripts/train.py'],
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env=os.environ | {'PYTHONPATH': f'{tmp_path}:{root}'},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, '', '')
+
+
+def test_ctrl_c_after_the_imports_can_be_handled(monkeypatch):
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def train(*args, **options):
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr('gpt2_jax.train.train', train)
+    config = Path(__file__).parents[2] / 'configs/quickstart.py'
+    assert runs.script('train', f'--config={config}')[0] == 0
+    assert seen == [before]
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['--version']])
+def test_an_output_that_cannot_be_written_is_named(arguments, unbuffered):
+    """As in `evaluate.py > scores.txt` on a full disk, at the first print or at the end."""
+    program = 'from gpt2_jax import cli; cli.run(lambda arguments: print("figures"))'
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-c', program, *arguments],
+            timeout=60,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {'PYTHONUNBUFFERED': unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: cannot write to standard output: No space left')
+    assert done.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('text', ['a\x1b]0;title\x07b', 'a\nb', 'a\x9bb', 'x' * 10**6])
