@@ -3,8 +3,8 @@
     python scripts/train.py --config=configs/shakespeare_fast.py
 
 Hardware: one NVIDIA GPU. On an H100, ten seeds, with nothing compiled before: the validation loss
-is below 1.47 after 14.4 s from the start of the process (13.1 to 15.8), and the run ends after 20 s
-with its best loss, 1.392 nats (1.386 to 1.397). docs/tinyshakespeare-benchmark.md has the details.
+is below 1.47 after 12.5 s from the start of the process (11.4 to 12.9), and the run ends after 18 s
+with its best loss, 1.393 nats (1.389 to 1.399). docs/tinyshakespeare-benchmark.md has the details.
 
 The published schedule spans 5,000 updates, and its model is best after 2,000. Muon needs 1,200, of
 4.9 ms each. The peaks of its two learning rates, the weight decay, the dropout and the average are
