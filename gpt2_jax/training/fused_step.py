@@ -1,7 +1,7 @@
-"""A training step of fused GPU kernels: the loss with its gradient, and AdamW; and evaluation.
+"""The loss with its gradient, AdamW, and evaluation, by fused GPU kernels.
 
-It computes what model/gpt2.py, step.py and optim.py spell out, with the same dropout masks. Arrays
-of rows have one row for each token: N = B T.
+The kernels compute what model/gpt2.py, step.py and optim.py spell out, with the same dropout masks.
+Arrays of rows have one row for each token: N = B T.
 """
 
 import dataclasses
@@ -40,16 +40,16 @@ from gpt2_jax.training.optim import (
 )
 from gpt2_jax.training.optim import make_optimizer as make_optax
 
-MATRICES = 4  # leaves in a call of the optimizer's kernels: the matrices of a block
+MATRICES = 4  # leaves in one call of the optimizer's kernels: a block has four matrices
 
 
 def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUSED, first_row=0):
     """The final hidden states from the embeddings: (B, T, D) -> (N, D).
 
-    A branch is what attention or MLP adds to the residual stream: (its product, its bias). Each
-    branch is added by the kernel that also computes the next LayerNorm. A part that is 'xla' in
-    `kernels` is computed by the formula of model/gpt2.py. `first_row` is the number of the first
-    text here in the whole micro-batch, for the dropout masks.
+    A branch is what attention or MLP adds to the residual stream, as a pair: a matrix product and
+    its bias. The kernel that computes the next LayerNorm also adds the branch. A part that is 'xla'
+    in `kernels` is computed by the formula of model/gpt2.py. `first_row` is the index, in the whole
+    micro-batch, of the first text on this device. The dropout masks depend on it.
     """
     B, T, D = x_BTD.shape
     N, H, K = B * T, cfg.n_head, cfg.head_dim
@@ -78,25 +78,25 @@ def features(cfg: GPT2Config, params, x_BTD, dropout_key, kernels: Kernels = FUS
         return matmul(z_BTHK.reshape(N, H, K), attn['c_proj']), attn['c_proj'].get('bias')
 
     def cudnn_branch(y_ND, attn):
-        """The same by cuDNN, which takes q, k and v apart.
+        """`attention_branch` by cuDNN, which takes q, k and v as separate arrays.
 
-        Three products, because cutting one apart and joining its gradient would take four more
-        passes over memory. The bias of k adds the same number to all scores of a query, so softmax
-        ignores it. Each row of the pattern sums to 1, so the bias of v adds itself to every z, and
-        its product joins the bias of the projection.
+        Three matrix products compute them, because splitting the result of one product and joining
+        its gradient would take four more passes over memory. The bias of k adds the same number to
+        all scores of a query, so softmax ignores it. Each row of the pattern sums to 1, so the bias
+        of v is added to every z. The projection of this bias is added to the projection's own bias.
         """
         kernel_3DD = jnp.moveaxis(attn['c_attn']['kernel'].reshape(D, 3, D), 1, 0)
         bias_3HK, bias_D = attn['c_attn'].get('bias'), attn['c_proj'].get('bias')
         q_ND, k_ND, v_ND = matmul_rows_each(y_ND, tuple(kernel_3DD), cfg.precision)
         if bias_3HK is not None:
             kernel_HKD = attn['c_proj']['kernel'].astype(jnp.float32)
-            q_ND = add_bias(q_ND, bias_3HK[0].reshape(D))  # by cuBLAS, as long as it is a vector
+            q_ND = add_bias(q_ND, bias_3HK[0].reshape(D))  # cuBLAS adds a bias if it is a vector
             bias_D += jnp.tensordot(bias_3HK[2], kernel_HKD, 2, precision='highest')
         z_BTHK = cudnn_attention(*(x.reshape(B, T, H, K) for x in (q_ND, k_ND, v_ND)))
         return matmul(z_BTHK.reshape(N, H, K), attn['c_proj']), bias_D
 
     def block(x_ND, branch, h, seeds_3):
-        """Adds `branch`, from the block before, and returns this block's own, not yet added."""
+        """Adds the branch of the block before. Returns this block's last branch, not yet added."""
         x_ND, y_ND = add_and_norm(x_ND, branch, h['ln_1'], seeds_3[0])
         if kernels.attention == 'cudnn':
             branch = cudnn_branch(y_ND, h['attn'])
@@ -159,7 +159,7 @@ def make_value_and_grad(cfg: GPT2Config, kernels: Kernels = FUSED) -> Callable:
 
 
 def cast_kernels(cfg: GPT2Config, params):
-    """The leaves 'kernel' in the compute dtype, the others as they are."""
+    """The parameters, with the leaves 'kernel' in the compute dtype."""
     return join_kernels(round_kernels(params, cfg.compute_dtype), params)
 
 
@@ -168,9 +168,9 @@ def value_and_grad(
 ):
     """The summed loss of a (micro-)batch over `n_targets`, and its gradient.
 
-    The leaves 'kernel' are cast to the compute dtype before differentiation, so their gradients
-    stay in that dtype, as the matrix products return them, and are read at half the bytes. The
-    gradient of the token embedding may have rows of 0 after the last row. `first_row` is as in
+    The leaves 'kernel' are cast to the compute dtype before differentiation. So their gradients
+    stay in this dtype, as the matrix products return them, and reading them takes half the bytes.
+    The gradient of the token embedding may have rows of 0 after the last row. `first_row` is as in
     `features`.
     """
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
@@ -182,7 +182,8 @@ def value_and_grad(
     )
     nats_N, dy_ND, dwte_VD = head_loss(y_ND, wte_VD, batch['targets'].reshape(-1), 1 / n_targets)
     grads, dx_BTD = pull_back(dy_ND)
-    # The gradient of the lookup is added to the head's in place: no table of zeros, no second pass.
+    # The lookup's gradient is added to the head's gradient in place, which saves a table of zeros
+    # and a second pass.
     dwte_VD = add_at_tokens(cfg, dwte_VD, batch['inputs'], dx_BTD)
     dwpe_TD = dx_BTD.astype(jnp.float32).sum(0)
     dwpe_PD = jnp.pad(dwpe_TD, ((0, len(wpe_PD) - len(dwpe_TD)), (0, 0)))
@@ -193,8 +194,8 @@ def value_and_grad(
 def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
     """The table with each of `rows` added to the row of its token: the gradient of a lookup.
 
-    For a small vocabulary a matrix product does it: the 16,384 rows of a character model share 65
-    tokens, and one program would add up thousands of them.
+    For a small vocabulary, a matrix product adds the rows. The 16,384 rows of a character model
+    share 65 tokens, so one program of `add_rows` would add up thousands of rows.
     """
     V, D = table_VD.shape
     if V > 1024:
@@ -212,8 +213,8 @@ def add_at_tokens(cfg: GPT2Config, table_VD, tokens_BT, rows_BTD):
 def prepare(cfg: GPT2Config, params):
     """The parameters as `make_eval_step`'s function takes them, made once for all batches.
 
-    The leaves 'kernel' are in the compute dtype, and so is 'head', the table of the head. Made for
-    each batch, they would take 1.6 % of its time (124M, 16 x 1024 tokens, H100).
+    The leaves 'kernel' are in the compute dtype, and so is 'head', the table of the head. Making
+    them for each batch would take 1.6 % of the batch's time (124M, 16 x 1024 tokens, H100).
     """
     head_VD = padded_head(params['wte']['embedding'].astype(cfg.compute_dtype))
     return cast_kernels(cfg, params) | {'head': head_VD}
@@ -249,9 +250,9 @@ def make_optimizer(
     XLA computes updates, moments and norms in several passes, and copies leaves that one pass reads
     and another overwrites: the copies alone take 1.3 of 28 ms a step (124M, H100).
 
-    The state is that of optax, so that a checkpoint is not bound to the kernels it was made with.
-    The update also returns the leaves 'kernel' in the dtype `round_to`, if that is given. On a mesh
-    each device updates its own shards.
+    The state is optax's state, so a checkpoint does not depend on the kernels that made it. If
+    `round_to` is given, the update also returns the leaves 'kernel' in this dtype. On a mesh each
+    device updates its own shards.
     """
     reference = make_optax(
         schedule=schedule,
@@ -263,7 +264,7 @@ def make_optimizer(
     )
 
     def update_shards(grads, state, params, weights, total):
-        """`weights` count each shard once, however many devices hold it; `total` adds over them."""
+        """`weights` count a shard once, however many devices hold it. `total` sums over devices."""
         adam = optax.tree.get(state, 'ScaleByAdamState')
         groups = leaf_groups(params, weights)
         trees = [jax.tree.leaves(tree) for tree in (grads, adam.mu, adam.nu, params)]
@@ -273,7 +274,7 @@ def make_optimizer(
             return [[trees[k][i] for i in group.leaves] for group in groups]
 
         def summed(sums: list):
-            # Without the barrier XLA would sum in the kernel that joins: 47 instead of 6 us.
+            # Without the barrier XLA would sum in the kernel that joins: 47 us instead of 6.
             weighed = [sum_ * group.weight for group, sum_ in zip(groups, sums, strict=True)]
             return total(jax.lax.optimization_barrier(jnp.concatenate(weighed, -1)).sum(-1))
 
@@ -334,7 +335,8 @@ def make_optimizer(
 class Group(NamedTuple):
     """Leaves, by number, that the optimizer's kernels take together.
 
-    `kind` is 'kernel', 'embedding', or '' for vectors. `weight` is that of their sums of squares.
+    `kind` is 'kernel', 'embedding', or '' for vectors. `weight` is the factor of their sums
+    of squares.
     """
 
     kind: str

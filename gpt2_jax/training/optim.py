@@ -21,8 +21,9 @@ DECAYED = ('kernel', 'embedding')
 class FusedOptimizer(NamedTuple):
     """An optimizer whose update returns the new parameters, not what to add to them.
 
-    init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms), with
-    the new `round_kernels(params, round_to)`, or None if round_to is None.
+    init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms).
+    `rounded` is `round_kernels(params, round_to)` of the new parameters, or None if `round_to` is
+    None.
     """
 
     init: Callable
@@ -46,7 +47,7 @@ def round_kernels(params, dtype: str):
 
 
 def join_kernels(rounded, params):
-    """The parameters with the leaves of `round_kernels` in their places."""
+    """The parameters, with each leaf of `round_kernels` in the place of the original leaf."""
     return jax.tree.map(
         lambda kernel, leaf: leaf if kernel is None else kernel,
         rounded,
@@ -129,9 +130,9 @@ def make_optimizer(
         v <- beta2 v + (1 - beta2) g^2
         p <- p - lr (m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps) + weight_decay p)
 
-    For update s = 0, 1, .., lr = schedule(s), and n = s + 1 counts the updates with this one. The
-    term weight_decay p applies only to leaves for which `decay_mask` is True. `implementation` is
-    'optax', or 'explicit' for these equations written out in `explicit_adamw`.
+    For update s = 0, 1, .., lr = schedule(s), and n = s + 1 counts the updates up to this one.
+    The term weight_decay p applies only to leaves for which `decay_mask` is True.
+    `implementation` is 'optax', or 'explicit' for these equations, written out in `explicit_adamw`.
     """
     update = adamw(implementation, schedule, beta1, beta2, eps, weight_decay)
     if not clip_norm:
@@ -182,12 +183,12 @@ def apply_update(optimizer: Optimizer, grads, opt_state, params):
 
 
 def average_in(average, params, n, decay: float):
-    """The average of the parameters over updates, with those of update n = 1, 2, .. taken in.
+    """The average of the parameters over updates, with the parameters of update n = 1, 2, .. added.
 
         a <- a + max(1 - decay, 10 / (n + 9)) (p - a)
 
-    An exponential moving average over the last 1 / (1 - decay) updates or so. Early on it covers
-    the last tenth of the updates, so that it forgets the initial parameters.
+    This is an exponential moving average over about the last 1 / (1 - decay) updates. Early in a
+    run it covers the last tenth of the updates, so that it forgets the initial parameters.
     """
     weight = jnp.maximum(1 - decay, 10 / (n + 9.0))
     return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
@@ -205,7 +206,7 @@ def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
 
 
 class AdamWState(NamedTuple):
-    """The number of updates done, and the running means m of g and v of g^2, shaped as params."""
+    """The number of updates done, and the running means m of g and v of g^2, shaped like params."""
 
     count: jax.Array
     m: optax.Params
@@ -229,10 +230,10 @@ def bias_correction(beta: float, n):
 def explicit_adamw(
     schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """The equations of m, v and p in `make_optimizer`: what an update adds to the parameters."""
+    """The equations for m, v and p in `make_optimizer`. An update returns what to add to p."""
 
     def update(grads, state, params):
-        # fp32 also under JAX_ENABLE_X64, so that parameters and moments keep their dtype.
+        # fp32 even under JAX_ENABLE_X64, so that parameters and moments keep their dtype.
         learning_rate = jnp.float32(schedule(state.count))
         m_weight, v_weight = (bias_correction(beta, state.count + 1) for beta in (beta1, beta2))
         m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.m, grads)

@@ -31,8 +31,9 @@ class TrainState:
     """Everything an update reads and writes. `step` counts the updates done.
 
     `average` is the average of the parameters over updates (see optim.average_in), or None.
-    `rounded` repeats the matrices in the compute dtype if the kernel of AdamW writes them: reading
-    them again would take 1 % of an update. A checkpoint does not hold it (see `round_again`).
+    `rounded` holds the matrices in the compute dtype if AdamW's kernel writes them: reading the
+    parameters again to round them would take 1 % of an update. A checkpoint does not hold `rounded`
+    (see `round_again`).
     """
 
     step: jax.Array
@@ -43,7 +44,7 @@ class TrainState:
 
     @property
     def evaluated(self):
-        """The parameters that are evaluated, sampled from and published: averaged if they are."""
+        """The parameters to evaluate, sample from and publish: the average, if there is one."""
         return self.params if self.average is None else self.average
 
     @property
@@ -52,7 +53,7 @@ class TrainState:
         return self.params if self.rounded is None else join_kernels(self.rounded, self.params)
 
     def round_again(self):
-        """The same state, with `rounded` made from the parameters, in the dtypes that it has."""
+        """The same state, with `rounded` made again from the parameters, in the same dtypes."""
         if self.rounded is None:
             return self
         rounded = jax.tree.map(
@@ -78,7 +79,7 @@ def plain_value_and_grad(
 ) -> Callable:
     """value_and_grad(params, batch, dropout_key, n_targets) -> (loss, grads): JAX differentiates.
 
-    `batch` is one micro-batch; B is its number of rows here. The loss is the sum of the losses of
+    `batch` is one micro-batch, and B is its number of rows. The loss is the sum of the losses of
     its targets, divided by `n_targets`, the number of targets of all micro-batches together.
     `unshard` gathers the stored parameters into the form in which the model multiplies by them (see
     partition.make_unshard). If `chunk_targets` is not 0, the loss is computed over chunks of at
@@ -102,7 +103,7 @@ def accumulate(value_and_grad: Callable, grad_accum_steps: int) -> Callable:
 
     The rows of the batch are processed in `grad_accum_steps` equal micro-batches by one lax.scan,
     and their gradients are added in fp32. Micro-batch m has the dropout key fold_in(step_key, m).
-    `value_and_grad` has the signature of `plain_value_and_grad`'s.
+    `value_and_grad` is called like the function that `plain_value_and_grad` returns.
     """
 
     def loss_and_grads(params, batch: Batch, step_key, n_targets: int):
