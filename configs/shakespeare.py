@@ -2,9 +2,9 @@
 
     python scripts/train.py --config=configs/shakespeare.py
 
-Hardware: one GPU. Time: 4.0 ms a step on an H200. Validation loss of the best
-checkpoint, over the whole split: 1.452 nats (seed 0), reached at step 1,750; the remaining steps
-overfit, to 1.687.
+Hardware: one GPU. Time: 4.15 ms a step on an H100, 49 s in all. Validation loss of the best
+checkpoint, over the whole split: 1.449 nats (seed 0), reached at step 2,000; the remaining steps
+overfit, to 1.691.
 """
 
 from gpt2_jax.config import default_config
