@@ -276,6 +276,20 @@ def test_updates_equal_the_explicit_optimizer():
         assert norms['grad_norm'] > 0.1  # clipped
 
 
+def test_the_schedule_counts_for_itself():
+    """With train.init_optimizer it starts again at update 0, and the moments do not."""
+    params = rough_params(tiny(**SIZE))
+    grads = jax.tree.map(jnp.ones_like, params)
+    after = []
+    for name in ('fused', 'optax'):
+        optim = optimizer(name)
+        adam, *others = optim.init(params)[1]
+        state = optax.EmptyState(), (adam._replace(count=jnp.int32(40)), *others)
+        after.append(flat(jax.jit(functools.partial(apply_update, optim))(grads, state, params)))
+    for name, leaf in after[1].items():
+        np.testing.assert_allclose(after[0][name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.long)])
 def test_rounded_matrices_change_no_bit(n):
     """Reading those that the update before has written, or rounding the parameters again."""

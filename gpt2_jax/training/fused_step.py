@@ -265,7 +265,10 @@ def make_optimizer(
 
     def update_shards(grads, state, params, weights, total):
         """`weights` count a shard once, however many devices hold it. `total` sums over devices."""
-        adam = optax.tree.get(state, 'ScaleByAdamState')
+        # Two counters: the schedule's is set back when another run is continued.
+        adam, at = (
+            optax.tree.get(state, name) for name in ('ScaleByAdamState', 'ScaleByScheduleState')
+        )
         groups = leaf_groups(params, weights)
         trees = [jax.tree.leaves(tree) for tree in (grads, adam.mu, adam.nu, params)]
 
@@ -281,7 +284,7 @@ def make_optimizer(
         grads = [g if group.kind else [join(g)] for group, g in zip(groups, leaves(0), strict=True)]
         norm = jnp.sqrt(summed(list(map(squares, grads))))
         scalars = {
-            'learning_rate': schedule(adam.count),
+            'learning_rate': schedule(at.count),
             'factor': jnp.where(norm > clip_norm, clip_norm / norm, 1) if clip_norm else 1.0,
             'correct1': 1 / bias_correction(beta1, adam.count + 1),
             'correct2': 1 / bias_correction(beta2, adam.count + 1),
@@ -304,7 +307,11 @@ def make_optimizer(
         m, v, params, rounded = (jax.tree.unflatten(tree, column) for column in columns)
         update_norm, param_norm = jnp.sqrt(summed(sums))
         norms = {'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}
-        state = optax.tree.set(state, mu=m, nu=v, count=adam.count + 1)
+        state = optax.tree.set(
+            state,
+            ScaleByAdamState=optax.ScaleByAdamState(adam.count + 1, m, v),
+            ScaleByScheduleState=optax.ScaleByScheduleState(at.count + 1),
+        )
         return params, state, rounded if round_to else None, norms
 
     def update(grads, state, params):
