@@ -10,6 +10,7 @@ from tiny import flat
 from gpt2_jax.config import resolve
 from gpt2_jax.training.programs import new_state
 from gpt2_jax.training.setup import build
+from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, all_steps, committed_steps
 from gpt2_jax.workdir.restore import load
@@ -72,7 +73,8 @@ def test_all_keeps_every_checkpoint(tmp_path):
     assert kept.includes(0)
     assert kept.includes(13)
     with Checkpoints(tmp_path, kept=kept) as checkpoints:
-        shapes = [np.zeros(2**18, np.float32)]
-        (line,) = checkpoints.describe_kept(shapes, steps=13, every=5, eval_every=7)
+        params = {'kernel': np.zeros(2**18, np.float32)}
+        state = TrainState(np.int32(0), params, {}, rounded=params)  # which is not saved
+        (line,) = checkpoints.describe_kept(state, steps=13, every=5, eval_every=7)
     # Every 5 steps, the evaluations at 7 and 13 if they are the best, and the last.
     assert line.startswith('checkpoints kept for good: up to 5 of 1.0 MiB')

@@ -92,9 +92,9 @@ class Checkpoints:
         """
         self.wait()
         self._check_claim()
-        items = {'params': state.evaluated, 'train': train_item(state)}
+        items = array_items(state)
         with self._failures(step):
-            self._check_free_space(state)
+            self._check_free_space(items)
             saved = self._orbax.save(
                 step,
                 metrics=None if val_loss is None else {'val_loss': val_loss},
@@ -136,7 +136,8 @@ class Checkpoints:
             saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)}
         else:
             saved = set(filter(self.kept.includes, range(steps + 1)))
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        leaves = jax.tree.leaves(array_items(state))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         n, free = len(saved | {steps}), shutil.disk_usage(self.folder).free
         return [
             f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
@@ -162,9 +163,9 @@ class Checkpoints:
         """
         return restore_state(self._orbax, step, abstract)
 
-    def _check_free_space(self, state) -> None:
+    def _check_free_space(self, items) -> None:
         free = shutil.disk_usage(self.folder).free
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         if free < needed:
             raise OSError(
                 f'it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left'
@@ -224,6 +225,11 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
             quiet = 0 if parts else quiet + 1
             time.sleep(0.05)
+
+
+def array_items(state) -> dict[str, Any]:
+    """What a checkpoint keeps of a TrainState, by item."""
+    return {'params': state.evaluated, 'train': train_item(state)}
 
 
 def train_item(state) -> dict[str, Any]:
