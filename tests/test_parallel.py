@@ -153,6 +153,44 @@ def restore_tour(corpus: str) -> list[str]:
     return [name for name, leaf in first.items() if not np.array_equal(leaf, flat(state)[name])]
 
 
+def fused_updates() -> list[str]:
+    """What two updates of the fused optimizer on a mesh do differently from optax on one device.
+
+    The mesh does not divide 3 heads, so matrices of one block are on 2 and on 4 devices.
+    """
+    import jax
+    from tiny import flat, rough_params, tiny
+
+    from gpt2_jax.parallel.mesh import make_mesh
+    from gpt2_jax.parallel.partition import shardings
+    from gpt2_jax.training import fused_step
+    from gpt2_jax.training.optim import apply_update, make_optimizer, round_kernels
+
+    options = {'schedule': lambda step: 1e-2, 'beta1': 0.9, 'beta2': 0.95, 'eps': 1e-8}
+    options |= {'weight_decay': 0.1, 'clip_norm': 0.1}
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    fused = fused_step.make_optimizer(**options, round_to='bfloat16', mesh=mesh)
+    params = rough_params(tiny(n_layer=1, n_head=3, n_embd=48, vocab_size=30))
+    after = []
+    for optimizer in (fused, make_optimizer(**options)):
+        new = params, optimizer.init(params)
+        new = jax.device_put(new, shardings(mesh, new)) if optimizer is fused else new
+        update = jax.jit(functools.partial(apply_update, optimizer))
+        for factor in (0.1, -0.03):
+            grads = jax.tree.map(lambda leaf, factor=factor: factor * leaf, params)
+            *new, rounded, norms = update(grads, *reversed(new))
+        rounded = rounded or round_kernels(new[0], 'bfloat16')
+        after.append(jax.device_get(flat((new, rounded, norms))))
+    ours, theirs = after
+    assert ours.keys() == theirs.keys()
+    tolerance = {'float32': 1e-5, 'bfloat16': 1e-2, 'int32': 0}
+    return [
+        name
+        for name, leaf in theirs.items()
+        if not np.allclose(ours[name], leaf, rtol=tolerance[leaf.dtype.name], atol=1e-6)
+    ]
+
+
 def run_all(folder: Path, group: str) -> dict[str, dict]:
     """The runs of this file's last lines, in a process of eight devices."""
     # 2 divides this vocabulary, 4 does not.
@@ -273,6 +311,10 @@ def test_norms_of_the_fused_optimizer_are_sums_over_the_devices(mesh):
     assert len(sums) == 2
 
 
+def test_fused_updates_on_a_mesh_equal_those_of_optax(results):
+    assert results('few')['updates'] == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('mesh', FUSED_MESHES)
 def test_a_plan_has_the_bytes_of_the_collectives(results, mesh):
@@ -371,4 +413,5 @@ if __name__ == '__main__':
         results = {mesh: run_on(mesh, text_path) for mesh in GROUPS[group]}
         if group == 'few':
             results['tour'] = restore_tour(text_path)
+            results['updates'] = fused_updates()
     print(json.dumps(results))
