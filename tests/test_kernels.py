@@ -573,6 +573,11 @@ def test_kernels_refuse_shapes_that_they_would_process_in_part():
     m = v = p = jnp.zeros((3, 8))
     with pytest.raises(ValueError, match=r'gradient of shape \(2, 8\); expected \(3, 8\)'):
         jax.eval_shape(lambda g: adamw([g], [m], [v], [p], jnp.zeros(4), rates=(0,) * 4), p[:2])
+    with pytest.raises(ValueError, match=r'gradient of shape \(40,\); expected \(48,\)'):
+        options = {'rates': (0,) * 4, 'joined': True}
+        jax.eval_shape(
+            lambda g: adamw([g], [m] * 2, [v] * 2, [p] * 2, jnp.zeros(4), **options), jnp.zeros(40)
+        )
     with pytest.raises(ValueError, match='got 17 leaves; expected 16 at most'):
         jax.eval_shape(lambda x: squares([x] * 17), p)
 

@@ -5,7 +5,7 @@
     gelu            gelu_new(x + bias), forward by cuBLAS
     gelu_product    the product dout W^T with GELU's slope at its end, on Hopper GPUs (Mosaic GPU)
     embedding       the loss of the tied head, its gradients, and the gradient of the lookup
-    adamw           the update of a parameter
+    adamw           the update of the parameters, and the sum of squares for clipping
 
 with their backward passes, and for decoding one token at a time:
 
