@@ -11,7 +11,7 @@ from tiny import flat
 
 from gpt2_jax.config import resolve
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.kernels.choose import FUSED
+from gpt2_jax.kernels.choose import FUSED, XLA
 from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
 from gpt2_jax.training import setup as setup_lib
@@ -103,6 +103,13 @@ def test_matrices_are_rounded_for_the_fused_update(text, base):
     assert rounded.keys() == {name for name in params if name.endswith('kernel')}
     for name, leaf in rounded.items():
         assert np.array_equal(leaf, params[name].astype('bfloat16')), name
+
+
+def test_matrices_are_not_rounded_for_a_loss_by_xla(text):
+    """It would be computed with bf16 parameters, and its gradients too."""
+    kernels = XLA._replace(optimizer='fused')
+    with mock.patch.object(setup_lib, 'choose', return_value=(kernels, {})):
+        assert parts_of(text, model__dtype='bfloat16').shapes.rounded is None
 
 
 def test_a_smaller_context_is_cropped(text, base):

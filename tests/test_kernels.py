@@ -307,6 +307,28 @@ def test_rounded_matrices_change_no_bit(n):
         assert np.array_equal(after[1][name], leaf), name
 
 
+def test_the_loss_is_computed_with_the_rounded_matrices():
+    """Else each update would round all of them once more."""
+    optim, model, read = optimizer('fused', round_to='bfloat16'), tiny(), []
+
+    def loss_and_grads(params, *_):
+        read.extend(leaf.dtype for name, leaf in flat(params).items() if name.endswith('kernel'))
+        return jnp.float32(0), params
+
+    update = make_train_step(loss_and_grads, optim, SCHEDULE, seed=0)
+    jax.eval_shape(update, init_state(rough_params(model), optim), {'targets': tokens(model)})
+    assert set(read) == {jnp.dtype('bfloat16')}
+
+
+def test_moments_and_parameters_are_updated_in_place():
+    leaves = [jnp.ones((3, 8))] * 2
+    update = functools.partial(adamw, rates=(0.0,) * 4, dtype='bfloat16')
+    traced = str(jax.make_jaxpr(update)(leaves, leaves, leaves, leaves, jnp.zeros(4)))
+    first = 1 + 2  # after the scalars and the gradients
+    pairs = ', '.join(f'({first + i}, {i})' for i in range(3 * 2))
+    assert f'input_output_aliases=({pairs})' in traced
+
+
 def test_vectors_of_several_blocks_and_groups():
     """A vector longer than a block, between others, and more vectors than one call takes."""
     rng = np.random.default_rng(0)
