@@ -59,6 +59,7 @@ TESTS = {
     'training/muon.py': 'muon kernels',
     'training/step.py': 'step backward model loss evaluate',
     'training/fused_step.py': 'kernels eval_kernels explicit_optim gelu_product',
+    'training/fused_optim.py': 'kernels explicit_optim parallel',
     'training/setup.py': 'step train config errors resume parallel',
     'training/programs.py': 'step train benchmark resume parallel',
     'training/meter.py': 'train benchmark resume faults/readers',

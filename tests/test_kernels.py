@@ -24,7 +24,7 @@ from gpt2_jax.kernels.choose import Kernels, Place, choose
 from gpt2_jax.kernels.embedding import head_loss
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.train import train
-from gpt2_jax.training import fused_step
+from gpt2_jax.training import fused_optim, fused_step
 from gpt2_jax.training.muon import make_muon
 from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
 from gpt2_jax.training.programs import make_value_and_grad
@@ -59,7 +59,7 @@ def several_rows_a_program():
 def optimizer(implementation, clip_norm=0.1, **options):
     make = functools.partial(make_optimizer, implementation=implementation)
     if implementation == 'fused':
-        make = fused_step.make_optimizer
+        make = fused_optim.make_optimizer
     elif implementation == 'muon':
         make = functools.partial(make_muon, muon_schedule=SCHEDULE, muon_beta=0.9)
     return make(

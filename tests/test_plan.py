@@ -21,7 +21,7 @@ from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
 from gpt2_jax.speed import memory, plan
 from gpt2_jax.speed.case import SCALE_CASES, Case, case_of, parameter_shapes, used_elements
 from gpt2_jax.speed.timing import GPUS, collectives, sending_rate
-from gpt2_jax.training import fused_step
+from gpt2_jax.training import fused_optim, fused_step
 from gpt2_jax.training.muon import make_muon
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.step import init_state
@@ -100,7 +100,7 @@ def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
         muon = {'muon_schedule': lambda step: 1e-2, 'muon_beta': 0.95}
         optimizer = make_muon(**rate, **muon, **options)
     if algorithm == 'fused':
-        optimizer = fused_step.make_optimizer(**rate, **options, round_to=model.cfg.compute_dtype)
+        optimizer = fused_optim.make_optimizer(**rate, **options, round_to=model.cfg.compute_dtype)
     state = jax.eval_shape(lambda: init_state(params_of(params), optimizer, averages))
     layout = partition.shardings(AbstractMesh(sizes, tuple(axes)), state)
     held = sum(

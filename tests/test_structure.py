@@ -59,7 +59,7 @@ LAYERS = (
     # training: one update, and the loop around it
     'training.optim',
     'training.muon',
-    'training.step training.fused_step',
+    'training.step training.fused_step training.fused_optim',
     'training.setup',
     'training.programs training.meter',
     'training.start training.loop',

@@ -2,7 +2,7 @@
 
 The learning rate rises linearly in a warmup and then decays along a cosine or a line. Two
 implementations compute the same AdamW: optax, and the equations written out here. A third,
-fused_step.py, uses GPU kernels. Muon, another optimizer for the matrices, is in muon.py.
+fused_optim.py, uses GPU kernels. Muon, another optimizer for the matrices, is in muon.py.
 """
 
 import math

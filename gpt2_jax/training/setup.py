@@ -163,8 +163,8 @@ def _build_optimizer(
             **options,
         )
     if kernels.optimizer == 'fused':
-        from gpt2_jax.training import fused_step  # loads Pallas: half a second
+        from gpt2_jax.training import fused_optim  # loads Pallas: half a second
 
         round_to = cfg.compute_dtype if kernels.fused_training else None
-        return fused_step.make_optimizer(round_to=round_to, mesh=mesh, **options)
+        return fused_optim.make_optimizer(round_to=round_to, mesh=mesh, **options)
     return make_optimizer(implementation=kernels.optimizer, **options)
