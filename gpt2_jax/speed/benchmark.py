@@ -18,7 +18,7 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.inference.decoding import CHUNK, generate, with_kernels
+from gpt2_jax.inference.decoding import CHUNK, generate, most_tokens, with_kernels
 from gpt2_jax.inference.evaluate import make_evaluate, make_jitted_eval_step, make_prepare
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
@@ -160,11 +160,12 @@ def bench_decode(
     and the keys and values takes; None if the rate is not known. Raises UsageError if the context
     is too short.
     """
-    most = setup.model.cfg.n_positions + 1  # the last token is fed to nothing
+    context = setup.model.cfg.n_positions
+    most = most_tokens(context)
     if prompt_tokens + new_tokens > most:
         raise UsageError(
             f'--prompt_tokens={prompt_tokens} and --new_tokens={new_tokens} do not fit the context '
-            f'of {most - 1}: give at most {most} together'
+            f'of {context}: give at most {most} together'
         )
     model = with_kernels(setup.model, setup.model.cfg.kernels, '')
     params = programs.new_state(setup).params

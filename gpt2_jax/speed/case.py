@@ -119,5 +119,8 @@ def stored_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]
 
 
 def used_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:
-    """The same of the leaves that a device multiplies by: gathered over fsdp."""
+    """Elements of the kernels, and of all other leaves, that a device multiplies by.
+
+    They are gathered over fsdp.
+    """
     return stored_elements(cfg, {**mesh, 'fsdp': 1})

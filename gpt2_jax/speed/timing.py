@@ -40,7 +40,7 @@ class GPU(NamedTuple):
     network_bytes: float = 25e9
 
 
-# An H100 of 80 GB took 3 % longer at 12 x 1024 and 4 % longer at 32 x 1024 (GPT-2 124M).
+# An H100 of 80 GB took 3 to 6 % longer (GPT-2 124M).
 GPUS = {
     'h100': GPU('NVIDIA H100 80GB HBM3', 79.1 * GIB, 989.4e12),
     'h200': GPU('NVIDIA H200', 139.8 * GIB, 989.4e12),
