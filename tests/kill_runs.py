@@ -54,7 +54,8 @@ def start(
     if terminal is not None:
         # The new process takes the terminal itself: JAX warns of work between a fork and an exec.
         take = (
-            'import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
+            'import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); '
+            'signal.signal(signal.SIGHUP, signal.SIG_DFL); '  # nohup pytest ignores it
             'os.execv(sys.executable, sys.argv[1:])'
         )
         streams = {'stdin': terminal, 'stdout': terminal, 'stderr': terminal}
