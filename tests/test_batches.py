@@ -123,6 +123,17 @@ def test_an_epoch_uses_each_window_once(order):
     assert not np.array_equal(first['inputs'], other['inputs'])
 
 
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('batch_size', [3, 1365, 2048, 4096, 5000])
+def test_rows_are_found_together_and_are_the_same(order, batch_size):
+    """Batches within one block of rows, at its edges, and of several blocks."""
+    n = N // T - 1
+    for step in (0, 1, 2, 3, 1000):
+        rows = np.arange(step * batch_size, (step + 1) * batch_size)
+        inputs = batch(sequence(), step, batch_size=batch_size, order=order)['inputs']
+        assert np.array_equal(inputs[:, 0], row_starts(ORDERS[order](n, T, SEED), rows))
+
+
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])
 def test_windows_stay_inside_at_every_length(n_tokens):
     n = (n_tokens - T) // T

@@ -97,6 +97,15 @@ def test_a_run_describes_the_kernel_for_hopper_gpus(tmp_path, monkeypatch, steps
     assert sum('hopper' in line for line in lines) == 1
 
 
+class Loss(float):
+    """A loss on a device, which has computed it or not."""
+
+    ready = True
+
+    def is_ready(self):
+        return self.ready
+
+
 def run_meter(seconds, monkeypatch, recorded=None):
     """Twelve updates of so many seconds; returns the meter, its clock, what it showed and said."""
     now, shown, said = [0.0], [], []
@@ -115,7 +124,7 @@ def run_meter(seconds, monkeypatch, recorded=None):
     meters = meter.Meter(setup, log, progress, start=0, started=0.0, diverged=None)
     for step in range(1, 13):
         now[0] += seconds
-        meters.add(step, {'loss': 2.0})
+        meters.add(step, {'loss': Loss(2.0)})
     return meters, now, shown, said
 
 
@@ -135,10 +144,35 @@ def test_the_first_update_every_tenth_and_the_last_are_recorded(seconds, monkeyp
     meters, now, _, _ = run_meter(seconds, monkeypatch, recorded)
     for step in range(13, 96):
         now[0] += seconds
-        meters.add(step, {'loss': 2.0})
+        meters.add(step, {'loss': Loss(2.0)})
     meters.steps = 95
     meters.drain()
     assert recorded == [1, *range(10, 91, 10), 95]
+
+
+@pytest.mark.parametrize(
+    ('processes', 'ready', 'seconds', 'later'),
+    [
+        (1, True, 0.01, 1),
+        (1, False, 0.01, 8),
+        (1, False, 0.001, meter.MOST_AHEAD),
+        (1, False, 2.0, 1),
+        (2, False, 0.01, 1),
+    ],
+)
+def test_the_device_has_work_while_metrics_are_fetched(
+    processes, ready, seconds, later, monkeypatch
+):
+    """Only as many updates stay behind as AHEAD_SECONDS takes, and none wait that are done."""
+    monkeypatch.setattr(Loss, 'ready', ready)
+    monkeypatch.setattr(meter, 'several', lambda: processes > 1)
+    meters, now, shown, _ = run_meter(seconds, monkeypatch)
+    for step in range(13, 96):
+        now[0] += seconds
+        meters.add(step, {'loss': Loss(2.0)})
+        if step > 60 and shown[-1][0] > 40:
+            assert 0 <= step - shown[-1][0] - later <= meters._fetch_every
+    assert meters._fetch_every == (10 if seconds < 1 and processes == 1 else 1)
 
 
 def test_the_time_left_includes_evaluations(monkeypatch):
@@ -154,5 +188,5 @@ def test_the_time_left_includes_evaluations(monkeypatch):
         meters.evaluated(7)
     for step in (13, 14):
         now[0] += 2
-        meters.add(step, {'loss': 2.0})
+        meters.add(step, {'loss': Loss(2.0)})
     assert shown[-1] == (13, pytest.approx(87 * 26 / 12 + 3 * 7))

@@ -30,6 +30,10 @@ from gpt2_jax import permutation
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
 
+# Rows whose windows are found together. The permutation takes 0.9 ms for 64 rows and 2.2 ms for
+# 4,096 rows. During short operations numpy holds Python's lock, for which the training loop then waits.
+ROWS_AT_ONCE = 4096
+
 Item = TypeVar('Item')
 HostBatch = dict[str, np.ndarray]  # 'inputs' and 'targets', and 'mask' in evaluation: all (B, T)
 
@@ -113,6 +117,20 @@ def row_starts(order: Order, rows: np.ndarray) -> np.ndarray:
     return order.offset(epoch) + order.window(epoch, position) * order.seq_len
 
 
+@functools.lru_cache(maxsize=4)
+def _starts(order: Order, block: int) -> np.ndarray:
+    rows = np.arange(block * ROWS_AT_ONCE, (block + 1) * ROWS_AT_ONCE)
+    return row_starts(order, rows)
+
+
+def _starts_between(order: Order, first: int, end: int) -> list[int]:
+    """row_starts of the rows first .. end - 1."""
+    blocks = range(first // ROWS_AT_ONCE, (end - 1) // ROWS_AT_ONCE + 1)
+    starts = np.concatenate([_starts(order, block) for block in blocks])
+    skipped = blocks[0] * ROWS_AT_ONCE
+    return starts[first - skipped : end - skipped].tolist()
+
+
 def train_batch(
     tokens: Tokens,
     *,
@@ -137,8 +155,9 @@ def train_batch(
             f'needs {2 * T}: use a shorter train.seq_len or more text'
         )
     inputs, targets = np.empty((2, hi - lo, T), np.int32)  # first: it fails if B T is too large
-    rows = np.arange(step * batch_size + lo, step * batch_size + hi)
-    for row, start in enumerate(row_starts(ORDERS[order](n, T, seed), rows).tolist()):
+    first = step * batch_size
+    starts = _starts_between(ORDERS[order](n, T, seed), first + lo, first + hi)
+    for row, start in enumerate(starts):
         window = tokens.read(start, start + T + 1)
         inputs[row], targets[row] = window[:-1], window[1:]
     return {'inputs': inputs, 'targets': targets}

@@ -6,6 +6,7 @@ its number, so a resumed run computes what the run would have computed.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -93,6 +94,20 @@ def interrupts() -> Iterator[Interrupt]:
         restore()
 
 
+@contextlib.contextmanager
+def quick_collections() -> Iterator[None]:
+    """Python's garbage collector passes over what exists already: most of it is modules and traces.
+
+    A full collection takes 0.1 to 0.2 s without this, and 0.02 s with it (H100, 16 cores). The loop
+    waits for it, and saving a checkpoint makes objects enough to cause one.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def run(
     train_step: Callable,
     state: TrainState,
@@ -108,14 +123,15 @@ def run(
     An interrupt ends the loop after the hooks of the step at which it is seen.
     """
     step = start
-    for step, batch in enumerate(batches, start + 1):
-        state, metrics = train_step(state, batch)
-        meter.add(step, metrics)
-        interrupt.poll()  # once, so that all of this iteration agrees
-        for hook in hooks:
-            if hook.due(step):
-                with meter.paused(step):
-                    hook(step, state)
-        if interrupt.seen:
-            break
+    with quick_collections():
+        for step, batch in enumerate(batches, start + 1):
+            state, metrics = train_step(state, batch)
+            meter.add(step, metrics)
+            interrupt.poll()  # once, so that all of this iteration agrees
+            for hook in hooks:
+                if hook.due(step):
+                    with meter.paused(step):
+                        hook(step, state)
+            if interrupt.seen:
+                break
     return step

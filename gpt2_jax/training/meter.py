@@ -1,4 +1,4 @@
-"""What a run counts: losses one step late, speed, progress, and the summary at the end."""
+"""What a run counts: losses a little late, speed, progress, and the summary at the end."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,9 @@ from gpt2_jax.workdir.log import Logger, duration
 
 # Between fetches of metrics, about: a slow update is shown, and a signal answered, as soon.
 FETCH_SECONDS = 1
+# Work that is left to the device while metrics are fetched: it trains on while something else, such
+# as saving in the background, holds up the loop. JAX itself keeps at most 32 programs waiting.
+AHEAD_SECONDS, MOST_AHEAD = 0.1, 24
 ANNOUNCE_SECONDS = 4  # of training, until the time of the run is estimated
 
 
@@ -71,7 +74,7 @@ def read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
 class Meter:
     """Fetches the metrics of updates, checks that they are finite, times and records them.
 
-    Metrics wait on the device until the next update was dispatched, so that the device always has
+    Metrics wait on the device while later updates are dispatched, so that the device always has
     work. `started` is when the process began, by time.monotonic(). `diverged(step, what)` makes the
     error for a value that is not finite; `watch(step, values)` sees the metrics of every update.
     """
@@ -95,6 +98,7 @@ class Meter:
         self._mark = None  # where the stretch under measurement began: (time, step)
         self._announced = False
         self._fetch_every = 1  # updates; see FETCH_SECONDS
+        self._ahead = 1  # updates; see AHEAD_SECONDS
         # Of this process: the time and the number of measured updates, and of evaluations.
         self._seconds = self._seconds_evaluating = 0.0
         self._steps = self._evaluations = 0
@@ -107,7 +111,7 @@ class Meter:
             if step == 1:
                 self.progress.seconds_to_first_step = time.monotonic() - self._started
             self._mark = time.monotonic(), step
-        elif len(self._pending) > self._fetch_every:
+        elif self._is_time_to_fetch():
             self._fetch(self._fetch_every)
 
     def drain(self) -> None:
@@ -161,6 +165,13 @@ class Meter:
             'corpus': corpus,
         }
 
+    def _is_time_to_fetch(self) -> bool:
+        later = len(self._pending) - self._fetch_every
+        if several():  # all fetch at the same steps, to find the same value not finite
+            return later >= 1
+        last = self._pending[min(self._fetch_every, len(self._pending)) - 1][1]
+        return later >= self._ahead or (later >= 1 and last['loss'].is_ready())
+
     def _fetch(self, count: int) -> None:
         """Fetches, checks and records the oldest `count` pending metrics."""
         fetched, self._pending = self._pending[:count], self._pending[count:]
@@ -187,9 +198,10 @@ class Meter:
         seconds_per_step = max(now - began, 1e-9) / (step - first)
         self._seconds += now - began
         self._steps += step - first
-        n_steps = int(FETCH_SECONDS * self._steps / max(self._seconds, 1e-9))
-        if not several():  # else all fetch at the same steps, to find the same value not finite
-            self._fetch_every = min(self.every, max(1, n_steps))
+        steps_per_second = self._steps / max(self._seconds, 1e-9)
+        if not several():
+            self._fetch_every = min(self.every, max(1, int(FETCH_SECONDS * steps_per_second)))
+            self._ahead = min(MOST_AHEAD, max(1, int(AHEAD_SECONDS * steps_per_second)))
         self._announce(step)
         self.progress.train_seconds += now - began
         self.progress.train_steps += step - first
