@@ -70,21 +70,24 @@ def make_muon(
 
     def update(grads, state, params):
         grads = as_parameters(grads, params)
-        g, p, m = map(stack_matrices, (muon_leaves(grads), muon_leaves(params), state.m))
-        g_others, p_others = (muon_leaves(tree, False) for tree in (grads, params))
-        norm = root_of_squares((g, g_others))
+        norm = root_of_squares(grads)
         if clip_norm:
             factor = jnp.where(norm > clip_norm, clip_norm / norm, 1)
-            g, g_others = jax.tree.map(lambda x: x * factor, (g, g_others))
+            grads = jax.tree.map(lambda g: g * factor, grads)
+        g, p = muon_leaves(grads), muon_leaves(params)
         n, lr = state.count + 1, jnp.float32(muon_schedule(state.schedule.count))
         ahead = muon_beta / bias_correction(muon_beta, n + 1)
         now = (1 - muon_beta) / bias_correction(muon_beta, n)
-        updates = {}
-        for shape in g:
-            m[shape] = muon_beta * m[shape] + (1 - muon_beta) * g[shape]
-            direction_NIO = orthogonalize(ahead * m[shape] + now * g[shape], dtype, precision)
-            scale = MUON_RMS * math.sqrt(max(shape))
-            updates[shape] = -lr * (scale * direction_NIO + weight_decay * p[shape])
+        m = jax.tree.map(lambda m, g: muon_beta * m + (1 - muon_beta) * g, state.m, g)
+        looked_ahead = jax.tree.map(lambda m, g: ahead * m + now * g, m, g)
+        directions = {
+            (I, O): MUON_RMS * math.sqrt(max(I, O)) * orthogonalize(d_NIO, dtype, precision)
+            for (I, O), d_NIO in stack_matrices(looked_ahead).items()
+        }
+        updates = jax.tree.map(
+            lambda d, p: -lr * (d + weight_decay * p), unstack_matrices(directions, m), p
+        )
+        g_others, p_others = (muon_leaves(tree, False) for tree in (grads, params))
         updates_others, state_others = others.update(g_others, state.others, p_others)
         p, p_others = optax.apply_updates((p, p_others), (updates, updates_others))
         norms = {
@@ -93,9 +96,8 @@ def make_muon(
             'param_norm': root_of_squares((p, p_others)),
         }
         at = optax.ScaleByScheduleState(state.schedule.count + 1)
-        state = MuonState(n, unstack_matrices(m, state.m), at, state_others)
-        matrices, mask = unstack_matrices(p, state.m), muon_mask(params)
-        params = jax.tree.map(lambda is_m, a, b: a if is_m else b, mask, matrices, p_others)
+        state = MuonState(n, m, at, state_others)
+        params = jax.tree.map(lambda is_m, a, b: a if is_m else b, muon_mask(params), p, p_others)
         return params, state, None, norms
 
     return FusedOptimizer(init, update)
