@@ -456,7 +456,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
     if model.attention == 'cudnn' and (model.attn_pdrop > 0 or model.dtype != 'bfloat16'):
         yield (
             "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': "
-            'the fused kernel supports neither dropout of the pattern nor fp32'
+            "cuDNN's kernel supports neither dropout of the pattern nor fp32"
         )
     if (model.kernels, model.attention) == ('fused', 'xla'):
         yield (
@@ -496,7 +496,7 @@ def from_json(text: str, source: str | os.PathLike = 'the configuration') -> Con
             except (TypeError, ValueError, OverflowError):
                 problem = f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
                 raise UsageError(foreign.cut(problem)) from None
-    if (config.model.kernels, config.model.attention) == ('fused', 'xla'):  # allowed until now
+    if (config.model.kernels, config.model.attention) == ('fused', 'xla'):  # once allowed
         config.model.attention = 'fused'
         renamed.append("model.attention = 'xla' with fused kernels is now 'fused'")
     if renamed:

@@ -78,9 +78,8 @@ def _forward_kernel(ins, outs, *, rate, blocks):
     For a backward pass the log-sum-exp of the rows is kept and, if there is a bias, q + bias
     replaces q in memory.
     """
-    i = (
-        pl.num_programs(2) - 1 - pl.program_id(2)
-    )  # long rows first, so that none is left to the end
+    # Long rows first, so that none is left to the end.
+    i = pl.num_programs(2) - 1 - pl.program_id(2)
     (T, _, K), read, steps = ins['qkv'].shape, blocks.read, BLOCK // blocks.read
     mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None

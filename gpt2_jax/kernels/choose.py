@@ -181,11 +181,9 @@ def _options(
 ) -> tuple[tuple[str, ...], str]:
     """The implementations that may be taken, the fastest first, and the setting that forces one."""
     if part == 'optimizer':
-        return (
-            (('fused', 'optax'), '')
-            if optimizer == 'auto'
-            else ((optimizer,), 'optim.implementation')
-        )
+        if optimizer == 'auto':
+            return ('fused', 'optax'), ''
+        return (optimizer,), 'optim.implementation'
     if part == 'decoding':  # scripts/sample.py has a flag of its own: a run is not refused for it
         return (('xla',) if cfg.kernels == 'xla' else ('fused', 'xla')), ''
     if part == 'evaluation':

@@ -231,8 +231,7 @@ def _optimizer_conflicts(theirs, ours) -> list[str]:
     if 'explicit' in (ours.implementation, theirs.implementation):
         conflicts.append(
             "its optimizer can only be kept if optim.implementation is 'explicit' in neither run, "
-            'but '
-            f'it is {theirs.implementation!r} there, {ours.implementation!r} here'
+            f'but it is {theirs.implementation!r} there, {ours.implementation!r} here'
         )
     is_adamw = ours.algorithm == theirs.algorithm == 'adamw'
     if is_adamw and (ours.clip_norm > 0) != (theirs.clip_norm > 0):
