@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
@@ -247,6 +246,5 @@ def _saved_optimizer(restored: restore.Restored, run: Path, like):
     average = restored.params if restored.config.optim.average else None
     state = TrainState(np.int32(0), restored.params, like, average)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), train_item(state))
-    train = ocp.args.StandardRestore(zeros)
     with storage.open_manager(run / FOLDER, read_only=True) as manager:
-        return storage.restore_items(manager, restored.step, train=train).train['opt_state']
+        return storage.restore_items(manager, restored.step, train=zeros).train['opt_state']

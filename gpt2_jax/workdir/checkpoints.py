@@ -240,12 +240,7 @@ def train_item(state) -> dict[str, Any]:
 
 def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
     """The state saved at `step`: see Checkpoints.restore."""
-    items = storage.restore_items(
-        manager,
-        step,
-        params=ocp.args.StandardRestore(abstract.evaluated),
-        train=ocp.args.StandardRestore(train_item(abstract)),
-    )
+    items = storage.restore_items(manager, step, **array_items(abstract))
     check_step(Path(manager.directory) / str(step), int(items.train['step']))
     name = 'params' if abstract.average is None else 'average'
     return abstract.replace(**{name: items.params}, **items.train).round_again()
