@@ -360,11 +360,16 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return {key: config[key.split('.')[0]][key.split('.')[1]] for key in SETTINGS}
 
 
+def kind_of(key: str) -> type:
+    """The type that the values of a setting have."""
+    default = SETTINGS[key][0]
+    return default if isinstance(default, type) else type(default)
+
+
 def describe(key: str) -> str:
     """One setting in words: its type, allowed values, and meaning."""
-    default, allowed, meaning = SETTINGS[key]
-    kind = default if isinstance(default, type) else type(default)
-    return f'{key} ({_kind_words(kind)}, {allowed.words}): {meaning}'
+    _, allowed, meaning = SETTINGS[key]
+    return f'{key} ({_kind_words(kind_of(key))}, {allowed.words}): {meaning}'
 
 
 def _kind_words(kind: type) -> str:
@@ -398,8 +403,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     flat = flatten(config)
     for key, value in flat.items():
-        default, allowed, meaning = SETTINGS[key]
-        kind = default if isinstance(default, type) else type(default)
+        (default, allowed, meaning), kind = SETTINGS[key], kind_of(key)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
         if right_type and kind in (int, float) and value is not None:
             right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
