@@ -17,9 +17,10 @@ from gpt2_jax.inference.evaluate import Window, pad_windows, perplexity
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition
+from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.progress import Progress
 from gpt2_jax.training import programs
-from gpt2_jax.training.step import Batch, head_inputs
+from gpt2_jax.training.step import head_inputs
 from gpt2_jax.workdir.restore import Restored
 
 

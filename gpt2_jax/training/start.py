@@ -70,8 +70,8 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
     An eval.tokens that was left open, and the order of a run of an older version, are set in the
-    setup's configuration to what they were there.
-    Raises UsageError naming every setting that keeps the run from resuming with this configuration.
+    setup's configuration to what they were there. Raises UsageError naming every setting that keeps
+    the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
     if not saved:

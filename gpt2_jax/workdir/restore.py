@@ -37,8 +37,7 @@ def load(run: Path, step: str) -> Restored:
     """The model of a run's folder at `step`: 'best', 'latest' or a number. Changes nothing.
 
     If no checkpoint was evaluated, the latest counts as the best. Kernels that cannot run here are
-    replaced, whatever it was trained with. Raises UserError if there is no such
-    checkpoint, or if it is damaged.
+    replaced. Raises UserError if there is no such checkpoint, or if it is damaged.
     """
     folder = run / FOLDER
     number = choose_step(run, step)
