@@ -269,7 +269,7 @@ def linear(
     }
     whole = cache and pl.BlockSpec(k_BHSK.shape, lambda i, j: (0, 0, 0, 0))
     specs = dict(x=x_spec, w=w_spec, bias=vector, sum=vector, residual=mine, lse=lse_spec)
-    specs |= dict(pos=pl.BlockSpec((None,), lambda i, j: (1,)), k=whole, v=whole)
+    specs |= dict(y=mine, pos=pl.BlockSpec((None,), lambda i, j: (1,)), k=whole, v=whole)
     options = dict(B=B, D=D, N=N, H=H, splits=splits, inputs=inputs, gelu=gelu)
     options |= dict(eps=cfg.layer_norm_epsilon, precision=cfg.precision)
     # Arrays are counted in the order of their names.
@@ -281,7 +281,7 @@ def linear(
         stages=stages,
         input_output_aliases={order.index('k'): 0, order.index('v'): 1} if cache else {},
         in_specs=[only(ins, specs)],
-        out_specs=only(outputs, dict(y=mine, k=whole, v=whole)),
+        out_specs=only(outputs, specs),
         out_shape=outputs,
     )(ins)
     return (outputs['y'], outputs['k'], outputs['v']) if cache else outputs['y']

@@ -78,8 +78,8 @@ def call(kernel, *, warps, stages=2, **options):
 
 
 def only(present, specs):
-    """`specs` with None for each input or output that is None in `present`."""
-    return {name: None if present[name] is None else spec for name, spec in specs.items()}
+    """The spec of each input or output in `present`, and None for those that are None."""
+    return {name: None if x is None else specs[name] for name, x in present.items()}
 
 
 def load_or_zero(ref, mask):
