@@ -84,7 +84,7 @@ class Place(NamedTuple):
 def platform_of(device) -> str:
     """JAX's name of a device's platform, or what is wrong with a GPU that cannot run the kernels.
 
-    Its compute capability is below MIN_CAPABILITY, or a name, because it is not NVIDIA's.
+    Its compute capability is below MIN_CAPABILITY or, if it is not NVIDIA's, not a number.
     """
     capability = getattr(device, 'compute_capability', None)
     if device.platform != 'gpu' or capability is None:

@@ -39,8 +39,8 @@ sys.modules.setdefault('jaxlib.mlir.dialects.tt', dialect)
 
 LOG2_E = math.log2(math.e)
 
-# Bytes of shared memory that a program can have (CUDA programming guide): what an A100 has, an H100
-# has more, and the compute capabilities that have less: such as an L4, an L40S or an RTX 4090.
+# Bytes of shared memory that a program can have (CUDA programming guide): those of an A100, as an
+# H100 has more, and those of the compute capabilities that have less, such as an L4 or an RTX 4090.
 SHARED_MEMORY = 163 * 1024
 SMALL_SHARED_MEMORY = dict.fromkeys(('8.6', '8.9', '12.0', '12.1'), 99 * 1024)
 

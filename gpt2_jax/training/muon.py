@@ -104,7 +104,7 @@ def make_muon(
 class MuonState(NamedTuple):
     """The number n of updates done, the mean gradient m of the matrices, and AdamW's state.
 
-    `m` and `others` are shaped as params, with empty nodes for the leaves of the other one.
+    `m` and `others` are shaped as params; each has empty nodes in place of the other's leaves.
     """
 
     count: jax.Array

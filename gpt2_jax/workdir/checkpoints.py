@@ -46,8 +46,8 @@ META = {
     'log_sizes': {str: foreign.integer(0)},
 }
 
-# A failed save has been removed for good if so many looks at it, 0.05 s apart, find nothing; no
-# longer than these seconds.
+# A failed save counts as removed once so many looks in a row, 0.05 s apart, find nothing of it. The
+# looks end after these seconds in any case.
 QUIET_LOOKS, REMOVAL_SECONDS = 5, 10
 
 
