@@ -360,11 +360,16 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return {key: config[key.split('.')[0]][key.split('.')[1]] for key in SETTINGS}
 
 
+def kind_of(key: str) -> type:
+    """The type that the values of a setting have."""
+    default = SETTINGS[key][0]
+    return default if isinstance(default, type) else type(default)
+
+
 def describe(key: str) -> str:
     """One setting in words: its type, allowed values, and meaning."""
-    default, allowed, meaning = SETTINGS[key]
-    kind = default if isinstance(default, type) else type(default)
-    return f'{key} ({_kind_words(kind)}, {allowed.words}): {meaning}'
+    _, allowed, meaning = SETTINGS[key]
+    return f'{key} ({_kind_words(kind_of(key))}, {allowed.words}): {meaning}'
 
 
 def _kind_words(kind: type) -> str:
@@ -398,8 +403,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     flat = flatten(config)
     for key, value in flat.items():
-        default, allowed, meaning = SETTINGS[key]
-        kind = default if isinstance(default, type) else type(default)
+        (default, allowed, meaning), kind = SETTINGS[key], kind_of(key)
         right_type = type(value) is kind or (value is None and isinstance(default, type))
         if right_type and kind in (int, float) and value is not None:
             right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
@@ -456,7 +460,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
     if model.attention == 'cudnn' and (model.attn_pdrop > 0 or model.dtype != 'bfloat16'):
         yield (
             "model.attention = 'cudnn' needs model.attn_pdrop = 0 and model.dtype = 'bfloat16': "
-            'the fused kernel supports neither dropout of the pattern nor fp32'
+            "cuDNN's kernel supports neither dropout of the pattern nor fp32"
         )
     if (model.kernels, model.attention) == ('fused', 'xla'):
         yield (
@@ -496,7 +500,7 @@ def from_json(text: str, source: str | os.PathLike = 'the configuration') -> Con
             except (TypeError, ValueError, OverflowError):
                 problem = f'{key} = {foreign.show(value)} is not allowed; expected {describe(key)}'
                 raise UsageError(foreign.cut(problem)) from None
-    if (config.model.kernels, config.model.attention) == ('fused', 'xla'):  # allowed until now
+    if (config.model.kernels, config.model.attention) == ('fused', 'xla'):  # once allowed
         config.model.attention = 'fused'
         renamed.append("model.attention = 'xla' with fused kernels is now 'fused'")
     if renamed:

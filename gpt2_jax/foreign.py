@@ -178,10 +178,11 @@ class Maybe(NamedTuple):
     schema: Any
 
 
-def integer(low: int, high: int = 2**63 - 1) -> Check:
-    """Integers from `low` to `high`, both included."""
-    words = f'an integer from {low}' + (f' to {high}' if high < 2**63 - 1 else '')
-    return Check(words, lambda value: type(value) is int and low <= value <= high)
+def integer(low: int) -> Check:
+    """Integers of 64 bits from `low` on."""
+    return Check(
+        f'an integer from {low}', lambda value: type(value) is int and low <= value < 2**63
+    )
 
 
 def one_of(*values: str) -> Check:
@@ -209,11 +210,9 @@ PLAIN_NAME = Check(
 KINDS = {dict: 'an object', list: 'a list', str: 'a text', int: 'an integer', bool: 'true or false'}
 
 
-def read_json(
-    path: str | os.PathLike, schema: Any, remedy: str = '', max_bytes: int = MAX_JSON_BYTES
-) -> Any:
+def read_json(path: str | os.PathLike, schema: Any, remedy: str = '') -> Any:
     """The content of a JSON file that fits a schema. Raises UserError, see `parse_json`."""
-    return parse_json(read_text(path, max_bytes), path, schema, remedy)
+    return parse_json(read_text(path), path, schema, remedy)
 
 
 def parse_json(text: str, source: str | os.PathLike, schema: Any, remedy: str = '') -> Any:

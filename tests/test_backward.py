@@ -15,8 +15,8 @@ import pytest
 from tiny import tiny
 
 from gpt2_jax.model.gpt2 import LayerNorm, causal_attention
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.ops import activate
-from gpt2_jax.training.step import token_losses
 
 B, T, H, K, D, V = 3, 24, 4, 16, 64, 97
 

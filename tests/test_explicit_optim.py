@@ -7,10 +7,10 @@ import optax
 import pytest
 from tiny import flat, rough_params, shapes, tiny
 
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.optim import make_optimizer, make_schedule
-from gpt2_jax.training.step import token_losses
 
 IMPLEMENTATIONS = ('optax', 'explicit')
 

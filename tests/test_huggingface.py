@@ -32,8 +32,8 @@ from gpt2_jax.model.huggingface import (
     read_folder,
     write_folder,
 )
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.params import count_params
-from gpt2_jax.training.step import token_losses
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import restore
 

@@ -21,9 +21,9 @@ from gpt2_jax.model.gpt2 import (
     causal_attention,
     init_cache,
 )
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.ops import activate, matmul_rows
 from gpt2_jax.model.params import count_params, init_params, param_shapes
-from gpt2_jax.training.step import token_losses
 
 CLOSE = dict(rtol=2e-5, atol=2e-5)  # fp32 against fp64, for values about 1
 erf = np.vectorize(math.erf)

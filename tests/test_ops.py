@@ -15,6 +15,7 @@ from gpt2_jax.architecture import padded_vocab
 from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.model.dropout import dropout, dropout_seeds, keep_mask
 from gpt2_jax.model.gpt2 import GPT2, causal_attention
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.ops import (
     FAST,
     PLAIN,
@@ -25,7 +26,6 @@ from gpt2_jax.model.ops import (
     logits,
     matmul_rows_each,
 )
-from gpt2_jax.training.step import token_losses
 
 # A head width of 32, three heads, an odd vocabulary above 1,024, texts of 21 tokens.
 ODD = dict(vocab_size=1030, n_layer=1, n_head=3, n_embd=96, n_positions=21)

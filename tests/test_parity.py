@@ -37,10 +37,11 @@ from gpt2_jax.model.huggingface import (
     read_folder,
     write_folder,
 )
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.ops import activate
 from gpt2_jax.training.optim import make_optimizer
 from gpt2_jax.training.programs import make_value_and_grad
-from gpt2_jax.training.step import accumulate, init_state, make_train_step, token_losses
+from gpt2_jax.training.step import accumulate, init_state, make_train_step
 from gpt2_jax.workdir import restore
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read at import: these tests download nothing

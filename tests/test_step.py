@@ -12,6 +12,7 @@ from tiny import flat, rough_params, tiny, tokens
 
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.kernels.choose import FUSED, XLA
+from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
@@ -24,7 +25,6 @@ from gpt2_jax.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
-    token_losses,
 )
 
 SCHEDULE = make_schedule(learning_rate=1.0, end_learning_rate=0.1, warmup_steps=2, steps=10)

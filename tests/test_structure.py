@@ -31,8 +31,8 @@ LAYERS = (
     'data.shards data.bin_files data.batches',
     'data.load',
     # model: GPT-2 as a pure function of its parameters
-    'model.dropout model.ops model.loss',
-    'model.gpt2',
+    'model.dropout model.ops',
+    'model.loss model.gpt2',
     'model.params',
     'model.huggingface',
     # parallel: which devices, and how arrays lie on them

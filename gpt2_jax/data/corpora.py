@@ -119,7 +119,7 @@ def _embedded() -> Corpus:
     return Corpus(EMBEDDED, None, text, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _repeated(n_passages: int = 65_000) -> Corpus:
+def _repeated() -> Corpus:
     """Random letters in passages of 24 to 40, each of which repeats its beginning again and again.
 
     Nothing but the repetition can be learned. In a third of the passages the beginning is two
@@ -129,7 +129,7 @@ def _repeated(n_passages: int = 65_000) -> Corpus:
     """
     draw = random.Random(0)
     passages = []
-    for _ in range(n_passages):
+    for _ in range(65_000):
         period = 2 if draw.random() < 1 / 3 else draw.randint(8, 16)
         beginning = ''.join(draw.choices(string.ascii_lowercase, k=period))
         passages.append((beginning * 20)[: draw.randint(24, 40)])

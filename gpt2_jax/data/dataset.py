@@ -96,12 +96,10 @@ class IdsInFile:
         return ids
 
 
-def verify_ids(
-    ids: IdsInFile, vocab_size: int, *, sha256: str | None = None, remedy: str = ''
-) -> str:
+def verify_ids(ids: IdsInFile, vocab_size: int, *, sha256: str | None, remedy: str) -> str:
     """Reads all of the file of `ids`; returns the SHA-256 of its bytes, in hex.
 
-    Raises UserError if that is not `sha256`, when one is given, and for an id outside the
+    Raises UserError if that is not `sha256`, unless it is None, and for an id outside the
     vocabulary.
     """
     path, outside = ids.path, None

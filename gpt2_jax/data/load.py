@@ -56,9 +56,8 @@ def _load(
         if not fallback:
             raise
         notify(
-            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead, the help texts '
-            f'that come with Python. They are English, but not {corpus}: do not compare the '
-            'figures of this run with others.'
+            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead: do not compare '
+            f'its figures with those of {corpus}.'
         )
         found = corpora.find_text(fallback)
     return from_text(found.name, found.text, make_tokenizer(tokenizer, found.text), val_fraction)

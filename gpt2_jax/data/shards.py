@@ -149,16 +149,14 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
     return IdsInFile(str(path), file.version, found[0], header.end(), n_tokens)
 
 
-def open_marks(
-    folder: str | os.PathLike, split: str = 'train'
-) -> tuple[tuple[str, ...], np.ndarray] | None:
-    """Where the tokens of a split came from: the names of the inputs, and MARKs.
+def open_marks(folder: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """Where the tokens to train on came from: the names of the inputs, and MARKs.
 
     None if the folder was prepared before there were marks. Raises UserError if they are damaged.
     """
     folder = Path(folder)
     manifest = foreign.read_json(folder / MANIFEST, SCHEMA, AGAIN)
-    about = manifest['splits'][split].get('marks')
+    about = manifest['splits']['train'].get('marks')
     if about is None:
         return None
     path = folder / about['file']

@@ -153,15 +153,19 @@ def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
     nats, n_tokens, n_bytes = sums
     loss = nats / n_tokens
     bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
-    return Evaluation(
-        loss, math.exp(min(loss, 700)), bits_per_byte, n_tokens, n_bytes, split_tokens
-    )
+    return Evaluation(loss, perplexity(loss), bits_per_byte, n_tokens, n_bytes, split_tokens)
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats), at most exp(700): exp(710) overflows."""
+    return math.exp(min(nats, 700))
 
 
 def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callable:
-    """eval_step(prepared, batch) -> nats_B on the mesh of the setup; for `pool` see train_step.
+    """eval_step(prepared, batch) -> nats_B on the mesh of the setup.
 
-    `prepared` is what the function of `make_prepare` returns.
+    `prepared` is what the function of `make_prepare` returns; `pool` is as in
+    programs.compile_train_step.
     """
     if uses_kernels(setup):
         from gpt2_jax.training import fused_step  # loads Pallas: half a second

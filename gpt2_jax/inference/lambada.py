@@ -1,6 +1,5 @@
 """LAMBADA (Paperno et al. 2016): the last word of a passage, predicted from the words before it."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,13 +13,14 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import score
-from gpt2_jax.inference.evaluate import Window, pad_windows
+from gpt2_jax.inference.evaluate import Window, pad_windows, perplexity
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition
+from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.progress import Progress
 from gpt2_jax.training import programs
-from gpt2_jax.training.step import Batch, head_inputs
+from gpt2_jax.training.step import head_inputs
 from gpt2_jax.workdir.restore import Restored
 
 
@@ -174,9 +174,9 @@ def score_lambada(
     return LambadaScore(
         path,
         accuracy,
-        math.exp(min(nats, 700)),
+        perplexity(nats),
         token_accuracy,
-        math.exp(min(token_nats, 700)),
+        perplexity(token_nats),
         len(passages),
         sum(len(ids) - 1 > T for ids, _ in passages),
         windows.context,

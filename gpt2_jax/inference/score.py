@@ -10,7 +10,7 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import texts
-from gpt2_jax.inference.evaluate import Evaluation, make_evaluate
+from gpt2_jax.inference.evaluate import Evaluation, make_evaluate, perplexity
 from gpt2_jax.parallel import faults
 from gpt2_jax.progress import Progress
 from gpt2_jax.training.setup import Setup
@@ -57,7 +57,7 @@ class Score(NamedTuple):
     def perplexity_per(self, count: int) -> float:
         """exp(nats of all targets / count): per word, if `count` is the number of words."""
         nats = self.evaluation.loss * self.evaluation.tokens
-        return math.exp(min(nats / count, 700)) if count else math.inf
+        return perplexity(nats / count) if count else math.inf
 
     def figures(self) -> dict[str, Any]:
         """All figures with all digits, for JSON."""
@@ -121,9 +121,8 @@ def build(
     multiple of the devices that share them. Raises UserError for a corpus that cannot be read.
     """
     config = restored.config.copy_and_resolve_references()
-    if math.prod(config.mesh.values()) > len(
-        jax.devices()
-    ):  # trained on more than this machine has
+    # The run may have had more devices than this machine has.
+    if math.prod(config.mesh.values()) > len(jax.devices()):
         config.mesh.update(data=1, fsdp=1, tensor=1)
     share = config.mesh.data * config.mesh.fsdp
     config.train.update(

@@ -40,14 +40,14 @@ def open_text(
     another tokenizer.
     """
     path = str(files.user_path(source))
-    dataset = _prepared(path, tokenizer, split or 'val')
-    if dataset:
+    part = split or 'val'
+    if dataset := _prepared(path, tokenizer, part):
         if detokenizer != 'none':
             raise UsageError(
                 f'{source} holds tokens, but a de-tokenizer takes text: give the text itself'
             )
-        tokens = getattr(dataset, split or 'val')
-        return Text(f'{source} ({split or "val"})', tokens, *count_words(tokens, tokenizer))
+        tokens = getattr(dataset, part)
+        return Text(f'{source} ({part})', tokens, *count_words(tokens, tokenizer))
     if split:
         raise UsageError(
             f'{source} is a text and is scored whole: --split is for prepared folders and token '

@@ -78,9 +78,8 @@ def _forward_kernel(ins, outs, *, rate, blocks):
     For a backward pass the log-sum-exp of the rows is kept and, if there is a bias, q + bias
     replaces q in memory.
     """
-    i = (
-        pl.num_programs(2) - 1 - pl.program_id(2)
-    )  # long rows first, so that none is left to the end
+    # Long rows first, so that none is left to the end.
+    i = pl.num_programs(2) - 1 - pl.program_id(2)
     (T, _, K), read, steps = ins['qkv'].shape, blocks.read, BLOCK // blocks.read
     mine, queries = pl.ds(i * BLOCK, BLOCK), _positions(i * BLOCK, BLOCK)[:, None]
     first_row, biased = _first_row(ins, T), ins['bias'] is not None
@@ -191,11 +190,13 @@ def _keys_backward_kernel(ins, outs, *, rate, blocks):
 
 
 def _specs(T, K):
-    """The blocks of one text and head: all rows of q, k and v; the seed; the bias."""
-    return SEED_SPECS | {
-        'qkv': pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0)),
-        'bias': pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0)),
-    }
+    """The blocks of one text and head, with all of its rows; the seed; the bias."""
+    qkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
+    z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
+    row = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))
+    bias = pl.BlockSpec((3, None, K), lambda b, h, i: (0, h, 0))
+    specs = {'qkv': qkv, 'dqkv': qkv, 'z': z, 'dz': z, 'lse': row, 'delta': row, 'bias': bias}
+    return SEED_SPECS | specs
 
 
 def _check_shape(qkv_BT3HK):
@@ -222,11 +223,6 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, differentiated):
         'z': jax.ShapeDtypeStruct((B, T, H, K), qkv_BT3HK.dtype),
         'lse': jax.ShapeDtypeStruct((B, H, T), jnp.float32) if differentiated else None,
     }
-    out_specs = {
-        'qkv': specs['qkv'],
-        'z': pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0)),
-        'lse': pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0)),
-    }
     outs = call(
         functools.partial(_forward_kernel, rate=rate, blocks=blocks),
         grid=(B, H, T // BLOCK),
@@ -234,7 +230,7 @@ def _attention_forward(qkv_BT3HK, bias_3HK, seed, rate, differentiated):
         stages=blocks.stages,
         name='attention_forward',
         in_specs=[only(ins, specs)],
-        out_specs=only(shapes, out_specs),
+        out_specs=only(shapes, specs),
         out_shape=shapes,
         # Arrays are numbered in the order of their names: bias, qkv, .. -> lse, qkv, z.
         input_output_aliases={1: 1} if keeps_q else {},
@@ -268,24 +264,18 @@ def _attention_fwd(qkv_BT3HK, bias_3HK, seed, rate):
 def _attention_bwd(rate, saved, dz_BTHK):
     qkv_BT3HK, bias_3HK, seed, z_BTHK, lse_BHT = saved
     B, T, _, H, K = qkv_BT3HK.shape
-    biased, (queries, keys) = bias_3HK is not None, (QUERIES[rate > 0], KEYS[rate > 0])
-    row = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))
-    z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
-    dqkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
+    biased, n = bias_3HK is not None, T // BLOCK
     ins = seed_inputs(seed) | {'qkv': qkv_BT3HK, 'bias': bias_3HK, 'dz': dz_BTHK, 'lse': lse_BHT}
-    specs = _specs(T, K) | {'dz': z, 'lse': row}
+    share = pl.BlockSpec((None, None, K), lambda b, h, i: (b * n + i, h, 0))
+    specs = _specs(T, K) | {'dbias': share}
 
     def run(kernel, name, blocks, ins, in_specs, delta=None, **options):
         """dqkv, and each program's share of the gradient of the bias of q or v."""
-        n = T // BLOCK
-        outs = {
-            'dqkv': (dqkv, jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype)),
-            'dbias': None,
+        shapes = {
+            'dqkv': jax.ShapeDtypeStruct(qkv_BT3HK.shape, qkv_BT3HK.dtype),
+            'dbias': jax.ShapeDtypeStruct((B * n, H, K), jnp.float32) if biased else None,
             'delta': delta,
         }
-        if biased:
-            share = pl.BlockSpec((None, None, K), lambda b, h, i: (b * n + i, h, 0))
-            outs['dbias'] = share, jax.ShapeDtypeStruct((B * n, H, K), jnp.float32)
         return call(
             functools.partial(kernel, rate=rate, blocks=blocks),
             grid=(B, H, n),
@@ -293,28 +283,29 @@ def _attention_bwd(rate, saved, dz_BTHK):
             stages=blocks.stages,
             name=name,
             in_specs=in_specs,
-            out_specs={name: out and out[0] for name, out in outs.items()},
-            out_shape={name: out and out[1] for name, out in outs.items()},
+            out_specs=only(shapes, specs),
+            out_shape=shapes,
             **options,
         )(*ins)
 
     # Two kernels write into the same array. In one kernel, the registers that keys take would
     # leave room for fewer programs on queries too.
+    for_queries = ins | {'z': z_BTHK}
     from_queries = run(
         _queries_backward_kernel,
         'attention_backward_queries',
-        queries,
-        [ins | {'z': z_BTHK}],
-        [only(ins, specs) | {'z': z}],
-        delta=(row, jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32)),
+        QUERIES[rate > 0],
+        [for_queries],
+        [only(for_queries, specs)],
+        delta=jax.ShapeDtypeStruct(lse_BHT.shape, jnp.float32),
     )
-    ins, specs = ins | {'delta': from_queries['delta']}, specs | {'delta': row}
+    ins |= {'delta': from_queries['delta']}
     from_keys = run(
         lambda ins, _, outs, **options: _keys_backward_kernel(ins, outs, **options),
         'attention_backward_keys',
-        keys,
+        KEYS[rate > 0],
         [ins, from_queries['dqkv']],
-        [only(ins, specs), dqkv],
+        [only(ins, specs), specs['dqkv']],
         input_output_aliases={len(jax.tree.leaves(ins)): int(biased)},  # dbias comes before dqkv
     )
     if not biased:

@@ -84,7 +84,7 @@ class Place(NamedTuple):
 def platform_of(device) -> str:
     """JAX's name of a device's platform, or what is wrong with a GPU that cannot run the kernels.
 
-    Its compute capability is below MIN_CAPABILITY, or a name, because it is not NVIDIA's.
+    Its compute capability is below MIN_CAPABILITY or, if it is not NVIDIA's, not a number.
     """
     capability = getattr(device, 'compute_capability', None)
     if device.platform != 'gpu' or capability is None:
@@ -181,11 +181,9 @@ def _options(
 ) -> tuple[tuple[str, ...], str]:
     """The implementations that may be taken, the fastest first, and the setting that forces one."""
     if part == 'optimizer':
-        return (
-            (('fused', 'optax'), '')
-            if optimizer == 'auto'
-            else ((optimizer,), 'optim.implementation')
-        )
+        if optimizer == 'auto':
+            return ('fused', 'optax'), ''
+        return (optimizer,), 'optim.implementation'
     if part == 'decoding':  # scripts/sample.py has a flag of its own: a run is not refused for it
         return (('xla',) if cfg.kernels == 'xla' else ('fused', 'xla')), ''
     if part == 'evaluation':

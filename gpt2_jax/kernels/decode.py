@@ -33,7 +33,9 @@ from gpt2_jax.model.ops import activate
 # serves gpt2-xl. docs/speed.md has times.
 STATISTICS = 64  # columns of several rows that are read at a time for the statistics of LayerNorm
 HEAD_OUTS = 8192  # a matrix with more outputs is the head: it keeps the memory busy by itself
-MAX_PAIRED = 5000  # outputs that one row takes two a program: more programs take longer to start
+# With one row, a program computes two outputs, and four of a matrix with more outputs than this:
+# more programs would take longer to start.
+MAX_PAIRED = 5000
 MAX_WEIGHTS = 6400  # of a warp: its registers hold them, and as many inputs
 MAX_MERGED = 4096  # width of a model whose attention is split: `linear` holds all of the splits
 
@@ -269,7 +271,7 @@ def linear(
     }
     whole = cache and pl.BlockSpec(k_BHSK.shape, lambda i, j: (0, 0, 0, 0))
     specs = dict(x=x_spec, w=w_spec, bias=vector, sum=vector, residual=mine, lse=lse_spec)
-    specs |= dict(pos=pl.BlockSpec((None,), lambda i, j: (1,)), k=whole, v=whole)
+    specs |= dict(y=mine, pos=pl.BlockSpec((None,), lambda i, j: (1,)), k=whole, v=whole)
     options = dict(B=B, D=D, N=N, H=H, splits=splits, inputs=inputs, gelu=gelu)
     options |= dict(eps=cfg.layer_norm_epsilon, precision=cfg.precision)
     # Arrays are counted in the order of their names.
@@ -281,7 +283,7 @@ def linear(
         stages=stages,
         input_output_aliases={order.index('k'): 0, order.index('v'): 1} if cache else {},
         in_specs=[only(ins, specs)],
-        out_specs=only(outputs, dict(y=mine, k=whole, v=whole)),
+        out_specs=only(outputs, specs),
         out_shape=outputs,
     )(ins)
     return (outputs['y'], outputs['k'], outputs['v']) if cache else outputs['y']

@@ -14,7 +14,6 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.kernels.launch import (
     SEED_SPECS,
     call,
-    check_rows,
     only,
     read_seed,
     row_programs,
@@ -133,7 +132,8 @@ def _add_norm_forward(
     x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, differentiated
 ):
     N, D = x_ND.shape
-    check_rows('add_norm', N, NORM_ROWS)
+    if N % NORM_ROWS:
+        raise ValueError(f'the kernel add_norm got {N} rows; expected a multiple of {NORM_ROWS}')
     width, adds = pl.next_power_of_2(D), branch_ND is not None
     rows = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0))
     row = pl.BlockSpec((NORM_ROWS,), lambda i: (i,))
@@ -145,13 +145,8 @@ def _add_norm_forward(
         'scale': scale_D,
         'bias': bias_D,
     }
-    in_specs = SEED_SPECS | {
-        'x': rows,
-        'branch': rows,
-        'branch_bias': vector,
-        'scale': vector,
-        'bias': vector,
-    }
+    specs = SEED_SPECS | {'x': rows, 'branch': rows, 'y': rows, 'mean': row, 'rstd': row}
+    specs |= dict.fromkeys(('branch_bias', 'scale', 'bias'), vector)
     like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
     statistic = jax.ShapeDtypeStruct((N,), jnp.float32) if differentiated else None
     shapes = {
@@ -165,8 +160,8 @@ def _add_norm_forward(
         grid=(N // NORM_ROWS,),
         warps=NORM_WARPS,
         name='add_norm',
-        in_specs=[only(ins, in_specs)],
-        out_specs=only(shapes, {'x': rows, 'y': rows, 'mean': row, 'rstd': row}),
+        in_specs=[only(ins, specs)],
+        out_specs=only(shapes, specs),
         out_shape=shapes,
     )(ins)
     return outs['x'] if adds else x_ND, outs['y'], outs['mean'], outs['rstd']
@@ -222,28 +217,21 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
         'dy': dy_ND,
         'scale': scale_D,
     }
-    in_specs = SEED_SPECS | {
-        'x': rows,
-        'mean': row,
-        'rstd': row,
-        'dx': rows,
-        'dy': rows,
-        'scale': vector,
-    }
-    like_x = jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype)
+    mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
+    specs = SEED_SPECS | dict.fromkeys(('x', 'dx', 'dy', 'dbranch'), rows)
+    specs |= {'mean': row, 'rstd': row, 'scale': vector, 'sums': mine}
     shapes = {
-        'dx': like_x,
+        'dx': jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
         'dbranch': jax.ShapeDtypeStruct(x_ND.shape, dy_ND.dtype) if apart else None,
         'sums': jax.ShapeDtypeStruct((programs, len(summed), D), jnp.float32),
     }
-    mine = pl.BlockSpec((None, len(summed), width), lambda i: (i, 0, 0))
     outs = call(
         functools.partial(_add_norm_backward_kernel, D=D, rate=rate if drops else 0, summed=summed),
         grid=(programs,),
         warps=backward_warps(D),
         name='add_norm_backward',
-        in_specs=[only(ins, in_specs)],
-        out_specs=only(shapes, {'dx': rows, 'dbranch': rows, 'sums': mine}),
+        in_specs=[only(ins, specs)],
+        out_specs=only(shapes, specs),
         out_shape=shapes,
     )(ins)
     dbranch = (outs['dbranch'] if apart else outs['dx']) if adds else None

@@ -216,18 +216,16 @@ def sample_token(logits_BV, noise_CBV, tokens_CB, at_2, *, temperature, top_k):
 def make_sampler(keys_CB, V, temperature, top_k):
     """pick(logits_BV, tokens_CB, at_2) -> tokens_CB, next at_2: see `sample_token`.
 
-    Tokens are drawn as jax.random.categorical does with keys[i].
-
-    The noise that is added to the logits does not depend on them, so the noise of all C tokens of
-    the chunk is drawn at once.
+    Tokens are drawn as jax.random.categorical does with keys[i]. The noise does not depend on the
+    logits, so the noise of all C tokens of the chunk is drawn at once.
     """
     noise_CBV = None
     if temperature:
         draw = functools.partial(jax.random.gumbel, shape=(V,), dtype=jnp.float32)
         noise_CBV = jax.vmap(jax.vmap(draw))(keys_CB)
-    return functools.partial(_pick, noise_CBV, temperature, top_k)
 
+    def pick(logits_BV, tokens_CB, at_2):
+        options = dict(temperature=temperature, top_k=top_k)
+        return sample_token(logits_BV, noise_CBV, tokens_CB, at_2, **options)
 
-def _pick(noise_CBV, temperature, top_k, logits_BV, tokens_CB, at_2):
-    options = dict(temperature=temperature, top_k=top_k)
-    return sample_token(logits_BV, noise_CBV, tokens_CB, at_2, **options)
+    return pick

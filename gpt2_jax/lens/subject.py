@@ -25,6 +25,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import PLAIN
 from gpt2_jax.model.params import param_shapes
+from gpt2_jax.parallel.partition import leaf_name
 from gpt2_jax.workdir import restore
 
 
@@ -71,7 +72,7 @@ def as_subject(source) -> Subject:
 def leaf_shapes(params) -> dict[str, tuple[int, ...]]:
     """{'h_0/attn/c_attn/kernel': (D, 3, H, K), ..}."""
     return {
-        '/'.join(str(getattr(key, 'key', key)) for key in path): tuple(np.shape(leaf))
+        leaf_name(path): tuple(np.shape(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 

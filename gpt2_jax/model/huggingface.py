@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from gpt2_jax import foreign
 from gpt2_jax.architecture import GPT2Config
-from gpt2_jax.config import SETTINGS
+from gpt2_jax.config import SETTINGS, kind_of
 from gpt2_jax.errors import UserError
 from gpt2_jax.foreign import PLAIN_NAME, Maybe, integer
 
@@ -198,8 +198,7 @@ def import_config(published: dict[str, Any]) -> dict[str, Any]:
         field = next((field for field in fields if published.get(field) is not None), None)
         if field is None:
             continue
-        default, allowed, _ = SETTINGS[f'model.{setting}']
-        kind = default if isinstance(default, type) else type(default)
+        kind, (_, allowed, _) = kind_of(f'model.{setting}'), SETTINGS[f'model.{setting}']
         value = published[field]
         if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)

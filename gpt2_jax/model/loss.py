@@ -1,9 +1,9 @@
 """Cross-entropy of the next token, and for a large vocabulary over chunks of the targets.
 
 A target has V logits: with GPT-2's vocabulary 0.2 MB in fp32, several times with their gradients.
-Where only the loss is needed they need not all be there at once: a chunk of targets is projected,
-compared and forgotten before the next. The values are the same; it takes less memory, and on a
-CPU, whose time goes into touching new pages of memory, less time.
+The loss does not need all of them at once: the logits of a chunk of targets are computed, reduced
+to losses and dropped before the next chunk. The values are the same. It takes less memory and, on
+a CPU, which spends its time on touching new pages of memory, less time.
 
 Chunks are cut along T, so that each device of a mesh keeps its rows. Letters as in gpt2.py; t is
 the length of a chunk, n the number of chunks.
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gpt2_jax.architecture import padded_vocab
+from gpt2_jax.model.ops import logits
 
 
 def token_losses(logits_BTV, targets_BT):
@@ -102,9 +103,7 @@ def _padded(wte_VD, precision):
 
 def _logits(x_BtD, table_VD, V, precision):
     """x wte^T in fp32, and -inf for the rows of padding."""
-    logits_BtV = jnp.einsum(
-        'BtD,VD->BtV', x_BtD, table_VD, precision=precision, preferred_element_type=jnp.float32
-    )
+    logits_BtV = logits(x_BtD, table_VD, precision)
     if table_VD.shape[0] > V:
         logits_BtV = jnp.where(jnp.arange(table_VD.shape[0]) < V, logits_BtV, -jnp.inf)
     return logits_BtV

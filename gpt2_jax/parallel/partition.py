@@ -29,9 +29,7 @@ def make_unshard(mesh: Mesh):
 
 def leaf_name(path) -> str:
     """'h_0/attn/c_attn/kernel', from a path of jax.tree_util."""
-    return '/'.join(
-        str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
-    )
+    return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _spec(path, leaf, mesh: Mesh, drop: str | None) -> P:

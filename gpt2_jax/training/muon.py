@@ -106,7 +106,7 @@ def make_muon(
 class MuonState(NamedTuple):
     """The number n of updates done, the mean gradient m of the matrices, and AdamW's state.
 
-    `m` and `others` are shaped as params, with empty nodes for the leaves of the other one.
+    `m` and `others` are shaped as params; each has empty nodes in place of the other's leaves.
     """
 
     count: jax.Array
@@ -136,7 +136,7 @@ def muon_leaves(tree, of_muon: bool = True):
     return jax.tree.map(lambda m, leaf: leaf if m == of_muon else optax.MaskedNode(), mask, tree)
 
 
-def orthogonalize(x_NIO, dtype: str = 'float32', precision: str = 'highest'):
+def orthogonalize(x_NIO, dtype: str, precision: str):
     """N matrices U S V^T -> about U V^T: singular values near 1, from 0.7 to 1.2. I <= O.
 
     Newton-Schulz iterations, with products in `dtype` (see NEWTON_SCHULZ).
@@ -160,7 +160,9 @@ def stack_matrices(tree) -> dict[tuple[int, int], jax.Array]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         permutation, shape = _as_matrices(leaf_name(path), leaf.shape)
         matrices = leaf.transpose(permutation).reshape(shape)
-        stacks.setdefault(tuple(sorted(shape[1:])), []).append(_wide(matrices))
+        if shape[1] > shape[2]:
+            matrices = matrices.mT
+        stacks.setdefault(matrices.shape[1:], []).append(matrices)
     return {shape: jnp.concatenate(matrices) for shape, matrices in stacks.items()}
 
 
@@ -185,7 +187,3 @@ def _as_matrices(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tu
     """How a leaf becomes matrices (N, inputs, outputs): the order of its axes, and their shape."""
     axes = matrix_axes(name)
     return sum(axes, ()), tuple(math.prod(shape[i] for i in group) for group in axes)
-
-
-def _wide(matrices):
-    return matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT

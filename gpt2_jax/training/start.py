@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
@@ -71,8 +70,8 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
     An eval.tokens that was left open, and the order of a run of an older version, are set in the
-    setup's configuration to what they were there.
-    Raises UsageError naming every setting that keeps the run from resuming with this configuration.
+    setup's configuration to what they were there. Raises UsageError naming every setting that keeps
+    the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
     if not saved:
@@ -231,8 +230,7 @@ def _optimizer_conflicts(theirs, ours) -> list[str]:
     if 'explicit' in (ours.implementation, theirs.implementation):
         conflicts.append(
             "its optimizer can only be kept if optim.implementation is 'explicit' in neither run, "
-            'but '
-            f'it is {theirs.implementation!r} there, {ours.implementation!r} here'
+            f'but it is {theirs.implementation!r} there, {ours.implementation!r} here'
         )
     is_adamw = ours.algorithm == theirs.algorithm == 'adamw'
     if is_adamw and (ours.clip_norm > 0) != (theirs.clip_norm > 0):
@@ -248,6 +246,5 @@ def _saved_optimizer(restored: restore.Restored, run: Path, like):
     average = restored.params if restored.config.optim.average else None
     state = TrainState(np.int32(0), restored.params, like, average)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), train_item(state))
-    train = ocp.args.StandardRestore(zeros)
     with storage.open_manager(run / FOLDER, read_only=True) as manager:
-        return storage.restore_items(manager, restored.step, train=train).train['opt_state']
+        return storage.restore_items(manager, restored.step, train=zeros).train['opt_state']

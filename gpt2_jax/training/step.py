@@ -86,14 +86,14 @@ def plain_value_and_grad(
     most `chunk_targets` targets (see model/loss.py).
     """
 
+    losses = make_token_losses(model, unshard)
+
     def mean_loss(params, batch: Batch, dropout_key, n_targets):
-        if chunk_targets:
-            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
-            precision = model.cfg.precision
-            loss = summed_loss(x_BTD, wte_VD, batch['targets'], precision, chunk_targets)
-            return loss / n_targets
-        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
-        return token_losses(logits_BTV, batch['targets']).sum() / n_targets
+        if not chunk_targets:
+            return losses(params, batch, dropout_key).sum() / n_targets
+        x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
+        precision = model.cfg.precision
+        return summed_loss(x_BTD, wte_VD, batch['targets'], precision, chunk_targets) / n_targets
 
     return jax.value_and_grad(mean_loss)
 

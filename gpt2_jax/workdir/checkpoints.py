@@ -46,8 +46,8 @@ META = {
     'log_sizes': {str: foreign.integer(0)},
 }
 
-# A failed save has been removed for good if so many looks at it, 0.05 s apart, find nothing; no
-# longer than these seconds.
+# A failed save counts as removed once so many looks in a row, 0.05 s apart, find nothing of it. The
+# looks end after these seconds in any case.
 QUIET_LOOKS, REMOVAL_SECONDS = 5, 10
 
 
@@ -240,12 +240,7 @@ def train_item(state) -> dict[str, Any]:
 
 def restore_state(manager: ocp.CheckpointManager, step: int, abstract):
     """The state saved at `step`: see Checkpoints.restore."""
-    items = storage.restore_items(
-        manager,
-        step,
-        params=ocp.args.StandardRestore(abstract.evaluated),
-        train=ocp.args.StandardRestore(train_item(abstract)),
-    )
+    items = storage.restore_items(manager, step, **array_items(abstract))
     check_step(Path(manager.directory) / str(step), int(items.train['step']))
     name = 'params' if abstract.average is None else 'average'
     return abstract.replace(**{name: items.params}, **items.train).round_again()

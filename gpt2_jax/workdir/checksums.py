@@ -140,8 +140,8 @@ def quarantine(folder: Path) -> list[str]:
             else:
                 usable.append(path)
     # One save at a time can be cut short: of several folders without SHA256SUMS, one was whole.
-    unsealed = [path for path in bad if path.name.isdigit() and not (path / CHECKSUMS).is_file()]
-    lost = [path for path, problem in bad.items() if problem != CUT_SHORT or len(unsealed) > 1]
+    uncommitted = [path for path in bad if path.name.isdigit() and not (path / CHECKSUMS).is_file()]
+    lost = [path for path, problem in bad.items() if problem != CUT_SHORT or len(uncommitted) > 1]
     if lost and not usable and not any(map(_own_name, bad)):
         problems = '; '.join(f'{path.name}: {bad[path]}' for path in lost)
         raise UserError(

@@ -5,6 +5,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gpt2_jax.errors import UserError
+from gpt2_jax.parallel.partition import leaf_name
 
 MAX_LINES = 12  # of a report
 
@@ -14,9 +15,7 @@ Leaves = dict[str, str]  # {'h_0/attn/c_attn/bias': '(3, 2, 16) float32', ..}
 def leaves(tree) -> Leaves:
     """The shape and dtype of each leaf, by its path."""
     return {
-        '/'.join(
-            str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
-        ): f'{tuple(leaf.shape)} {leaf.dtype}'
+        leaf_name(path): f'{tuple(leaf.shape)} {leaf.dtype}'
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 

@@ -15,7 +15,6 @@ from gpt2_jax.errors import UsageError, UserError
 # They grow while a run trains. A resumed run cuts them back to its first step.
 LOGS = ('metrics.jsonl', 'samples.txt', 'tensorboard/events.out.tfevents.*')
 
-
 REMOTE = ('gs', 's3', 'az', 'hf')  # first parts of paths that etils takes for remote storage
 
 

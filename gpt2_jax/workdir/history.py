@@ -59,22 +59,6 @@ def read_records(run: Path, split: str) -> list[dict[str, Any]]:
     return [record for record in records if record['split'] == split]
 
 
-def read_samples(run: Path) -> dict[int, str]:
-    """{step: text} of samples.txt."""
-    path = run / 'samples.txt'
-    if not path.exists():
-        return {}
-    samples, step = {}, None
-    for line in foreign.read_bytes(path, MAX_LOG_BYTES).decode('utf-8', 'replace').split('\n'):
-        words = line.split()
-        if len(words) == 4 and words[:2] == ['===', 'step'] and words[2].isdecimal():
-            step = int(words[2])
-            samples[step] = []
-        elif step is not None:
-            samples[step].append(line)
-    return {step: '\n'.join(lines).removesuffix('\n\n') for step, lines in samples.items()}
-
-
 def read_probes(run: Path) -> dict[str, np.ndarray] | None:
     """The arrays of probes.npz; None if there is none. Raises UserError if it is damaged."""
     path = run / PROBES

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from gpt2_jax import config as config_lib
 from gpt2_jax.architecture import GPT2Config
@@ -38,8 +37,7 @@ def load(run: Path, step: str) -> Restored:
     """The model of a run's folder at `step`: 'best', 'latest' or a number. Changes nothing.
 
     If no checkpoint was evaluated, the latest counts as the best. Kernels that cannot run here are
-    replaced, whatever it was trained with. Raises UserError if there is no such
-    checkpoint, or if it is damaged.
+    replaced. Raises UserError if there is no such checkpoint, or if it is damaged.
     """
     folder = run / FOLDER
     number = choose_step(run, step)
@@ -56,7 +54,7 @@ def load(run: Path, step: str) -> Restored:
         cfg = usable(asked, platform)
         config.model.update(kernels=cfg.kernels, attention=cfg.attention)
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
-        items = storage.restore_items(manager, number, params=ocp.args.StandardRestore(zeros))
+        items = storage.restore_items(manager, number, params=zeros)
     check_step(path, storage.read_step(path))
     model = GPT2(cfg, training_ops(evaluation_attention(cfg, platform)))
     return Restored(number, model, items.params, tokenizer, config, meta)

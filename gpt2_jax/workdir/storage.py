@@ -86,7 +86,7 @@ def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.Chec
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):
-    """The named items of a checkpoint.
+    """The named items of a checkpoint; a tree of arrays, or of their shapes, describes each.
 
     Raises UserError if they are not what this version saves, or hold other arrays than are wanted.
     """
@@ -96,13 +96,13 @@ def restore_items(manager: ocp.CheckpointManager, step: int, **items):
             pairs = {
                 name: (
                     fit.saved_leaves(LiteralPath(manager.directory, str(step), name)),
-                    fit.leaves(args.item),
+                    fit.leaves(tree),
                 )
-                for name, args in items.items()
-                if isinstance(args, ocp.args.StandardRestore)
+                for name, tree in items.items()
             }
             fit.check(checkpoint, pairs)
-            return manager.restore(step, args=ocp.args.Composite(**items))
+            wanted = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+            return manager.restore(step, args=ocp.args.Composite(**wanted))
     except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise
     except Exception as error:  # Orbax has no error class of its own
