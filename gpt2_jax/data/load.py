@@ -55,9 +55,10 @@ def _load(
     except corpora.CorpusNotFound as error:
         if not fallback:
             raise
+        about = ', the help texts inside Python,' if fallback == corpora.EMBEDDED else ''
         notify(
-            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead: do not compare '
-            f'its figures with those of {corpus}.'
+            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r}{about} instead: do not '
+            f'compare its figures with those of {corpus}.'
         )
         found = corpora.find_text(fallback)
     return from_text(found.name, found.text, make_tokenizer(tokenizer, found.text), val_fraction)
