@@ -55,9 +55,9 @@ def _load(
     except corpora.CorpusNotFound as error:
         if not fallback:
             raise
-        about = ', the help texts inside Python,' if fallback == corpora.EMBEDDED else ''
+        about = ' (the help texts inside Python)' if fallback == corpora.EMBEDDED else ''
         notify(
-            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r}{about} instead: do not '
+            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead{about}: do not '
             f'compare its figures with those of {corpus}.'
         )
         found = corpora.find_text(fallback)
