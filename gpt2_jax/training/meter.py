@@ -174,8 +174,6 @@ class Meter:
         """
         count = self._fetch_every
         later = self._pending[count:]
-        if several():  # all fetch at the same steps, to find the same value not finite
-            return count if later else 0
         if not later:
             return 0
         last = self._pending[count - 1][1]['loss']
@@ -212,7 +210,7 @@ class Meter:
         self._seconds += now - began
         self._steps += step - first
         steps_per_second = self._steps / max(self._seconds, 1e-9)
-        if not several():
+        if not several():  # else all fetch at the same steps, to find the same value not finite
             self._fetch_every = min(self.every, max(1, int(FETCH_SECONDS * steps_per_second)))
             self._ahead = min(MOST_AHEAD, max(1, int(AHEAD_SECONDS * steps_per_second)))
         self._announce(step)
