@@ -148,6 +148,7 @@ def test_the_windows_of_a_block_of_rows_are_found_once(monkeypatch):
         batch(sequence(), step, batch_size=64, seed=SEED + 1)  # of another run in this process
     blocks = [batches.ROWS_AT_ONCE * block for block in range(4)]
     assert asked == [(seed, first) for first in blocks for seed in (SEED, SEED + 1)]
+    assert batches._starts.cache_info().currsize == 4  # of 8: a long run keeps few
 
 
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])
