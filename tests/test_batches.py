@@ -12,6 +12,7 @@ import pytest
 
 from gpt2_jax import permutation
 from gpt2_jax.config import SETTINGS
+from gpt2_jax.data import batches
 from gpt2_jax.data.batches import (
     ORDERS,
     WindowSource,
@@ -132,6 +133,22 @@ def test_rows_are_found_together_and_are_the_same(order, batch_size):
         rows = np.arange(step * batch_size, (step + 1) * batch_size)
         inputs = batch(sequence(), step, batch_size=batch_size, order=order)['inputs']
         assert np.array_equal(inputs[:, 0], row_starts(ORDERS[order](n, T, SEED), rows))
+
+
+def test_the_windows_of_a_block_of_rows_are_found_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        batches,
+        'row_starts',
+        lambda order, rows: asked.append((order.seed, rows[0])) or row_starts(order, rows),
+    )
+    batches._starts.cache_clear()
+    for step in range(200):
+        batch(sequence(), step, batch_size=64, seed=SEED)
+        batch(sequence(), step, batch_size=64, seed=SEED + 1)  # of another run in this process
+    blocks = [batches.ROWS_AT_ONCE * block for block in range(4)]
+    assert asked == [(seed, first) for first in blocks for seed in (SEED, SEED + 1)]
+    assert batches._starts.cache_info().currsize == 4  # of 8: a long run keeps few
 
 
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])

@@ -1,5 +1,7 @@
 """Parts of a run that the tests of whole runs (test_resume.py) do not see."""
 
+import contextlib
+import gc
 import threading
 from types import SimpleNamespace
 
@@ -7,7 +9,7 @@ import pytest
 
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.diagnostics.describe import describe
-from gpt2_jax.training import meter, programs, setup
+from gpt2_jax.training import loop, meter, programs, setup
 from gpt2_jax.training.setup import build
 
 
@@ -173,6 +175,56 @@ def test_the_device_has_work_while_metrics_are_fetched(
         if step > 60 and shown[-1][0] > 40:
             assert 0 <= step - shown[-1][0] - later <= meters._fetch_every
     assert meters._fetch_every == (10 if seconds < 1 and processes == 1 else 1)
+
+
+@pytest.mark.parametrize(
+    ('at', 'n_ready', 'fetched'),
+    # From 3 on all metrics wait. At 36, 24 of them are later than the first 10: the loop waits.
+    [(35, 9, 2), (35, 10, 12), (35, 15, 17), (35, 99, 34), (36, 9, 12), (36, 15, 17), (36, 99, 35)],
+)
+def test_metrics_that_are_ready_are_fetched_together(at, n_ready, fetched, monkeypatch):
+    """One by one, updates done while the loop was held up would seem faster than the device."""
+
+    def make_ready(last=None):
+        for _, metrics in meters._pending[:n_ready]:
+            metrics['loss'].ready = True
+
+    monkeypatch.setattr(Loss, 'ready', False)
+    meters, _, shown, _ = run_meter(0.001, monkeypatch)
+    monkeypatch.setattr(meter.jax, 'block_until_ready', make_ready)
+    for step in range(13, at):
+        meters.add(step, {'loss': Loss(2.0)})
+    if at == 35:
+        make_ready()
+    assert shown[-1][0] == 2
+    meters.add(at, {'loss': Loss(2.0)})
+    assert shown[-1][0] == fetched
+
+
+def test_garbage_collections_pass_over_what_is_older_than_the_loop():
+    frozen = []
+
+    def hook(step, state):
+        frozen.append(gc.get_freeze_count())
+        assert gc.isenabled()  # what the loop itself makes is collected
+        if step == 2:
+            raise KeyError
+
+    hook.due = lambda step: True
+    meters = SimpleNamespace(add=lambda *_: None, paused=contextlib.nullcontext)
+    with pytest.raises(KeyError):
+        loop.run(
+            lambda state, batch: (state, {}),
+            None,
+            [0, 0, 0],
+            start=0,
+            meter=meters,
+            hooks=[hook],
+            interrupt=loop.Interrupt(),
+        )
+    assert len(frozen) == 2
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_time_left_includes_evaluations(monkeypatch):

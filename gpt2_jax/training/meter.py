@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -111,8 +112,8 @@ class Meter:
             if step == 1:
                 self.progress.seconds_to_first_step = time.monotonic() - self._started
             self._mark = time.monotonic(), step
-        elif self._is_time_to_fetch():
-            self._fetch(self._fetch_every)
+        elif count := self._number_to_fetch():
+            self._fetch(count)
 
     def drain(self) -> None:
         """Fetches and records all that is pending. Raises DivergedError."""
@@ -165,12 +166,22 @@ class Meter:
             'corpus': corpus,
         }
 
-    def _is_time_to_fetch(self) -> bool:
-        later = len(self._pending) - self._fetch_every
-        if several():  # all fetch at the same steps, to find the same value not finite
-            return later >= 1
-        last = self._pending[min(self._fetch_every, len(self._pending)) - 1][1]
-        return later >= self._ahead or (later >= 1 and last['loss'].is_ready())
+    def _number_to_fetch(self) -> int:
+        """How many of the oldest pending metrics to fetch now: 0, or `_fetch_every` and more.
+
+        More if the device was ahead of the loop: its updates then get the rate at which it did
+        them, and not the rate at which the loop catches up.
+        """
+        count = self._fetch_every
+        later = self._pending[count:]
+        if not later:
+            return 0
+        last = self._pending[count - 1][1]['loss']
+        if len(later) < self._ahead and not last.is_ready():
+            return 0
+        jax.block_until_ready(last)
+        done = itertools.takewhile(lambda item: item[1]['loss'].is_ready(), later[:-1])
+        return count + len(list(done))
 
     def _fetch(self, count: int) -> None:
         """Fetches, checks and records the oldest `count` pending metrics."""
@@ -199,7 +210,7 @@ class Meter:
         self._seconds += now - began
         self._steps += step - first
         steps_per_second = self._steps / max(self._seconds, 1e-9)
-        if not several():
+        if not several():  # else all fetch at the same steps, to find the same value not finite
             self._fetch_every = min(self.every, max(1, int(FETCH_SECONDS * steps_per_second)))
             self._ahead = min(MOST_AHEAD, max(1, int(AHEAD_SECONDS * steps_per_second)))
         self._announce(step)
