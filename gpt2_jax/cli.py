@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ WRONG_RESULT = (
 )
 MAX_PROMPT_BYTES = 1 << 30
 MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
+CTRL_C_AGAIN = 0.1  # seconds after which a Ctrl-C that Python has dropped is sent again
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
 
@@ -195,8 +197,16 @@ def _last_line(error: Exception) -> str:
 
 
 def _report_unraisable(unraisable) -> None:
-    """An unraisablehook without the message that each write of a failed save repeats."""
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    """An unraisablehook without the message that each write of a failed save repeats.
+
+    JAX clears its caches in a callback of the garbage collector, where Python would drop a Ctrl-C:
+    it is sent again.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        again = threading.Timer(CTRL_C_AGAIN, os.kill, [os.getpid(), signal.SIGINT])
+        again.daemon = True
+        again.start()
+    elif str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import types
 import urllib.error
@@ -614,3 +615,29 @@ def test_a_full_disk(kilobytes, fragments, made, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     check(code, err, 1, fragments)
     assert not any((tmp_path / 'run' / FOLDER).iterdir())  # the failed save was removed
+
+
+# What JAX's callback of the garbage collector does when a Ctrl-C arrives in it.
+CTRL_C_IN_A_CALLBACK = """
+import gc, os, signal, time
+from gpt2_jax import cli
+
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def main(arguments):
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run(main)
+"""
+
+
+def test_a_ctrl_c_that_python_drops_is_sent_again():
+    ended = subprocess.run(
+        [sys.executable, '-c', CTRL_C_IN_A_CALLBACK], capture_output=True, text=True, timeout=50
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, '', '')
