@@ -122,7 +122,7 @@ def run_meter(seconds, monkeypatch, recorded=None):
         record=lambda step, *_: recorded.append(step),
         progress=lambda step, steps, loss, rate, left: shown.append((step, left)),
     )
-    progress = meter.Progress()
+    progress = meter.RunProgress()
     meters = meter.Meter(setup, log, progress, start=0, started=0.0, diverged=None)
     for step in range(1, 13):
         now[0] += seconds

@@ -23,7 +23,7 @@ from gpt2_jax.inference.evaluate import make_evaluate, make_jitted_eval_step, ma
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
 from gpt2_jax.training import programs
-from gpt2_jax.training.meter import Progress
+from gpt2_jax.training.meter import RunProgress
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.start import checkpoint_meta
 from gpt2_jax.training.step import TrainState
@@ -103,7 +103,7 @@ def bench_train(setup: Setup, windows: int, seconds: float) -> dict[str, Any]:
     evaluate(state.params)
     evaluation_seconds = time.monotonic() - began
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
-        meta = checkpoint_meta(setup, Path(folder), Progress())
+        meta = checkpoint_meta(setup, Path(folder), RunProgress())
         began = time.monotonic()
         checkpoints.save(int(state.step), state, meta, None)
         blocked_seconds = time.monotonic() - began

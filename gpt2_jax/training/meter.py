@@ -29,7 +29,7 @@ ANNOUNCE_SECONDS = 4  # of training, until the time of the run is estimated
 
 
 @dataclasses.dataclass
-class Progress:
+class RunProgress:
     """What a run knows beside its state; every checkpoint keeps it.
 
     Losses are in nats per token. Times are in seconds, over all processes of the run.
@@ -50,7 +50,7 @@ class Progress:
     extensions: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
 
-# The fields of Progress, as JSON.
+# The fields of RunProgress, as JSON.
 PROGRESS = dict.fromkeys(
     ('best_val_loss', 'final_val_loss', 'seconds', 'seconds_to_first_step', 'train_seconds'),
     foreign.Maybe(foreign.NUMBER),
@@ -63,13 +63,13 @@ PROGRESS = dict.fromkeys(
 }
 
 
-def read_progress(meta: dict[str, Any], workdir: Path) -> Progress:
+def read_progress(meta: dict[str, Any], workdir: Path) -> RunProgress:
     """The progress in the metadata of a checkpoint. Raises UserError if it has another form."""
     source, saved = f'the progress of the checkpoint in {workdir}', meta['progress']
     foreign.check(saved, PROGRESS, source)
     for name in saved.keys() - PROGRESS.keys():
         raise foreign.error(source, f'is of another form: it has {foreign.show(name)}')
-    return Progress(**{name: value for name, value in saved.items() if value is not None})
+    return RunProgress(**{name: value for name, value in saved.items() if value is not None})
 
 
 class Meter:
@@ -84,7 +84,7 @@ class Meter:
         self,
         setup: Setup,
         log: Logger,
-        progress: Progress,
+        progress: RunProgress,
         *,
         start: int,
         started: float,

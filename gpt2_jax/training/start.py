@@ -16,7 +16,7 @@ from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UsageError
 from gpt2_jax.terminal import say
 from gpt2_jax.training import programs
-from gpt2_jax.training.meter import Progress, read_progress
+from gpt2_jax.training.meter import RunProgress, read_progress
 from gpt2_jax.training.setup import Setup, build_schedule
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import folder, restore, storage
@@ -40,7 +40,7 @@ class Start(NamedTuple):
     """The step that a run starts from, its progress, and the sizes of its logs at that step."""
 
     step: int
-    progress: Progress
+    progress: RunProgress
     log_sizes: dict[str, int]
 
 
@@ -55,7 +55,7 @@ def corpus_identity(setup: Setup) -> dict[str, Any]:
     }
 
 
-def checkpoint_meta(setup: Setup, workdir: Path, progress: Progress) -> dict[str, Any]:
+def checkpoint_meta(setup: Setup, workdir: Path, progress: RunProgress) -> dict[str, Any]:
     """What a checkpoint keeps beside the state, for resuming and for sampling."""
     return {
         'config': config_lib.to_json(setup.config),
@@ -75,7 +75,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     """
     saved = committed_steps(workdir / FOLDER)
     if not saved:
-        return Start(0, Progress(), {})
+        return Start(0, RunProgress(), {})
     start, config = saved[-1], setup.config
     meta = read_meta(checkpoints.folder / str(start))
     old = config_lib.from_json(meta['config'])

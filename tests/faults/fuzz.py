@@ -288,7 +288,7 @@ def make_checkpoint(folder: Path) -> None:
     settings.data.corpus = 'text.txt'
     text = dataset.from_text('text', TEXT, tokenizer, 0.1)
     built = setup.build(config.resolve(settings), text)
-    progress = meter.Progress(best_step=1, best_val_loss=2.0, final_val_loss=2.0)
+    progress = meter.RunProgress(best_step=1, best_val_loss=2.0, final_val_loss=2.0)
     meta = start.checkpoint_meta(built, folder, progress)
     with checkpoints.Checkpoints(folder / 'checkpoints') as saved:
         state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), built.shapes)
