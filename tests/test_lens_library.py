@@ -67,6 +67,9 @@ def test_the_first_ten_lines_of_help_and_of_the_page_work(folder):
     assert done.stderr == ''
     assert 'ROMEO:' in done.stdout
     assert '(1, 27, 256)' in done.stdout
+    assert re.search(
+        r"^\{'h_0.attn.0': \d\.\d{1,3}, 'h_0.attn.1': \d\.\d{1,3}\}$", done.stdout, re.M
+    )
 
 
 def test_importing_the_package_loads_no_jax():
