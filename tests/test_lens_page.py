@@ -3,6 +3,7 @@
 import base64
 import functools
 import gzip
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser
+from rich.console import Console
 from tiny import rough_params, tiny
 
 from gpt2_jax import lens
@@ -18,6 +20,7 @@ from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens import report as report_lib
 from gpt2_jax.lens.readings import residual_stream, unembed
+from gpt2_jax.reports import terminal
 from gpt2_jax.reports.model import render
 
 # The end of a script and an entity in the text, a line break, a tab, characters of several bytes.
@@ -176,6 +179,16 @@ def test_a_large_page_has_coarser_patterns(report, monkeypatch):
     assert facts['levels'] == 15
     fine = (report.arrays['pattern'] / 255) ** 2
     np.testing.assert_allclose((arrays['pattern'] / 15) ** 2, fine, atol=1 / 14)
+
+
+# The terminal
+
+
+def test_a_head_that_is_not_there_is_reported_before_anything_else(source):
+    console = Console(file=io.StringIO())
+    with pytest.raises(UsageError, match=r'no head h_9\.attn\.0: each of 2 layers has 2'):
+        terminal.show(source, TEXT, console, head=(9, 0))
+    assert console.file.getvalue() == ''
 
 
 # The browser
