@@ -191,6 +191,14 @@ def test_a_head_that_is_not_there_is_reported_before_anything_else(source):
     assert console.file.getvalue() == ''
 
 
+def test_the_map_of_a_head_says_what_its_signs_mean(source):
+    console = Console(file=io.StringIO(), width=80)
+    terminal.show(source, TEXT, console, head=(1, 1))
+    last = console.file.getvalue().rpartition('\n\n')[2].splitlines()
+    assert last[0].startswith('h_1.attn.1: rows look at columns; the signs " .:-=+*#%@": weight 0')
+    assert len(last) == 1 + len(source.tokenizer.encode(TEXT))
+
+
 # The browser
 
 

@@ -142,7 +142,9 @@ def print_head(pattern_TS, head: tuple[int, int], console: Console) -> None:
     weights = square.reshape(T, step, T, step).max((1, 3))
     levels = np.sqrt(weights)
     each = '' if step == 1 else f', {step} x {step} positions a sign'
-    console.print(Text(f'\nh_{head[0]}.attn.{head[1]}: rows look at columns{each}'))
+    signs = 'dark to light' if console.color_system else f'the signs "{DENSITIES}"'
+    about = f'rows look at columns{each}; {signs}: weight 0 to 1, by the square root'
+    console.print(Text(f'\nh_{head[0]}.attn.{head[1]}: {about}'), soft_wrap=True)
     if console.color_system is None:
         for row in levels:
             signs = ''.join(
