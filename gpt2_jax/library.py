@@ -19,6 +19,7 @@ from gpt2_jax.inference.streaming import encode_prompt, stream_text
 from gpt2_jax.lens import activations, subject
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import count_params
+from gpt2_jax.terminal import counted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,10 +35,11 @@ class Loaded:
 
     def __repr__(self) -> str:
         cfg, tokenizer = self.model.cfg, self.tokenizer
+        layers, heads = counted(cfg.n_layer, 'layers'), counted(cfg.n_head, 'heads')
         return (
-            f'<GPT-2 of {count_params(self.params):,} parameters: {cfg.n_layer} layers, '
-            f'{cfg.n_head} heads, width {cfg.n_embd}; {tokenizer.vocab_size:,} {tokenizer.name} '
-            f'tokens; step {self.step:,} of {self.path}>'
+            f'<GPT-2 of {count_params(self.params):,} parameters: {layers}, {heads}, width '
+            f'{cfg.n_embd}; {tokenizer.vocab_size:,} {tokenizer.name} tokens; step {self.step:,} of '
+            f'{self.path}>'
         )
 
     def generate(

@@ -95,7 +95,7 @@ def test_a_loaded_model_fits_a_line(loaded, folder):
     shown = repr(loaded)
     assert '\n' not in shown
     assert len(shown) - len(str(loaded.path)) < 100
-    for part in ('1 layers', '2 heads', 'width 32', '256 byte tokens', 'step 2', str(folder)):
+    for part in (': 1 layer,', '2 heads', 'width 32', '256 byte tokens', 'step 2', str(folder)):
         assert part in shown
 
 

@@ -398,6 +398,7 @@ def test_a_model_of_one_layer_and_one_of_forty_eight(show, changes):
     source = loaded(ByteTokenizer(), **changes)
     report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
     tab = show(render(report))
+    assert re.search(r' (1 layer|48 layers) · (1 head|4 heads) · ', tab.text('#about'))
     for view in tab.run('Object.keys(VIEWS)'):
         tab.run(f'change({{view: {view!r}}})')
         assert tab.text('#view')
