@@ -15,7 +15,7 @@ from runs import make_config, quiet_train, write_text
 
 import gpt2_jax
 from gpt2_jax import lens
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +116,22 @@ def test_generated_text_depends_on_the_seed_alone(loaded):
     likeliest_T = loaded.logits(np.array(greedy))[0].argmax(-1)
     np.testing.assert_array_equal(greedy[2:], likeliest_T[1:-1])
     assert loaded.generate(max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'said'),
+    [
+        ({'max_new_tokens': -1}, 'max_new_tokens = -1 is not allowed; expected a whole number'),
+        ({'max_new_tokens': 2.5}, 'max_new_tokens = 2.5 is not allowed'),
+        ({'prompt': ['a', 'b']}, r"prompt = \['a', 'b'\] is not allowed; expected one text"),
+        ({'prompt': 123}, 'prompt = 123 is not allowed'),
+        ({'temperature': 'hot'}, "temperature = 'hot' is not allowed; expected a number"),
+        ({'seed': -1}, 'seed = -1 is not allowed'),
+    ],
+)
+def test_values_that_generate_cannot_use(loaded, wrong, said):
+    with pytest.raises(UsageError, match=said):
+        loaded.generate(**{'prompt': 'ba', 'max_new_tokens': 2} | wrong)
 
 
 def test_the_model_is_a_plain_flax_module(loaded):
