@@ -11,7 +11,7 @@ from browser import CHROMIUM, browser
 
 from gpt2_jax import lens
 from gpt2_jax.errors import UsageError
-from gpt2_jax.reports import compare, run
+from gpt2_jax.reports import autopsy, compare, run
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_records
 from gpt2_jax.workdir.restore import load
@@ -104,6 +104,20 @@ def test_an_opened_step_shows_its_rows(trained, page, tab):
     worst = tab.run('Number(document.querySelector("[data-row]").dataset.row)')
     assert worst == max(found['rows'], key=lambda row: row['before_mean'])['row']
     assert tab.run('document.querySelectorAll("[data-row]").length') == len(found['rows'])
+    figures = '[...document.querySelectorAll(".fact b")].map(e => e.textContent)'
+    shown = tab.run(figures)
+    assert tab.errors() == []
+    # The page that examines the same update writes its metrics alike.
+    _, examined = autopsy.explain(trained, 4)
+    tab.open(examined)
+    metrics = tab.run(figures)
+    assert len(metrics) == len(found['replayed'])
+    assert set(metrics) <= set(shown)
+    assert tab.run('[number(-49.44, 3), number(-2), fixed(-0.5, 1)]') == [
+        '\N{MINUS SIGN}49.4',
+        '\N{MINUS SIGN}2',
+        '\N{MINUS SIGN}0.5',
+    ]
     assert tab.errors() == []
 
 
