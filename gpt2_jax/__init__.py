@@ -8,10 +8,11 @@ r"""GPT-2 from scratch in JAX and Flax linen: from raw text to sampled verse, op
     print(m)
     print(m.generate('ROMEO:', max_new_tokens=60))
     print(m.logits(text).shape)                                    # (1, T, V)
-    print(lens.token_losses(m, text).mean())                       # nats per token
+    print(lens.token_losses(m, text).mean().round(3))              # nats per token
     print(lens.capture(m, text, 'pattern')['h_0.pattern'].shape)   # (1, H, T, T)
     print(lens.head_scores(m).previous.round(2))                   # (L, H)
-    print({head: loss.mean() for head, loss in lens.ablate(m, text, 'h_0.attn.*').items()})
+    without = lens.ablate(m, text, 'h_0.attn.*')                  # {head: losses (1, T - 1)}
+    print({head: round(float(loss.mean()), 3) for head, loss in without.items()})
 
 `m.model` is a Flax module and `m.params` are its parameters:
 `m.model.apply({'params': m.params}, tokens_BT)` gives logits, and jax.grad, jvp, hessian and vmap

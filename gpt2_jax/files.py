@@ -151,13 +151,18 @@ def user_path(path: str | os.PathLike) -> Path:
 def output_path(path: str | os.PathLike) -> Path:
     """The path of a file to write, as `user_path`, checked before the work that makes the file.
 
-    Raises UsageError if its folder does not exist, or if it is a folder or a device.
+    Raises UsageError if its folder does not exist or allows no new file, or if it is a folder or a
+    device.
     """
     out = user_path(path)
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f'cannot write {out}: {out.absolute().parent} is not a folder')
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f'cannot write {out}: {folder} is not a folder')
     if not out.name or (out.exists() and not out.is_file()):
         raise UsageError(f'cannot write {out}: it is not a regular file')
+    # The folder counts, also to replace a file: `new_file` writes beside it first.
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f'cannot write {out}: no permission to write in {folder}')
     return out
 
 

@@ -5,6 +5,7 @@ m.generate('ROMEO:')
 """
 
 import dataclasses
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 
 from gpt2_jax import files
 from gpt2_jax.data.tokenizers import Tokenizer
+from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.decoding import generate
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
 from gpt2_jax.lens import activations, subject
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import count_params
+from gpt2_jax.terminal import counted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,10 +37,11 @@ class Loaded:
 
     def __repr__(self) -> str:
         cfg, tokenizer = self.model.cfg, self.tokenizer
+        layers, heads = counted(cfg.n_layer, 'layers'), counted(cfg.n_head, 'heads')
         return (
-            f'<GPT-2 of {count_params(self.params):,} parameters: {cfg.n_layer} layers, '
-            f'{cfg.n_head} heads, width {cfg.n_embd}; {tokenizer.vocab_size:,} {tokenizer.name} '
-            f'tokens; step {self.step:,} of {self.path}>'
+            f'<GPT-2 of {count_params(self.params):,} parameters: {layers}, {heads}, width '
+            f'{cfg.n_embd}; {tokenizer.vocab_size:,} {tokenizer.name} tokens; step {self.step:,} '
+            f'of {self.path}>'
         )
 
     def generate(
@@ -53,8 +57,16 @@ class Loaded:
         """The prompt and what the model writes after it; the same seed gives the same text.
 
         temperature 0 always takes the likeliest token. Past the context, the text continues from
-        its last half. Raises UserError for a character that the tokenizer does not know.
+        its last half. Raises UserError for a character that the tokenizer does not know, and
+        UsageError for a value that cannot be used.
         """
+        for name, value, right, expected in (
+            ('prompt', prompt, isinstance(prompt, str), 'one text'),
+            ('max_new_tokens', max_new_tokens, _is_whole(max_new_tokens), 'a whole number from 0'),
+            ('seed', seed, _is_whole(seed) and seed < 2**32, 'a whole number from 0 to 2^32 - 1'),
+        ):
+            if not right:
+                raise UsageError(f'{name} = {value!r:.80} is not allowed; expected {expected}')
         ids = encode_prompt(self.tokenizer, prompt)
         chunks = generate(
             self.model,
@@ -73,6 +85,10 @@ class Loaded:
         Raises UserError for tokens outside the vocabulary, or more of them than the context.
         """
         return activations.capture(self, text, 'logits')['logits']
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and value >= 0
 
 
 def load(path: str | Path, step: str | int = 'best') -> Loaded:

@@ -32,6 +32,7 @@ from gpt2_jax.data.shards import FORMAT, INPUTS, MANIFEST, MARK, TOKENIZER, Plac
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
+from gpt2_jax.terminal import counted
 
 SPLIT_BY = ('corpus', 'document', 'file')
 SIGNALS = (
@@ -425,8 +426,8 @@ def describe(manifest: dict[str, Any]) -> list[str]:
         'file': 'the last {:.4g} % of the characters of each file',
     }[manifest['split_by']].format(100 * manifest['val_fraction'])
     special = 'a token' if manifest['special_tokens'] else 'ordinary text'
-    read = (documents.counted(inputs[name], name) for name in ('files', 'documents'))
-    left_out = ', '.join(documents.counted(n, reason) for reason, n in inputs['left_out'].items())
+    read = (counted(inputs[name], name) for name in ('files', 'documents'))
+    left_out = ', '.join(counted(n, reason) for reason, n in inputs['left_out'].items())
     return [
         *lines,
         f'validation: {kept}',

@@ -18,6 +18,11 @@ def printable(text: str, stream: TextIO | None) -> str:
     return escape(text, keep='\n\t') if stream and stream.isatty() else text
 
 
+def counted(n: int, plural: str) -> str:
+    """'2,000 empty files', '1 empty file'."""
+    return f'{n:,} {plural.removesuffix("s") if n == 1 else plural}'
+
+
 def say(text: str) -> None:
     """Prints a line, which may hold names that others chose, at once."""
     put(printable(text, sys.stdout))

@@ -10,8 +10,8 @@
     python scripts/lens.py shapes --config=configs/quickstart.py
     python scripts/lens.py shapes --config=configs/gpt2_124m.py --vocab_size=50257 --format=json
 
-The text is the prompt and what the model writes after it, 64 tokens in all. --new_tokens=0 shows
-the prompt alone.
+The text is the prompt and what the model writes after it: 64 tokens in all, or as many as the
+context of the model holds, if that is fewer. --new_tokens=0 shows the prompt alone.
 """
 
 import sys
@@ -44,7 +44,11 @@ _SKIP = flags.DEFINE_list(
     'skip', [], 'report: parts to leave out: jacobian, ablation, backward, curvature, shapes.'
 )
 _AT = flags.DEFINE_integer('at', -1, 'show: the position whose guess is followed.')
-_HEAD = flags.DEFINE_string('head', None, 'show: a head, such as h_0.attn.2.')
+_HEAD = flags.DEFINE_string(
+    'head',
+    None,
+    'show: a head, such as h_0.attn.2; by default the one that looks most at the token before.',
+)
 _FORMAT = flags.DEFINE_enum('format', 'md', ['md', 'json', 'html'], 'shapes: how it is printed.')
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'shapes: the vocabulary; 0: as the corpus has it.', lower_bound=0

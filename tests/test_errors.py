@@ -295,7 +295,18 @@ ROWS = {
         ['out of memory', 'batch_size'],
     ),
     'no checkpoint': (sample(run='empty'), 1, ['empty holds no checkpoint', 'scripts/train.py']),
-    'no folder': (sample(run='nowhere'), 1, ['nowhere holds no checkpoint']),
+    'no folder': (sample(run='nowhere'), 1, ['nowhere: no such folder']),
+    'folder with a wrong letter': (
+        sample(run='damagd'),
+        1,
+        ['damagd: no such folder; there is', '/damaged'],
+    ),
+    'folder around runs': (sample(run='.'), 1, ['such as', '/damaged or', '/run']),
+    'folder in a run': (
+        sample(run=f'run/{FOLDER}'),
+        1,
+        ['checkpoints holds no checkpoint', 'the folder of a run, such as', '/run'],
+    ),
     'checkpoint that is not there': (sample('--step=7'), 1, ["no checkpoint '7'", 'it has 15, 18']),
     'unknown word for a checkpoint': (
         sample('--step=newest'),

@@ -191,6 +191,9 @@ def test_paths_to_write(tmp_path, monkeypatch):
             files.output_path(path)
     with pytest.raises(UsageError, match='a path is empty: is a variable of the shell not set'):
         files.output_path('')
+    monkeypatch.setattr(os, 'access', lambda path, mode: not (path == tmp_path and mode & os.W_OK))
+    with pytest.raises(UsageError, match=r'^cannot write a.html: no permission to write in '):
+        files.output_path('a.html')
 
 
 def test_user_paths(monkeypatch):

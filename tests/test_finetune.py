@@ -229,7 +229,7 @@ def test_training_starts_from_it_and_resumes_from_its_own_checkpoints(text, base
     assert 'resuming' not in out
     assert 'is finished' in runs.quiet_train(config, tmp_path / 'tuned')[1]
     config.train.init_from = str(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match='nowhere holds no checkpoint'):
+    with pytest.raises(UserError, match='nowhere: no such folder'):
         runs.quiet_train(config, tmp_path / 'other')
 
 
@@ -237,7 +237,7 @@ def test_an_impossible_start_does_not_move_the_old_run(text, tmp_path):
     """Not even with --fresh, which moves an old run aside."""
     runs.quiet_train(runs.make_config(text, **SIZES), tmp_path / 'run')
     before = sorted(path.name for path in tmp_path.rglob('*'))
-    with pytest.raises(UserError, match='nowhere holds no checkpoint'):
+    with pytest.raises(UserError, match='nowhere: no such folder'):
         runs.quiet_train(
             runs.make_config(text, **SIZES, train__init_from=str(tmp_path / 'nowhere')),
             tmp_path / 'run',

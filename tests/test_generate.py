@@ -381,12 +381,13 @@ def test_special_tokens_in_a_prompt():
 
 def test_printed_samples(capsys):
     tokenizer = make_tokenizer('char', 'abcdefghijk')
-    options = dict(max_new_tokens=21, seed=7, sampling=LIVELY, notify=lambda note: None)
+    options = dict(max_new_tokens=21, seed=7, sampling=LIVELY, notify=print)
     rows = [tokenizer.decode(row) for row in text(num_samples=3, **options)]
+    full = capsys.readouterr().out
+    assert full == 'the context of 20 tokens is full: continuing from its last 10\n'
     print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, stop=[], **options)
-    assert capsys.readouterr().out == f'dbe{rows[0]}\n'
+    assert capsys.readouterr().out == f'dbe{rows[0]}\n' + full  # after the text, not in it
     stop = rows[2][5:7]
     print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=[stop], **options)
-    assert capsys.readouterr().out == ''.join(
-        f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1)
-    )
+    texts = [f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1)]
+    assert capsys.readouterr().out == ''.join(texts) + full

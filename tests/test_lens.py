@@ -532,7 +532,7 @@ def test_every_kind_of_model_is_accepted(model, params, text):
         ([0, 1, 11], r'token 11 at position 2 is outside the vocabulary \[0, 11\)'),
         ([0, -1], 'token -1 at position 1'),
         (np.zeros(13, int), 'a text of 13 tokens: expected 2 to 12'),
-        ([1], 'a text of 1 tokens: expected 2'),
+        ([1], 'a text of 1 token: expected 2'),
         (np.zeros((2, 2, 2), int), r'shape \(T,\) or \(B, T\)'),
         ([0.5, 1.0], 'tokens must be integers'),
         ('abc', 'bare parameters have no tokenizer'),

@@ -15,7 +15,7 @@ from runs import make_config, quiet_train, write_text
 
 import gpt2_jax
 from gpt2_jax import lens
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +67,9 @@ def test_the_first_ten_lines_of_help_and_of_the_page_work(folder):
     assert done.stderr == ''
     assert 'ROMEO:' in done.stdout
     assert '(1, 27, 256)' in done.stdout
+    assert re.search(
+        r"^\{'h_0.attn.0': \d\.\d{1,3}, 'h_0.attn.1': \d\.\d{1,3}\}$", done.stdout, re.M
+    )
 
 
 def test_importing_the_package_loads_no_jax():
@@ -92,7 +95,7 @@ def test_a_loaded_model_fits_a_line(loaded, folder):
     shown = repr(loaded)
     assert '\n' not in shown
     assert len(shown) - len(str(loaded.path)) < 100
-    for part in ('1 layers', '2 heads', 'width 32', '256 byte tokens', 'step 2', str(folder)):
+    for part in (': 1 layer,', '2 heads', 'width 32', '256 byte tokens', 'step 2', str(folder)):
         assert part in shown
 
 
@@ -113,6 +116,22 @@ def test_generated_text_depends_on_the_seed_alone(loaded):
     likeliest_T = loaded.logits(np.array(greedy))[0].argmax(-1)
     np.testing.assert_array_equal(greedy[2:], likeliest_T[1:-1])
     assert loaded.generate(max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'said'),
+    [
+        ({'max_new_tokens': -1}, 'max_new_tokens = -1 is not allowed; expected a whole number'),
+        ({'max_new_tokens': 2.5}, 'max_new_tokens = 2.5 is not allowed'),
+        ({'prompt': ['a', 'b']}, r"prompt = \['a', 'b'\] is not allowed; expected one text"),
+        ({'prompt': 123}, 'prompt = 123 is not allowed'),
+        ({'temperature': 'hot'}, "temperature = 'hot' is not allowed; expected a number"),
+        ({'seed': -1}, 'seed = -1 is not allowed'),
+    ],
+)
+def test_values_that_generate_cannot_use(loaded, wrong, said):
+    with pytest.raises(UsageError, match=said):
+        loaded.generate(**{'prompt': 'ba', 'max_new_tokens': 2} | wrong)
 
 
 def test_the_model_is_a_plain_flax_module(loaded):

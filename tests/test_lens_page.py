@@ -3,6 +3,7 @@
 import base64
 import functools
 import gzip
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser
+from rich.console import Console
 from tiny import rough_params, tiny
 
 from gpt2_jax import lens
@@ -18,6 +20,7 @@ from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens import report as report_lib
 from gpt2_jax.lens.readings import residual_stream, unembed
+from gpt2_jax.reports import terminal
 from gpt2_jax.reports.model import render
 
 # The end of a script and an entity in the text, a line break, a tab, characters of several bytes.
@@ -176,6 +179,24 @@ def test_a_large_page_has_coarser_patterns(report, monkeypatch):
     assert facts['levels'] == 15
     fine = (report.arrays['pattern'] / 255) ** 2
     np.testing.assert_allclose((arrays['pattern'] / 15) ** 2, fine, atol=1 / 14)
+
+
+# The terminal
+
+
+def test_a_head_that_is_not_there_is_reported_before_anything_else(source):
+    console = Console(file=io.StringIO())
+    with pytest.raises(UsageError, match=r'no head h_9\.attn\.0: each of 2 layers has 2'):
+        terminal.show(source, TEXT, console, head=(9, 0))
+    assert console.file.getvalue() == ''
+
+
+def test_the_map_of_a_head_says_what_its_signs_mean(source):
+    console = Console(file=io.StringIO(), width=80)
+    terminal.show(source, TEXT, console, head=(1, 1))
+    last = console.file.getvalue().rpartition('\n\n')[2].splitlines()
+    assert last[0].startswith('h_1.attn.1: rows look at columns; the signs " .:-=+*#%@": weight 0')
+    assert len(last) == 1 + len(source.tokenizer.encode(TEXT))
 
 
 # The browser
@@ -339,6 +360,9 @@ def test_every_view_is_drawn_in_both_themes_and_on_a_phone(shown):
                 shown.run(f'change({{view: {view!r}}})')
                 assert len(shown.text('#view')) > 100, view
                 assert shown.run('document.documentElement.scrollWidth') <= width, (view, width)
+                if view == 'layers' and width == 1280:  # every column can be seen
+                    box = 'document.querySelector("#layers").parentNode'
+                    assert shown.run(f'{box}.scrollWidth <= {box}.clientWidth')
                 unnamed = shown.run(
                     '[...document.querySelectorAll("#view canvas, #view svg")].filter('
                     'e => !e.getAttribute("aria-label") && !e.getAttribute("aria-hidden")).length'
@@ -374,6 +398,7 @@ def test_a_model_of_one_layer_and_one_of_forty_eight(show, changes):
     source = loaded(ByteTokenizer(), **changes)
     report = report_lib.collect(source, 'hi', skip=report_lib.SECTIONS)
     tab = show(render(report))
+    assert re.search(r' (1 layer|48 layers) · (1 head|4 heads) · ', tab.text('#about'))
     for view in tab.run('Object.keys(VIEWS)'):
         tab.run(f'change({{view: {view!r}}})')
         assert tab.text('#view')

@@ -11,7 +11,7 @@ from browser import CHROMIUM, browser
 
 from gpt2_jax import lens
 from gpt2_jax.errors import UsageError
-from gpt2_jax.reports import compare, run
+from gpt2_jax.reports import autopsy, compare, run
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_records
 from gpt2_jax.workdir.restore import load
@@ -104,6 +104,20 @@ def test_an_opened_step_shows_its_rows(trained, page, tab):
     worst = tab.run('Number(document.querySelector("[data-row]").dataset.row)')
     assert worst == max(found['rows'], key=lambda row: row['before_mean'])['row']
     assert tab.run('document.querySelectorAll("[data-row]").length') == len(found['rows'])
+    figures = '[...document.querySelectorAll(".fact b")].map(e => e.textContent)'
+    shown = tab.run(figures)
+    assert tab.errors() == []
+    # The page that examines the same update writes its metrics alike.
+    _, examined = autopsy.explain(trained, 4)
+    tab.open(examined)
+    metrics = tab.run(figures)
+    assert len(metrics) == len(found['replayed'])
+    assert set(metrics) <= set(shown)
+    assert tab.run('[number(-49.44, 3), number(-2), fixed(-0.5, 1)]') == [
+        '\N{MINUS SIGN}49.4',
+        '\N{MINUS SIGN}2',
+        '\N{MINUS SIGN}0.5',
+    ]
     assert tab.errors() == []
 
 
@@ -141,7 +155,7 @@ def test_wrong_questions_are_one_line(trained, folder):
         assert said in err
     with pytest.raises(UsageError, match='compare needs two runs or more, and got 1'):
         compare.write_comparison([trained], folder / 'x.html')
-    with pytest.raises(UsageError, match='the text has 1 tokens: expected 2 to 16'):
+    with pytest.raises(UsageError, match='the text has 1 token: expected 2 to 16'):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))

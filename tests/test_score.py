@@ -394,8 +394,14 @@ def test_the_script_on_a_converted_folder(tmp_path):
     assert lines[0].startswith(f'step 0, {tmp_path}/a.txt: loss ')
     assert 'over 191 tokens of 191 bytes' in lines[0]
     assert lines[1].startswith('per word: perplexity')
-    assert 'over 1 words' in lines[1]
+    assert 'over 1 word of' in lines[1]
     assert len(lines) == 3
+    (tmp_path / 'a.txt').write_text(text[:2])
+    code, out, err = runs.script(
+        'evaluate', f'--ckpt_dir={tmp_path}/run', f'--text={tmp_path}/a.txt'
+    )
+    assert code == 0, err
+    assert 'over 1 token of 1 byte\n' in out
     assert 'context 32, stride 8 (the whole first window' in lines[2]
     assert 'detokenizer none' in lines[2]
     code, shorter, _ = runs.script(

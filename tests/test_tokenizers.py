@@ -65,6 +65,13 @@ def test_unknown_character_is_named(monkeypatch, unknown, code):
     assert "'abc'" in message
 
 
+def test_windows_line_ends_are_named():
+    with pytest.raises(UserError, match=r"U\+000D\) at position 1 .*; .* Windows' line ends"):
+        CharTokenizer('\nab').encode('a\r\nb')
+    with pytest.raises(UserError, match=r"'abc'$"):
+        CharTokenizer('abc').encode('d')
+
+
 def test_half_a_surrogate_pair_has_no_bytes():
     with pytest.raises(UserError, match=r'U\+DC80\) at position 1 '):
         ByteTokenizer().encode('a\udc80')

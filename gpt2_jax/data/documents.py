@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
+from gpt2_jax.terminal import counted
 
 TEXT, JSON_LINES, PARQUET = 'text', 'JSON Lines', 'Parquet'
 KINDS = {'.jsonl': JSON_LINES, '.ndjson': JSON_LINES, '.json': JSON_LINES, '.parquet': PARQUET}
@@ -96,11 +97,6 @@ def find_files(inputs: Iterable[str]) -> tuple[list[str], collections.Counter]:
             reasons = ', '.join(counted(n, reason) for reason, n in left_out.most_common(5))
             raise foreign.error(name, 'holds no text', f'left out: {reasons or "nothing"}')
     return found, left_out
-
-
-def counted(n: int, plural: str) -> str:
-    """'2,000 empty files', '1 empty file'."""
-    return f'{n:,} {plural.removesuffix("s") if n == 1 else plural}'
 
 
 def _expand_lists(inputs: Iterable[str]) -> Iterator[str]:

@@ -397,9 +397,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 def _unknown(text: str, position: int, expected: str) -> UserError:
     character = text[position]
+    hint = ''
+    if character == '\r':
+        hint = r"; it is part of Windows' line ends: replace \r\n by \n, for example with dos2unix"
     return UserError(
         f'unknown character {character!r} (U+{ord(character):04X}) at position {position} of the '
-        f'text: {expected}'
+        f'text: {expected}{hint}'
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, numbers.Real):
+                raise UsageError(f'{name} = {value!r} is not allowed; expected a number')
         for name, right, expected in (
             ('temperature', 0 <= self.temperature < math.inf, '0 (greedy) or more, and finite'),
             ('top_k', self.top_k >= 0, '0 (all) or more'),

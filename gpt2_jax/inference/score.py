@@ -13,6 +13,7 @@ from gpt2_jax.inference import texts
 from gpt2_jax.inference.evaluate import Evaluation, make_evaluate, perplexity
 from gpt2_jax.parallel import faults
 from gpt2_jax.progress import Progress
+from gpt2_jax.terminal import counted
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.setup import build as build_setup
 from gpt2_jax.workdir.restore import Restored
@@ -72,14 +73,16 @@ class Score(NamedTuple):
         part = '' if n_tokens == n_split else f' ({n_split:,} in all: an evenly spread part)'
         lines = [
             f'{self.name}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}, {per_byte}'
-            f'over {n_tokens:,} tokens{part} of {n_bytes:,} bytes'
+            f'over {counted(n_tokens, "tokens")}{part} of {counted(n_bytes, "bytes")}'
         ]
         if self.words is not None:
-            line = f'perplexity {self.perplexity_per(self.words):.4f} over {self.words:,} words'
+            words = counted(self.words, 'words')
+            line = f'perplexity {self.perplexity_per(self.words):.4f} over {words}'
             lines.append(f'per word: {line} of the original text')
         if self.line_ends is not None:
+            line_ends = counted(self.line_ends, 'line ends')
             both = self.perplexity_per(self.words + self.line_ends)
-            lines[-1] += f'; {both:.4f} if its {self.line_ends:,} line ends count as words too'
+            lines[-1] += f'; {both:.4f} if its {line_ends} count as words too'
         return '\n'.join([*lines, f'protocol: {self.protocol}'])
 
 

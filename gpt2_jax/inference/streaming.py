@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -77,14 +77,17 @@ def print_samples(
     num_samples: int,
     stop: Sequence[str] = (),
     special_tokens: bool = False,
+    notify: Callable[[str], None] = print,
     **options,
 ):
     """Prints continuations of `prompt`: a single one as it grows, several once all are decoded.
 
     `stop` is as in stream_text, `special_tokens` as in encode_prompt, `options` as in generate.
+    `notify` is called after the texts, so that no notice stands in the middle of one.
     """
+    notes: list[str] = []
     ids = encode_prompt(tokenizer, prompt, special_tokens)
-    chunks = generate(model, params, ids, num_samples=num_samples, **options)
+    chunks = generate(model, params, ids, num_samples=num_samples, notify=notes.append, **options)
     if num_samples > 1:
         chunks = list(chunks)
     for row in range(num_samples):
@@ -93,4 +96,6 @@ def print_samples(
         print(printable(prompt, sys.stdout), end='')
         for text in stream_text(chunks, tokenizer, row, stop):
             print(printable(text, sys.stdout), end='', flush=True)
-        print()
+        print(flush=True)
+    for note in notes:
+        notify(note)

@@ -26,6 +26,7 @@ from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import PLAIN
 from gpt2_jax.model.params import param_shapes
 from gpt2_jax.parallel.partition import leaf_name
+from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import restore
 
 
@@ -112,7 +113,8 @@ def as_tokens(subject: Subject, text, *, least: int = 1) -> np.ndarray:
     T = tokens_BT.shape[1]
     if not least <= T <= cfg.n_positions or not tokens_BT.size:
         raise UserError(
-            f'a text of {T} tokens: expected {least} to {cfg.n_positions}, the context of the model'
+            f'a text of {counted(T, "tokens")}: expected {least} to {cfg.n_positions}, the context '
+            'of the model'
         )
     outside = (tokens_BT < 0) | (tokens_BT >= cfg.vocab_size)
     if outside.any():

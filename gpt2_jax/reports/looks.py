@@ -17,6 +17,7 @@ from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import residual_stream, unembed
 from gpt2_jax.lens.subject import load
 from gpt2_jax.reports.html import packed, plain
+from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import history, restore
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
@@ -36,8 +37,8 @@ def text_tokens(run: ledger.Run, setup, text: str | None) -> np.ndarray:
     tokens_T = np.asarray(run.dataset.tokenizer.encode(text), np.int32)
     if not 2 <= len(tokens_T) <= setup.model.cfg.n_positions:
         raise UsageError(
-            f'the text has {len(tokens_T)} tokens: expected 2 to {setup.model.cfg.n_positions}, '
-            'the context of the model'
+            f'the text has {counted(len(tokens_T), "tokens")}: expected 2 to '
+            f'{setup.model.cfg.n_positions}, the context of the model'
         )
     return tokens_T
 

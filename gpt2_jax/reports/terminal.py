@@ -39,6 +39,12 @@ def show(
     T = len(targets_T)
     if not -T <= at < T:
         raise UsageError(f'position {at}: the text has {T} tokens, counted from 0')
+    L, H = subject.cfg.n_layer, subject.cfg.n_head
+    if head is not None and not (0 <= head[0] < L and 0 <= head[1] < H):
+        raise UsageError(
+            f'there is no head h_{head[0]}.attn.{head[1]}: each of {L} layers has {H}, counted '
+            'from 0'
+        )
     print_text(subject, tokens_BT[0], losses_T, console)
     print_layers(subject, tokens_BT, targets_T, at % T, console)
     head = print_scores(subject, head, console)
@@ -123,11 +129,6 @@ def print_scores(
         console.print(Text(f'  look at {about + ":":<30}{line}'), soft_wrap=True)
     if head is None:
         return divmod(int(scores.previous.argmax()), cfg.n_head)
-    if not (0 <= head[0] < cfg.n_layer and 0 <= head[1] < cfg.n_head):
-        raise UsageError(
-            f'there is no head h_{head[0]}.attn.{head[1]}: each of {cfg.n_layer} layers has '
-            f'{cfg.n_head}'
-        )
     return head
 
 
@@ -141,7 +142,9 @@ def print_head(pattern_TS, head: tuple[int, int], console: Console) -> None:
     weights = square.reshape(T, step, T, step).max((1, 3))
     levels = np.sqrt(weights)
     each = '' if step == 1 else f', {step} x {step} positions a sign'
-    console.print(Text(f'\nh_{head[0]}.attn.{head[1]}: rows look at columns{each}'))
+    signs = 'dark to light' if console.color_system else f'the signs "{DENSITIES}"'
+    about = f'rows look at columns{each}; {signs}: weight 0 to 1, by the square root'
+    console.print(Text(f'\nh_{head[0]}.attn.{head[1]}: {about}'), soft_wrap=True)
     if console.color_system is None:
         for row in levels:
             signs = ''.join(

@@ -81,12 +81,12 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
     old = config_lib.from_json(meta['config'])
     longer = config.train.steps > old.train.steps
     differ = config_lib.differences(old, config)
+    kept_tokens = False
     if extend and longer:
         differ.pop('train.steps')
     if 'eval.tokens' in differ and config.eval.tokens == config_lib.usual_eval_tokens(config):
-        # It was left open: keep the size, so that the losses compare.
         config.eval.tokens, _ = differ.pop('eval.tokens')
-        say(f'eval.tokens stays {config.eval.tokens:,}, as at the start of this run')
+        kept_tokens = True
     if config.train.order == 'keyed' and 'train.order' in differ:
         config.train.order, _ = differ.pop('train.order')
         say("train.order stays 'table': an older version started this run")
@@ -106,6 +106,11 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
             f'the run in {workdir} has another configuration: {fields}{hint}; give the same '
             'settings to resume, another --workdir for a new run, or --fresh to move the old one '
             'aside'
+        )
+    if kept_tokens:
+        say(
+            f'evaluations keep their size of {config.eval.tokens:,} tokens, so that the losses '
+            'compare: the default of eval.tokens depends on settings that have changed'
         )
     progress = read_progress(meta, workdir)
     if extend and longer:

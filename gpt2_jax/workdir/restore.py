@@ -1,6 +1,7 @@
 """The model in a run's folder, for sampling, evaluation and fine-tuning."""
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,7 @@ def choose_step(run: Path, step: str) -> int:
     folder = run / FOLDER
     steps = committed_steps(folder)
     if not steps:
-        published = any(run.glob('*.safetensors'))
-        raise UserError(
-            f'{run} holds no checkpoint: expected the folder of a run, with {FOLDER}/STEP inside; '
-            + (
-                f'it holds published weights: scripts/convert.py --from_hf={run} --ckpt_dir=DIR'
-                if published
-                else 'train a model with scripts/train.py --workdir=DIR'
-            )
-        )
+        raise _no_checkpoint(run)
     if step not in ('best', 'latest', *map(str, steps)):
         raise UserError(
             f'{folder} has no checkpoint {step!r}: it has {", ".join(map(str, steps))}; '
@@ -96,3 +89,26 @@ def choose_step(run: Path, step: str) -> int:
         number = steps[-1] if step == 'latest' else int(step)
     check(number)
     return number
+
+
+def _no_checkpoint(run: Path) -> UserError:
+    """The error for a folder without a checkpoint: it names the run that is meant, if one is near.
+
+    That is a folder of nearly the same name, or a run around this folder or in it.
+    """
+    if not run.is_dir():
+        names = [path.name for path in run.absolute().parent.glob('*') if path.is_dir()]
+        near = difflib.get_close_matches(run.name, names, 1)
+        hint = f'; there is {run.with_name(near[0])}' if near else ''
+        return UserError(f'{run}: no such folder{hint}')
+    around = [run.parent, run.parent.parent]  # of checkpoints and of checkpoints/STEP
+    inside = sorted(path.parent for path in run.glob(f'*/{FOLDER}'))
+    runs = [str(path) for path in (*around, *inside) if committed_steps(path / FOLDER)]
+    expected = f'{run} holds no checkpoint: expected the folder of a run'
+    if runs:
+        return UserError(f'{expected}, such as {" or ".join(runs[:3])}')
+    if any(run.glob('*.safetensors')):
+        remedy = f'it holds published weights: scripts/convert.py --from_hf={run} --ckpt_dir=DIR'
+    else:
+        remedy = 'train a model with scripts/train.py --workdir=DIR'
+    return UserError(f'{expected}, with {FOLDER}/STEP inside; {remedy}')

@@ -14,7 +14,7 @@ function heading() {
       ['phase', culprit.phase], ['first in', culprit.name], ['value', culprit.value],
       ['head', culprit.head], ['row of the batch', culprit.row], ['position', culprit.position],
     ]),
-    factList(Object.entries(metrics).map(([name, x]) => [name.replace('_', ' '), fixed(x)])),
+    factList(Object.entries(metrics).map(([name, x]) => [name.replace('_', ' '), metric(name, x)])),
     el('p', { class: 'note' },
       `Computed again from checkpoint ${number(data.checkpoint)}, with the batch and the dropout masks of this step.`),
   ]);

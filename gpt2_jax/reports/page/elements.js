@@ -37,6 +37,7 @@ function replace(node, ...children) {
 function number(x, digits = 4) {
   if (x === null || x === undefined || Number.isNaN(x)) return 'none';
   if (!Number.isFinite(x)) return String(x);
+  if (x < 0) return `\u2212${number(-x, digits)}`;
   if (Number.isInteger(x) && Math.abs(x) < 1e15) return x.toLocaleString('en');
   const size = Math.abs(x);
   if (size >= 1e5 || size < 1e-3) return x.toExponential(2);
@@ -53,7 +54,11 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
-const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits));
+const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits).replace('-', '\u2212'));
+
+/* A metric of an update, alike on all pages. */
+const metric = (name, x) => (x === null || x === undefined ? 'not finite'
+  : number(x, { loss: 6, learning_rate: 4 }[name] ?? 5));
 
 const percent = (p) => `${p >= 0.0995 ? (100 * p).toFixed(0) : p >= 1e-4 ? (100 * p).toPrecision(2) : '<\u00a00.01'}\u00a0%`;
 

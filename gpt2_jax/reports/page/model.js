@@ -186,7 +186,7 @@ async function modelPage() {
   const fold = () => { $('chosen').open = !narrow.matches; };
   narrow.addEventListener('change', fold);
   fold();
-  $('about').textContent = `${FACTS.parameters.toLocaleString('en')} parameters · ${L} layers · ${H} heads · width ${FACTS.width} · ${FACTS.vocabulary.toLocaleString('en')} tokens (${FACTS.tokenizer})`;
+  $('about').textContent = `${FACTS.parameters.toLocaleString('en')} parameters · ${L} ${L === 1 ? 'layer' : 'layers'} · ${H} ${H === 1 ? 'head' : 'heads'} · width ${FACTS.width} · ${FACTS.vocabulary.toLocaleString('en')} tokens (${FACTS.tokenizer})`;
   await painted();
   try {
     await unpackArrays();

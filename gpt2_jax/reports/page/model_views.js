@@ -14,18 +14,25 @@ function fillLayers(panel) {
   if (!(state.lens in lenses)) state.lens = 'logit';
   panel.append(el('h2', {}, 'The guess after each layer'),
     explain(`The logit lens reads the residual stream after a layer as if the model ended there. The Jacobian lens first carries it to the end by what the later layers do to it on average (over the first ${FACTS.firstTokens} tokens). The right token has a frame.`));
-  const rows = LAYER_NAMES.map((name, layer) => {
+  const rows = guesses => LAYER_NAMES.map((name, layer) => {
     const cells = [el('b', {class: 'code'}, name)];
     for (const lens of Object.keys(lenses)) {
       const tops = Array.from({length: SHAPE[`${lens}.top`][2]}, (_, k) => [at(`${lens}.top`, layer, p, k), topProbability(lens, layer, p, k)]);
-      cells.push(el('span', {}, tops.slice(0, WORDS ? 2 : 4).map(([id, probability]) => guess(id, probability, target))),
+      cells.push(el('span', {}, tops.slice(0, guesses).map(([id, probability]) => guess(id, probability, target))),
         el('span', {class: 'n'}, String(at(`${lens}.rank`, layer, p))));
       if (!WORDS) cells.push(percent(at(`${lens}.right`, layer, p))); // two lenses with words are wide enough
     }
     return cells;
   }).reverse();
   const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', ...(WORDS ? [] : ['probability'])])];
-  panel.append(table(columns, rows, {id: 'layers', class: WORDS ? 'words' : ''}), el('p', {class: 'soft'}, `rank${WORDS ? '' : ' and probability'} of ${guessName(p)}; the last layer on top`));
+  // As many guesses as there is room for, at least two.
+  let guesses = WORDS ? 2 : 4;
+  const draw = () => panel.appendChild(table(columns, rows(guesses), {id: 'layers', class: WORDS ? 'words' : ''}));
+  for (let box = draw(); guesses > 2 && box.scrollWidth > box.clientWidth; box = draw()) {
+    box.remove();
+    guesses--;
+  }
+  panel.append(el('p', {class: 'soft'}, `rank${WORDS ? '' : ' and probability'} of ${guessName(p)}; the last layer on top`));
   panel.append(el('h3', {}, 'When does the model know? Rank of the right token'),
     el('div', {class: 'choices'}, choice('Read by:', lenses, state.lens, lens => change({lens})), scaleKey('sequential', 'rank 1', `${FACTS.vocabulary.toLocaleString('en')}, logarithmic`)));
   const most = Math.log(FACTS.vocabulary);

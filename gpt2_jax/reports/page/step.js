@@ -26,12 +26,12 @@ function heading() {
     el('header', {}, el('h1', {}, `Step ${number(data.step)}`), el('span', { class: 'lead' }, data.run), el('span', { class: 'spacer' }), themeButton()),
     el('p', {}, el('span', { class: `pill ${kind}`, id: 'verdict' }, exact ? '\u2713 ' : '', data.verdict)),
     factList([
-      ['loss, nats per token', number(loss, 6)],
+      ['loss, nats per token', metric('loss', loss)],
       ['loss of these rows after the update', number(after, 6)],
-      ['learning rate', number(rate)],
-      ['gradient norm, before clipping', number(gradient, 5)],
-      ['update norm', number(update, 5)],
-      ['weight norm, after', number(weights, 5)],
+      ['learning rate', metric('learning_rate', rate)],
+      ['gradient norm, before clipping', metric('grad_norm', gradient)],
+      ['update norm', metric('update_norm', update)],
+      ['weight norm, after', metric('param_norm', weights)],
       [`rows of ${number(data.rows[0].before.length)} tokens`, number(data.rows.length)],
     ]),
     el('p', { class: 'note' }, `Update number ${number(data.step)} of the run, computed again from checkpoint ${number(data.checkpoint)}: ${number(tokens)} targets.`),
@@ -62,7 +62,7 @@ function rowsSection() {
           : tipTable([
             ['before', `${fixed(row.before[i - 1])} nats, ${percent(Math.exp(-row.before[i - 1]))}`],
             ['after', `${fixed(row.after[i - 1])} nats, ${percent(Math.exp(-row.after[i - 1]))}`],
-            ['change', (row.after[i - 1] - row.before[i - 1]).toFixed(4)],
+            ['change', fixed(row.after[i - 1] - row.before[i - 1])],
             ['token', number(row.token + i)],
           ])],
       }).node)));
