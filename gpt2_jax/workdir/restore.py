@@ -99,8 +99,13 @@ def _no_checkpoint(run: Path) -> UserError:
     if not run.is_dir():
         names = [path.name for path in run.absolute().parent.glob('*') if path.is_dir()]
         near = difflib.get_close_matches(run.name, names, 1)
-        hint = f'; there is {run.with_name(near[0])}' if near else ''
-        return UserError(f'{run}: no such folder{hint}')
+        hint = (
+            f'there is {run.with_name(near[0])}'
+            if near
+            else 'scripts/train.py makes the folder of a run, and scripts/convert.py makes one of '
+            'published weights'
+        )
+        return UserError(f'{run}: no such folder; {hint}')
     around = [run.parent, run.parent.parent]  # of checkpoints and of checkpoints/STEP
     inside = sorted(path.parent for path in run.glob(f'*/{FOLDER}'))
     runs = [str(path) for path in (*around, *inside) if committed_steps(path / FOLDER)]
