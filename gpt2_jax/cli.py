@@ -30,7 +30,7 @@ WRONG_RESULT = (
 )
 MAX_PROMPT_BYTES = 1 << 30
 MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
-CTRL_C_AGAIN = 0.1  # seconds after which a Ctrl-C that Python has dropped is sent again
+CTRL_C_AGAIN = 0.1  # seconds until a Ctrl-C that Python dropped is sent again
 STDIN_SECONDS = 2  # to wait for a piped prompt's first byte; --prompt_file=- waits without a limit
 
 
@@ -197,10 +197,10 @@ def _last_line(error: Exception) -> str:
 
 
 def _report_unraisable(unraisable) -> None:
-    """An unraisablehook without the message that each write of a failed save repeats.
+    """An unraisablehook that hides the message which each write of a failed save repeats.
 
-    JAX clears its caches in a callback of the garbage collector, where Python would drop a Ctrl-C:
-    it is sent again.
+    Python drops a Ctrl-C that arrives in a callback of the garbage collector, where JAX clears its
+    caches. The hook sends it again.
     """
     if unraisable.exc_type is KeyboardInterrupt:
         again = threading.Timer(CTRL_C_AGAIN, os.kill, [os.getpid(), signal.SIGINT])

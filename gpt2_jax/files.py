@@ -151,8 +151,8 @@ def user_path(path: str | os.PathLike) -> Path:
 def output_path(path: str | os.PathLike) -> Path:
     """The path of a file to write, as `user_path`, checked before the work that makes the file.
 
-    Raises UsageError if its folder does not exist or allows no new file, or if it is a folder or a
-    device.
+    Raises UsageError if its folder does not exist or is not writable, or if the path itself is a
+    folder or a device.
     """
     out = user_path(path)
     folder = out.absolute().parent
@@ -160,7 +160,7 @@ def output_path(path: str | os.PathLike) -> Path:
         raise UsageError(f'cannot write {out}: {folder} is not a folder')
     if not out.name or (out.exists() and not out.is_file()):
         raise UsageError(f'cannot write {out}: it is not a regular file')
-    # The folder counts, also to replace a file: `new_file` writes beside it first.
+    # Even replacing a file needs a writable folder: `new_file` first writes a file beside it.
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f'cannot write {out}: no permission to write in {folder}')
     return out

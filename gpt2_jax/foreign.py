@@ -179,7 +179,7 @@ class Maybe(NamedTuple):
 
 
 def integer(low: int) -> Check:
-    """Integers of 64 bits from `low` on."""
+    """64-bit integers that are at least `low`."""
     return Check(
         f'an integer from {low}', lambda value: type(value) is int and low <= value < 2**63
     )

@@ -58,7 +58,7 @@ class Loaded:
 
         temperature 0 always takes the likeliest token. Past the context, the text continues from
         its last half. Raises UserError for a character that the tokenizer does not know, and
-        UsageError for a value that cannot be used.
+        UsageError for an argument with a value that is not allowed.
         """
         for name, value, right, expected in (
             ('prompt', prompt, isinstance(prompt, str), 'one text'),

@@ -47,7 +47,8 @@ _AT = flags.DEFINE_integer('at', -1, 'show: the position whose guess is followed
 _HEAD = flags.DEFINE_string(
     'head',
     None,
-    'show: a head, such as h_0.attn.2; by default the one that looks most at the token before.',
+    'show: the head to draw, such as h_0.attn.2; by default the one that looks most at the token '
+    'before.',
 )
 _FORMAT = flags.DEFINE_enum('format', 'md', ['md', 'json', 'html'], 'shapes: how it is printed.')
 _VOCAB_SIZE = flags.DEFINE_integer(

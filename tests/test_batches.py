@@ -127,7 +127,7 @@ def test_an_epoch_uses_each_window_once(order):
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('batch_size', [3, 1365, 2048, 4096, 5000])
 def test_rows_are_found_together_and_are_the_same(order, batch_size):
-    """Batches within one block of rows, at its edges, and of several blocks."""
+    """Batches within one block of rows, at its edges, and across several blocks."""
     n = N // T - 1
     for step in (0, 1, 2, 3, 1000):
         rows = np.arange(step * batch_size, (step + 1) * batch_size)
@@ -148,7 +148,7 @@ def test_the_windows_of_a_block_of_rows_are_found_once(monkeypatch):
         batch(sequence(), step, batch_size=64, seed=SEED + 1)  # of another run in this process
     blocks = [batches.ROWS_AT_ONCE * block for block in range(4)]
     assert asked == [(seed, first) for first in blocks for seed in (SEED, SEED + 1)]
-    assert batches._starts.cache_info().currsize == 4  # of 8: a long run keeps few
+    assert batches._starts.cache_info().currsize == 4  # of the 8 blocks used: a long run keeps few
 
 
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])

@@ -299,7 +299,7 @@ ROWS = {
     'folder with a wrong letter': (
         sample(run='damagd'),
         1,
-        ['damagd: no such folder; there is', '/damaged'],
+        ['damagd: no such folder; did you mean', '/damaged?'],
     ),
     'folder around runs': (sample(run='.'), 1, ['such as', '/damaged or', '/run']),
     'folder in a run': (
@@ -628,7 +628,7 @@ def test_a_full_disk(kilobytes, fragments, made, tmp_path, monkeypatch):
     assert not any((tmp_path / 'run' / FOLDER).iterdir())  # the failed save was removed
 
 
-# What JAX's callback of the garbage collector does when a Ctrl-C arrives in it.
+# A Ctrl-C arrives in a callback of the garbage collector, such as the callback of JAX.
 CTRL_C_IN_A_CALLBACK = """
 import gc, os, signal, time
 from gpt2_jax import cli

@@ -305,7 +305,7 @@ def test_settings_without_effect_on_updates_may_change(text, reference, stopped,
     )
     code, printed = runs.quiet_train(changed, stopped)
     assert code == 0
-    assert 'evaluations keep their size of 8,192 tokens, so that the losses compare' in printed
+    assert 'evaluations keep their size of 8,192 tokens, so that losses stay comparable' in printed
     assert runs.different_states(stopped, reference) == []
     assert runs.metrics(stopped)[-1]['tokens'] == runs.metrics(reference)[-1]['tokens']
     assert json.loads((stopped / 'config.json').read_text())['eval']['tokens'] == 8192
@@ -328,7 +328,7 @@ def test_other_settings_may_not_change(text, stopped, monkeypatch, capsys):
     ):
         assert part in str(error.value)
     assert 'eval.every' not in str(error.value)
-    # The size of evaluations would be kept, but a run that is refused says nothing of it.
+    # The size of evaluations would be kept, but a run that is refused says nothing about it.
     monkeypatch.setattr(config_lib, 'MIN_EVAL_TOKENS', 100)
     refused = make_config(text, train__steps=6, eval__every=5)
     with pytest.raises(UsageError, match=r'train\.steps: \d+ there, 6 now;'):

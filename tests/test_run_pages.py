@@ -107,7 +107,7 @@ def test_an_opened_step_shows_its_rows(trained, page, tab):
     figures = '[...document.querySelectorAll(".fact b")].map(e => e.textContent)'
     shown = tab.run(figures)
     assert tab.errors() == []
-    # The page that examines the same update writes its metrics alike.
+    # The page that examines the same update shows its metrics in the same format.
     _, examined = autopsy.explain(trained, 4)
     tab.open(examined)
     metrics = tab.run(figures)

@@ -66,7 +66,7 @@ def test_unknown_character_is_named(monkeypatch, unknown, code):
 
 
 def test_windows_line_ends_are_named():
-    with pytest.raises(UserError, match=r"U\+000D\) at position 1 .*; .* Windows' line ends"):
+    with pytest.raises(UserError, match=r'U\+000D\) at position 1 .*; .* a Windows line ending'):
         CharTokenizer('\nab').encode('a\r\nb')
     with pytest.raises(UserError, match=r"'abc'$"):
         CharTokenizer('abc').encode('d')

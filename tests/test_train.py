@@ -100,7 +100,7 @@ def test_a_run_describes_the_kernel_for_hopper_gpus(tmp_path, monkeypatch, steps
 
 
 class Loss(float):
-    """A loss on a device, which has computed it or not."""
+    """A loss on a device, which may not have computed it yet."""
 
     ready = True
 
@@ -165,7 +165,7 @@ def test_the_first_update_every_tenth_and_the_last_are_recorded(seconds, monkeyp
 def test_the_device_has_work_while_metrics_are_fetched(
     processes, ready, seconds, later, monkeypatch
 ):
-    """Only as many updates stay behind as AHEAD_SECONDS takes, and none wait that are done."""
+    """At most AHEAD_SECONDS of updates wait, and none that are already done."""
     monkeypatch.setattr(Loss, 'ready', ready)
     monkeypatch.setattr(meter, 'several', lambda: processes > 1)
     meters, now, shown, _ = run_meter(seconds, monkeypatch)
@@ -179,11 +179,11 @@ def test_the_device_has_work_while_metrics_are_fetched(
 
 @pytest.mark.parametrize(
     ('at', 'n_ready', 'fetched'),
-    # From 3 on all metrics wait. At 36, 24 of them are later than the first 10: the loop waits.
+    # All metrics from step 3 on wait. At 36, 24 are later than the first 10: the loop blocks.
     [(35, 9, 2), (35, 10, 12), (35, 15, 17), (35, 99, 34), (36, 9, 12), (36, 15, 17), (36, 99, 35)],
 )
 def test_metrics_that_are_ready_are_fetched_together(at, n_ready, fetched, monkeypatch):
-    """One by one, updates done while the loop was held up would seem faster than the device."""
+    """Fetched one by one, updates done while the loop was delayed would seem too fast."""
 
     def make_ready(last=None):
         for _, metrics in meters._pending[:n_ready]:
@@ -210,7 +210,7 @@ def test_garbage_collections_pass_over_what_is_older_than_the_loop(by_caller):
 
     def hook(step, state):
         frozen.append(gc.get_freeze_count())
-        assert gc.isenabled()  # what the loop itself makes is collected
+        assert gc.isenabled()  # objects made by the loop itself are collected
         if step == 2:
             raise KeyError
 

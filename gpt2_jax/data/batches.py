@@ -30,8 +30,8 @@ from gpt2_jax import permutation
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
 
-# Rows whose windows are found together: the permutation takes 0.9 ms for 64 rows and 2.2 ms for
-# 4,096. During short operations numpy holds Python's lock, for which the training loop then waits.
+# The number of rows whose windows are found together. The permutation takes 0.9 ms for 64 rows and
+# 2.2 ms for 4,096. In its short operations numpy holds Python's global lock, and the loop waits.
 ROWS_AT_ONCE = 4096
 
 Item = TypeVar('Item')

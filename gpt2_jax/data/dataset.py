@@ -99,8 +99,7 @@ class IdsInFile:
 def verify_ids(ids: IdsInFile, vocab_size: int, *, sha256: str | None, remedy: str) -> str:
     """Reads all of the file of `ids`; returns the SHA-256 of its bytes, in hex.
 
-    Raises UserError if that is not `sha256`, unless it is None, and for an id outside the
-    vocabulary.
+    Raises UserError if `sha256` is given and differs, or if an id is outside the vocabulary.
     """
     path, outside = ids.path, None
     header = dataclasses.replace(ids, dtype=np.dtype(np.uint8), offset=0, n=ids.offset)

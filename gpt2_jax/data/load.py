@@ -57,8 +57,8 @@ def _load(
             raise
         about = ' (the help texts inside Python)' if fallback == corpora.EMBEDDED else ''
         notify(
-            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead{about}: do not '
-            f'compare its figures with those of {corpus}.'
+            f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead{about}. Do not '
+            f'compare its results with results on {corpus}.'
         )
         found = corpora.find_text(fallback)
     return from_text(found.name, found.text, make_tokenizer(tokenizer, found.text), val_fraction)

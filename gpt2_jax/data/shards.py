@@ -150,7 +150,7 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
 
 
 def open_marks(folder: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarray] | None:
-    """Where the tokens to train on came from: the names of the inputs, and MARKs.
+    """Where the training tokens came from: the names of the inputs, and MARKs.
 
     None if the folder was prepared before there were marks. Raises UserError if they are damaged.
     """

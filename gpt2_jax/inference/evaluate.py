@@ -157,7 +157,7 @@ def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
 
 
 def perplexity(nats: float) -> float:
-    """exp(nats), at most exp(700): exp(710) overflows."""
+    """exp(nats), limited to exp(700) because exp(710) overflows."""
     return math.exp(min(nats, 700))
 
 

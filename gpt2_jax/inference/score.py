@@ -82,7 +82,7 @@ class Score(NamedTuple):
         if self.line_ends is not None:
             line_ends = counted(self.line_ends, 'line ends')
             both = self.perplexity_per(self.words + self.line_ends)
-            lines[-1] += f'; {both:.4f} if its {line_ends} count as words too'
+            lines[-1] += f'; {both:.4f} with its {line_ends} counted as well'
         return '\n'.join([*lines, f'protocol: {self.protocol}'])
 
 

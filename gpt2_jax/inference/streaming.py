@@ -83,7 +83,7 @@ def print_samples(
     """Prints continuations of `prompt`: a single one as it grows, several once all are decoded.
 
     `stop` is as in stream_text, `special_tokens` as in encode_prompt, `options` as in generate.
-    `notify` is called after the texts, so that no notice stands in the middle of one.
+    `notify` is called after the last text, so that no notice interrupts a text.
     """
     notes: list[str] = []
     ids = encode_prompt(tokenizer, prompt, special_tokens)

@@ -190,7 +190,7 @@ def _keys_backward_kernel(ins, outs, *, rate, blocks):
 
 
 def _specs(T, K):
-    """The blocks of one text and head, with all of its rows; the seed; the bias."""
+    """The blocks for one head of one text, with all rows of the text; the seed; the bias."""
     qkv = pl.BlockSpec((None, T, 3, None, K), lambda b, h, i: (b, 0, 0, h, 0))
     z = pl.BlockSpec((None, T, None, K), lambda b, h, i: (b, 0, h, 0))
     row = pl.BlockSpec((None, None, T), lambda b, h, i: (b, h, 0))

@@ -84,7 +84,8 @@ class Place(NamedTuple):
 def platform_of(device) -> str:
     """JAX's name of a device's platform, or what is wrong with a GPU that cannot run the kernels.
 
-    Its compute capability is below MIN_CAPABILITY or, if it is not NVIDIA's, not a number.
+    Such a GPU has a compute capability below MIN_CAPABILITY or, if it is not NVIDIA's, one that is
+    not a number.
     """
     capability = getattr(device, 'compute_capability', None)
     if device.platform != 'gpu' or capability is None:

@@ -33,8 +33,8 @@ from gpt2_jax.model.ops import activate
 # serves gpt2-xl. docs/speed.md has times.
 STATISTICS = 64  # columns of several rows that are read at a time for the statistics of LayerNorm
 HEAD_OUTS = 8192  # a matrix with more outputs is the head: it keeps the memory busy by itself
-# With one row, a program computes two outputs, and four of a matrix with more outputs than this:
-# more programs would take longer to start.
+# With one row, a program computes two outputs, or four if the matrix has more outputs than this,
+# because more programs would take longer to start.
 MAX_PAIRED = 5000
 MAX_WEIGHTS = 6400  # of a warp: its registers hold them, and as many inputs
 MAX_MERGED = 4096  # width of a model whose attention is split: `linear` holds all of the splits

@@ -20,7 +20,7 @@ from gpt2_jax.kernels.launch import LOG2_E, call, column_blocks
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
 ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
-# The rows and columns of a tile of logits. Its product has steps of up to HEAD_STEP numbers.
+# The rows and columns of a tile of logits. Its product takes up to HEAD_STEP numbers at a time.
 HEAD_ROWS, HEAD_COLUMNS, HEAD_STEP, HEAD_WARPS, HEAD_STAGES = 128, 256, 64, 8, 3
 HEAD_PARTS = 8  # programs that share the vocabulary, for each block of rows
 

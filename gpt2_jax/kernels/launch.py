@@ -39,8 +39,9 @@ sys.modules.setdefault('jaxlib.mlir.dialects.tt', dialect)
 
 LOG2_E = math.log2(math.e)
 
-# Bytes of shared memory that a program can have (CUDA programming guide): those of an A100, as an
-# H100 has more, and those of the compute capabilities that have less, such as an L4 or an RTX 4090.
+# Bytes of shared memory that a program can have (CUDA programming guide). The first is the limit of
+# an A100; an H100 has more. The second is that of GPUs with less, such as an L4 or an RTX 4090, by
+# compute capability.
 SHARED_MEMORY = 163 * 1024
 SMALL_SHARED_MEMORY = dict.fromkeys(('8.6', '8.9', '12.0', '12.1'), 99 * 1024)
 
@@ -113,7 +114,7 @@ def swizzled(columns, dtype):
 
 
 def only(present, specs):
-    """The spec of each input or output in `present`, and None for those that are None."""
+    """The spec of each input or output in `present`, or None if the array is None."""
     return {name: None if x is None else specs[name] for name, x in present.items()}
 
 

@@ -216,7 +216,7 @@ def sample_token(logits_BV, noise_CBV, tokens_CB, at_2, *, temperature, top_k):
 def make_sampler(keys_CB, V, temperature, top_k):
     """pick(logits_BV, tokens_CB, at_2) -> tokens_CB, next at_2: see `sample_token`.
 
-    Tokens are drawn as jax.random.categorical does with keys[i]. The noise does not depend on the
+    Tokens are drawn as by jax.random.categorical with keys[i]. The noise does not depend on the
     logits, so the noise of all C tokens of the chunk is drawn at once.
     """
     noise_CBV = None

@@ -14,7 +14,7 @@ Batch = dict[str, jax.Array]
 
 
 def train_batch(mesh: Mesh, tokens: Tokens, *, batch_size: int, **options) -> Batch:
-    """The global batch of an update. The options and the UserError are batches.train_batch's.
+    """The global batch of an update. Options and errors are those of batches.train_batch.
 
     Of several processes each reads the rows of its own devices.
     """
@@ -29,8 +29,8 @@ def train_batches(
 ) -> Iterator[Iterator[Batch]]:
     """The batches of updates start .. stop - 1 as an iterator; one thread makes them ahead of time.
 
-    The options are those of `train_batch`, but for `step`. Use as a context manager: the thread
-    ends with it.
+    The options are those of `train_batch`, except `step`. Use as a context manager: the thread ends
+    with it.
     """
 
     def make(step):

@@ -12,6 +12,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import default_targets, head_scores, logit_lens
 from gpt2_jax.lens.subject import Subject, as_subject, as_tokens, token_text
+from gpt2_jax.terminal import counted
 
 FULL_COLOUR = 5.0  # nats: a loss at which the colour no longer changes
 TOP = 4
@@ -42,8 +43,8 @@ def show(
     L, H = subject.cfg.n_layer, subject.cfg.n_head
     if head is not None and not (0 <= head[0] < L and 0 <= head[1] < H):
         raise UsageError(
-            f'there is no head h_{head[0]}.attn.{head[1]}: each of {L} layers has {H}, counted '
-            'from 0'
+            f'there is no head h_{head[0]}.attn.{head[1]}: the model has {counted(L, "layers")} of '
+            f'{counted(H, "heads")}, numbered from 0'
         )
     print_text(subject, tokens_BT[0], losses_T, console)
     print_layers(subject, tokens_BT, targets_T, at % T, console)
@@ -143,7 +144,7 @@ def print_head(pattern_TS, head: tuple[int, int], console: Console) -> None:
     levels = np.sqrt(weights)
     each = '' if step == 1 else f', {step} x {step} positions a sign'
     signs = 'dark to light' if console.color_system else f'the signs "{DENSITIES}"'
-    about = f'rows look at columns{each}; {signs}: weight 0 to 1, by the square root'
+    about = f'rows look at columns{each}; {signs}: weight 0 to 1, on a square-root scale'
     console.print(Text(f'\nh_{head[0]}.attn.{head[1]}: {about}'), soft_wrap=True)
     if console.color_system is None:
         for row in levels:

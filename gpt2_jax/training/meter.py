@@ -1,4 +1,4 @@
-"""What a run counts: losses a little late, speed, progress, and the summary at the end."""
+"""What a run measures: losses (fetched a little late), speed, progress, and the final summary."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,9 @@ from gpt2_jax.workdir.log import Logger, duration
 
 # Between fetches of metrics, about: a slow update is shown, and a signal answered, as soon.
 FETCH_SECONDS = 1
-# Work that is left to the device while metrics are fetched: it trains on while something else, such
-# as saving in the background, holds up the loop. JAX itself keeps at most 32 programs waiting.
+# Updates that may wait on the device while metrics are fetched, in seconds and in number: so the
+# device keeps training while something else, such as saving in the background, delays the loop. JAX
+# itself keeps at most 32 programs waiting.
 AHEAD_SECONDS, MOST_AHEAD = 0.1, 24
 ANNOUNCE_SECONDS = 4  # of training, until the time of the run is estimated
 
@@ -167,10 +168,11 @@ class Meter:
         }
 
     def _number_to_fetch(self) -> int:
-        """How many of the oldest pending metrics to fetch now: 0, or `_fetch_every` and more.
+        """How many of the oldest pending metrics to fetch now: 0, or at least `_fetch_every`.
 
-        More if the device was ahead of the loop: its updates then get the rate at which it did
-        them, and not the rate at which the loop catches up.
+        It is more if the device finished further updates while the loop was delayed. Fetched
+        together, these updates get the device's rate, and not the rate at which the loop catches
+        up.
         """
         count = self._fetch_every
         later = self._pending[count:]

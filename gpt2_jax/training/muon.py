@@ -106,7 +106,7 @@ def make_muon(
 class MuonState(NamedTuple):
     """The number n of updates done, the mean gradient m of the matrices, and AdamW's state.
 
-    `m` and `others` are shaped as params; each has empty nodes in place of the other's leaves.
+    `m` and `others` have the structure of params, each with empty nodes for the other's leaves.
     """
 
     count: jax.Array

@@ -69,9 +69,9 @@ def checkpoint_meta(setup: Setup, workdir: Path, progress: RunProgress) -> dict[
 def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend: bool) -> Start:
     """The latest checkpoint of the run in `workdir`; step 0 if there is none.
 
-    An eval.tokens that was left open, and the order of a run of an older version, are set in the
-    setup's configuration to what they were there. Raises UsageError naming every setting that keeps
-    the run from resuming with this configuration.
+    Two settings in the setup's configuration take the values of the saved run: eval.tokens, if it
+    was left at its default, and train.order, if an older version began the run. Raises UsageError
+    naming every setting that keeps the run from resuming with this configuration.
     """
     saved = committed_steps(workdir / FOLDER)
     if not saved:
@@ -109,8 +109,8 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         )
     if kept_tokens:
         say(
-            f'evaluations keep their size of {config.eval.tokens:,} tokens, so that the losses '
-            'compare: the default of eval.tokens depends on settings that have changed'
+            f'evaluations keep their size of {config.eval.tokens:,} tokens, so that losses stay '
+            'comparable: the default of eval.tokens depends on settings that have changed'
         )
     progress = read_progress(meta, workdir)
     if extend and longer:

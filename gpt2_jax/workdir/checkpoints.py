@@ -46,8 +46,8 @@ META = {
     'log_sizes': {str: foreign.integer(0)},
 }
 
-# A failed save counts as removed once so many looks in a row, 0.05 s apart, find nothing of it. The
-# looks end after these seconds in any case.
+# A failed save counts as removed once QUIET_LOOKS looks in a row, 0.05 s apart, find no part of it.
+# The looks end after REMOVAL_SECONDS in any case.
 QUIET_LOOKS, REMOVAL_SECONDS = 5, 10
 
 

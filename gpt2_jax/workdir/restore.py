@@ -92,21 +92,21 @@ def choose_step(run: Path, step: str) -> int:
 
 
 def _no_checkpoint(run: Path) -> UserError:
-    """The error for a folder without a checkpoint: it names the run that is meant, if one is near.
+    """The error for a folder without a checkpoint. It suggests a run that may be meant.
 
-    That is a folder of nearly the same name, or a run around this folder or in it.
+    It may be a folder with a similar name, or a run that contains this folder or lies in it.
     """
     if not run.is_dir():
         names = [path.name for path in run.absolute().parent.glob('*') if path.is_dir()]
         near = difflib.get_close_matches(run.name, names, 1)
         hint = (
-            f'there is {run.with_name(near[0])}'
+            f'did you mean {run.with_name(near[0])}?'
             if near
-            else 'scripts/train.py makes the folder of a run, and scripts/convert.py makes one of '
-            'published weights'
+            else 'scripts/train.py makes the folder of a run, and scripts/convert.py makes '
+            'one from published weights'
         )
         return UserError(f'{run}: no such folder; {hint}')
-    around = [run.parent, run.parent.parent]  # of checkpoints and of checkpoints/STEP
+    around = [run.parent, run.parent.parent]  # if `run` is checkpoints or checkpoints/STEP
     inside = sorted(path.parent for path in run.glob(f'*/{FOLDER}'))
     runs = [str(path) for path in (*around, *inside) if committed_steps(path / FOLDER)]
     expected = f'{run} holds no checkpoint: expected the folder of a run'

@@ -86,7 +86,7 @@ def open_manager(folder: Path, read_only: bool, kept: Kept = LATEST) -> ocp.Chec
 
 
 def restore_items(manager: ocp.CheckpointManager, step: int, **items):
-    """The named items of a checkpoint; a tree of arrays, or of their shapes, describes each.
+    """The named items of a checkpoint, each described by a tree of arrays or of their shapes.
 
     Raises UserError if they are not what this version saves, or hold other arrays than are wanted.
     """

@@ -56,7 +56,7 @@ function niceTicks(low, high, count) {
 
 const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits).replace('-', '\u2212'));
 
-/* A metric of an update, alike on all pages. */
+/* A metric of an update, in the same format on all pages. */
 const metric = (name, x) => (x === null || x === undefined ? 'not finite'
   : number(x, { loss: 6, learning_rate: 4 }[name] ?? 5));
 

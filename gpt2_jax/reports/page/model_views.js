@@ -25,7 +25,7 @@ function fillLayers(panel) {
     return cells;
   }).reverse();
   const columns = ['after', ...Object.values(lenses).flatMap(name => [name, 'rank', ...(WORDS ? [] : ['probability'])])];
-  // As many guesses as there is room for, at least two.
+  // As many guesses as fit, but at least two.
   let guesses = WORDS ? 2 : 4;
   const draw = () => panel.appendChild(table(columns, rows(guesses), {id: 'layers', class: WORDS ? 'words' : ''}));
   for (let box = draw(); guesses > 2 && box.scrollWidth > box.clientWidth; box = draw()) {
