@@ -1,10 +1,9 @@
 """Cross-entropy of the next token, and for a large vocabulary over chunks of the targets.
 
 A target has V logits: 0.2 MB in fp32 with GPT-2's vocabulary, and several times as much with their
-gradients.
-The loss does not need all of them at once: the logits of a chunk of targets are computed, reduced
-to losses and dropped before the next chunk. The values are the same. This takes less memory. On
-a CPU it also takes less time, because a CPU spends its time on touching new pages of memory.
+gradients. The loss does not need all of them at once: the logits of a chunk of targets are
+computed, reduced to losses and dropped before the next chunk. The values are the same. This takes
+less memory, and on a CPU less time too, much of which would go into touching new pages of memory.
 
 Chunks are cut along T, so that each device of a mesh keeps its rows. Letters as in gpt2.py; t is
 the length of a chunk, n the number of chunks.
