@@ -151,6 +151,12 @@ def test_the_windows_of_a_block_of_rows_are_found_once(monkeypatch):
     assert batches._starts.cache_info().currsize == 4  # of the 8 blocks used: a long run keeps few
 
 
+def test_a_long_run_keeps_few_tables_of_windows():
+    batches._table.cache_clear()
+    batch(sequence(), 0, order='table')  # a block of rows, of hundreds of epochs
+    assert batches._table.cache_info().currsize == 4
+
+
 @pytest.mark.parametrize('n_tokens', [2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 10 * T + 3])
 def test_windows_stay_inside_at_every_length(n_tokens):
     n = (n_tokens - T) // T
