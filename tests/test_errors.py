@@ -558,7 +558,7 @@ def test_fallback_is_announced_recorded_and_kept(made, tmp_path, offline, monkey
         *NO_DROPOUT,
     )
     assert code == 0
-    assert "FALLBACK: this run trains on 'python-topics' instead" in out
+    assert "trains on 'python-topics' instead (the help texts inside Python)" in out
     summary = json.loads((tmp_path / 'run/summary.json').read_text())
     assert summary['corpus']['fallback']
     assert summary['corpus']['name'] == 'python-topics'

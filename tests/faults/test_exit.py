@@ -41,13 +41,18 @@ def test_an_error_does_not_wait_for_threads():
 def test_ctrl_c_during_the_imports_ends_the_process(tmp_path):
     (tmp_path / 'absl.py').write_text('import signal\nsignal.raise_signal(signal.SIGINT)\n')
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, root / 'scripts/train.py'],
-        timeout=60,
-        capture_output=True,
-        text=True,
-        env=os.environ | {'PYTHONPATH': f'{tmp_path}:{root}'},
-    )
+    # A shell ignores Ctrl-C in its background jobs, and so would a process that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = subprocess.run(
+            [sys.executable, root / 'scripts/train.py'],
+            timeout=60,
+            capture_output=True,
+            text=True,
+            env=os.environ | {'PYTHONPATH': f'{tmp_path}:{root}'},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, '', '')
 
 
