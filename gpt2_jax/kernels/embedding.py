@@ -18,7 +18,8 @@ from gpt2_jax.architecture import padded_vocab
 from gpt2_jax.kernels.launch import LOG2_E, call, column_blocks
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
-COLUMNS, UNROLL, SOFTMAX_WARPS = 4096, 3, 16
+COLUMNS, UNROLL = 4096, 3
+SOFTMAX_NUMBERS = 8  # of a block of columns that a thread has
 ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
 # The rows and columns of a tile of logits. Its product takes up to HEAD_STEP numbers at a time.
 HEAD_ROWS, HEAD_COLUMNS, HEAD_STEP, HEAD_WARPS, HEAD_STAGES = 128, 256, 64, 8, 3
@@ -84,7 +85,7 @@ def _softmax_gradient(logits_NV, targets_N, V):
     return call(
         functools.partial(_softmax_gradient_kernel, V=V, columns=columns),
         grid=(N,),
-        warps=SOFTMAX_WARPS,
+        warps=max(columns // (32 * SOFTMAX_NUMBERS), 1),
         name='softmax_gradient',
         in_specs=[one, row],
         out_specs=[row, one],
@@ -99,8 +100,8 @@ def _softmax_gradient(logits_NV, targets_N, V):
 def head_loss(x_ND, wte_VD, targets_N, scale):
     """The loss of each target under softmax(x wte^T), and the gradients of `scale` times their sum.
 
-    (N, D), fp32 (V, D), (N,) -> nats_N fp32; dx (N, D) in the dtype of x; dwte fp32, with rows of 0
-    after the V-th, because copying the rows before would take 0.14 ms (124M, H100).
+    (N, D), fp32 (V, D), (N,), a number -> nats_N fp32; dx (N, D) in the dtype of x; dwte fp32, with
+    rows of 0 after the V-th, because copying the rows before would take 0.14 ms (124M, H100).
 
     The logits are written once, in the dtype of x, and then overwritten by their own gradient. The
     rest of the backward pass is two matrix products. XLA would move an fp32 copy of the logits
@@ -114,10 +115,14 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     centred_VD = (wte_VD - wte_VD.mean(0)).astype(dtype)
     head_VD = jnp.pad(centred_VD, ((0, padded_vocab(V) - V), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
-    # Products are scaled in fp32: bf16 has too few bits for the scale.
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dx_ND = (product('NV,VD->ND', dlogits_NV, head_VD) * scale).astype(dtype)
-    return nats_N, dx_ND, product('NV,ND->VD', dlogits_NV, x_ND) * scale
+    # Products are scaled in fp32: bf16 has too few bits for the scale. A power of two changes no
+    # bits, so then cuBLAS can round dx before, and write half the bytes.
+    exact = math.frexp(scale)[0] == 0.5
+    dx_ND = jnp.einsum(
+        'NV,VD->ND', dlogits_NV, head_VD, preferred_element_type=dtype if exact else jnp.float32
+    )
+    dwte_VD = jnp.einsum('NV,ND->VD', dlogits_NV, x_ND, preferred_element_type=jnp.float32)
+    return nats_N, (dx_ND * scale).astype(dtype), dwte_VD * scale
 
 
 def _head_nats_kernel(x_ref, head_ref, targets_ref, outs, *, V, tiles, step):

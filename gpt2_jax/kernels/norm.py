@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -181,7 +182,9 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, d
     )[:2]
 
 
-def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype):
+def _add_norm_fwd(*args):
+    rate, eps, dtype = args[6:]
+    x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed = jax.tree.map(lambda p: p.value, args[:6])
     # What the backward pass needs.
     row_programs('add_norm', len(x_ND), NORM_BACKWARD_ROWS, NORM_PROGRAMS)
     x_ND, y_ND, *statistics = _add_norm_forward(
@@ -193,7 +196,10 @@ def _add_norm_fwd(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, e
 
 def _add_norm_bwd(rate, _eps, _dtype, saved, cotangents):
     *arrays, present = saved
-    return *_add_norm_backward(*arrays, *cotangents, present, rate), None
+    dx_ND, dy_ND = cotangents
+    # Nothing reads the sum before the last LayerNorm: its gradient is no array of zeros to read.
+    dx_ND = None if isinstance(dx_ND, SymbolicZero) else dx_ND
+    return *_add_norm_backward(*arrays, dx_ND, dy_ND, present, rate), None
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))
@@ -239,4 +245,4 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
     return outs['dx'], dbranch, sums.get('branch_bias'), sums['scale'], sums.get('bias')
 
 
-add_norm.defvjp(_add_norm_fwd, _add_norm_bwd)
+add_norm.defvjp(_add_norm_fwd, _add_norm_bwd, symbolic_zeros=True)
