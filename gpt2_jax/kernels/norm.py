@@ -39,10 +39,15 @@ def backward_warps(D):
     return 1 if D <= 768 else pl.next_power_of_2(D) // 512
 
 
-def _rows(ref, index, D):
-    """Rows of a block in fp32, with 0 in the padding after D."""
+def _stored_rows(ref, index, D):
+    """Rows of a block, with 0 in the padding after D."""
     inside = (jnp.arange(ref.shape[-1]) < D)[None, :]
-    return plgpu.load(ref.at[index], mask=inside, other=0.0).astype(jnp.float32)
+    return plgpu.load(ref.at[index], mask=inside, other=0.0)
+
+
+def _rows(ref, index, D):
+    """The same in fp32."""
+    return _stored_rows(ref, index, D).astype(jnp.float32)
 
 
 def _element_index(row0, rows, D, width):
@@ -105,26 +110,36 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
     inside = jnp.arange(width) < D
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
-    def body(r, sums):
+    def load(r):
+        """Block r of x, dy and dx, which may be None, as they are stored."""
+        here = pl.ds(r * rows, rows), slice(None)
+        arrays = (ins['x'], ins['dy'], ins['dx'])
+        return [None if ref is None else _stored_rows(ref, here, D) for ref in arrays]
+
+    def body(r, carry):
+        sums, (x, dy, dx_after) = carry
+        # The next block is loaded while this one is computed.
+        following = load(jnp.minimum(r + 1, span // rows - 1))
         block = pl.ds(r * rows, rows)
         here = block, slice(None)
         mean, rstd = ins['mean'][block][:, None], ins['rstd'][block][:, None]
-        n, dy = (_rows(ins['x'], here, D) - mean) * rstd, _rows(ins['dy'], here, D)
+        n, dy = (x.astype(jnp.float32) - mean) * rstd, dy.astype(jnp.float32)
         dn = dy * scale
         mean_dn = dn.sum(-1, keepdims=True) / D
         dx = (dn - mean_dn - n * ((dn * n).sum(-1, keepdims=True) / D)) * rstd
-        if ins['dx'] is not None:
-            dx += _rows(ins['dx'], here, D)
+        if dx_after is not None:
+            dx += dx_after.astype(jnp.float32)
         plgpu.store(outs['dx'].at[here], dx.astype(outs['dx'].dtype), mask=inside[None, :])
         dbranch = _dropout(dx, ins, rate, row0 + r * rows, D)
         if outs['dbranch'] is not None:
             stored = dbranch.astype(outs['dbranch'].dtype)
             plgpu.store(outs['dbranch'].at[here], stored, mask=inside[None, :])
         terms = {'scale': dy * n, 'bias': dy, 'branch_bias': dbranch}
-        return {name: total + terms[name].sum(0) for name, total in sums.items()}
+        sums = {name: total + terms[name].sum(0) for name, total in sums.items()}
+        return sums, following
 
     sums = {name: jnp.zeros(width, jnp.float32) for name in summed}
-    sums = lax.fori_loop(0, span // rows, body, sums)
+    sums, _ = lax.fori_loop(0, span // rows, body, (sums, load(0)))
     for row, name in enumerate(summed):
         plgpu.store(outs['sums'].at[pl.ds(row, 1), :], sums[name][None, :], mask=inside[None, :])
 
