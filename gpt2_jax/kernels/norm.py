@@ -26,17 +26,15 @@ from gpt2_jax.model.dropout import keep_mask
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 NORM_ROWS, NORM_WARPS = 2, 2  # rows of a program in the forward pass
 # In the backward pass: programs, which share the rows equally; rows processed at a time.
-NORM_PROGRAMS, NORM_BACKWARD_ROWS = 1024, 2
+NORM_PROGRAMS, NORM_BACKWARD_ROWS = 512, 2
 
 
 def backward_warps(D):
     """The warps of a program in the backward pass for rows of D numbers.
 
-    All of a row's intermediate results are in registers. One warp sums a row without another, and
-    has registers for 768 numbers, all but 40 bytes a thread. For 1,600 it would lack 3 KB a thread
-    (ptxas, for an H100, without dropout).
+    All of a row's intermediate results are in registers, and so are the rows that are loaded ahead.
     """
-    return 1 if D <= 768 else pl.next_power_of_2(D) // 512
+    return max(pl.next_power_of_2(D) // 512, 2)
 
 
 def _stored_rows(ref, index, D):
