@@ -553,6 +553,37 @@ def test_embeddings_are_summed_in_fp32(monkeypatch):
         np.testing.assert_allclose(grads[name]['embedding'], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('reads_sum', [False, True])
+@pytest.mark.parametrize(('D', 'rows'), [(80, 512), (520, 256)])
+def test_norm_gradients_of_narrow_and_wide_rows(D, rows, reads_sum):
+    """Programs of one and two warps, several blocks of rows each; x with and without a gradient."""
+    rng = np.random.default_rng(0)
+    x_ND, branch_ND, *cotangents = (jnp.float32(rng.normal(size=(rows, D))) for _ in range(4))
+    scale_D, bias_D, branch_bias_D = (jnp.float32(rng.normal(size=D)) for _ in range(3))
+    args = x_ND, branch_ND, branch_bias_D, scale_D, bias_D
+    cfg = GPT2Config(n_embd=D, n_head=1, vocab_size=5, dtype='float32')
+
+    def fast(x, branch, branch_bias, scale, bias):
+        return add_norm(x, branch, branch_bias, scale, bias, None, 0, 1e-5, 'float32')
+
+    def plain(x, branch, branch_bias, scale, bias):
+        norm = {'scale': scale, 'bias': bias}
+        return fused_step.xla_add_norm(cfg, x, (branch, branch_bias), norm, None)
+
+    def gradients(add):
+        if reads_sum:
+            return jax.vjp(add, *args)[1](tuple(cotangents))
+        return jax.vjp(lambda *args: add(*args)[1], *args)[1](cotangents[1])
+
+    for ours, theirs in zip(gradients(fast), gradients(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    programs, warps = norm.backward_grid(rows, D)
+    assert (rows // programs, warps) == ((8, 1) if D == 80 else (8, 2))
+    # Zeros in place of the gradient of x would be one more array to write and to read.
+    program = str(jax.make_jaxpr(gradients, static_argnums=0)(fast))
+    assert f'f32[{rows},{D}] = broadcast_in_dim' not in program
+
+
 def test_kernels_refuse_shapes_that_they_would_process_in_part():
     """Without a check, rows after the last whole block would never be written."""
     qkv = jax.ShapeDtypeStruct((1, 96, 3, 2, 16), jnp.float32)
@@ -613,6 +644,20 @@ def test_gradients_are_not_scaled_in_bfloat16():
     for whole, part in zip(one, third, strict=True):
         whole, part = np.float64(whole), np.float64(part)
         assert abs(3 * (whole * part).sum() / (whole * whole).sum() - 1) < 3e-4
+
+
+@pytest.mark.parametrize('scale', [1 / 64, 1 / 48])
+def test_the_gradient_of_the_hidden_states_is_rounded_once(scale):
+    """A power of two scales it after the product has rounded it: the same bits, in bfloat16."""
+    rng = np.random.default_rng(0)
+    x_ND, wte_VD = jnp.bfloat16(rng.normal(0, 1, (64, 32))), np.float32(rng.normal(0, 1, (300, 32)))
+    targets_N = rng.integers(0, 300, 64)
+    dx_ND = head_loss(x_ND, wte_VD, targets_N, scale)[1]
+    # Three of the four steps below are those of head_loss; the product is not rounded.
+    head_VD = jnp.pad(jnp.bfloat16(wte_VD - wte_VD.mean(0)), ((0, 84), (0, 0)))
+    dlogits_NV, _ = embedding._softmax_gradient(x_ND @ head_VD.T, targets_N, 300)
+    exact_ND = jnp.matmul(dlogits_NV, head_VD, preferred_element_type=jnp.float32)
+    np.testing.assert_array_equal(dx_ND, jnp.bfloat16(exact_ND * scale))
 
 
 def test_logits_far_from_0_in_bfloat16():

@@ -102,7 +102,7 @@ def _forward_kernel(ins, outs, *, rate, blocks):
 
     zero_Q = jnp.zeros((BLOCK,), jnp.float32)
     carry = jnp.zeros((BLOCK, K), jnp.float32), zero_Q - jnp.inf, zero_Q, zero_Q
-    # The masked keys come first and without a loop, which takes fewer registers.
+    # Masked keys come first, and without a loop: more programs fit into the registers.
     for step in range(steps):
         carry = body(True, i * steps + step, carry)
     carry = lax.fori_loop(0, i * steps, functools.partial(body, False), carry)

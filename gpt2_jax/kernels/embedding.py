@@ -19,8 +19,8 @@ from gpt2_jax.kernels.launch import LOG2_E, call, column_blocks
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 COLUMNS, UNROLL = 4096, 3
-SOFTMAX_NUMBERS = 8  # of a block of columns that a thread has
-CENTRE_ROWS = 512  # about as many embeddings are enough for their mean
+SOFTMAX_NUMBERS = 8  # logits of a thread in each block of columns
+CENTRE_ROWS = 512  # about this many embeddings are enough for their mean
 ADDED_ROWS, ADD_WARPS = 8, 4  # rows of a token that are read at a time
 # The rows and columns of a tile of logits. Its product takes up to HEAD_STEP numbers at a time.
 HEAD_ROWS, HEAD_COLUMNS, HEAD_STEP, HEAD_WARPS, HEAD_STAGES = 128, 256, 64, 8, 3
@@ -110,15 +110,15 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
 
     A bf16 logit has 8 bits. All logits of a published model share an offset of about -100, which
     would take all of them. Softmax ignores a shared offset, and so does the gradient, whose sum
-    over V is 0. So the offset is removed beforehand, as the mean of embeddings. All of GPT-2's would
-    take 0.06 ms to read (124M, H100), so the mean is that of every 98th.
+    over V is 0. So the offset is removed beforehand, as the mean of some embeddings. Reading all of
+    them takes 0.06 ms (124M, H100).
     """
     (V, _), dtype = wte_VD.shape, x_ND.dtype
     centred_VD = (wte_VD - wte_VD[:: max(V // CENTRE_ROWS, 1)].mean(0)).astype(dtype)
     head_VD = jnp.pad(centred_VD, ((0, padded_vocab(V) - V), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
-    # Products are scaled in fp32: bf16 has too few bits for the scale. A power of two changes no
-    # bits, so then cuBLAS can round dx before, and write half the bytes.
+    # Products are scaled in fp32: bf16 has too few bits for the scale. But a power of two takes no
+    # bits, so cuBLAS may round dx before it is scaled, and writes half the bytes.
     exact = math.frexp(scale)[0] == 0.5
     dx_ND = jnp.einsum(
         'NV,VD->ND', dlogits_NV, head_VD, preferred_element_type=dtype if exact else jnp.float32

@@ -25,16 +25,21 @@ from gpt2_jax.model.dropout import keep_mask
 
 # Sizes of blocks, warps and stages of the software pipeline: the best of those tried on an H100.
 NORM_ROWS, NORM_WARPS = 2, 2  # rows of a program in the forward pass
-# In the backward pass: programs, which share the rows equally; rows processed at a time.
-NORM_PROGRAMS, NORM_BACKWARD_ROWS = 512, 2
+# In the backward pass: the most programs, and rows processed at a time.
+NORM_PROGRAMS, NORM_BACKWARD_ROWS = 1024, 2
 
 
-def backward_warps(D):
-    """The warps of a program in the backward pass for rows of D numbers.
+def backward_grid(N, D):
+    """(programs, warps of each) of the backward pass for N rows of D numbers.
 
-    All of a row's intermediate results are in registers, and so are the rows that are loaded ahead.
+    The programs share the rows equally. A warp has at most 512 numbers of a row: its intermediate
+    results are in registers, and so is the row that is loaded ahead. Several warps hide more of the
+    time that loads take, so fewer programs are as fast, and there are fewer sums to add up.
+    Raises ValueError if rows would be left out.
     """
-    return max(pl.next_power_of_2(D) // 512, 2)
+    warps = max(pl.next_power_of_2(D) // 512, 1)
+    most = NORM_PROGRAMS // min(warps, 2)
+    return row_programs('add_norm', N, NORM_BACKWARD_ROWS, most), warps
 
 
 def _stored_rows(ref, index, D):
@@ -109,7 +114,7 @@ def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
     scale, row0 = plgpu.load(ins['scale'], mask=inside, other=0.0), pl.program_id(0) * span
 
     def load(r):
-        """Block r of x, dy and dx, which may be None, as they are stored."""
+        """Block r of x, dy and dx as they are stored. dx may be None."""
         here = pl.ds(r * rows, rows), slice(None)
         arrays = (ins['x'], ins['dy'], ins['dx'])
         return [None if ref is None else _stored_rows(ref, here, D) for ref in arrays]
@@ -187,8 +192,7 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, d
 
     The sum has the dtype of x, and its LayerNorm has `dtype`, as the branch. `branch` (with
     branch_bias), `branch_bias` alone, and `bias` may be None. Raises ValueError unless N is a
-    multiple of NORM_ROWS. Its gradient needs a multiple of NORM_PROGRAMS * NORM_BACKWARD_ROWS, or a
-    smaller multiple of NORM_BACKWARD_ROWS.
+    multiple of NORM_ROWS. Its gradient needs rows that `backward_grid` can share.
     """
     return _add_norm_forward(
         x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, False
@@ -196,10 +200,10 @@ def add_norm(x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, d
 
 
 def _add_norm_fwd(*args):
-    rate, eps, dtype = args[6:]
-    x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed = jax.tree.map(lambda p: p.value, args[:6])
-    # What the backward pass needs.
-    row_programs('add_norm', len(x_ND), NORM_BACKWARD_ROWS, NORM_PROGRAMS)
+    arrays = jax.tree.map(lambda primal: primal.value, args[:6])
+    (x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed), (rate, eps, dtype) = arrays, args[6:]
+    # Raises what the backward pass would raise.
+    backward_grid(*x_ND.shape)
     x_ND, y_ND, *statistics = _add_norm_forward(
         x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, True
     )
@@ -210,7 +214,7 @@ def _add_norm_fwd(*args):
 def _add_norm_bwd(rate, _eps, _dtype, saved, cotangents):
     *arrays, present = saved
     dx_ND, dy_ND = cotangents
-    # Nothing reads the sum before the last LayerNorm: its gradient is no array of zeros to read.
+    # After the last LayerNorm nothing reads the sum. Its gradient is not made an array of zeros.
     dx_ND = None if isinstance(dx_ND, SymbolicZero) else dx_ND
     return *_add_norm_backward(*arrays, dx_ND, dy_ND, present, rate), None
 
@@ -220,7 +224,7 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
     adds, has_branch_bias, has_bias = present
     N, D = x_ND.shape
     width = pl.next_power_of_2(D)
-    programs = row_programs('add_norm', N, NORM_BACKWARD_ROWS, NORM_PROGRAMS)
+    programs, warps = backward_grid(N, D)
     drops = adds and rate > 0
     # Without dropout the branch has the gradient of x, unless it has another dtype.
     apart = drops or (adds and x_ND.dtype != dy_ND.dtype)
@@ -247,7 +251,7 @@ def _add_norm_backward(x_ND, mean_N, rstd_N, scale_D, seed, dx_ND, dy_ND, presen
     outs = call(
         functools.partial(_add_norm_backward_kernel, D=D, rate=rate if drops else 0, summed=summed),
         grid=(programs,),
-        warps=backward_warps(D),
+        warps=warps,
         name='add_norm_backward',
         in_specs=[only(ins, specs)],
         out_specs=only(shapes, specs),
