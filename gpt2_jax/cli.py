@@ -93,15 +93,18 @@ def check_finite(flags_given: Iterable[flags.FlagHolder]) -> None:
 
 
 @contextlib.contextmanager
-def corpus_hint(corpus: str) -> Iterator[None]:
-    """Adds --corpus to the error of a block that reads the corpus of a run, if no file is there."""
+def corpus_hint(*corpora: str) -> Iterator[None]:
+    """Adds --corpus to the error of a block that reads corpora of runs, if one has no file."""
     try:
         yield
     except UserError as error:
-        is_file = os.path.basename(corpus).count('.')
-        if isinstance(error, UsageError) or not is_file or glob.glob(os.path.expanduser(corpus)):
+        if isinstance(error, UsageError):
             raise
-        raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
+        for corpus in corpora:
+            is_file = os.path.basename(corpus).count('.')
+            if is_file and not glob.glob(os.path.expanduser(corpus)):
+                raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
+        raise
 
 
 def read_prompt(path: str | None) -> str:

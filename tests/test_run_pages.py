@@ -3,6 +3,7 @@ Chromium that moves the slider, picks a head and opens a step."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -159,6 +160,26 @@ def test_wrong_questions_are_one_line(trained, folder):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))
+
+
+def test_a_text_that_was_moved(trained, folder):
+    text, gone = folder / 'text.txt', folder / 'gone.txt'
+    copies = [folder / 'moved', folder / 'moved_too']
+    for copy in copies:
+        shutil.copytree(trained, copy)
+        config = (copy / 'config.json').read_text()
+        (copy / 'config.json').write_text(config.replace(str(text), str(gone)))
+    out = folder / 'moved.html'
+    for arguments, pages in (
+        (('report', f'--workdir={copies[0]}', '--steps=4'), [out, folder / 'moved_step_4.html']),
+        (('compare', *copies), [out]),
+    ):
+        code, printed, err = runs.script('runs', *arguments, f'--out={out}')
+        assert (code, printed) == (1, '')
+        assert err.endswith(f'; --corpus=PATH says where {gone} is now\n')
+        code, printed, err = runs.script('runs', *arguments, f'--out={out}', f'--corpus={text}')
+        assert code == 0, err
+        assert {line.split()[1] for line in printed.splitlines()} == set(map(str, pages))
 
 
 def test_a_head_is_what_its_scores_say():
