@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.kernels.adamw import MAX_LEAVES, adamw, join, squares
 from gpt2_jax.parallel import collectives
-from gpt2_jax.training.optim import DECAYED, FusedOptimizer, bias_correction, round_kernels
+from gpt2_jax.training.optim import DECAYED, DirectOptimizer, bias_correction, round_kernels
 from gpt2_jax.training.optim import make_optimizer as make_optax
 
 BLOCK_MATRICES = 4  # leaves in one call of the kernels: a block has four matrices
@@ -28,7 +28,7 @@ def make_optimizer(
     clip_norm: float,
     round_to: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> FusedOptimizer:
+) -> DirectOptimizer:
     """optim.make_optimizer's update, by kernels that read and write each leaf once.
 
     XLA computes updates, moments and norms in several passes, and copies leaves that one pass reads
@@ -124,7 +124,7 @@ def make_optimizer(
             check_vma=False,
         )(grads, state, params)
 
-    return FusedOptimizer(reference.init, update, round_to)
+    return DirectOptimizer(reference.init, update, round_to)
 
 
 class Group(NamedTuple):

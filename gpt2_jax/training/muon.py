@@ -9,7 +9,7 @@ import optax
 
 from gpt2_jax.parallel.partition import leaf_name
 from gpt2_jax.training.optim import (
-    FusedOptimizer,
+    DirectOptimizer,
     adamw,
     as_parameters,
     bias_correction,
@@ -46,7 +46,7 @@ def make_muon(
     clip_norm: float,
     dtype: str = 'float32',
     precision: str = 'highest',
-) -> FusedOptimizer:
+) -> DirectOptimizer:
     """Muon on the matrices of the blocks (MATRICES), AdamW on all other leaves, clipped together.
 
         m <- mu m + (1 - mu) g
@@ -100,7 +100,7 @@ def make_muon(
         params = jax.tree.map(lambda is_m, a, b: a if is_m else b, muon_mask(params), p, p_others)
         return params, state, None, norms
 
-    return FusedOptimizer(init, update)
+    return DirectOptimizer(init, update)
 
 
 class MuonState(NamedTuple):

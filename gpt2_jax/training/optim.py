@@ -18,8 +18,10 @@ import optax
 DECAYED = ('kernel', 'embedding')
 
 
-class FusedOptimizer(NamedTuple):
+class DirectOptimizer(NamedTuple):
     """An optimizer whose update returns the new parameters, not what to add to them.
+
+    AdamW by fused kernels (fused_optim.py) and Muon (muon.py) are direct.
 
     init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms).
     `rounded` is `round_kernels(params, round_to)` of the new parameters, or None if `round_to` is
@@ -31,7 +33,7 @@ class FusedOptimizer(NamedTuple):
     round_to: str | None = None
 
 
-Optimizer = optax.GradientTransformation | FusedOptimizer
+Optimizer = optax.GradientTransformation | DirectOptimizer
 
 
 def decay_mask(params):
@@ -170,10 +172,10 @@ def as_parameters(grads, params):
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
     """Clips, runs AdamW and adds the result: new (params, opt_state, rounded, norms).
 
-    `rounded` is as in FusedOptimizer, and None for other optimizers. The norms are grad_norm
+    `rounded` is as in DirectOptimizer, and None for other optimizers. The norms are grad_norm
     (before clipping), update_norm and param_norm (after the update).
     """
-    if isinstance(optimizer, FusedOptimizer):
+    if isinstance(optimizer, DirectOptimizer):
         return optimizer.update(grads, opt_state, params)
     grads = as_parameters(grads, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
