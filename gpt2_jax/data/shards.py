@@ -59,8 +59,11 @@ MARK = np.dtype(
 )
 
 
-class Place(NamedTuple):
-    """A place in an input, as in MARK. `is_record`: the document is a line or a row of its file."""
+class SourceLocation(NamedTuple):
+    """A location in an input, as in MARK.
+
+    `is_record` says whether the document is a line or a row of its file.
+    """
 
     is_record: bool
     file: int
@@ -68,8 +71,8 @@ class Place(NamedTuple):
     byte: int
     within: int
 
-    def after(self, text: str) -> 'Place':
-        """The place after a text that begins here."""
+    def after(self, text: str) -> 'SourceLocation':
+        """The location after a text that begins here."""
         n_bytes = len(text.encode())
         if self.is_record:
             return self._replace(within=self.within + n_bytes)
