@@ -107,6 +107,11 @@ def corpus_hint(*corpora: str) -> Iterator[None]:
         raise
 
 
+def notify(text: str) -> None:
+    """Prints a line of progress, in brackets, to stderr: stdout has results only."""
+    print(terminal.printable(f'[{text}]', sys.stderr), file=sys.stderr, flush=True)
+
+
 def read_prompt(path: str | None) -> str:
     """The text of a file, or of standard input: for '-', and if a pipe provides one; else ''.
 
@@ -119,10 +124,7 @@ def read_prompt(path: str | None) -> str:
             return ''
         # A background job may inherit a pipe that nobody writes to: do not wait without a limit.
         if not select.select([sys.stdin], [], [], STDIN_SECONDS)[0]:
-            print(
-                f'[no text arrived on standard input within {STDIN_SECONDS} s: no prompt]',
-                file=sys.stderr,
-            )
+            notify(f'no text arrived on standard input within {STDIN_SECONDS} s: no prompt')
             return ''
     data = (
         sys.stdin.buffer.read()

@@ -8,8 +8,6 @@ Each page is one HTML file that needs no network. A run can be looked at while i
 reading: checkpoints from step 0 on, and measurements at log-spaced steps.
 """
 
-import sys
-
 from absl import flags
 
 from gpt2_jax import cli, files
@@ -29,11 +27,6 @@ _STEPS = flags.DEFINE_list(
     'steps', [], 'report: updates to open too, as pages beside the report, e.g. --steps=1,500.'
 )
 _PLATFORM = cli.platform_flag()
-
-
-def notify(text: str) -> None:
-    """Progress goes to stderr."""
-    print(f'[{text}]', file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -56,7 +49,7 @@ def main(arguments: list[str]) -> None:
     workdirs = [files.user_path(folder) for folder in folders]
     corpora = [_CORPUS.value or history.read_config(path).data.corpus for path in workdirs]
     devices.select_platform(_PLATFORM.value)
-    options = {'corpus': _CORPUS.value, 'notify': notify}
+    options = {'corpus': _CORPUS.value, 'notify': cli.notify}
     with cli.corpus_hint(*corpora):
         if command == 'compare':
             print(compare.write_comparison(workdirs, out, text=_TEXT.value, **options))
