@@ -13,6 +13,7 @@ from gpt2_jax.training.optim import (
     adamw,
     as_parameters,
     bias_correction,
+    clip_factor,
     root_of_squares,
 )
 
@@ -72,7 +73,7 @@ def make_muon(
         grads = as_parameters(grads, params)
         norm = root_of_squares(grads)
         if clip_norm:
-            factor = jnp.where(norm > clip_norm, clip_norm / norm, 1)
+            factor = clip_factor(norm, clip_norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
         g, p = muon_leaves(grads), muon_leaves(params)
         n, lr = state.count + 1, jnp.float32(muon_schedule(state.schedule.count))

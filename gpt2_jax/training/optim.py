@@ -196,12 +196,17 @@ def average_in(average, params, n, decay: float):
     return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
 
 
+def clip_factor(norm, clip_norm: float):
+    """min(1, clip_norm / norm): what gradients of this global norm are multiplied by."""
+    return jnp.where(norm > clip_norm, clip_norm / norm, 1)
+
+
 def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
     """g <- g min(1, clip_norm / ||g||), with ||g||^2 the sum of squares over all leaves."""
 
     def update(grads, state, params=None):
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
-        factor = jnp.where(norm > clip_norm, clip_norm / norm, 1)
+        factor = clip_factor(norm, clip_norm)
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
