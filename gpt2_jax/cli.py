@@ -93,15 +93,23 @@ def check_finite(flags_given: Iterable[flags.FlagHolder]) -> None:
 
 
 @contextlib.contextmanager
-def corpus_hint(corpus: str) -> Iterator[None]:
-    """Adds --corpus to the error of a block that reads the corpus of a run, if no file is there."""
+def corpus_hint(*corpora: str) -> Iterator[None]:
+    """Adds --corpus to the error of a block that reads corpora of runs, if one has no file."""
     try:
         yield
     except UserError as error:
-        is_file = os.path.basename(corpus).count('.')
-        if isinstance(error, UsageError) or not is_file or glob.glob(os.path.expanduser(corpus)):
+        if isinstance(error, UsageError):
             raise
-        raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
+        for corpus in corpora:
+            is_file = os.path.basename(corpus).count('.')
+            if is_file and not glob.glob(os.path.expanduser(corpus)):
+                raise UserError(f'{error}; --corpus=PATH says where {corpus} is now') from None
+        raise
+
+
+def notify(text: str) -> None:
+    """Prints a line of progress, in brackets, to stderr: stdout has results only."""
+    print(terminal.printable(f'[{text}]', sys.stderr), file=sys.stderr, flush=True)
 
 
 def read_prompt(path: str | None) -> str:
@@ -116,10 +124,7 @@ def read_prompt(path: str | None) -> str:
             return ''
         # A background job may inherit a pipe that nobody writes to: do not wait without a limit.
         if not select.select([sys.stdin], [], [], STDIN_SECONDS)[0]:
-            print(
-                f'[no text arrived on standard input within {STDIN_SECONDS} s: no prompt]',
-                file=sys.stderr,
-            )
+            notify(f'no text arrived on standard input within {STDIN_SECONDS} s: no prompt')
             return ''
     data = (
         sys.stdin.buffer.read()

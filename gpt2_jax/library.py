@@ -5,7 +5,6 @@ m.generate('ROMEO:')
 """
 
 import dataclasses
-import numbers
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from gpt2_jax import files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.decoding import generate
-from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.inference.sampling import Sampling, is_whole
 from gpt2_jax.inference.streaming import encode_prompt, stream_text
 from gpt2_jax.lens import activations, subject
 from gpt2_jax.model.gpt2 import GPT2
@@ -62,8 +61,8 @@ class Loaded:
         """
         for name, value, right, expected in (
             ('prompt', prompt, isinstance(prompt, str), 'one text'),
-            ('max_new_tokens', max_new_tokens, _is_whole(max_new_tokens), 'a whole number from 0'),
-            ('seed', seed, _is_whole(seed) and seed < 2**32, 'a whole number from 0 to 2^32 - 1'),
+            ('max_new_tokens', max_new_tokens, is_whole(max_new_tokens), 'a whole number from 0'),
+            ('seed', seed, is_whole(seed) and seed < 2**32, 'a whole number from 0 to 2^32 - 1'),
         ):
             if not right:
                 raise UsageError(f'{name} = {value!r:.80} is not allowed; expected {expected}')
@@ -85,10 +84,6 @@ class Loaded:
         Raises UserError for tokens outside the vocabulary, or more of them than the context.
         """
         return activations.capture(self, text, 'logits')['logits']
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, numbers.Integral) and value >= 0
 
 
 def load(path: str | Path, step: str | int = 'best') -> Loaded:

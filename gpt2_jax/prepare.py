@@ -28,7 +28,7 @@ import numpy as np
 from gpt2_jax import files, foreign
 from gpt2_jax.data import documents, tokenizers
 from gpt2_jax.data.dataset import SPLITS, n_train_characters
-from gpt2_jax.data.shards import FORMAT, INPUTS, MANIFEST, MARK, TOKENIZER, Place
+from gpt2_jax.data.shards import FORMAT, INPUTS, MANIFEST, MARK, TOKENIZER, SourceLocation
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.progress import Progress
@@ -266,14 +266,14 @@ def _encode(
             for line, byte, blocks in found:
                 train.begin_document()
                 val.begin_document()
-                place = Place(is_record, file, line, -1 if byte is None else byte, 0)
+                location = SourceLocation(is_record, file, line, -1 if byte is None else byte, 0)
                 if split_by == 'document':
                     left = 0 if _is_val(next(numbers), share) else sys.maxsize
                 for block in blocks:
-                    train.add(block[:left], place)
-                    place = place.after(block[:left])
-                    val.add(block[left:], place)
-                    place = place.after(block[left:])
+                    train.add(block[:left], location)
+                    location = location.after(block[:left])
+                    val.add(block[left:], location)
+                    location = location.after(block[left:])
                     left = max(0, left - len(block))
             if digest.hexdigest() != source.sha256:
                 remedy = 'run again when nothing writes to it'
@@ -286,11 +286,11 @@ def _is_val(number: int, share: Fraction) -> bool:
 
 
 class _Encoded(NamedTuple):
-    """The ids (N,) of texts, their UTF-8 bytes, and (index of its first id, place) of each."""
+    """The ids (N,) of texts, their UTF-8 bytes, and (index of its first id, location) of each."""
 
     ids: np.ndarray
     n_bytes: int
-    marks: list[tuple[int, Place]]
+    marks: list[tuple[int, SourceLocation]]
 
 
 class _SplitWriter:
@@ -314,9 +314,9 @@ class _SplitWriter:
         self.shards, self.marks, self.n_tokens = [], [], 0
         self.split_is_empty = self.document_is_empty = True
         self.held = []  # blocks of the current document that are not in `texts` yet
-        self.held_from = None  # the place of the first of them
+        self.held_from = None  # the location of the first of them
         self.n_held = 0  # characters in `held` and in `texts`
-        self.texts = []  # (place, text) to be encoded, each by itself; None is a separator
+        self.texts = []  # (location, text) to be encoded, each by itself; None is a separator
         self.encoding = collections.deque()  # futures, in order
 
     def begin_document(self):
@@ -325,7 +325,7 @@ class _SplitWriter:
             self.texts.append((self.held_from, text))
         self.held, self.document_is_empty = [], True
 
-    def add(self, block: str, place: Place):
+    def add(self, block: str, location: SourceLocation):
         """Adds the next part of the current document. An empty document gets no separator."""
         if not block:
             return
@@ -334,14 +334,14 @@ class _SplitWriter:
             self.texts.append(None)
         self.split_is_empty = self.document_is_empty = False
         if not self.held:
-            self.held_from = place
+            self.held_from = location
         self.held.append(block)
         self.n_held += len(block)
         if self.n_held >= documents.BLOCK_BYTES:
             if cut := self.tokenizer.cut(block):
                 self.held[-1] = block[:cut]
                 self.texts.append((self.held_from, ''.join(self.held)))
-                self.held, self.held_from = [block[cut:]], place.after(block[:cut])
+                self.held, self.held_from = [block[cut:]], location.after(block[:cut])
             self._submit()
 
     def _submit(self):
@@ -356,7 +356,7 @@ class _SplitWriter:
         while len(self.encoding) > 2 * (os.cpu_count() or 1):
             self._store(self.encoding.popleft().result())
 
-    def _encode(self, texts: list[tuple[Place, str] | None]) -> _Encoded:
+    def _encode(self, texts: list[tuple[SourceLocation, str] | None]) -> _Encoded:
         """Encodes each text by itself; None is the separator."""
         pieces = [self.separator if text is None else self.encode(text[1]) for text in texts]
         ids, n_bytes = np.concatenate(pieces), sum(len(text[1].encode()) for text in texts if text)
@@ -369,7 +369,7 @@ class _SplitWriter:
 
     def _store(self, encoded: _Encoded):
         ids = encoded.ids
-        marks = [(self.n_tokens + start, *place[1:]) for start, place in encoded.marks]
+        marks = [(self.n_tokens + start, *location[1:]) for start, location in encoded.marks]
         self.marks.append(np.array(marks, MARK))
         self.n_tokens += len(ids)
         self.n_bytes += encoded.n_bytes

@@ -23,6 +23,11 @@ def counted(n: int, plural: str) -> str:
     return f'{n:,} {plural.removesuffix("s") if n == 1 else plural}'
 
 
+def binary_size(n_bytes: int) -> str:
+    """'1.5 GiB', '0.2 MiB'."""
+    return f'{n_bytes / 2**30:.1f} GiB' if n_bytes >= 2**30 else f'{n_bytes / 2**20:.1f} MiB'
+
+
 def say(text: str) -> None:
     """Prints a line, which may hold names that others chose, at once."""
     put(printable(text, sys.stdout))

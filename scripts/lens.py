@@ -93,23 +93,20 @@ def main(arguments: list[str]) -> None:
 
     devices.select_platform(_PLATFORM.value)
     if command == 'shapes':
-        print(look.shapes(config.resolve(_CONFIG.value), _VOCAB_SIZE.value, _FORMAT.value, say))
+        print(
+            look.shapes(config.resolve(_CONFIG.value), _VOCAB_SIZE.value, _FORMAT.value, cli.notify)
+        )
         return
     prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     loaded = library.load(_CKPT_DIR.value, _STEP.value)
     options = {'new_tokens': _NEW_TOKENS.value, 'seed': _SEED.value}
-    say(repr(loaded))
+    cli.notify(repr(loaded))
     with faults.memory_errors('sample'):
         if command == 'report':
-            look.report(loaded, prompt, _OUT.value, skip=_SKIP.value, notify=say, **options)
+            look.report(loaded, prompt, _OUT.value, skip=_SKIP.value, notify=cli.notify, **options)
         else:
             head = sites.parse_head(_HEAD.value) if _HEAD.value else None
             look.show(loaded, prompt, at=_AT.value, head=head, **options)
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f'[{text}]', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

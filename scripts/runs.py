@@ -8,14 +8,17 @@ Each page is one HTML file that needs no network. A run can be looked at while i
 reading: checkpoints from step 0 on, and measurements at log-spaced steps.
 """
 
-import sys
-
 from absl import flags
 
 from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "report: the run's folder.")
+_CORPUS = flags.DEFINE_string(
+    'corpus',
+    None,
+    "Where the run's own corpus is now, if it was moved since training; compare: of all runs.",
+)
 _OUT = flags.DEFINE_string('out', None, 'The HTML file to write.', required=True)
 _TEXT = flags.DEFINE_string(
     'text', None, 'The text to follow; by default the beginning of the validation text.'
@@ -26,11 +29,6 @@ _STEPS = flags.DEFINE_list(
 _PLATFORM = cli.platform_flag()
 
 
-def notify(text: str) -> None:
-    """Progress goes to stderr."""
-    print(f'[{text}]', file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str]) -> None:
     """One call of the library."""
     command, *folders = arguments or ['']
@@ -39,21 +37,27 @@ def main(arguments: list[str]) -> None:
     out = files.output_path(_OUT.value)
     from gpt2_jax.parallel import devices
     from gpt2_jax.reports import compare, run
+    from gpt2_jax.workdir import history
 
     if command == 'compare':
         cli.refuse([_WORKDIR, _STEPS], 'with compare')
-        devices.select_platform(_PLATFORM.value)
-        runs = [files.user_path(folder) for folder in folders]
-        print(compare.write_comparison(runs, out, text=_TEXT.value, notify=notify))
-        return
-    cli.no_more(folders)
-    if _WORKDIR.value is None:
-        raise UsageError("report needs --workdir: the run's folder")
-    workdir = files.user_path(_WORKDIR.value)
+    else:
+        cli.no_more(folders)
+        if _WORKDIR.value is None:
+            raise UsageError("report needs --workdir: the run's folder")
+        folders = [_WORKDIR.value]
+    workdirs = [files.user_path(folder) for folder in folders]
+    corpora = [_CORPUS.value or history.read_config(path).data.corpus for path in workdirs]
     devices.select_platform(_PLATFORM.value)
-    for line in run.write_steps(workdir, out, _STEPS.value, notify=notify):
-        print(line)
-    print(run.write_run(workdir, out, text=_TEXT.value, notify=notify))
+    options = {'corpus': _CORPUS.value, 'notify': cli.notify}
+    with cli.corpus_hint(*corpora):
+        if command == 'compare':
+            print(compare.write_comparison(workdirs, out, text=_TEXT.value, **options))
+            return
+        (workdir,) = workdirs
+        for line in run.write_steps(workdir, out, _STEPS.value, **options):
+            print(line)
+        print(run.write_run(workdir, out, text=_TEXT.value, **options))
 
 
 if __name__ == '__main__':

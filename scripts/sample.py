@@ -4,8 +4,6 @@ python scripts/sample.py --ckpt_dir=runs/quickstart --prompt='ROMEO:'
 echo 'To be' | python scripts/sample.py --ckpt_dir=runs/quickstart --num_samples=3 --top_k=20
 """
 
-import sys
-
 from absl import flags
 
 from gpt2_jax import cli, files
@@ -80,7 +78,6 @@ def main(arguments: list[str]) -> None:
         from gpt2_jax.inference.sampling import Sampling
         from gpt2_jax.inference.streaming import print_samples
         from gpt2_jax.parallel import devices, faults
-        from gpt2_jax.terminal import printable
         from gpt2_jax.workdir import restore
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
@@ -88,11 +85,10 @@ def main(arguments: list[str]) -> None:
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)
-    about = (
-        f'[step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
-        f'{model.cfg.dtype}, {model.cfg.kernels} kernels]'
+    cli.notify(
+        f'step {restored.step} of {_CKPT_DIR.value}; {devices.describe_device(jax.devices()[0])}; '
+        f'{model.cfg.dtype}, {model.cfg.kernels} kernels'
     )
-    print(printable(about, sys.stderr), file=sys.stderr)
     with faults.memory_errors('sample'):
         print_samples(
             model,
@@ -106,7 +102,7 @@ def main(arguments: list[str]) -> None:
             special_tokens=_SPECIAL_TOKENS.value,
             seed=_SEED.value,
             strict_context=_STRICT.value,
-            notify=lambda text: print(f'[{text}]', file=sys.stderr),
+            notify=cli.notify,
         )
 
 

@@ -65,11 +65,6 @@ def find() -> None:
         print('\n'.join(ledger.to_lines(found, _LIMIT.value)))
 
 
-def notify(text: str) -> None:
-    """Progress goes to stderr."""
-    print(f'[{text}]', file=sys.stderr, flush=True)
-
-
 def the_step(command: str) -> tuple[Path, int]:
     """The run's folder and --step. Selects the device."""
     cli.refuse(FIND, f'with {command}')
@@ -89,7 +84,7 @@ def show() -> None:
     from gpt2_jax.diagnostics.replay import Replay
     from gpt2_jax.reports import step
 
-    replay = Replay(folder, notify, _CORPUS.value)
+    replay = Replay(folder, cli.notify, _CORPUS.value)
     found = step.to_json(replay.run, replay.open(number))
     if out:
         print(step.write(found, out))
@@ -105,7 +100,7 @@ def examine() -> None:
     cli.refuse([_OUT, _FORMAT, _LIMIT], 'with autopsy')
     from gpt2_jax.reports import autopsy
 
-    said, page = autopsy.explain(folder, number, notify, _CORPUS.value)
+    said, page = autopsy.explain(folder, number, cli.notify, _CORPUS.value)
     print('\n'.join([*said, f'{page} shows all of it']))
 
 

@@ -301,6 +301,16 @@ ROWS = {
         1,
         ['damagd: no such folder; did you mean', '/damaged?'],
     ),
+    'file in the place of a run': (
+        sample(run='text.txt'),
+        1,
+        ['text.txt is a file: expected the folder of a run, with', 'scripts/train.py --workdir'],
+    ),
+    'file in a run': (
+        sample(run='run/config.json'),
+        1,
+        ['config.json is a file: expected the folder of a run, such as', '/run'],
+    ),
     'folder around runs': (sample(run='.'), 1, ['such as', '/damaged or', '/run']),
     'folder in a run': (
         sample(run=f'run/{FOLDER}'),

@@ -1,5 +1,6 @@
 """Generation: cached = uncached text, sampling = its definition in numpy, and streaming."""
 
+import itertools
 import math
 
 import jax
@@ -11,7 +12,7 @@ from tiny import rough_params, tiny
 
 from gpt2_jax.data.tokenizers import ByteTokenizer, make_tokenizer
 from gpt2_jax.errors import UsageError
-from gpt2_jax.inference import decoding
+from gpt2_jax.inference import decoding, streaming
 from gpt2_jax.inference.decoding import CHUNK, generate
 from gpt2_jax.inference.sampling import Sampling, sample_token
 from gpt2_jax.inference.streaming import encode_prompt, print_samples, stream_text
@@ -391,3 +392,21 @@ def test_printed_samples(capsys):
     print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=3, stop=[stop], **options)
     texts = [f'--- sample {i} of 3 ---\ndbe{row.split(stop)[0]}\n' for i, row in enumerate(rows, 1)]
     assert capsys.readouterr().out == ''.join(texts) + full
+
+
+def test_a_ctrl_c_keeps_the_notices(capsys, monkeypatch):
+    """The text ends its line, and the notice follows as after a whole text."""
+    tokenizer, stream = make_tokenizer('char', 'abcdefghijk'), streaming.stream_text
+
+    def interrupted(*args):
+        yield from itertools.islice(stream(*args), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, 'stream_text', interrupted)
+    options = dict(max_new_tokens=60, notify=print)
+    with pytest.raises(KeyboardInterrupt):
+        print_samples(MODEL, PARAMS, tokenizer, 'dbe', num_samples=1, **options)
+    written, notice, end = capsys.readouterr().out.split('\n')
+    assert written.startswith('dbe')
+    assert notice == 'the context of 20 tokens is full: continuing from its last 10'
+    assert end == ''

@@ -126,6 +126,8 @@ def test_generated_text_depends_on_the_seed_alone(loaded):
         ({'prompt': ['a', 'b']}, r"prompt = \['a', 'b'\] is not allowed; expected one text"),
         ({'prompt': 123}, 'prompt = 123 is not allowed'),
         ({'temperature': 'hot'}, "temperature = 'hot' is not allowed; expected a number"),
+        ({'top_k': 2.5}, 'top_k = 2.5 is not allowed; expected a whole number'),
+        ({'top_k': float('nan')}, 'top_k = nan is not allowed; expected a whole number'),
         ({'seed': -1}, 'seed = -1 is not allowed'),
     ],
 )

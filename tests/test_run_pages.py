@@ -3,6 +3,7 @@ Chromium that moves the slider, picks a head and opens a step."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,32 @@ def test_an_opened_step_shows_its_rows(trained, page, tab):
 
 
 @needs_browser
+def test_metrics_have_as_many_digits_as_they_need(page, tab):
+    """Six of the loss, four of the learning rate, five of a norm; three of a very small number."""
+    step = page.with_name('page_step_4.html')
+    tab.open(step)
+    found, shown = facts(step)['replayed'], tab.text('.facts')
+    for name, digits in {'loss': 6, 'learning_rate': 4, 'grad_norm': 5, 'param_norm': 5}.items():
+        assert f'{found[name]:.{digits}g}' in shown
+    values = {
+        'loss': (4.1234567, 2, None),
+        'learning_rate': (0.00298765, 0.0006),
+        'update_norm': (0.0123456, 49.4444444, 1234.567),
+    }
+    calls = [f'metric("{name}", {json.dumps(x)})' for name, xs in values.items() for x in xs]
+    assert tab.run(f'[{", ".join(calls)}]') == [
+        '4.12346',
+        '2',
+        'not finite',
+        '0.002988',
+        '6.00e-4',
+        '0.012346',
+        '49.444',
+        '1,234.6',
+    ]
+
+
+@needs_browser
 def test_runs_are_compared(trained, folder, tab):
     out = folder / 'compare.html'
     (folder / 'other').symlink_to(trained)
@@ -159,6 +186,26 @@ def test_wrong_questions_are_one_line(trained, folder):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))
+
+
+def test_a_text_that_was_moved(trained, folder):
+    text, gone = folder / 'text.txt', folder / 'gone.txt'
+    copies = [folder / 'moved', folder / 'moved_too']
+    for copy in copies:
+        shutil.copytree(trained, copy)
+        config = (copy / 'config.json').read_text()
+        (copy / 'config.json').write_text(config.replace(str(text), str(gone)))
+    out = folder / 'moved.html'
+    for arguments, pages in (
+        (('report', f'--workdir={copies[0]}', '--steps=4'), [out, folder / 'moved_step_4.html']),
+        (('compare', *copies), [out]),
+    ):
+        code, printed, err = runs.script('runs', *arguments, f'--out={out}')
+        assert (code, printed) == (1, '')
+        assert err.endswith(f'; --corpus=PATH says where {gone} is now\n')
+        code, printed, err = runs.script('runs', *arguments, f'--out={out}', f'--corpus={text}')
+        assert code == 0, err
+        assert {line.split()[1] for line in printed.splitlines()} == set(map(str, pages))
 
 
 def test_a_head_is_what_its_scores_say():

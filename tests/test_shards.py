@@ -18,7 +18,8 @@ from bpe import MERGES, SMALL, TEXTS, published
 
 from gpt2_jax.data import documents, load, shards, tokenizers
 from gpt2_jax.data.batches import train_batch
-from gpt2_jax.data.dataset import MAX_OPEN, SPLITS, Tokens, from_text
+from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
+from gpt2_jax.data.id_files import MAX_OPEN
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.prepare import SIGNALS, SPLIT_BY, describe, prepare

@@ -25,7 +25,7 @@ LAYERS = (
     'files terminal',
     'config verified',
     # data: from raw text to the batch of a step
-    'data.documents data.vocabulary',
+    'data.documents data.vocabulary data.id_files',
     'data.tokenizers',
     'data.corpora data.dataset',
     'data.shards data.bin_files data.batches',

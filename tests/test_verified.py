@@ -12,7 +12,7 @@ import pytest
 from bpe import SMALL
 
 from gpt2_jax import verified
-from gpt2_jax.data import dataset, tokenizers
+from gpt2_jax.data import id_files, tokenizers
 from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.bin_files import open_token_files
 from gpt2_jax.data.shards import open_shards
@@ -31,13 +31,13 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """The names of the files that were read whole since the list was cleared."""
-    verify, names = dataset.verify_ids, []
+    verify, names = id_files.verify_ids, []
 
     def note(ids, *args, **options):
         names.append(os.path.basename(ids.path))
         return verify(ids, *args, **options)
 
-    monkeypatch.setattr(dataset, 'verify_ids', note)
+    monkeypatch.setattr(id_files, 'verify_ids', note)
     return names
 
 
@@ -58,7 +58,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch, read):
     assert len(read) == 8  # small data: each time
     assert not (tmp_path / 'cache').exists()
 
-    monkeypatch.setattr(dataset, 'LARGE_BYTES', 400)
+    monkeypatch.setattr(id_files, 'LARGE_BYTES', 400)
     assert open_token_files(pattern, SMALL).sha256 == first.sha256
     read.clear()
     again = open_token_files(pattern, SMALL)
@@ -77,7 +77,7 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch, read):
 def test_a_change_is_noticed(tmp_path, monkeypatch, read, times):
     """Also of one byte, and if the time of modification is set back."""
     pattern, path = write_bins(tmp_path / 'web'), tmp_path / 'web/web_train_2.bin'
-    monkeypatch.setattr(dataset, 'LARGE_BYTES', 400)
+    monkeypatch.setattr(id_files, 'LARGE_BYTES', 400)
     before, stat = open_token_files(pattern, SMALL).sha256, path.stat()
     data = bytearray(path.read_bytes())
     data[4] ^= 1
@@ -92,7 +92,7 @@ def test_a_change_is_noticed(tmp_path, monkeypatch, read, times):
 
 def test_a_file_that_changed_a_moment_ago_is_not_recorded(tmp_path, monkeypatch, read):
     pattern = write_bins(tmp_path / 'web')
-    monkeypatch.setattr(dataset, 'LARGE_BYTES', 400)
+    monkeypatch.setattr(id_files, 'LARGE_BYTES', 400)
     monkeypatch.setattr(verified, 'SETTLED_NS', SETTLED)
     open_token_files(pattern, SMALL)
     open_token_files(pattern, SMALL)
@@ -104,7 +104,7 @@ def test_a_file_that_changed_a_moment_ago_is_not_recorded(tmp_path, monkeypatch,
 )
 def test_a_damaged_record_counts_as_none(tmp_path, monkeypatch, read, record):
     pattern = write_bins(tmp_path / 'web')
-    monkeypatch.setattr(dataset, 'LARGE_BYTES', 400)
+    monkeypatch.setattr(id_files, 'LARGE_BYTES', 400)
     before = open_token_files(pattern, SMALL).sha256
     (kept,) = (tmp_path / 'cache/gpt2_jax/verified').iterdir()
     kept.write_text(record.replace('PATH', f'{tmp_path}/web/web_train_1.bin'))
@@ -115,7 +115,7 @@ def test_a_damaged_record_counts_as_none(tmp_path, monkeypatch, read, record):
 
 def test_without_a_cache_all_is_read_again(tmp_path, monkeypatch, read):
     pattern = write_bins(tmp_path / 'web')
-    monkeypatch.setattr(dataset, 'LARGE_BYTES', 400)
+    monkeypatch.setattr(id_files, 'LARGE_BYTES', 400)
     (tmp_path / 'cache').write_text('a file in the place of the folder')
     open_token_files(pattern, SMALL)
     open_token_files(pattern, SMALL)
@@ -137,16 +137,16 @@ def test_shards_are_verified_in_the_background(tmp_path, monkeypatch, read, caps
     whole, content = open_shards(folder), path.read_bytes()
     path.write_bytes(content[:-1] + bytes([(content[-1] + 1) % 12]))
     read.clear()
-    monkeypatch.setattr(dataset, 'LARGE_BYTES', 200)
+    monkeypatch.setattr(id_files, 'LARGE_BYTES', 200)
     capsys.readouterr()
-    begin, verify = threading.Event(), dataset.verify_ids
+    begin, verify = threading.Event(), id_files.verify_ids
 
     def verify_later(*args, **options):
         begin.wait(30)
         return verify(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, 'verify_ids', verify_later)
+        patch.setattr(id_files, 'verify_ids', verify_later)
         opened = open_shards(folder)
         assert 'verifying 0.0 GB of tokens in the background' in capsys.readouterr().err
         assert opened.sha256 == whole.sha256

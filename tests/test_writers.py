@@ -11,6 +11,7 @@ import runs
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from gpt2_jax import cli
 from gpt2_jax.terminal import printable
 from gpt2_jax.workdir.log import Logger
 
@@ -146,3 +147,11 @@ def test_text_is_changed_for_a_terminal_alone():
     assert printable(text, io.StringIO()) == text
     assert printable(text, None) == text
     assert printable(text, Terminal()) == text.replace('\x1b', r'\x1b')
+
+
+def test_a_terminal_does_not_obey_the_progress_of_scripts(monkeypatch):
+    """A folder's name may hold them."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    cli.notify('step 2 of runs/\x1b[2Ja')
+    assert terminal.getvalue() == '[step 2 of runs/\\x1b[2Ja]\n'

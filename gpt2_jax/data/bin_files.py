@@ -13,15 +13,8 @@ import numpy as np
 
 from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.dataset import (
-    SPLITS,
-    Dataset,
-    IdsInFile,
-    KeptFile,
-    Tokens,
-    sha256_of,
-    verify_files,
-)
+from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, sha256_of
+from gpt2_jax.data.id_files import IdsInFile, KeptFile, verify_files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
 
@@ -34,12 +27,12 @@ EXPECTED = 'expected GPT-2 tokens of 16 bits'
 def open_token_files(
     pattern: str, tokenizer: Tokenizer, wanted: tuple[str, ...] = SPLITS
 ) -> Dataset:
-    """Opens the files that match a pattern, in the order of their names, verified as in dataset.py.
+    """Opens the files that match a pattern, in the order of their names.
 
-    A file with 'val' (or 'valid', 'validation', 'eval') as a word of its name is for validation,
-    any other for training. Only the files of the `wanted` splits are opened, and each of these
-    splits must have some. Raises UserError naming a file that is damaged, or that holds tokens
-    outside the vocabulary of `tokenizer`.
+    They are verified as in id_files.py. A file with 'val' (or 'valid', 'validation', 'eval') as a
+    word of its name is for validation, any other for training. Only the files of the `wanted`
+    splits are opened, and each of these splits must have some. Raises UserError naming a file that
+    is damaged, or that holds tokens outside the vocabulary of `tokenizer`.
     """
     paths = files.matching(pattern)
     splits = ['val' if VALIDATION.search(path.name) else 'train' for path in paths]

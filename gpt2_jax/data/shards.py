@@ -15,15 +15,8 @@ import numpy as np
 
 from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.dataset import (
-    SPLITS,
-    Dataset,
-    IdsInFile,
-    KeptFile,
-    Tokens,
-    sha256_of,
-    verify_files,
-)
+from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, sha256_of
+from gpt2_jax.data.id_files import IdsInFile, KeptFile, verify_files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.foreign import PLAIN_NAME, SHA256, Maybe, integer, one_of
 
@@ -59,8 +52,11 @@ MARK = np.dtype(
 )
 
 
-class Place(NamedTuple):
-    """A place in an input, as in MARK. `is_record`: the document is a line or a row of its file."""
+class SourceLocation(NamedTuple):
+    """A location in an input, as in MARK.
+
+    `is_record` says whether the document is a line or a row of its file.
+    """
 
     is_record: bool
     file: int
@@ -68,8 +64,8 @@ class Place(NamedTuple):
     byte: int
     within: int
 
-    def after(self, text: str) -> 'Place':
-        """The place after a text that begins here."""
+    def after(self, text: str) -> 'SourceLocation':
+        """The location after a text that begins here."""
         n_bytes = len(text.encode())
         if self.is_record:
             return self._replace(within=self.within + n_bytes)
@@ -84,7 +80,7 @@ def is_prepared(path: str | os.PathLike) -> bool:
 def open_shards(folder: str | os.PathLike) -> Dataset:
     """Opens a prepared folder whose files are what the manifest says, by size, form and SHA-256.
 
-    The SHA-256 of large data is computed once, in the background (see dataset.verify_files).
+    The SHA-256 of large data is computed once, in the background (see id_files.verify_files).
     Raises UserError naming the file that is missing, damaged, of another format or tokenizer, or
     that holds an id outside the vocabulary. Nothing outside the folder is opened.
     """

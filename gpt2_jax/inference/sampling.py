@@ -14,6 +14,11 @@ from gpt2_jax.errors import UsageError
 MIN_NORMAL = float(np.finfo(np.float32).tiny)
 
 
+def is_whole(value) -> bool:
+    """Whether this is a whole number from 0."""
+    return isinstance(value, numbers.Integral) and value >= 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from logits.
@@ -34,7 +39,7 @@ class Sampling:
                 raise UsageError(f'{name} = {value!r} is not allowed; expected a number')
         for name, right, expected in (
             ('temperature', 0 <= self.temperature < math.inf, '0 (greedy) or more, and finite'),
-            ('top_k', self.top_k >= 0, '0 (all) or more'),
+            ('top_k', is_whole(self.top_k), 'a whole number from 0 (all)'),
             ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (all)'),
         ):
             if not right:

@@ -83,19 +83,24 @@ def print_samples(
     """Prints continuations of `prompt`: a single one as it grows, several once all are decoded.
 
     `stop` is as in stream_text, `special_tokens` as in encode_prompt, `options` as in generate.
-    `notify` is called after the last text, so that no notice interrupts a text.
+    `notify` is called after the last text, so that no notice interrupts a text. It is also called,
+    on a new line, if a Ctrl-C or an error ends the last text.
     """
     notes: list[str] = []
     ids = encode_prompt(tokenizer, prompt, special_tokens)
     chunks = generate(model, params, ids, num_samples=num_samples, notify=notes.append, **options)
-    if num_samples > 1:
-        chunks = list(chunks)
-    for row in range(num_samples):
+    try:
         if num_samples > 1:
-            print(f'--- sample {row + 1} of {num_samples} ---')
-        print(printable(prompt, sys.stdout), end='')
-        for text in stream_text(chunks, tokenizer, row, stop):
-            print(printable(text, sys.stdout), end='', flush=True)
-        print(flush=True)
-    for note in notes:
-        notify(note)
+            chunks = list(chunks)
+        for row in range(num_samples):
+            if num_samples > 1:
+                print(f'--- sample {row + 1} of {num_samples} ---')
+            try:
+                print(printable(prompt, sys.stdout), end='')
+                for text in stream_text(chunks, tokenizer, row, stop):
+                    print(printable(text, sys.stdout), end='', flush=True)
+            finally:
+                print(flush=True)
+    finally:
+        for note in notes:
+            notify(note)

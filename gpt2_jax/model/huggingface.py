@@ -239,7 +239,7 @@ def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
     }
 
 
-class _Place(NamedTuple):
+class _Leaf(NamedTuple):
     """Where a published tensor belongs in our tree of parameters, and its shape here and there."""
 
     path: tuple[str, ...]
@@ -247,13 +247,13 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _published(cfg: GPT2Config) -> dict[str, _Place]:
-    """{published name: its place} of every parameter of a model."""
+def _published(cfg: GPT2Config) -> dict[str, _Leaf]:
+    """{published name: its leaf} of every parameter of a model."""
     D, F, HK, table = (cfg.n_embd,), (cfg.d_ff,), (cfg.n_head, cfg.head_dim), {}
 
     def add(module, kind, our_shape, shape):
         path = (*module.replace('h.', 'h_', 1).split('.'), kind)
-        table[f'{module}.{"bias" if kind == "bias" else "weight"}'] = _Place(path, our_shape, shape)
+        table[f'{module}.{"bias" if kind == "bias" else "weight"}'] = _Leaf(path, our_shape, shape)
 
     def add_norm(module):
         for kind in ('scale', 'bias')[: 1 + cfg.bias]:

@@ -8,6 +8,7 @@ import jax
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.parallel.devices import describe_device, free_memory
+from gpt2_jax.terminal import binary_size
 
 ADVICE = {
     'train': 'lower --config.train.batch_size, raise --config.train.grad_accum_steps (the same '
@@ -30,8 +31,8 @@ def estimate_memory(shapes, layout, device: jax.Device, n_devices: int) -> list[
     if device.platform == 'cpu':  # its simulated devices share one memory
         needed = (needed + state) * n_devices
     free = free_memory(device)
-    line = f'memory     {_size(needed)} for parameters, moments, gradients and saving'
-    lines = [line + (f'; {_size(free)} are free' if free else '')]
+    line = f'memory     {binary_size(needed)} for parameters, moments, gradients and saving'
+    lines = [line + (f'; {binary_size(free)} are free' if free else '')]
     if free and needed > free:
         lines.append(f'warning: this may run out of memory: {ADVICE["train"]}')
     return lines
@@ -42,8 +43,8 @@ def warn_about_program(compiled, device: jax.Device) -> None:
     sizes, free = compiled.memory_analysis(), free_memory(device)
     if sizes and free and sizes.temp_size_in_bytes > free:
         print(
-            f'warning: a step needs {_size(sizes.temp_size_in_bytes)} for activations, and '
-            f'{_size(free)} are free: {ADVICE["train"]}',
+            f'warning: a step needs {binary_size(sizes.temp_size_in_bytes)} for activations, and '
+            f'{binary_size(free)} are free: {ADVICE["train"]}',
             flush=True,
         )
 
@@ -56,10 +57,6 @@ def _share(shapes, layout) -> int:
         layout,
     )
     return sum(jax.tree.leaves(parts))
-
-
-def _size(n_bytes: int) -> str:
-    return f'{n_bytes / 2**30:.1f} GiB' if n_bytes >= 2**30 else f'{n_bytes / 2**20:.1f} MiB'
 
 
 @contextlib.contextmanager

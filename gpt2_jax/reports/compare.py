@@ -19,14 +19,24 @@ from gpt2_jax.workdir import history
 
 
 def write_comparison(
-    folders: list[Path], out: Path, *, text: str | None = None, notify: Notify = print
+    folders: list[Path],
+    out: Path,
+    *,
+    text: str | None = None,
+    corpus: str | None = None,
+    notify: Notify = print,
 ) -> str:
-    """Writes the page that compares runs; returns a line that names it. Raises UserError."""
+    """Writes the page that compares runs; returns a line that names it.
+
+    `text` takes the probe text's place. `corpus` is as in ledger.open_run, for all runs. Raises
+    UserError.
+    """
     if len(folders) < 2:
         raise UsageError(f'compare needs two runs or more, and got {len(folders)}')
     names = _distinct_names(folders)
     found = [
-        _summary_of(folder, name, text, notify) for folder, name in zip(folders, names, strict=True)
+        _summary_of(folder, name, text, corpus, notify)
+        for folder, name in zip(folders, names, strict=True)
     ]
     settings = [config_lib.flatten(history.read_config(folder)) for folder in folders]
     differ = {
@@ -38,9 +48,11 @@ def write_comparison(
     return write_page('compare', f'{" and ".join(names)} compared', data, out)
 
 
-def _summary_of(folder: Path, name: str, text: str | None, notify: Notify) -> dict[str, Any]:
+def _summary_of(
+    folder: Path, name: str, text: str | None, corpus: str | None, notify: Notify
+) -> dict[str, Any]:
     """One run on the page that compares: curves, and its best checkpoint on the text."""
-    run = ledger.open_run(folder)
+    run = ledger.open_run(folder, corpus)
     setup = setup_here(run.config, run)
     loaded = load(folder)
     notify(f'{name}: step {loaded.step:,}')

@@ -37,12 +37,20 @@ HEAD_SCORE, BECAME = 0.25, 0.5
 SPIKES = 6  # steps worth opening
 
 
-def write_run(folder: Path, out: Path, *, text: str | None = None, notify: Notify = print) -> str:
-    """Writes the page of a run; returns a line that names it. `text` takes the probe text's place.
+def write_run(
+    folder: Path,
+    out: Path,
+    *,
+    text: str | None = None,
+    corpus: str | None = None,
+    notify: Notify = print,
+) -> str:
+    """Writes the page of a run; returns a line that names it.
 
-    Pages of opened steps that lie beside `out` as NAME_step_N.html are linked. Raises UserError.
+    `text` takes the probe text's place. `corpus` is as in ledger.open_run. Pages of opened steps
+    that lie beside `out` as NAME_step_N.html are linked. Raises UserError.
     """
-    data = collect(folder, text=text, notify=notify)
+    data = collect(folder, text=text, corpus=corpus, notify=notify)
     data['opened'] = {
         int(path.stem.rpartition('_')[2]): path.name
         for path in sorted(out.parent.glob(f'{out.stem}_step_*.html'))
@@ -52,21 +60,28 @@ def write_run(folder: Path, out: Path, *, text: str | None = None, notify: Notif
 
 
 def write_steps(
-    folder: Path, out: Path, steps: list[str], *, notify: Notify = print
+    folder: Path,
+    out: Path,
+    steps: list[str],
+    *,
+    corpus: str | None = None,
+    notify: Notify = print,
 ) -> Iterator[str]:
     """Writes pages of opened updates where `write_run` links them; yields a line for each."""
     wrong = [step for step in steps if not step.isdecimal()]
     if wrong:
         raise UsageError(f'--steps has {wrong[0]!r}: expected numbers of updates')
-    replay = Replay(folder, notify) if steps else None
+    replay = Replay(folder, notify, corpus) if steps else None
     for step in sorted(map(int, steps)):
         found = step_report.to_json(replay.run, replay.open(step))
         yield step_report.write(found, out.with_name(f'{out.stem}_step_{step}.html'))
 
 
-def collect(folder: Path, *, text: str | None = None, notify: Notify = print) -> dict[str, Any]:
+def collect(
+    folder: Path, *, text: str | None = None, corpus: str | None = None, notify: Notify = print
+) -> dict[str, Any]:
     """Everything on the page of a run. Raises UserError if there is nothing to show yet."""
-    run = ledger.open_run(folder)
+    run = ledger.open_run(folder, corpus)
     setup = setup_here(run.config, run)
     models = load_checkpoints(folder, notify)
     if not models:

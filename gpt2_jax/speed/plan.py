@@ -15,6 +15,7 @@ from gpt2_jax.parallel import rules
 from gpt2_jax.speed.case import SCALE_CASES, Case, parameter_shapes, scale_case
 from gpt2_jax.speed.memory import GIB, memory
 from gpt2_jax.speed.timing import GPU, Collective, collectives, seconds
+from gpt2_jax.terminal import binary_size
 
 MEMORY_FRACTION = 0.75  # the share that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
 
@@ -101,15 +102,15 @@ def describe(planned: Plan, gpu: GPU, fraction: float = MEMORY_FRACTION) -> Iter
     for part in parts:
         if part in planned.reasons:
             yield f'           {part}: {planned.reasons[part]}'
-    yield f'memory     {_size(planned.peak)} a device, {planned.moment}'
+    yield f'memory     {binary_size(planned.peak)} a device, {planned.moment}'
     for name, size in planned.memory.items():
-        yield f'           {_size(size):>10}  {name}'
+        yield f'           {binary_size(size):>10}  {name}'
     policies = {
         remat: plan(case._replace(cfg=dataclasses.replace(case.cfg, remat=remat)), gpu).peak
         for remat in ('none', 'dots', 'block')
     }
     yield '           by model.remat: ' + ', '.join(
-        f'{name} {_size(size)}' for name, size in policies.items()
+        f'{name} {binary_size(size)}' for name, size in policies.items()
     )
     rows, limit = largest_rows(case, gpu, fraction), fraction * gpu.memory / GIB
     if rows < case.rows:
@@ -155,14 +156,10 @@ def table(
         if rate := planned.tokens_per_second:
             milliseconds = case.tokens_an_update / rate * 1e3
             speed = f'{milliseconds:.1f} ms', f'{rate:,.0f}', f'{mfu(planned, gpu):.3f}'
-        memory, fitting = _size(planned.peak), largest_rows(case, gpu, fraction)
+        memory, fitting = binary_size(planned.peak), largest_rows(case, gpu, fraction)
         if fitting < case.rows:
             memory += ': too much'
         yield _row(size, devices, mesh, case.rows, memory, *speed, f'{sent / 1e9:.2f} GB', fitting)
-
-
-def _size(n_bytes: int) -> str:
-    return f'{n_bytes / GIB:.1f} GiB' if n_bytes >= GIB else f'{n_bytes / 2**20:.1f} MiB'
 
 
 def _row(*cells) -> str:

@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.kernels.adamw import MAX_LEAVES, adamw, join, squares
 from gpt2_jax.parallel import collectives
-from gpt2_jax.training.optim import DECAYED, FusedOptimizer, bias_correction, round_kernels
+from gpt2_jax.training.optim import (
+    DECAYED,
+    DirectOptimizer,
+    bias_correction,
+    clip_factor,
+    round_kernels,
+)
 from gpt2_jax.training.optim import make_optimizer as make_optax
 
 BLOCK_MATRICES = 4  # leaves in one call of the kernels: a block has four matrices
@@ -28,7 +34,7 @@ def make_optimizer(
     clip_norm: float,
     round_to: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> FusedOptimizer:
+) -> DirectOptimizer:
     """optim.make_optimizer's update, by kernels that read and write each leaf once.
 
     XLA computes updates, moments and norms in several passes, and copies leaves that one pass reads
@@ -72,7 +78,7 @@ def make_optimizer(
         norm = jnp.sqrt(summed(list(map(squares, grads))))
         scalars = {
             'learning_rate': schedule(at.count),
-            'factor': jnp.where(norm > clip_norm, clip_norm / norm, 1) if clip_norm else 1.0,
+            'factor': clip_factor(norm, clip_norm) if clip_norm else 1.0,
             'correct1': 1 / bias_correction(beta1, adam.count + 1),
             'correct2': 1 / bias_correction(beta2, adam.count + 1),
         }
@@ -124,7 +130,7 @@ def make_optimizer(
             check_vma=False,
         )(grads, state, params)
 
-    return FusedOptimizer(reference.init, update, round_to)
+    return DirectOptimizer(reference.init, update, round_to)
 
 
 class Group(NamedTuple):

@@ -9,10 +9,11 @@ import optax
 
 from gpt2_jax.parallel.partition import leaf_name
 from gpt2_jax.training.optim import (
-    FusedOptimizer,
+    DirectOptimizer,
     adamw,
     as_parameters,
     bias_correction,
+    clip_factor,
     root_of_squares,
 )
 
@@ -46,7 +47,7 @@ def make_muon(
     clip_norm: float,
     dtype: str = 'float32',
     precision: str = 'highest',
-) -> FusedOptimizer:
+) -> DirectOptimizer:
     """Muon on the matrices of the blocks (MATRICES), AdamW on all other leaves, clipped together.
 
         m <- mu m + (1 - mu) g
@@ -72,7 +73,7 @@ def make_muon(
         grads = as_parameters(grads, params)
         norm = root_of_squares(grads)
         if clip_norm:
-            factor = jnp.where(norm > clip_norm, clip_norm / norm, 1)
+            factor = clip_factor(norm, clip_norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
         g, p = muon_leaves(grads), muon_leaves(params)
         n, lr = state.count + 1, jnp.float32(muon_schedule(state.schedule.count))
@@ -100,7 +101,7 @@ def make_muon(
         params = jax.tree.map(lambda is_m, a, b: a if is_m else b, muon_mask(params), p, p_others)
         return params, state, None, norms
 
-    return FusedOptimizer(init, update)
+    return DirectOptimizer(init, update)
 
 
 class MuonState(NamedTuple):

@@ -18,8 +18,10 @@ import optax
 DECAYED = ('kernel', 'embedding')
 
 
-class FusedOptimizer(NamedTuple):
+class DirectOptimizer(NamedTuple):
     """An optimizer whose update returns the new parameters, not what to add to them.
+
+    AdamW by fused kernels (fused_optim.py) and Muon (muon.py) are direct.
 
     init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms).
     `rounded` is `round_kernels(params, round_to)` of the new parameters, or None if `round_to` is
@@ -31,7 +33,7 @@ class FusedOptimizer(NamedTuple):
     round_to: str | None = None
 
 
-Optimizer = optax.GradientTransformation | FusedOptimizer
+Optimizer = optax.GradientTransformation | DirectOptimizer
 
 
 def decay_mask(params):
@@ -170,10 +172,10 @@ def as_parameters(grads, params):
 def apply_update(optimizer: Optimizer, grads, opt_state, params):
     """Clips, runs AdamW and adds the result: new (params, opt_state, rounded, norms).
 
-    `rounded` is as in FusedOptimizer, and None for other optimizers. The norms are grad_norm
+    `rounded` is as in DirectOptimizer, and None for other optimizers. The norms are grad_norm
     (before clipping), update_norm and param_norm (after the update).
     """
-    if isinstance(optimizer, FusedOptimizer):
+    if isinstance(optimizer, DirectOptimizer):
         return optimizer.update(grads, opt_state, params)
     grads = as_parameters(grads, params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -194,12 +196,17 @@ def average_in(average, params, n, decay: float):
     return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
 
 
+def clip_factor(norm, clip_norm: float):
+    """min(1, clip_norm / norm): what gradients of this global norm are multiplied by."""
+    return jnp.where(norm > clip_norm, clip_norm / norm, 1)
+
+
 def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
     """g <- g min(1, clip_norm / ||g||), with ||g||^2 the sum of squares over all leaves."""
 
     def update(grads, state, params=None):
         norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
-        factor = jnp.where(norm > clip_norm, clip_norm / norm, 1)
+        factor = clip_factor(norm, clip_norm)
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

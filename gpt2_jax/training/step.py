@@ -16,7 +16,7 @@ from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, summed_loss, token_losses
 from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.training.optim import (
-    FusedOptimizer,
+    DirectOptimizer,
     Optimizer,
     apply_update,
     as_parameters,
@@ -69,7 +69,7 @@ def init_state(params, optimizer: Optimizer, averages: bool = False) -> TrainSta
     """The state before the first update, with an average of the parameters if `averages`."""
     # Copied, because an update reuses the memory of each array in the state.
     average = jax.tree.map(jnp.copy, params) if averages else None
-    round_to = optimizer.round_to if isinstance(optimizer, FusedOptimizer) else None
+    round_to = optimizer.round_to if isinstance(optimizer, DirectOptimizer) else None
     rounded = round_kernels(params, round_to) if round_to else None
     return TrainState(jnp.int32(0), params, optimizer.init(params), average, rounded)
 

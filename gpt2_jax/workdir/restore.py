@@ -92,11 +92,11 @@ def choose_step(run: Path, step: str) -> int:
 
 
 def _no_checkpoint(run: Path) -> UserError:
-    """The error for a folder without a checkpoint. It suggests a run that may be meant.
+    """The error for a path without a checkpoint. It suggests a run that may be meant.
 
-    It may be a folder with a similar name, or a run that contains this folder or lies in it.
+    It may be a folder with a similar name, or a run that contains this path or lies in it.
     """
-    if not run.is_dir():
+    if not run.exists():
         names = [path.name for path in run.absolute().parent.glob('*') if path.is_dir()]
         near = difflib.get_close_matches(run.name, names, 1)
         hint = (
@@ -109,7 +109,8 @@ def _no_checkpoint(run: Path) -> UserError:
     around = [run.parent, run.parent.parent]  # if `run` is checkpoints or checkpoints/STEP
     inside = sorted(path.parent for path in run.glob(f'*/{FOLDER}'))
     runs = [str(path) for path in (*around, *inside) if committed_steps(path / FOLDER)]
-    expected = f'{run} holds no checkpoint: expected the folder of a run'
+    problem = 'holds no checkpoint' if run.is_dir() else 'is a file'
+    expected = f'{run} {problem}: expected the folder of a run'
     if runs:
         return UserError(f'{expected}, such as {" or ".join(runs[:3])}')
     if any(run.glob('*.safetensors')):
