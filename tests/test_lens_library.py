@@ -127,6 +127,7 @@ def test_generated_text_depends_on_the_seed_alone(loaded):
         ({'prompt': 123}, 'prompt = 123 is not allowed'),
         ({'temperature': 'hot'}, "temperature = 'hot' is not allowed; expected a number"),
         ({'seed': -1}, 'seed = -1 is not allowed'),
+        ({'top_k': 1.5}, 'top_k = 1.5 is not allowed; expected a whole number'),
     ],
 )
 def test_values_that_generate_cannot_use(loaded, wrong, said):

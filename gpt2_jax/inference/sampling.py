@@ -34,7 +34,7 @@ class Sampling:
                 raise UsageError(f'{name} = {value!r} is not allowed; expected a number')
         for name, right, expected in (
             ('temperature', 0 <= self.temperature < math.inf, '0 (greedy) or more, and finite'),
-            ('top_k', self.top_k >= 0, '0 (all) or more'),
+            ('top_k', _is_whole(self.top_k), 'a whole number, 0 (all) or more'),
             ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (all)'),
         ):
             if not right:
@@ -46,6 +46,10 @@ class Sampling:
     def divisor(self) -> float:
         """The temperature as logits can be divided by it in fp32; 0 if it is 0."""
         return max(self.temperature, MIN_NORMAL) if self.temperature else 0.0
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and value >= 0
 
 
 # Draws from the distribution that the model predicts.
