@@ -16,7 +16,7 @@ from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string('workdir', None, "report: the run's folder.")
-_OUT = flags.DEFINE_string('out', None, 'The HTML file to write.', required=True)
+_OUT = flags.DEFINE_string('out', None, 'The HTML file to write.')
 _TEXT = flags.DEFINE_string(
     'text', None, 'The text to follow; by default the beginning of the validation text.'
 )
@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> None:
     command, *folders = arguments or ['']
     if command not in ('report', 'compare'):
         raise UsageError(f'expected a command, report or compare; got {command or "none"}')
+    if _OUT.value is None:
+        raise UsageError(f'{command} needs --out: the HTML file to write')
     out = files.output_path(_OUT.value)
     from gpt2_jax.parallel import devices
     from gpt2_jax.reports import compare, run
