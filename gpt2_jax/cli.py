@@ -28,6 +28,12 @@ from gpt2_jax.errors import DivergedError, UsageError, UserError
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
+# What Python and absl say of a flag's value -> what is said in its place.
+NOT_A_VALUE = {
+    r'invalid literal for int\(\) with base 10: .*': 'not a whole number',
+    'could not convert string to float: .*': 'not a number',
+    r"\('Non-boolean argument to boolean flag', .*\)": 'neither True nor False',
+}
 MAX_PROMPT_BYTES = 1 << 30
 MAX_MESSAGE = 2000  # characters of an error: one that names many settings is this long
 CTRL_C_AGAIN = 0.1  # seconds until a Ctrl-C that Python dropped is sent again
@@ -290,8 +296,25 @@ def _flag_error(error: flags.Error, path: str | None) -> UsageError:
         return UsageError(
             '--config=FILE must come before the settings that change it, --config.KEY=VALUE'
         )
+    if unknown := re.match(r"Unknown command line flag '(.*?)'(?:.*Did you mean: (.*) \?)?", text):
+        return UsageError(f'there is no flag --{unknown[1]}; {_flag_hint(*unknown.groups())}')
+    for pythons_words, plain in NOT_A_VALUE.items():
+        text = re.sub(pythons_words, plain, text)
     key = re.search(r'--config\.([\w.]+)=', text)
     return UsageError(f'{text}; expected {describe(key[1])}' if key else text)
+
+
+def _flag_hint(name: str, alike: str | None) -> str:
+    """What to give in place of the unknown flag `name`; `alike` are the flags that absl suggests.
+
+    A setting that was given without its section is changed by --config.SECTION.NAME.
+    """
+    if 'config' in flags.FLAGS:
+        last = name.rpartition('.')[2]
+        keys = [key for key in SETTINGS if key.rpartition('.')[2] == last]
+        if keys:
+            return f'a setting is changed by {" or ".join(f"--config.{key}=.." for key in keys)}'
+    return f'did you mean --{alike}?' if alike else 'see --help'
 
 
 def _config_error(error: BaseException, path: str) -> UsageError:
@@ -302,13 +325,19 @@ def _config_error(error: BaseException, path: str) -> UsageError:
         frames += traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename == path]
     # A setting of the command line was looked up in a result that has no settings.
-    if 'Attempting to lookup' in str(error):
+    looked_up = 'Attempting to lookup' in str(error) or isinstance(error, KeyError)
+    if looked_up and not frames:
         return UsageError(f'{path}: {WRONG_RESULT}')
+    if "has no attribute 'get_config'" in str(error) and not frames:
+        return UsageError(f'{path} has no function get_config(): {WRONG_RESULT}')
     line = frames[-1].line if frames else ''
     place = f'{path}, line {frames[-1].lineno} ({line})' if frames else path
     if isinstance(error, UserError):
         return UsageError(f'{place}: {error}')
     problem = f'{type(error).__name__}: {error}'
+    if types := re.search(r"original type <class '(.+?)'> .* to type <class '(.+?)'>", problem):
+        found, expected = (name.rpartition('.')[2] for name in types.groups())
+        problem = f'a value of type {found} cannot take the place of one of type {expected}'
     for key in re.findall(r'\w\.(\w+\.\w+)', line):  # config.train.steps -> train.steps
         try:
             check_key(key)

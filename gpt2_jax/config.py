@@ -400,6 +400,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
     Raises UsageError with one line that names the setting, its value and what is allowed.
     """
+    if not isinstance(config, ConfigDict):
+        raise UsageError(
+            f'the configuration is of type {type(config).__name__}: expected the result of '
+            'default_config() in gpt2_jax.config, with other values'
+        )
     config = config.copy_and_resolve_references()
     flat = flatten(config)
     for key, value in flat.items():

@@ -123,9 +123,12 @@ def sha256(path: str | os.PathLike) -> str:
 def user_path(path: str | os.PathLike) -> Path:
     """The path, or pattern, that a user wrote, with ~ for the home folder.
 
-    Raises UsageError for an address such as gs://bucket, for an empty text and one too long to be a
-    path, and for a relative path if the current folder was removed.
+    Raises UsageError for what is not a path, such as a number or an address like gs://bucket, for
+    an empty text and one too long to be a path, and for a relative path if the current folder was
+    removed.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f'{foreign.show(path)} is not a path: expected a text or a pathlib.Path')
     text = os.fspath(path)
     if not text:
         raise UsageError('a path is empty: is a variable of the shell not set?')

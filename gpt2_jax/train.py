@@ -17,7 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
 from gpt2_jax.data.batches import eval_batches, train_batch
 from gpt2_jax.diagnostics import probes
@@ -50,7 +50,7 @@ from gpt2_jax.workdir.storage import Kept
 
 def train(
     config: ConfigDict,
-    workdir: Path,
+    workdir: str | Path,
     *,
     extend: bool = False,
     fresh: bool = False,
@@ -69,7 +69,8 @@ def train(
     `workdir` is a folder that they share. Process 0 prints and writes the logs.
     """
     started = time.monotonic() if started is None else started
-    config = config_lib.resolve(config)
+    config, workdir = config_lib.resolve(config), files.user_path(workdir)
+    check_hooks(hooks)
     with hosts.one_voice(), hosts.lost_processes(), memory_errors('train'):
         setup = build(config)
         check_before_start(setup, fresh)
@@ -80,6 +81,18 @@ def train(
             compiling() as pool,
         ):
             return run_in_folder(setup, workdir, checkpoints, pool, extend, started, hooks)
+
+
+def check_hooks(hooks: Sequence[loop.Hook]) -> None:
+    """Raises UsageError unless `hooks` is a list of hooks: objects with due(step) and a call."""
+    for hook in hooks if isinstance(hooks, Sequence) else [hooks]:
+        if not (callable(hook) and callable(getattr(hook, 'due', None))):
+            raise UsageError(
+                f'hooks holds {foreign.show(hook)}: expected a list of objects with due(step) and '
+                'a call (step, state), as in training/loop.py'
+            )
+    if not isinstance(hooks, Sequence):
+        raise UsageError(f'hooks = {foreign.show(hooks)}: expected a list, [hook]')
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ _CORPUS = flags.DEFINE_string(
     None,
     "Where the run's own corpus is now, if it was moved since training; compare: of all runs.",
 )
-_OUT = flags.DEFINE_string('out', None, 'The HTML file to write.', required=True)
+_OUT = flags.DEFINE_string('out', None, 'The HTML file to write.')
 _TEXT = flags.DEFINE_string(
     'text', None, 'The text to follow; by default the beginning of the validation text.'
 )
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> None:
     command, *folders = arguments or ['']
     if command not in ('report', 'compare'):
         raise UsageError(f'expected a command, report or compare; got {command or "none"}')
+    if _OUT.value is None:
+        raise UsageError(f'{command} needs --out: the HTML file to write')
     out = files.output_path(_OUT.value)
     from gpt2_jax.parallel import devices
     from gpt2_jax.reports import compare, run

@@ -26,7 +26,7 @@ from absl import flags
 from gpt2_jax import cli, files
 from gpt2_jax.errors import UsageError
 
-_WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.", required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, "The run's folder.")
 _CORPUS = flags.DEFINE_string(
     'corpus', None, "Where the run's own corpus is now, if it was moved since training."
 )
@@ -110,6 +110,8 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in commands:
         got = ' '.join(arguments) or 'none'
         raise UsageError(f'expected one command, find, show or autopsy; got {got}')
+    if _WORKDIR.value is None:
+        raise UsageError(f"{arguments[0]} needs --workdir: the run's folder")
     from gpt2_jax.workdir import history
 
     config = history.read_config(files.user_path(_WORKDIR.value))

@@ -167,6 +167,7 @@ def script(name: str, *arguments) -> tuple[int, str, str]:
         for added in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, added)
         flags.FLAGS.unparse_flags()
+        sys.modules.pop('config_config', None)  # else the next --config is loaded on top of it
     raise AssertionError('a script ends with sys.exit')
 
 

@@ -42,10 +42,13 @@ def made(tmp_path_factory):
         ('typo', 'config.train.stepz = 3'),
         ('section', 'config.trian.steps = 3'),
         ('type', "config.train.steps = 'many'"),
+        ('whole section', 'config.train = 3'),
         ('bug', 'config.train.steps = 1 // 0'),
     ):
         (folder / f'{name}.py').write_text(f'{CONFIG}    {line}\n    return config\n')
     (folder / 'nothing.py').write_text(f'{CONFIG}    config.train.steps = 3\n')
+    (folder / 'other_name.py').write_text(f'{CONFIG}    return config\n'.replace('get_', ''))
+    (folder / 'dict.py').write_text('def get_config():\n    return {"train": 3}\n')
     (folder / 'syntax.py').write_text('def get_config(:\n')
     assert runs.quiet_train(runs.make_config(text), folder / 'run')[0] == 0
     damaged = shutil.copytree(folder / 'run', folder / 'damaged') / FOLDER / str(STEPS)
@@ -102,6 +105,22 @@ NO_DROPOUT = ('--config.model.embd_pdrop=0', '--config.model.resid_pdrop=0')  # 
 # the mistake -> (script and arguments, exit code, what the line must contain)
 ROWS = {
     'mistyped flag': (train('--wrkdir=x'), 2, ['wrkdir', 'workdir']),
+    'mistyped flag unlike any other': (train('--qqqqqqqqqq=x'), 2, ['see --help']),
+    'setting without its section': (
+        train('--steps=3'),
+        2,
+        ['there is no flag --steps; a setting is changed by --config.train.steps=..'],
+    ),
+    'mistyped --config of a setting': (
+        train('--confg.eval.every=3'),
+        2,
+        ['by --config.eval.every=.. or --config.checkpoint.every=.. or --config.log.every=..'],
+    ),
+    'text for a number': (
+        train('--config.optim.learning_rate=fast'),
+        2,
+        ['--config.optim.learning_rate=fast: not a number; expected optim.learning_rate (finite'],
+    ),
     'mistyped setting': (
         train('--config.train.stepz=3'),
         2,
@@ -124,17 +143,17 @@ ROWS = {
     'wrong type': (
         train('--config.train.steps=many'),
         2,
-        ["'many'", 'expected train.steps (int, at least 1)'],
+        ['train.steps=many: not a whole number; expected train.steps (int, at least 1)'],
     ),
     'fraction for a whole number': (
         train('--config.train.steps=1.5'),
         2,
-        ["'1.5'", 'train.steps (int'],
+        ['train.steps=1.5: not a whole number; expected train.steps (int'],
     ),
     'neither true nor false': (
         train('--config.model.bias=maybe'),
         2,
-        ['maybe', 'model.bias (bool, True or False)'],
+        ['model.bias=maybe: neither True nor False; expected model.bias (bool, True or False)'],
     ),
     'value not allowed': (
         train('--config.model.dtype=float16'),
@@ -175,8 +194,22 @@ ROWS = {
     'wrong type in a file': (
         train(config='type'),
         2,
-        ['type.py, line 6', 'expected train.steps (int, at least 1)'],
+        [
+            "type.py, line 6 (config.train.steps = 'many'): a value of type str cannot take the "
+            'place of one of type int; expected train.steps (int, at least 1)'
+        ],
     ),
+    'number in the place of a section': (
+        train(config='whole section'),
+        2,
+        ['line 6 (config.train = 3): a value of type int cannot take the place of one of type C'],
+    ),
+    'file without get_config': (
+        train(config='other_name'),
+        2,
+        ['other_name.py has no function get_config()'],
+    ),
+    'file that returns a dict': (train(config='dict'), 2, ['dict.py: get_config() must return']),
     'syntax error in a file': (train(config='syntax'), 2, ['syntax.py', 'SyntaxError', 'line 1']),
     'file that returns nothing': (
         train(config='nothing'),

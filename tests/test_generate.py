@@ -152,6 +152,22 @@ def test_an_error_comes_before_the_prompt(capsys):
     assert capsys.readouterr().out == ''
 
 
+@pytest.mark.parametrize(
+    ('prompt', 'said'),
+    [
+        ([1, 11], r'token 11 at position 1 of the prompt is outside the vocabulary \[0, 11\)'),
+        ([-1], 'token -1 at position 0'),
+        ([1.5], 'the prompt is float64'),
+        ([[1, 2]], r'the prompt is int64 \(1, 2\): expected integers \(T,\)'),
+        ('abc', 'the prompt is a text: expected its tokens'),
+        ([], 'the prompt is empty'),
+    ],
+)
+def test_a_prompt_that_is_no_row_of_tokens_is_refused(prompt, said):
+    with pytest.raises(UsageError, match=said):
+        generate(MODEL, PARAMS, prompt, max_new_tokens=1)
+
+
 def test_a_prompt_longer_than_the_context_is_reported():
     notes = []
     text([1] * 20, max_new_tokens=1, notify=notes.append)
@@ -273,6 +289,7 @@ def test_wrong_sampling_is_refused():
         dict(temperature=-1.0),
         dict(temperature=math.inf),
         dict(top_k=-1),
+        dict(top_k=1.5),
         dict(top_p=0.0),
         dict(top_p=1.1),
         dict(top_p=math.nan),

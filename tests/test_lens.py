@@ -183,7 +183,11 @@ def test_addresses(model, params, text, whole):
     [
         ('h_2.q', 'blocks are h_0 to h_1'),
         ('h_0.nothing', "'h_0.nothing'"),
-        ('h_0.attn.2', 'there is no 2 among 2'),
+        ('h_0.attn.2', 'there is no head 2 among 2'),
+        ('h_0.mlp.999', 'there is no neuron 999 among'),
+        (3, '3 is not the name of an activation'),
+        (None, 'None is not the name'),
+        ([None], 'None is not the name'),
         ('h_0.q@9', 'the text has 9 tokens'),
         ('h_0.q@4:4', 'is empty'),
         ('h_0 q', "'h_0 q'"),
@@ -535,6 +539,8 @@ def test_every_kind_of_model_is_accepted(model, params, text):
         ([1], 'a text of 1 token: expected 2'),
         (np.zeros((2, 2, 2), int), r'shape \(T,\) or \(B, T\)'),
         ([0.5, 1.0], 'tokens must be integers'),
+        ([[1, 2], [3]], 'the rows differ in length'),
+        (['ab', 'ba'], 'a list of texts is not a batch'),
         ('abc', 'bare parameters have no tokenizer'),
     ],
 )

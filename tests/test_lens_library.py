@@ -129,6 +129,7 @@ def test_generated_text_depends_on_the_seed_alone(loaded):
         ({'top_k': 2.5}, 'top_k = 2.5 is not allowed; expected a whole number'),
         ({'top_k': float('nan')}, 'top_k = nan is not allowed; expected a whole number'),
         ({'seed': -1}, 'seed = -1 is not allowed'),
+        ({'top_k': 1.5}, 'top_k = 1.5 is not allowed; expected a whole number'),
     ],
 )
 def test_values_that_generate_cannot_use(loaded, wrong, said):

@@ -451,6 +451,13 @@ def test_flops_per_token_counts_every_matrix_product():
     assert flops == flops_per_token(model.cfg, 12) * tokens_BT.size
 
 
+@pytest.mark.parametrize('shape', [(3,), (1, 3, 4)])
+def test_tokens_of_another_shape_are_refused(shape):
+    model = tiny()
+    with pytest.raises(ValueError, match=r'tokens of shape .*: expected \(B, T\)'):
+        jax.eval_shape(model.apply, {'params': shapes(model)}, np.zeros(shape, np.int32))
+
+
 def test_a_sequence_longer_than_the_context_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match='13 tokens is longer than n_positions = 12'):

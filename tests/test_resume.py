@@ -394,8 +394,22 @@ def test_evaluate_finds_a_text_that_was_moved(reference, tmp_path):
         )
         assert code == 1
         assert 'the run was trained on' in err
+        assert err.endswith(
+            'restore the old text to compare figures, or score another with --text\n'
+        )
     finally:
         moved.rename(text)
+
+
+def test_a_deleted_configuration_is_written_again(text, reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / 'run')
+    (run / 'config.json').unlink()
+    command = ('steps', 'find', f'--workdir={run}', '--text=ba')
+    code, _, err = runs.script(*command)
+    assert code == 1
+    assert err.endswith('was it deleted? The command that trained the run writes it again\n')
+    assert runs.quiet_train(make_config(text), run)[0] == 0
+    assert runs.script(*command)[0] == 0
 
 
 def test_train_steps_may_only_grow_and_only_with_extend(text, reference, tmp_path):

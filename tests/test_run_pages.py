@@ -1,6 +1,7 @@
 """The pages of runs: their numbers against the library, in Python and, if there is one, in a
 Chromium that moves the slider, picks a head and opens a step."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,9 @@ import runs
 from browser import CHROMIUM, browser
 
 from gpt2_jax import lens
-from gpt2_jax.errors import UsageError
+from gpt2_jax.diagnostics.autopsy import examine
+from gpt2_jax.diagnostics.replay import Replay
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.reports import autopsy, compare, run
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_records
@@ -186,6 +189,73 @@ def test_wrong_questions_are_one_line(trained, folder):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))
+
+    for arguments, said in (
+        (('draw',), 'expected a command, report or compare; got draw'),
+        (('report', f'--workdir={trained}'), 'report needs --out: the HTML file to write'),
+    ):
+        code, _, err = runs.script('runs', *arguments)
+        assert code == 2
+        assert said in err
+
+
+def test_a_run_that_is_not_there_is_reported_before_the_work(trained, folder):
+    notes = []
+    with pytest.raises(UserError, match=r'nowhere holds no config\.json'):
+        compare.write_comparison(
+            [trained, folder / 'nowhere'], folder / 'x.html', notify=notes.append
+        )
+    assert notes == []
+
+
+def test_an_examined_step_says_which_passage_costs_most(trained):
+    """The row of that passage comes first on the page, whichever row costs most as a whole."""
+    replay = Replay(trained)
+    found = examine(replay, 4)
+    mean_B = found.losses_BT.mean(1)
+    row = int(mean_B.argmin())
+    found = dataclasses.replace(found, passage=found.passage._replace(row=row, loss=9.0))
+    _, said = autopsy.sentences(replay.run, found)
+    assert said.startswith(f'Of all passages of 16 tokens, this one in row {row} costs most, 9.00 ')
+    assert f'The whole row costs {mean_B[row]:.2f}, the other rows ' in said
+    rows = [entry['row'] for entry in autopsy.to_json(replay.run, found)['rows']]
+    assert rows[0] == row
+    assert list(mean_B[rows[1:]]) == sorted(mean_B[rows[1:]], reverse=True)
+
+
+def test_a_page_that_cannot_be_written_is_reported_before_the_work(trained, monkeypatch):
+    notes = []
+    monkeypatch.setattr(autopsy.os, 'access', lambda path, mode: False)
+    with pytest.raises(UserError, match=r'cannot write .*step_4\.html: no permission to write in'):
+        autopsy.explain(trained, 4, notes.append)
+    assert notes == []
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ('values', 'ticks'),
+    [
+        ([0.0031, 0.0034], ['0.0031', '0.0032', '0.0033', '0.0034']),
+        ([60.5, 61.5], ['60.6', '60.8', '61', '61.2', '61.4']),
+        ([3.0, 3.0], ['3']),
+        ([1.0, 100.0], ['1', '10', '100']),
+    ],
+)
+def test_every_logarithmic_axis_has_numbers(values, ticks, page, tab):
+    tab.open(page)
+    low, high = values
+    shown = tab.run(f"axis({low}, {high}, 'log').ticks(5).map((x) => number(x))")
+    assert shown == ticks
+
+
+@needs_browser
+def test_the_middle_of_a_distribution_is_zero(page, tab):
+    tab.open(page)
+    labels = tab.run(
+        "[...document.querySelectorAll('.heat .labels span')].map((e) => e.textContent)"
+    )
+    assert '0' in labels
+    assert not [label for label in labels if 'e-' in label or 'e\u2212' in label]
 
 
 def test_a_text_that_was_moved(trained, folder):

@@ -194,4 +194,8 @@ def test_show_prints_text_and_json_and_changes_nothing(run):
     code, _, err = runs.script('steps', 'show', f'--workdir={run}')
     assert code == 2
     assert 'show needs --step' in err
+    code, _, err = runs.script('steps', 'open')
+    assert (code, 'expected one command, find, show or autopsy; got open' in err) == (2, True)
+    code, _, err = runs.script('steps', 'find')
+    assert (code, "find needs --workdir: the run's folder" in err) == (2, True)
     assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob('*'))} == before

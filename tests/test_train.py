@@ -6,11 +6,46 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import runs
 
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.diagnostics.describe import describe
+from gpt2_jax.errors import UsageError
+from gpt2_jax.train import train
 from gpt2_jax.training import loop, meter, programs, setup
 from gpt2_jax.training.setup import build
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'said'),
+    [
+        ({'config': {}}, r'the configuration is of type dict: expected the result of default_con'),
+        ({'config': 'configs/quickstart.py'}, 'the configuration is of type str'),
+        ({'workdir': 3}, '3 is not a path'),
+        ({'hooks': [print]}, 'expected a list of objects with due'),
+        ({'hooks': 3}, 'hooks holds 3: expected a list'),
+    ],
+)
+def test_what_train_cannot_use_is_refused(wrong, said, tmp_path):
+    """As called from a notebook, before any folder is made."""
+    given = {'config': default_config(), 'workdir': tmp_path / 'run'} | wrong
+    with pytest.raises(UsageError, match=said):
+        train(**given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_run_may_be_a_text(tmp_path):
+    config = runs.make_config(runs.write_text(tmp_path / 'text.txt'), train__steps=1)
+    assert runs.quiet_train(config, str(tmp_path / 'run'))[0] == 0
+    assert (tmp_path / 'run/summary.json').exists()
+
+
+@pytest.mark.parametrize(('end', 'hinted'), [('\n', False), ('\r\n', True)])
+def test_carriage_returns_are_pointed_out(end, hinted, tmp_path):
+    (tmp_path / 'text.txt').write_bytes(f'abcde{end}'.encode() * 1000)
+    config = runs.make_config(tmp_path / 'text.txt')
+    lines = '\n'.join(describe(build(resolve(config))))
+    assert ('carriage returns' in lines) == hinted
 
 
 def test_an_error_does_not_wait_for_the_compilation():

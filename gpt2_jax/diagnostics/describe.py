@@ -72,6 +72,11 @@ def describe(setup: Setup) -> list[str]:
             f'on this CPU, the run about {duration(seconds * train.steps)}. In minutes: '
             '--config=configs/quickstart.py'
         )
+    if '\r' in getattr(dataset.tokenizer, 'alphabet', ''):
+        lines.append(
+            'hint       the text has carriage returns, as in the line ends of Windows: each is a '
+            "token, and the model learns to write it. tr -d '\\r' makes a copy without them"
+        )
     return lines
 
 

@@ -203,21 +203,45 @@ def generate(
     Sample i depends on (params, prompt, sampling, seed, i) alone. Every token is drawn from all
     tokens before it, of a long prompt the last n_positions. GPT-2's learned positions cannot slide,
     so a token that has no position left restarts the context from its last half with a fresh
-    prefill; `notify` is called the first time. Raises UsageError, before the first chunk, for an
-    empty prompt and, with `strict_context`, if the context would restart.
+    prefill; `notify` is called the first time. Raises UsageError, before the first chunk, for a
+    prompt that is empty or no row of tokens and, with `strict_context`, if the context would
+    restart.
     """
     context = model.cfg.n_positions
-    if not len(prompt):
-        raise UsageError('the prompt is empty: give at least one token to continue from')
     if strict_context and len(prompt) + max_new_tokens > most_tokens(context):
         raise UsageError(
             f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
             f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it '
             'restart'
         )
+    prompt = check_prompt(prompt, model.cfg.vocab_size)
     return _fetch(
         decode_chunks(model, params, prompt, max_new_tokens, num_samples, seed, sampling, notify)
     )
+
+
+def check_prompt(prompt, vocab_size: int) -> np.ndarray:
+    """The prompt as an array (T,). Raises UsageError for anything but tokens of the vocabulary.
+
+    The lookup of an embedding would take a token from outside for the nearest one, silently.
+    """
+    if isinstance(prompt, str):
+        raise UsageError('the prompt is a text: expected its tokens, tokenizer.encode(text)')
+    tokens = np.asarray(prompt)
+    if not tokens.size:
+        raise UsageError('the prompt is empty: give at least one token to continue from')
+    if tokens.ndim != 1 or tokens.dtype.kind not in 'iu':
+        raise UsageError(
+            f'the prompt is {tokens.dtype} {tokens.shape}: expected integers (T,); num_samples '
+            'continues one prompt several times'
+        )
+    outside = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if outside.size:
+        raise UsageError(
+            f'token {tokens[outside[0]]} at position {outside[0]} of the prompt is outside the '
+            f'vocabulary [0, {vocab_size})'
+        )
+    return tokens
 
 
 def _fetch(chunks) -> Iterator[np.ndarray]:

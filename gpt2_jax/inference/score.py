@@ -174,7 +174,7 @@ def score_corpus(
             raise UserError(
                 f'the run was trained on {trained_on["name"]} {trained_on["sha256"][:12]}, but '
                 f'data.corpus is now {now.name} {now.sha256[:12]}: restore the old text to compare '
-                'figures'
+                'figures, or score another with --text'
             )
         evaluation = _evaluate(setup, params, windows, split)
     return Score(split, evaluation, _protocol(windows, now.tokenizer))

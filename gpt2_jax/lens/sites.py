@@ -113,9 +113,15 @@ def expand(cfg: GPT2Config, patterns: str | Iterable[str], n_positions: int) -> 
 
     Raises UsageError for a pattern that names nothing in this model or this text.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
+    patterns = [patterns] if one else list(patterns)
     sites = {}
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UsageError(
+                f'{pattern!r} is not the name of an activation: expected a text such as '
+                'h_0.pattern, or a list of them'
+            )
         found = list(_expand(cfg, pattern, n_positions))
         if not found:
             raise UsageError(
@@ -145,20 +151,23 @@ def _expand(cfg: GPT2Config, pattern: str, n_positions: int) -> Iterator[Site]:
             continue
         whole = f'{block}.{written}' if written else name
         axis = unit_axis(AXES[last])
-        units = _units(pattern, unit, axis_size(cfg, axis, n_positions))
+        units = _units(pattern, unit, axis, axis_size(cfg, axis, n_positions))
         for one_unit in units:
             for where, at in _positions(pattern, positions, n_positions):
                 address = whole if one_unit is None else f'{whole}.{one_unit}'
                 yield Site(address + where, name, one_unit, at)
 
 
-def _units(pattern: str, unit: str | None, size: int) -> Iterable[int | None]:
+def _units(pattern: str, unit: str | None, axis: str, size: int) -> Iterable[int | None]:
     if unit is None:
         return [None]
     if unit == '*':
         return range(size)
     if int(unit) >= size:
-        raise UsageError(f'{pattern!r}: there is no {unit} among {size}; they are counted from 0')
+        what = {'H': 'head', 'F': 'neuron', 'V': 'token'}.get(axis, 'channel')
+        raise UsageError(
+            f'{pattern!r}: there is no {what} {unit} among {size:,}; they are counted from 0'
+        )
     return [int(unit)]
 
 

@@ -104,7 +104,16 @@ def as_tokens(subject: Subject, text, *, least: int = 1) -> np.ndarray:
         if subject.tokenizer is None:
             raise UserError('bare parameters have no tokenizer: give tokens in place of a text')
         text = subject.tokenizer.encode(text)
-    tokens = np.asarray(text)
+    try:
+        tokens = np.asarray(text)
+    except ValueError:  # of numpy, for rows of different lengths
+        raise UserError(
+            'tokens must be integers of shape (T,) or (B, T); the rows differ in length'
+        ) from None
+    if tokens.dtype.kind == 'U':
+        raise UserError(
+            'a list of texts is not a batch, whose rows have one length: give one text, or tokens'
+        )
     if tokens.dtype.kind not in 'iu' or tokens.ndim not in (1, 2):
         raise UserError(
             f'tokens must be integers of shape (T,) or (B, T); got {tokens.dtype} {tokens.shape}'

@@ -237,8 +237,10 @@ class GPT2(nn.Module):
 
         With a cache, the tokens are at positions pos .. pos + T - 1 and see all tokens before
         them. Without one, the second result is None. Raises ValueError if the tokens end after
-        n_positions; a traced `pos` cannot be checked.
+        n_positions, or have another number of axes; a traced `pos` cannot be checked.
         """
+        if tokens_BT.ndim != 2:
+            raise ValueError(f'tokens of shape {tokens_BT.shape}: expected (B, T)')
         cfg, T = self.cfg, tokens_BT.shape[1]
         first = pos if isinstance(pos, int) else 0
         if first + T > cfg.n_positions:

@@ -1,6 +1,7 @@
 """An update that went wrong, explained: in one paragraph, and as a page in the run's folder."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.autopsy import Autopsy, examine
 from gpt2_jax.diagnostics.replay import Replay
+from gpt2_jax.errors import UserError
 from gpt2_jax.reports.html import write_page
 
 FOLDER = 'autopsies'  # inside a run's folder
@@ -25,12 +27,18 @@ def explain(
     """Examines an update of a run and writes the page; returns the explanation and the path.
 
     The page is autopsies/step_N.html in the run's folder. `corpus` is as in ledger.open_run. Raises
-    UserError if the text of the run has changed.
+    UserError if the text of the run has changed, or the page could not be written.
     """
+    out = run / FOLDER / f'step_{step}.html'
+    place = out.parent if out.parent.is_dir() else run
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f'cannot write {out}: no permission to write in {place}; allow it, or examine a copy '
+            'of the run in another folder'
+        )
     replay = Replay(run, notify, corpus)
     found = examine(replay, step)
     said = sentences(replay.run, found)
-    out = run / FOLDER / f'step_{step}.html'
     out.parent.mkdir(exist_ok=True)
     title = f'Step {step} of {run.name}, examined'
     write_page('autopsy', title, to_json(replay.run, found) | {'said': said}, out)
@@ -57,11 +65,12 @@ def sentences(run: ledger.Run, found: Autopsy) -> list[str]:
         _, start, stop, loss, origin = found.passage
         row = found.passage.row
         others = [x.mean() for i, x in enumerate(found.losses_BT) if i != row]
-        beside = f' The other rows cost {sum(others) / len(others):.2f}.' if others else ''
+        beside = f', the other rows {sum(others) / len(others):.2f}' if others else ''
         text = _text(run, found.tokens_BT1[row, start + 1 : stop + 1])
         said.append(
-            f'Row {row} costs {found.losses_BT[row].mean():.2f} nats per token, and most of all '
-            f'{loss:.2f} at {origin}: {text}.{beside}'
+            f'Of all passages of {stop - start} tokens, this one in row {row} costs most, '
+            f'{loss:.2f} nats per token, at {origin}: {text}. The whole row costs '
+            f'{found.losses_BT[row].mean():.2f}{beside}.'
         )
     return said
 
@@ -111,9 +120,10 @@ def _text(run: ledger.Run, ids) -> str:
 def to_json(run: ledger.Run, found: Autopsy) -> dict[str, Any]:
     """All of it, as plain values for the page."""
     culprit, passage = found.culprit, found.passage
+    in_question = (culprit or passage) and (culprit or passage).row
     order = sorted(
         range(len(found.origins)),
-        key=lambda row: (row != (culprit and culprit.row), -found.losses_BT[row].mean()),
+        key=lambda row: (row != in_question, -found.losses_BT[row].mean()),
     )
     return {
         'run': str(run.folder),

@@ -34,11 +34,12 @@ def write_comparison(
     if len(folders) < 2:
         raise UsageError(f'compare needs two runs or more, and got {len(folders)}')
     names = _distinct_names(folders)
+    configs = [history.read_config(folder) for folder in folders]  # before the first takes its time
     found = [
         _summary_of(folder, name, text, corpus, notify)
         for folder, name in zip(folders, names, strict=True)
     ]
-    settings = [config_lib.flatten(history.read_config(folder)) for folder in folders]
+    settings = [config_lib.flatten(config) for config in configs]
     differ = {
         key: [str(values[key]) for values in settings]
         for key in settings[0]

@@ -27,7 +27,9 @@ def read_config(run: Path) -> ConfigDict:
     """The configuration of a run. Raises UserError if the folder holds none."""
     path = run / 'config.json'
     if not path.exists():
-        raise foreign.error(run, 'holds no config.json', NOT_A_RUN)
+        deleted = 'was it deleted? The command that trained the run writes it again'
+        remedy = deleted if (run / FOLDER).is_dir() else NOT_A_RUN
+        raise foreign.error(run, 'holds no config.json', remedy)
     return config_lib.from_json(foreign.read_text(path), path)
 
 

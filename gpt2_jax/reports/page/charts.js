@@ -27,11 +27,17 @@ function logTicks(low, high, most) {
   return chosen.filter((_, i) => i % every === 0).map(([tick]) => tick);
 }
 
+/* A range without two of 1, 2, 5, 10, .. has evenly spaced ticks, and a single value has one. */
+function someTicks(low, high, most) {
+  for (const ticks of [logTicks(low, high, most), niceTicks(low, high, most)]) if (ticks.length > 1) return ticks;
+  return low === high ? [low] : [low, high];
+}
+
 /* Steps on a logarithmic axis are shown as 1 + step, so that step 0 has a place. */
 function axis(low, high, kind) {
   if (kind === 'log') {
     const [a, b] = [Math.log(low), Math.log(high)];
-    return { place: (v) => (Math.log(v) - a) / (b - a || 1), ticks: (n) => logTicks(low, high, n) };
+    return { place: (v) => (Math.log(v) - a) / (b - a || 1), ticks: (n) => someTicks(low, high, n) };
   }
   if (kind === 'log1p') {
     const [a, b] = [Math.log1p(low), Math.log1p(high)];

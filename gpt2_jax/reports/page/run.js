@@ -87,7 +87,7 @@ function curvesSection() {
     if (train.step) series.push({ name: 'training', x: train.step, y: train.loss, color: 'var(--c5)', width: 1.1 });
     if (val.step) series.push({ name: 'validation', x: val.step, y: val.loss, color: 'var(--c1)', width: 2.2 });
     const small = [['learning_rate', 'Learning rate', 'linear'], ['grad_norm', 'Gradient norm', 'log'], ['update_norm', 'Update norm', 'log'],
-      ['param_norm', 'Weight norm', 'linear'], ['tokens_per_second', 'Tokens per second', 'linear']];
+      ['param_norm', 'Weight norm', 'linear'], ['tokens_per_second', 'Tokens per second', 'log']];
     replace(place,
       el('div', { class: 'card', id: 'loss' }, chart({ title: 'Loss, nats per token', series, references, xKind, height: 300 })),
       el('div', { class: 'grid', style: { marginTop: '14px' } }, small.filter(([key]) => train[key]).map(([key, title, yKind], i) =>

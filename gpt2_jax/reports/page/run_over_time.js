@@ -84,7 +84,10 @@ function normsSection() {
 function distributionsSection() {
   const { dynamics } = data;
   const kinds = { weight_bins: ['weights', dynamics.tensors], gradient_bins: ['gradients', dynamics.tensors], activation_bins: ['activations', dynamics.activations] };
-  const width = dynamics.edges[1] - dynamics.edges[0], centers = Array.from({ length: dynamics.edges.length + 1 }, (_, i) => dynamics.edges[0] + (i - 0.5) * width);
+  const width = dynamics.edges[1] - dynamics.edges[0], centers = Array.from({ length: dynamics.edges.length + 1 }, (_, i) => {
+    const center = dynamics.edges[0] + (i - 0.5) * width;
+    return Math.abs(center) < width / 100 ? 0 : center; // the edges are rounded
+  });
   let kind = 'activation_bins', name = dynamics.activations.at(-2), follow = () => {};
   const holder = el('div', {}), picture = el('div', {}), chooser = el('span', {});
   onMove.push(() => follow());
@@ -92,7 +95,7 @@ function distributionsSection() {
   function draw() {
     const values = centers.map((_, b) => PROBED.map((__, p) => Math.sqrt(counts(p)[centers.length - 1 - b] / 255)));
     const heat = heatMap({
-      rows: centers.map((c) => number(-c, 2)), columns: PROBED, values, low: 0, high: 1, columnTicks: someIndices(PROBED, 8), rowHeight: 6, mostLabels: 11, label: `Distribution of ${name} over training`,
+      rows: centers.map((c) => number(c && -c, 2)), columns: PROBED, values, low: 0, high: 1, columnTicks: someIndices(PROBED, 8), rowHeight: 6, mostLabels: 11, label: `Distribution of ${name} over training`,
       tell: (r, c) => `${percent(counts(c)[centers.length - 1 - r] / 255)} of the highest bin`, onPick: (r, c) => moveTo({ at: nearest(PROBED[c]) }),
     });
     const histogram = el('div', {});
