@@ -26,6 +26,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.hooks import Evaluate, ExplainSpikes, Sample, Save, diverged, finish_last_step
 from gpt2_jax.inference.evaluate import make_evaluate
 from gpt2_jax.parallel import feed, hosts
+from gpt2_jax.parallel.devices import keep_freed_memory
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.mesh import own_rows
 from gpt2_jax.progress import Progress
@@ -72,6 +73,7 @@ def train(
     config, workdir = config_lib.resolve(config), files.user_path(workdir)
     check_hooks(hooks)
     with hosts.one_voice(), hosts.lost_processes(), memory_errors('train'):
+        keep_freed_memory()  # a script has done so already, and a notebook has not
         setup = build(config)
         check_before_start(setup, fresh)
         kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)

@@ -2,7 +2,12 @@
 
 import contextlib
 import gc
+import os
+import platform
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,6 +137,40 @@ def test_a_run_describes_the_kernel_for_hopper_gpus(tmp_path, monkeypatch, steps
     found = lines[first : first + len(expected)]
     assert all(line.endswith(end) for line, end in zip(found, expected, strict=True))
     assert sum('hopper' in line for line in lines) == 1
+
+
+FREED = """
+import ctypes, resource
+from gpt2_jax.config import default_config
+from gpt2_jax.errors import UserError
+from gpt2_jax.train import train
+
+config = default_config()
+config.data.corpus = 'missing.txt'
+try:
+    train(config, 'run')
+except UserError:
+    pass
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(2**25 + 1)
+    ctypes.memset(block, 1, 2**25)
+    libc.free(ctypes.c_void_p(block))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries are left alone')
+@pytest.mark.parametrize('tuned', [{}, {'MALLOC_ARENA_MAX': '4'}])
+def test_a_notebook_trains_without_page_faults(tuned, tmp_path):
+    """train() keeps memory that is freed, which the scripts do by themselves, unless told."""
+    env = {**os.environ, **tuned, 'PYTHONPATH': str(Path(__file__).parents[1])}
+    run = [sys.executable, '-c', FREED]
+    out = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    _, second = map(int, out.stdout.split())
+    assert (second > 1000) == bool(tuned)
 
 
 class Loss(float):
