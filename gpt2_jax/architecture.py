@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+from gpt2_jax.errors import UsageError
+
 
 class Precision(NamedTuple):
     """What a setting of `dtype` means for activations and, in JAX's words, for matrix products."""
@@ -44,7 +46,7 @@ class GPT2Config:
     """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
     `attention` and `kernels` choose implementations (kernels/choose.py); the modules of
-    model/gpt2.py read neither.
+    model/gpt2.py read neither. Raises UsageError if heads cannot share the width equally.
     """
 
     vocab_size: int = 50257
@@ -67,6 +69,13 @@ class GPT2Config:
     remat: str = 'none'
     attention: str = 'auto'
     kernels: str = 'auto'
+
+    def __post_init__(self):
+        # Heads of a rounded width would make another model, silently.
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise UsageError(
+                f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}, from 1 on'
+            )
 
     @property
     def head_dim(self) -> int:

@@ -447,3 +447,10 @@ def test_a_section_is_a_signature():
     assert set(inspect.signature(mesh.make_mesh).parameters) == set(default_config().mesh)
     with pytest.raises(TypeError):
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)
+
+
+@pytest.mark.parametrize(('n_embd', 'n_head'), [(768, 5), (64, 0), (8, 16)])
+def test_heads_share_the_width_equally(n_embd, n_head):
+    """Five heads of 153 are 765 wide, which would be another model."""
+    with pytest.raises(UsageError, match=rf'n_embd = {n_embd} must be a multiple of n_head'):
+        GPT2Config(n_embd=n_embd, n_head=n_head)

@@ -20,7 +20,8 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
-    'errors architecture permutation',
+    'errors',
+    'architecture permutation',
     'foreign progress',
     'files terminal',
     'config verified',
