@@ -9,8 +9,8 @@ made by scripts/prepare.py --tokenizer=gpt2. An update is 480 windows of 1,024 t
 million), processed 12 windows at a time; if there is memory for more, lower
 train.grad_accum_steps. On NVIDIA GPUs the fused kernels are taken.
 
-Hardware: GPUs with 24 GiB or more. An H100 takes 23.3 ms for 12 windows (527,000 tokens/s) and
-57.7 ms and 15 GB for 32 (568,000); two of them take 61.5 ms for 64 (1,066,000) with gradients
+Hardware: GPUs with 24 GiB or more. An H100 takes 23.5 ms for 12 windows (524,000 tokens/s) and
+57.4 ms and 15 GB for 32 (571,000); two of them take 61.5 ms for 64 (1,066,000) with gradients
 sent in bf16 (train.reduce_dtype).
 Time and loss of the whole run: not measured. The schedule is the one of GPT-3's model of this size
 (Brown et al. 2020, table 2.1 and appendix B).
