@@ -159,6 +159,7 @@ def run_in_folder(
             state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = initial_state(setup)
+    checkpoints.check_room(state)  # not before: if memory is short too, that is said
     evaluate = make_evaluate(setup, pool=pool)  # last: the first update does not wait for it
     if hosts.is_first():
         prepare_folder(setup, workdir, start, log_sizes)

@@ -1,6 +1,7 @@
 """Wrong input of any kind gives one line on stderr with the remedy, and never a traceback."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -633,14 +634,24 @@ def test_a_second_run_in_the_same_folder(made, tmp_path):
 
 
 def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, monkeypatch):
-    monkeypatch.setattr('shutil.disk_usage', lambda path: types.SimpleNamespace(free=1000))
+    """Said before the run, or by the save that finds no room."""
+
+    def disk(*free):
+        """Free bytes at each look, the last of them from then on."""
+        looks = itertools.chain(free, itertools.repeat(free[-1]))
+        monkeypatch.setattr(
+            'shutil.disk_usage', lambda path: types.SimpleNamespace(free=next(looks))
+        )
+
+    disk(1000)
     code, _, err = run_train(made, tmp_path)
-    check(
-        code,
-        err,
-        1,
-        ['checkpoint 5 could not be saved', 'it takes 0.2 MiB', '0.0 MiB left', 'none yet'],
-    )
+    check(code, err, 1, ['no room for a checkpoint: it takes 0.2 MiB', '0.0 MiB', '--workdir'])
+    assert not (tmp_path / 'metrics.jsonl').exists()
+    disk(500_000, 500_000, 1000)  # something else fills it after the start
+    code, out, err = run_train(made, tmp_path)
+    assert 'little room: there will be 4 more checkpoints of 0.2 MiB' in out
+    words = ['checkpoint 5 could not be saved', 'it takes 0.2 MiB', '0.0 MiB left', 'none yet']
+    check(code, err, 1, words)
 
 
 @pytest.mark.parametrize(

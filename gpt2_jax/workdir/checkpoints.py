@@ -46,6 +46,8 @@ META = {
     'log_sizes': {str: foreign.integer(0)},
 }
 
+# Checkpoints on disk at a time: the latest two, the best, and the one being written.
+AT_A_TIME = 4
 # A failed save counts as removed once QUIET_LOOKS looks in a row, 0.05 s apart, find no part of it.
 # The looks end after REMOVAL_SECONDS in any case.
 QUIET_LOOKS, REMOVAL_SECONDS = 5, 10
@@ -94,7 +96,8 @@ class Checkpoints:
         self._check_claim()
         items = array_items(state)
         with self._failures(step):
-            self._check_free_space(items)
+            if lack := self._lack_of_room(state):
+                raise OSError(lack)
             saved = self._orbax.save(
                 step,
                 metrics=None if val_loss is None else {'val_loss': val_loss},
@@ -127,22 +130,39 @@ class Checkpoints:
     def describe_kept(self, state, steps: int, every: int, eval_every: int) -> list[str]:
         """A line on how many checkpoints a run will keep and how large they are.
 
-        No line if only the latest are kept. `state` may be abstract. All multiples of `every` are
-        saved, and evaluated steps, multiples of `eval_every`, if they are the best so far.
+        If only the latest are kept, no line unless the disk is short of room for them. `state` may
+        be abstract. All multiples of `every` are saved, and evaluated steps, multiples of
+        `eval_every`, if they are the best so far.
         """
+        size, free = state_bytes(state), shutil.disk_usage(self.folder).free
         if self.kept.keep == 'latest':
-            return []
+            n = AT_A_TIME - len(self.committed())
+            if free >= n * size:
+                return []
+            return [
+                f'little room: there will be {n} more checkpoints of {size / 2**20:,.1f} MiB, and '
+                f'the disk has {free / 2**20:,.1f} MiB left'
+            ]
         if self.kept.keep == 'all':
             saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)}
         else:
             saved = set(filter(self.kept.includes, range(steps + 1)))
-        leaves = jax.tree.leaves(array_items(state))
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        n, free = len(saved | {steps}), shutil.disk_usage(self.folder).free
+        n = len(saved | {steps})
         return [
             f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
             f'{n * size / 2**30:,.2f} GiB; the disk has {free / 2**30:,.1f} GiB left'
         ]
+
+    def check_room(self, state) -> None:
+        """Raises UserError if the disk has no room for one checkpoint; `state` may be abstract.
+
+        Before a run, whose updates would be lost at its first save.
+        """
+        if lack := self._lack_of_room(state):
+            raise UserError(
+                f'{self.folder} has no room for a checkpoint: {lack}. Make room, or choose another '
+                '--workdir'
+            )
 
     def check(self) -> None:
         """Raises UserError if the save in progress has failed already; waits for nothing."""
@@ -163,13 +183,12 @@ class Checkpoints:
         """
         return restore_state(self._orbax, step, abstract)
 
-    def _check_free_space(self, items) -> None:
-        free = shutil.disk_usage(self.folder).free
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-        if free < needed:
-            raise OSError(
-                f'it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left'
-            )
+    def _lack_of_room(self, state) -> str:
+        """What a checkpoint needs and the disk has, or '' if that is enough."""
+        needed, free = state_bytes(state), shutil.disk_usage(self.folder).free
+        if free >= needed:
+            return ''
+        return f'it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left'
 
     def _finish(self, step: int, shapes: dict[str, Any]) -> None:
         """Runs in the background: waits for Orbax, reads back, commits.
@@ -225,6 +244,12 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
             quiet = 0 if parts else quiet + 1
             time.sleep(0.05)
+
+
+def state_bytes(state) -> int:
+    """The bytes of the arrays in a checkpoint of this state, which may be abstract."""
+    leaves = jax.tree.leaves(array_items(state))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def array_items(state) -> dict[str, Any]:
