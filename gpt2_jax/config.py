@@ -10,53 +10,42 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from gpt2_jax import foreign
 from gpt2_jax.architecture import ACTIVATIONS, PRECISIONS, GPT2Config
 from gpt2_jax.errors import UsageError
+from gpt2_jax.foreign import Check, one_of
 
 
-class Allowed(NamedTuple):
-    """The values a setting may have: in words, for errors, and as a test."""
-
-    words: str
-    test: Callable[[Any], bool]
-
-
-def at_least(low) -> Allowed:
+def at_least(low) -> Check:
     """Numbers >= `low`."""
-    return Allowed(f'at least {low}', lambda value: value >= low)
+    return Check(f'at least {low}', lambda value: value >= low)
 
 
-def below(low, high) -> Allowed:
+def below(low, high) -> Check:
     """Numbers >= `low` and < `high`."""
-    return Allowed(f'at least {low} and below {high}', lambda value: low <= value < high)
+    return Check(f'at least {low} and below {high}', lambda value: low <= value < high)
 
 
-def above(low) -> Allowed:
+def above(low) -> Check:
     """Numbers > `low`."""
-    return Allowed(f'above {low}', lambda value: value > low)
+    return Check(f'above {low}', lambda value: value > low)
 
 
-def one_of(*values) -> Allowed:
-    """One of these values."""
-    return Allowed(f'one of {", ".join(map(repr, values))}', lambda value: value in values)
-
-
-def or_none(allowed: Allowed) -> Allowed:
+def or_none(allowed: Check) -> Check:
     """`allowed`, or None for a setting that `resolve` fills in."""
-    return Allowed(
+    return Check(
         f'{allowed.words}, or left open', lambda value: value is None or allowed.test(value)
     )
 
 
-NAME = Allowed('a text that is not empty', bool)
-SWITCH = Allowed('True or False', lambda value: True)
-TEXT = Allowed('any text', lambda value: True)
+NAME = Check('a text that is not empty', bool)
+SWITCH = Check('True or False', lambda value: True)
+TEXT = Check('any text', lambda value: True)
 
 # An evaluation without eval.tokens. A forward pass takes a third of the work of an update, so the
 # evaluations take about a tenth of a run.
