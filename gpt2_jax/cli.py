@@ -118,11 +118,17 @@ def notify(text: str) -> None:
     print(terminal.printable(f'[{text}]', sys.stderr), file=sys.stderr, flush=True)
 
 
-def read_prompt(path: str | None) -> str:
-    """The text of a file, or of standard input: for '-', and if a pipe provides one; else ''.
+def read_prompt(text: str | None, path: str | None) -> str:
+    """The prompt of the flags --prompt (`text`) and --prompt_file (`path`).
 
-    Raises UsageError if it is not UTF-8.
+    A path of '-' is standard input. Without either flag it is read too if a pipe provides a text;
+    else the prompt is ''. Raises UsageError if both flags are given, or for bytes that are not
+    UTF-8.
     """
+    if text is not None:
+        if path is not None:
+            raise UsageError('--prompt and --prompt_file are both given: give one')
+        return text
     if path in (None, '-') and sys.stdin is None:  # closed
         return ''
     if path is None:

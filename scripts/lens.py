@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
             look.shapes(config.resolve(_CONFIG.value), _VOCAB_SIZE.value, _FORMAT.value, cli.notify)
         )
         return
-    prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
+    prompt = cli.read_prompt(_PROMPT.value, _PROMPT_FILE.value)
     loaded = library.load(_CKPT_DIR.value, _STEP.value)
     options = {'new_tokens': _NEW_TOKENS.value, 'seed': _SEED.value}
     cli.notify(repr(loaded))

@@ -8,7 +8,6 @@ from absl import flags
 
 from gpt2_jax import cli, files
 from gpt2_jax.architecture import PRECISIONS
-from gpt2_jax.errors import UsageError
 from gpt2_jax.progress import Progress
 
 _CKPT_DIR = flags.DEFINE_string(
@@ -69,8 +68,7 @@ _PLATFORM = cli.platform_flag()
 def main(arguments: list[str]) -> None:
     """Calls the library once and prints the text as it is sampled."""
     cli.no_more(arguments)
-    if _PROMPT.value is not None and _PROMPT_FILE.value is not None:
-        raise UsageError('--prompt and --prompt_file are both given: give one')
+    prompt = cli.read_prompt(_PROMPT.value, _PROMPT_FILE.value)
     import jax  # late, so that --help and errors in flags answer at once
 
     with Progress('loading'):
@@ -81,7 +79,6 @@ def main(arguments: list[str]) -> None:
         from gpt2_jax.workdir import restore
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    prompt = cli.read_prompt(_PROMPT_FILE.value) if _PROMPT.value is None else _PROMPT.value
     devices.select_platform(_PLATFORM.value)
     restored = restore.load(files.user_path(_CKPT_DIR.value), _STEP.value)
     model = with_kernels(restored.model, _KERNELS.value, _DTYPE.value)

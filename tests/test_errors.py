@@ -372,6 +372,11 @@ ROWS = {
         2,
         ['--prompt and --prompt_file'],
     ),
+    'two texts for the lens': (
+        ('lens', 'show', '--ckpt_dir={made}/run', '--prompt=ba', '--prompt_file={made}/text.txt'),
+        2,
+        ['--prompt and --prompt_file'],
+    ),
     'no prompt file': (sample('--prompt_file={made}/nowhere'), 1, ['nowhere', 'No such file']),
     'prompt that is not UTF-8': (
         sample('--prompt_file={made}/latin1.txt'),
