@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from gpt2_jax.errors import DivergedError, UserError
-from gpt2_jax.inference.decoding import generate
-from gpt2_jax.inference.sampling import Sampling
-from gpt2_jax.inference.streaming import encode_prompt, stream_text
+from gpt2_jax.inference.sampling import TO_READ
+from gpt2_jax.inference.streaming import continue_text
 from gpt2_jax.parallel.hosts import several
 from gpt2_jax.parallel.mesh import on_one_device
 from gpt2_jax.reports import autopsy
@@ -26,9 +25,6 @@ from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import is_better
 from gpt2_jax.workdir.log import Logger
-
-# Small models read better a little below the temperature they were trained at.
-EVAL_SAMPLING = Sampling(temperature=0.8)
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
@@ -108,18 +104,18 @@ class Sample:
         self.log.work(f'step {step}: writing a sample')
         # One text at a time is too little work for a mesh. Every process writes it, for itself.
         params = on_one_device(setup.mesh, state.evaluated)
-        chunks = generate(
+        written = continue_text(
             setup.model,
             params,
-            encode_prompt(tokenizer, ''),
+            tokenizer,
+            prompt='',
             max_new_tokens=setup.config.eval.sample_tokens,
             seed=setup.config.train.seed,
-            sampling=EVAL_SAMPLING,
-            notify=lambda text: None,
+            sampling=TO_READ,
         )
         pieces = []
         try:
-            for piece in stream_text(chunks, tokenizer):
+            for piece in written:
                 if not several():  # the pieces are no common measure of time
                     self.interrupt.check()
                 pieces.append(piece)

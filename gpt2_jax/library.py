@@ -14,9 +14,8 @@ import numpy as np
 from gpt2_jax import files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError
-from gpt2_jax.inference.decoding import generate
-from gpt2_jax.inference.sampling import Sampling, is_whole
-from gpt2_jax.inference.streaming import encode_prompt, stream_text
+from gpt2_jax.inference.sampling import TO_READ, Sampling, is_whole
+from gpt2_jax.inference.streaming import continue_text
 from gpt2_jax.lens import activations, subject
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import count_params
@@ -48,7 +47,7 @@ class Loaded:
         prompt: str = '',
         *,
         max_new_tokens: int = 200,
-        temperature: float = 0.8,
+        temperature: float = TO_READ.temperature,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -66,17 +65,16 @@ class Loaded:
         ):
             if not right:
                 raise UsageError(f'{name} = {value!r:.80} is not allowed; expected {expected}')
-        ids = encode_prompt(self.tokenizer, prompt)
-        chunks = generate(
+        written = continue_text(
             self.model,
             self.params,
-            ids,
+            self.tokenizer,
+            prompt,
             max_new_tokens=max_new_tokens,
             seed=seed,
             sampling=Sampling(temperature, top_k, top_p),
-            notify=lambda text: None,
         )
-        return prompt + ''.join(stream_text(chunks, self.tokenizer))
+        return prompt + ''.join(written)
 
     def logits(self, text) -> np.ndarray:
         """The logits of the next token at every position: text or tokens (B, T) -> (B, T, V).

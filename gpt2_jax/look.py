@@ -15,7 +15,7 @@ from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import load
 from gpt2_jax.inference.decoding import generate
-from gpt2_jax.inference.sampling import Sampling
+from gpt2_jax.inference.sampling import TO_READ
 from gpt2_jax.inference.streaming import encode_prompt
 from gpt2_jax.lens import flow as flow_lib
 from gpt2_jax.lens import report as report_lib
@@ -28,7 +28,6 @@ from gpt2_jax.training import programs
 from gpt2_jax.training.setup import build
 
 TOKENS = 64  # of a text for which no number was given: the prompt, continued by the model
-SAMPLING = Sampling(temperature=0.8)
 
 
 def text_to_show(
@@ -53,7 +52,7 @@ def text_to_show(
     wanted = max(0, least, min(wanted, context - len(ids)))
     written = []
     if wanted:
-        options = {'max_new_tokens': wanted, 'seed': seed, 'sampling': SAMPLING}
+        options = {'max_new_tokens': wanted, 'seed': seed, 'sampling': TO_READ}
         chunks = generate(loaded.model, loaded.params, ids, notify=notify, **options)
         written = [chunk[0] for chunk in chunks]
     return np.concatenate([ids, *written]), len(ids)

@@ -201,13 +201,13 @@ def test_ctrl_c_in_an_evaluation_saves_at_once(n, step, then, text, reference, t
 
 
 def test_a_sample_is_stopped_by_ctrl_c(text, reference, tmp_path, monkeypatch):
-    sampled = hooks.stream_text
+    sampled = hooks.continue_text
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         signal.raise_signal(signal.SIGINT)
-        return sampled(*args)
+        return sampled(*args, **options)
 
-    monkeypatch.setattr(hooks, 'stream_text', interrupted)
+    monkeypatch.setattr(hooks, 'continue_text', interrupted)
     code, printed = runs.quiet_train(make_config(text), tmp_path)
     assert code == 128 + signal.SIGINT
     assert 'stopped by SIGINT at step 7, which is saved' in printed

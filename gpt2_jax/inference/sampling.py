@@ -55,6 +55,8 @@ class Sampling:
 
 # Draws from the distribution that the model predicts.
 AS_PREDICTED = Sampling()
+# For people to read: small models read better a little below the temperature of their training.
+TO_READ = Sampling(temperature=0.8)
 
 
 def sample_token(logits_BV, keys_B, sampling: Sampling):

@@ -68,6 +68,18 @@ def _first_token(tokenizer: Tokenizer) -> np.ndarray:
         return np.zeros(1, np.int32)
 
 
+def continue_text(
+    model: GPT2, params, tokenizer: Tokenizer, prompt: str, **options
+) -> Iterator[str]:
+    """The pieces of what the model writes after a prompt, without any notice.
+
+    `prompt` is as in encode_prompt, `options` as in generate.
+    """
+    ids = encode_prompt(tokenizer, prompt)
+    chunks = generate(model, params, ids, notify=lambda text: None, **options)
+    return stream_text(chunks, tokenizer)
+
+
 def print_samples(
     model: GPT2,
     params,

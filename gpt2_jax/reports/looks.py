@@ -10,9 +10,8 @@ import numpy as np
 
 from gpt2_jax.diagnostics import ledger, probes
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.inference.decoding import generate
-from gpt2_jax.inference.sampling import Sampling
-from gpt2_jax.inference.streaming import encode_prompt, stream_text
+from gpt2_jax.inference.sampling import TO_READ
+from gpt2_jax.inference.streaming import continue_text
 from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import residual_stream, unembed
 from gpt2_jax.lens.subject import load
@@ -24,7 +23,6 @@ from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 TEXT_TOKENS = 64  # of the text on the page
 TOP = 3  # predictions shown for each layer and position
 SAMPLE_TOKENS = 240
-SAMPLING = Sampling(temperature=0.8)
 PATTERN_BYTES = 8 << 20  # of all attention patterns on a page, before compression
 
 Notify = Callable[[str], None]
@@ -130,17 +128,16 @@ def _read_out(logits_TV: np.ndarray, tokens_T: np.ndarray):
 
 def _sample(run: ledger.Run, loaded: restore.Restored, params) -> str:
     """What the model writes by itself, by the same draws at every checkpoint."""
-    tokenizer = run.dataset.tokenizer
-    chunks = generate(
+    written = continue_text(
         loaded.model,
         params,
-        encode_prompt(tokenizer, ''),
+        run.dataset.tokenizer,
+        prompt='',
         max_new_tokens=SAMPLE_TOKENS,
         seed=run.config.train.seed,
-        sampling=SAMPLING,
-        notify=lambda text: None,
+        sampling=TO_READ,
     )
-    return ''.join(stream_text(chunks, tokenizer))
+    return ''.join(written)
 
 
 def dynamics_for_page(dynamics: dict[str, np.ndarray]) -> dict[str, Any]:
