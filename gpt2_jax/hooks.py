@@ -20,7 +20,6 @@ from gpt2_jax.parallel.mesh import on_one_device
 from gpt2_jax.reports import autopsy
 from gpt2_jax.training.loop import Interrupt, Interrupted
 from gpt2_jax.training.meter import Meter
-from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import is_better
@@ -41,14 +40,13 @@ class Evaluate:
     that is not finite.
     """
 
-    every: int
     evaluate: Callable
     meter: Meter
     log: Logger
     interrupt: Interrupt
 
     def due(self, step: int) -> bool:
-        return is_due(step, self.every, self.meter.steps)
+        return is_due(step, self.meter.setup.config.eval.every, self.meter.steps)
 
     def __call__(self, step: int, state: TrainState) -> None:
         progress = self.meter.progress
@@ -88,26 +86,24 @@ class Sample:
     An interrupt stops it, and the resumed run samples at this step.
     """
 
-    every: int
-    setup: Setup
     meter: Meter
     log: Logger
     interrupt: Interrupt
 
     def due(self, step: int) -> bool:
-        config = self.setup.config
-        is_wanted = config.eval.sample_tokens > 0 and 'sample' not in self.meter.progress.unfinished
-        return is_wanted and is_due(step, self.every, config.train.steps)
+        config = self.meter.setup.config.eval
+        is_wanted = config.sample_tokens > 0 and 'sample' not in self.meter.progress.unfinished
+        return is_wanted and is_due(step, config.every, self.meter.steps)
 
     def __call__(self, step: int, state: TrainState) -> None:
-        setup, tokenizer = self.setup, self.setup.dataset.tokenizer
+        setup = self.meter.setup
         self.log.work(f'step {step}: writing a sample')
         # One text at a time is too little work for a mesh. Every process writes it, for itself.
         params = on_one_device(setup.mesh, state.evaluated)
         written = continue_text(
             setup.model,
             params,
-            tokenizer,
+            setup.dataset.tokenizer,
             prompt='',
             max_new_tokens=setup.config.eval.sample_tokens,
             seed=setup.config.train.seed,
@@ -135,7 +131,6 @@ class Save:
     start.checkpoint_meta. Raises UserError if this save, or the save before it, failed.
     """
 
-    every: int
     checkpoints: Checkpoints
     meter: Meter
     log: Logger
@@ -150,7 +145,8 @@ class Save:
             return kept.includes(0) and not self.checkpoints.committed()
         is_best = self.meter.progress.best_step == step
         is_kept = kept.keep == 'log' and kept.includes(step)
-        is_regular = is_due(step, self.every, self.meter.steps)
+        every = self.meter.setup.config.checkpoint.every
+        is_regular = is_due(step, every, self.meter.steps)
         return is_best or is_kept or is_regular or bool(self.interrupt.seen)
 
     def __call__(self, step: int, state: TrainState) -> None:

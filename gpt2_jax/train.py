@@ -192,11 +192,11 @@ def run_in_folder(
             diverged=functools.partial(diverged, checkpoints, workdir),
             watch=spikes.watch,
         )
-        evaluation = Evaluate(config.eval.every, evaluate, meter, log, interrupt)
-        sampling = Sample(config.eval.every, setup, meter, log, interrupt)
+        evaluation = Evaluate(evaluate, meter, log, interrupt)
+        sampling = Sample(meter, log, interrupt)
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
         probe = probes.Probe(setup, workdir, log, measure) if measure else None
-        saving = Save(config.checkpoint.every, checkpoints, meter, log, meta, evaluation, interrupt)
+        saving = Save(checkpoints, meter, log, meta, evaluation, interrupt)
         # A signal may have stopped the last process between an update and its evaluation or sample.
         # Finish that work first. If a signal interrupts it again, it stays in progress.unfinished,
         # and no step is trained.
