@@ -19,7 +19,7 @@ from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
 from gpt2_jax.diagnostics.replay import METRICS, Replay, micro_batches
 from gpt2_jax.errors import UserError
-from gpt2_jax.lens.sites import AXES, all_names, axis_size
+from gpt2_jax.lens.sites import all_names, axes_of, axis_size
 from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import token_losses
@@ -228,8 +228,7 @@ def _in_order(found: dict[str, tuple], cfg, batch_shape: tuple[int, int]) -> dic
     B, T = batch_shape
     summaries = {}
     for name in all_names(cfg):
-        axes = AXES[name.rpartition('.')[2]]
-        shape = tuple(B if axis == 'B' else axis_size(cfg, axis, T) for axis in axes)
+        shape = tuple(B if axis == 'B' else axis_size(cfg, axis, T) for axis in axes_of(name))
         summaries[name] = Summary(shape, *(x.item() for x in found[name]))
     return summaries
 
@@ -238,8 +237,7 @@ def _bad_activation(summaries: dict[str, Summary], phase: str) -> Culprit | None
     """The first activation with a value that is not finite, and where the value stands."""
     for name, (shape, _, _, n_bad, at, value) in summaries.items():
         if n_bad:
-            axes = AXES[name.rpartition('.')[2]]
-            place = dict(zip(axes, map(int, np.unravel_index(at, shape)), strict=True))
+            place = dict(zip(axes_of(name), map(int, np.unravel_index(at, shape)), strict=True))
             where = {'row': place.get('B'), 'head': place.get('H'), 'position': place.get('T')}
             return Culprit(phase, name, value, n_bad, math.prod(shape), **where)
     return None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import UsageError
-from gpt2_jax.lens.sites import expand
+from gpt2_jax.lens.sites import Site, expand, names_of
 from gpt2_jax.lens.subject import (
     as_numpy,
     as_subject,
@@ -56,12 +56,16 @@ def capture(source, text, names: str | Iterable[str] = '*') -> dict[str, np.ndar
     subject = as_subject(source)
     tokens_BT = as_tokens(subject, text)
     sites = expand(subject.cfg, names, tokens_BT.shape[1])
-    names = {site.name for site in sites}
-    whole = {}
+    names, whole = set(names_of(sites)), {}
     # XLA fuses less if it has to keep more, and rounds differently: the logits come from a program
     # that keeps nothing else, so that they are the model's to the last bit.
     for together in (names & {'logits'}, names - {'logits'}):
         whole |= capturing(subject.cfg, tuple(sorted(together)))(subject.params, tokens_BT)
+    return parts_of(sites, whole)
+
+
+def parts_of(sites: list[Site], whole) -> dict[str, np.ndarray]:
+    """{address: the part that the site addresses}, of {name: activation}."""
     whole = {name: as_numpy(x) for name, x in whole.items()}
     return {site.address: whole[site.name][site.index()] for site in sites}
 
@@ -126,11 +130,9 @@ def gradients(
     patterns = [names] if isinstance(names, str) else list(names)
     sites = expand(subject.cfg, [name for name in patterns if '/' not in name], T)
     leaves = _expand_params(subject.params, [name for name in patterns if '/' in name])
-    site_names = tuple(sorted({site.name for site in sites}))
-    function = _differentiating(subject.cfg, site_names, loss, bool(leaves))
+    function = _differentiating(subject.cfg, names_of(sites), loss, bool(leaves))
     of_names, of_params = function(subject.params, tokens_BT)
-    whole = {name: as_numpy(x) for name, x in of_names.items()}
-    taken = {site.address: whole[site.name][site.index()] for site in sites}
+    taken = parts_of(sites, of_names)
     if leaves:
         flat = dict(zip(leaf_shapes(of_params), jax.tree.leaves(of_params), strict=True))
         taken |= {name: as_numpy(flat[name]) for name in leaves}

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.lens.activations import capturing
-from gpt2_jax.lens.sites import Site, axis_size, expand
+from gpt2_jax.lens.activations import capturing, parts_of
+from gpt2_jax.lens.sites import Site, axes_of, axis_size, expand, names_of
 from gpt2_jax.lens.subject import (
     Subject,
     as_numpy,
@@ -49,7 +49,7 @@ def edit(
         for site in expand(subject.cfg, address, T)
     ]
     wanted = expand(subject.cfg, names, T)
-    kept = {site.name for site in wanted}
+    kept = names_of(wanted)
 
     @jax.jit
     def edited(params, tokens_BT):
@@ -66,8 +66,7 @@ def edit(
         run(subject.cfg, params, tokens_BT, tap)
         return taken
 
-    whole = {name: as_numpy(x) for name, x in edited(subject.params, tokens_BT).items()}
-    return {site.address: whole[site.name][site.index()] for site in wanted}
+    return parts_of(wanted, edited(subject.params, tokens_BT))
 
 
 def _with_part(x, site: Site, change):
@@ -105,9 +104,7 @@ def _sweep(
 ) -> dict[str, np.ndarray]:
     """The measure for each site, with that site alone replaced by its part of `values`."""
     cfg, T = subject.cfg, tokens_BT.shape[1]
-    names = tuple(sorted({site.name for site in sites}))
-    function = _replacing(cfg, names, measure)
-    values = {name: values[name] for name in names}
+    function = _replacing(cfg, names_of(sites), measure)
 
     def mask(axes: str, index=None):
         shape = [1 if axis == 'B' else axis_size(cfg, axis, T) for axis in axes]
@@ -150,14 +147,11 @@ def ablate(
     subject = as_subject(source)
     tokens_BT = as_tokens(subject, text, least=2)
     found = expand(subject.cfg, sites, tokens_BT.shape[1])
-    names = tuple(sorted({site.name for site in found}))
-    activations = capturing(subject.cfg, names)(subject.params, tokens_BT)
     values = {}
-    for site in found:
-        x = activations[site.name]
-        axes = tuple(i for i, axis in enumerate(site.axes) if axis in 'BT')
+    for name, x in capturing(subject.cfg, names_of(found))(subject.params, tokens_BT).items():
+        axes = tuple(i for i, axis in enumerate(axes_of(name)) if axis in 'BT')
         mean = x.mean(axes, keepdims=True) if by == 'mean' else jnp.zeros((1,) * x.ndim, x.dtype)
-        values[site.name] = mean
+        values[name] = mean
     return _sweep(subject, tokens_BT, found, values, measure)
 
 
@@ -185,7 +179,7 @@ def patch(
             f'{donor_BT.shape[1]}: both need the same number of tokens and of rows'
         )
     found = expand(subject.cfg, sites, tokens_BT.shape[1])
-    names = tuple(sorted({site.name for site in found}))
+    names = names_of(found)
     values = capturing(giver.cfg, names)(giver.params, donor_BT)
     ours = jax.eval_shape(capturing(subject.cfg, names), subject.params, tokens_BT)
     for name in names:

@@ -65,17 +65,18 @@ class Site(NamedTuple):
     @property
     def axes(self) -> str:
         """The letters of the axes of the whole activation."""
-        return AXES[self.name.rpartition('.')[2]]
+        return axes_of(self.name)
 
     def index(self) -> tuple:
         """What to index the whole activation with."""
-        return tuple(
-            {'T': self.positions, unit_axis(self.axes): self.unit}.get(axis, slice(None))
-            if (axis == 'T' and self.positions is not None)
-            or (axis == unit_axis(self.axes) and self.unit is not None)
-            else slice(None)
-            for axis in self.axes
-        )
+        chosen = {'T': self.positions, unit_axis(self.axes): self.unit}
+        parts = [chosen.get(axis) for axis in self.axes]
+        return tuple(slice(None) if part is None else part for part in parts)
+
+
+def axes_of(name: str) -> str:
+    """The letters of the axes of an activation: 'h_3.pattern' -> 'BHTS'."""
+    return AXES[name.rpartition('.')[2]]
 
 
 def unit_axis(axes: str) -> str:
@@ -105,7 +106,8 @@ def parse_head(address: str) -> tuple[int, int]:
 def axis_size(cfg: GPT2Config, axis: str, n_positions: int) -> int:
     """The length of the axis with that letter, for a text of `n_positions` tokens."""
     sizes = {'D': cfg.n_embd, 'H': cfg.n_head, 'K': cfg.head_dim, 'F': cfg.d_ff}
-    return sizes.get(axis) or {'V': cfg.vocab_size}.get(axis, n_positions)
+    sizes['V'] = cfg.vocab_size
+    return sizes.get(axis, n_positions)
 
 
 def expand(cfg: GPT2Config, patterns: str | Iterable[str], n_positions: int) -> list[Site]:
@@ -134,6 +136,11 @@ def expand(cfg: GPT2Config, patterns: str | Iterable[str], n_positions: int) -> 
     return list(sites.values())
 
 
+def names_of(sites: Iterable[Site]) -> tuple[str, ...]:
+    """The activations that the sites are in, each once."""
+    return tuple(sorted({site.name for site in sites}))
+
+
 def _expand(cfg: GPT2Config, pattern: str, n_positions: int) -> Iterator[Site]:
     match = _ADDRESS.fullmatch(pattern)
     if not match:
@@ -150,7 +157,7 @@ def _expand(cfg: GPT2Config, pattern: str, n_positions: int) -> Iterator[Site]:
         if layer is not None and not (block and fnmatch.fnmatchcase(block, layer)):
             continue
         whole = f'{block}.{written}' if written else name
-        axis = unit_axis(AXES[last])
+        axis = unit_axis(axes_of(name))
         units = _units(pattern, unit, axis, axis_size(cfg, axis, n_positions))
         for one_unit in units:
             for where, at in _positions(pattern, positions, n_positions):
