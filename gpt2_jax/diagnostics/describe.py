@@ -9,7 +9,7 @@ from gpt2_jax.architecture import PRECISIONS, GPT2Config
 from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel import devices, rules
-from gpt2_jax.parallel.partition import leaf_name
+from gpt2_jax.parallel.partition import named_leaves
 from gpt2_jax.training.muon import muon_leaves, stack_matrices
 from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import Setup
@@ -103,11 +103,8 @@ def _describe_average(decay: float) -> Iterator[str]:
 
 def _describe_undivided(setup: Setup) -> Iterator[str]:
     """A line for each leaf with a dimension that the mesh does not divide, with its cost."""
-    leaves = [
-        (leaf_name(path), leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(setup.shapes.params)
-    ]
-    for line in rules.undivided(leaves, setup.mesh.shape):
+    shapes = ((name, leaf.shape) for name, leaf in named_leaves(setup.shapes.params).items())
+    for line in rules.undivided(shapes, setup.mesh.shape):
         yield f'undivided  {line}'
 
 

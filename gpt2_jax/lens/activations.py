@@ -21,10 +21,10 @@ from gpt2_jax.lens.subject import (
     as_numpy,
     as_subject,
     as_tokens,
-    leaf_shapes,
     next_token_losses,
     run,
 )
+from gpt2_jax.parallel.partition import named_leaves
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,14 +134,14 @@ def gradients(
     of_names, of_params = function(subject.params, tokens_BT)
     taken = parts_of(sites, of_names)
     if leaves:
-        flat = dict(zip(leaf_shapes(of_params), jax.tree.leaves(of_params), strict=True))
-        taken |= {name: as_numpy(flat[name]) for name in leaves}
+        named = named_leaves(of_params)
+        taken |= {name: as_numpy(named[name]) for name in leaves}
     return taken
 
 
 def _expand_params(params, patterns: list[str]) -> list[str]:
     """The parameters that the patterns match. Raises UsageError for a pattern without a match."""
-    names = list(leaf_shapes(params))
+    names = list(named_leaves(params))
     found = []
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)

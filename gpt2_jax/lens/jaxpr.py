@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 from jax.interpreters import partial_eval
+
+from gpt2_jax.parallel.partition import named_leaves
 
 PHASES = ('forward', 'backward', 'update')
 
@@ -110,8 +111,7 @@ def read_operations(traced, arguments) -> list[Operation]:
 def _parameters(arguments) -> list[Label | None]:
     """The label of each leaf of the arguments that is a parameter, None for the others."""
     found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for name, leaf in named_leaves(arguments).items():
         is_parameter = name.startswith('0/params/')
         label = name.removeprefix('0/params/'), math.prod(leaf.shape)
         found.append(label if is_parameter else None)

@@ -31,11 +31,11 @@ from gpt2_jax.lens.subject import (
     Subject,
     as_subject,
     as_tokens,
-    leaf_shapes,
     run,
     token_text,
 )
 from gpt2_jax.model.params import count_params
+from gpt2_jax.parallel.partition import named_leaves
 
 # What can be left out of a page; each costs many passes of the model.
 SECTIONS = ('jacobian', 'ablation', 'backward', 'curvature', 'shapes')
@@ -141,7 +141,7 @@ def collect(
         'tokenizer': subject.tokenizer.name if subject.tokenizer else 'none',
         'tokens': tokens_BT[0].tolist(),
         'prompt': T if prompt_tokens is None else prompt_tokens,
-        'leaves': list(leaf_shapes(subject.params)),
+        'leaves': list(named_leaves(subject.params)),
         'leafNorms': [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(subject.params)],
         'curvature': ends and {name: end._asdict() for name, end in ends.items()},
         'firstTokens': min(T, FIRST_TOKENS),

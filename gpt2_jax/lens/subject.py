@@ -25,7 +25,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import PLAIN
 from gpt2_jax.model.params import param_shapes
-from gpt2_jax.parallel.partition import leaf_name
+from gpt2_jax.parallel.partition import named_leaves
 from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import restore
 
@@ -72,10 +72,7 @@ def as_subject(source) -> Subject:
 
 def leaf_shapes(params) -> dict[str, tuple[int, ...]]:
     """{'h_0/attn/c_attn/kernel': (D, 3, H, K), ..}."""
-    return {
-        leaf_name(path): tuple(np.shape(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    return {name: tuple(np.shape(leaf)) for name, leaf in named_leaves(params).items()}
 
 
 def check_params(cfg: GPT2Config, params) -> None:

@@ -1,5 +1,7 @@
 """The shardings of the parameters and of the optimizer state, by the table in rules.py."""
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -8,10 +10,15 @@ from gpt2_jax.parallel import rules
 
 
 def shardings(mesh: Mesh, tree, drop: str | None = None):
-    """The sharding of each leaf in a tree of arrays or shapes, without the mesh axis `drop`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh, drop)), tree
-    )
+    """The sharding of each leaf in a tree of arrays or shapes, without the mesh axis `drop`.
+
+    It follows the leaf's rule, without axes that do not divide their dimension.
+    """
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, P(*rules.axes(leaf_name(path), leaf.shape, mesh.shape, drop)))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def make_unshard(mesh: Mesh):
@@ -32,6 +39,6 @@ def leaf_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _spec(path, leaf, mesh: Mesh, drop: str | None) -> P:
-    """The rule of one leaf, without `drop` and without axes that do not divide their dimension."""
-    return P(*rules.axes(leaf_name(path), leaf.shape, mesh.shape, drop))
+def named_leaves(tree) -> dict[str, Any]:
+    """The leaves of a tree, in order, by name: see `leaf_name`."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.parallel.partition import leaf_name
+from gpt2_jax.parallel.partition import leaf_name, named_leaves
 from gpt2_jax.training.optim import (
     DirectOptimizer,
     adamw,
@@ -158,8 +158,8 @@ def stack_matrices(tree) -> dict[tuple[int, int], jax.Array]:
     A matrix with more inputs than outputs is transposed: Newton-Schulz multiplies by I x I.
     """
     stacks = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        permutation, shape = _as_matrices(leaf_name(path), leaf.shape)
+    for name, leaf in named_leaves(tree).items():
+        permutation, shape = _as_matrices(name, leaf.shape)
         matrices = leaf.transpose(permutation).reshape(shape)
         if shape[1] > shape[2]:
             matrices = matrices.mT

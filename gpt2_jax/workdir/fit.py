@@ -1,11 +1,10 @@
 """Whether a saved tree of arrays is the one that is wanted; if not, what differs, leaf by leaf."""
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from gpt2_jax.errors import UserError
-from gpt2_jax.parallel.partition import leaf_name
+from gpt2_jax.parallel.partition import named_leaves
 
 MAX_LINES = 12  # of a report
 
@@ -14,10 +13,8 @@ Leaves = dict[str, str]  # {'h_0/attn/c_attn/bias': '(3, 2, 16) float32', ..}
 
 def leaves(tree) -> Leaves:
     """The shape and dtype of each leaf, by its path."""
-    return {
-        leaf_name(path): f'{tuple(leaf.shape)} {leaf.dtype}'
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    named = named_leaves(tree).items()
+    return {name: f'{tuple(leaf.shape)} {leaf.dtype}' for name, leaf in named}
 
 
 def saved_leaves(item: epath.Path) -> Leaves:
