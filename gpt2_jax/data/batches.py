@@ -20,9 +20,9 @@ import collections
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import SupportsIndex, TypeVar
+from typing import NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -186,16 +186,20 @@ class WindowSource:
         return f'WindowSource({len(self.tokens)} tokens, seq_len={self.seq_len})'
 
 
-def eval_starts(
-    n_targets: int, *, seq_len: int, stride: int | None = None, max_targets: int = 0
-) -> Sequence[int]:
-    """The positions at which the windows of an evaluation begin.
+class Window(NamedTuple):
+    """Token ids (n,), n >= 2, the last `n_targets` of which count as targets."""
 
-    By default the windows cover all targets. With `max_targets`, fewer windows are spread evenly
-    over the text: at least one, and no more than `max_targets` targets allow if the first of them
-    begins the text. Nothing is random, so every evaluation of a run sees the same targets.
+    ids: np.ndarray
+    n_targets: int
+
+
+def eval_starts(n_targets: int, T: int, S: int, max_targets: int) -> Sequence[int]:
+    """The positions at which the windows of an evaluation begin: T targets each, S apart.
+
+    The windows cover all targets. With `max_targets`, fewer windows are spread evenly over the
+    text: at least one, and no more than `max_targets` targets allow if the first of them begins the
+    text. Nothing is random, so every evaluation of a run sees the same targets.
     """
-    T, S = seq_len, stride or seq_len
     starts = range(0, max(n_targets - T + S, 1), S)  # up to the first that reaches the end
     n_windows = max(1, 1 + (max_targets - T) // S)
     if not max_targets or max_targets >= n_targets or n_windows >= len(starts):
@@ -231,16 +235,36 @@ def eval_batches(
             f'evaluation needs at least 2 tokens, and there are {len(tokens)}: use more text, or '
             'keep more of it for validation (data.val_fraction, data.holdout)'
         )
-    starts = eval_starts(n_targets, seq_len=T, stride=S, max_targets=max_targets)
+
+    def window(start: int) -> Window:
+        ids = tokens.read(start, min(start + T, n_targets) + 1)
+        return Window(ids, len(ids) - 1 - (T - S if start else 0))
+
+    starts = eval_starts(n_targets, T, S, max_targets)
     for first in range(0, len(starts), B):
-        inputs, targets = np.zeros((2, B, T), np.int32)
-        mask = np.zeros((B, T), np.float32)
-        for row, start in enumerate(starts[first : first + B]):
-            window = tokens.read(start, min(start + T, n_targets) + 1)
-            size = len(window) - 1
-            inputs[row, :size], targets[row, :size] = window[:-1], window[1:]
-            mask[row, T - S if start else 0 : size] = 1
-        yield {'inputs': inputs, 'targets': targets, 'mask': mask}
+        yield pad_batch(map(window, starts[first : first + B]), B, T)
+
+
+def pad_windows(windows: Sequence[Window], B: int, T: int) -> Iterator[HostBatch]:
+    """The batches of an evaluation of these windows."""
+    for first in range(0, len(windows), B):
+        yield pad_batch(windows[first : first + B], B, T)
+
+
+def pad_batch(windows: Iterable[Window], B: int, T: int) -> HostBatch:
+    """A batch of evaluation of up to B windows.
+
+    A window of more than T + 1 ids is truncated on the left. Windows and rows that are missing are
+    padded with zeros: the model is causal, so that padding changes no target before it.
+    """
+    inputs, targets = np.zeros((2, B, T), np.int32)
+    mask = np.zeros((B, T), np.float32)
+    for row, (ids, n_targets) in enumerate(windows):
+        ids = ids[-(T + 1) :]
+        end = len(ids) - 1
+        inputs[row, :end], targets[row, :end] = ids[:-1], ids[1:]
+        mask[row, end - n_targets : end] = 1
+    return {'inputs': inputs, 'targets': targets, 'mask': mask}
 
 
 def prefetch(make: Callable[[int], Item], start: int, stop: int, depth: int = 2) -> Iterator[Item]:

@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -97,30 +97,6 @@ def sum_losses(
     while pending:
         fetch()
     return Sums(math.fsum(np.concatenate(nats)), n_tokens, n_bytes)
-
-
-class Window(NamedTuple):
-    """Token ids (n,), n >= 2, the last `n_targets` of which count as targets."""
-
-    ids: np.ndarray
-    n_targets: int
-
-
-def pad_windows(windows: Sequence[Window], B: int, T: int) -> Iterator[HostBatch]:
-    """Batches of windows of up to T + 1 ids, as batches.eval_batches makes them.
-
-    A longer window is truncated on the left. Windows and the last batch are padded with zeros: the
-    model is causal, so that padding changes no target before it.
-    """
-    for first in range(0, len(windows), B):
-        inputs, targets = np.zeros((2, B, T), np.int32)
-        mask = np.zeros((B, T), np.float32)
-        for row, (ids, n_targets) in enumerate(windows[first : first + B]):
-            ids = ids[-(T + 1) :]
-            end = len(ids) - 1
-            inputs[row, :end], targets[row, :end] = ids[:-1], ids[1:]
-            mask[row, end - n_targets : end] = 1
-        yield {'inputs': inputs, 'targets': targets, 'mask': mask}
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gpt2_jax.data.batches import Window, pad_windows
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import encode_special
 from gpt2_jax.errors import UsageError, UserError
@@ -23,11 +24,9 @@ from gpt2_jax.inference import score
 from gpt2_jax.inference.detokenizers import make_detokenizer
 from gpt2_jax.inference.evaluate import (
     Sums,
-    Window,
     make_evaluation,
     make_jitted_eval_step,
     make_prepare,
-    pad_windows,
     sum_losses,
 )
 from gpt2_jax.inference.texts import read_documents

@@ -9,11 +9,12 @@ import numpy as np
 
 from gpt2_jax import files
 from gpt2_jax.data import documents
+from gpt2_jax.data.batches import Window, pad_windows
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import score
-from gpt2_jax.inference.evaluate import Window, pad_windows, perplexity
+from gpt2_jax.inference.evaluate import perplexity
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition

@@ -39,9 +39,9 @@ from safetensors.numpy import load_file, save_file
 from gpt2_jax import config, convert, foreign, prepare
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data import bin_files, corpora, dataset, documents, shards, tokenizers, vocabulary
+from gpt2_jax.data.batches import pad_windows
 from gpt2_jax.errors import UserError
 from gpt2_jax.inference import lambada, texts
-from gpt2_jax.inference.evaluate import pad_windows
 from gpt2_jax.model import huggingface
 from gpt2_jax.training import meter, setup, start
 from gpt2_jax.workdir import checkpoints, checksums
