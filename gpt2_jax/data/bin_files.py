@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, sha256_of
+from gpt2_jax.data.dataset import SPLITS, Dataset, from_files
 from gpt2_jax.data.id_files import IdsInFile, KeptFile, verify_files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
@@ -43,22 +43,12 @@ def open_token_files(
                 "expected .bin files of GPT-2 tokens, with the word 'val' in the names of those "
                 'for validation only, as in web_val_0.bin'
             )
-    used = [pair for pair in zip(paths, splits, strict=True) if pair[1] in wanted]
-
-    opened = [_open(path) for path, _ in used]
-    digests = verify_files(opened, tokenizer.vocab_size, remedy=EXPECTED)
-    arrays = {split: [] for split in SPLITS}
+    used = [pair for pair in zip(splits, paths, strict=True) if pair[0] in wanted]
+    opened = [(split, _open(path)) for split, path in used]
+    digests = verify_files([ids for _, ids in opened], tokenizer.vocab_size, remedy=EXPECTED)
     identity = [tokenizers.fingerprint(tokenizer)]
-    for (_, split), ids, digest in zip(used, opened, digests, strict=True):
-        arrays[split].append(ids)
-        identity.append((split, digest))
-    return Dataset(
-        used[0][0].resolve().parent.name,
-        tokenizer,
-        train=Tokens(tuple(arrays['train'])),
-        val=Tokens(tuple(arrays['val'])),
-        sha256=sha256_of(identity),
-    )
+    identity += [(split, digest) for (split, _), digest in zip(used, digests, strict=True)]
+    return from_files(used[0][1].resolve().parent.name, tokenizer, opened, identity)
 
 
 def _open(path: Path) -> IdsInFile:

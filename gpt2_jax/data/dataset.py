@@ -69,6 +69,16 @@ class Dataset:
     sha256: str
 
 
+def from_files(
+    name: str, tokenizer: Tokenizer, opened: list[tuple[str, IdsInFile]], identity: list
+) -> Dataset:
+    """A data set in files, each with its split; `identity` is as in `sha256_of`."""
+    train, val = (
+        Tokens(tuple(ids for split, ids in opened if split == wanted)) for wanted in SPLITS
+    )
+    return Dataset(name, tokenizer, train, val, sha256_of(identity))
+
+
 def from_text(name: str, text: str, tokenizer: Tokenizer, val_fraction: float) -> Dataset:
     """A data set in memory: the tokens and the split that prepare.py would write for one file."""
     cut = n_train_characters(len(text), val_fraction)

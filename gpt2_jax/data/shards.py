@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens, sha256_of
+from gpt2_jax.data.dataset import SPLITS, Dataset, from_files
 from gpt2_jax.data.id_files import IdsInFile, KeptFile, verify_files
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.foreign import PLAIN_NAME, SHA256, Maybe, integer, one_of
@@ -97,20 +97,12 @@ def open_shards(folder: str | os.PathLike) -> Dataset:
         for shard in manifest['splits'][split]['shards']
     ]
     tokenizer = _open_tokenizer(folder / TOKENIZER, fingerprint)
-
-    opened = [_open_shard(folder / file, dtype, n_tokens) for _, file, n_tokens, _ in shards]
-    sums = [sha256 for *_, sha256 in shards]
-    verify_files(opened, tokenizer.vocab_size, sha256=sums, remedy=RESTORE)
-    arrays = {split: [] for split in SPLITS}
-    for (split, *_), ids in zip(shards, opened, strict=True):
-        arrays[split].append(ids)
-    return Dataset(
-        folder.resolve().name,
-        tokenizer,
-        train=Tokens(tuple(arrays['train'])),
-        val=Tokens(tuple(arrays['val'])),
-        sha256=sha256_of([fingerprint, shards]),
-    )
+    opened = [
+        (split, _open_shard(folder / file, dtype, n_tokens)) for split, file, n_tokens, _ in shards
+    ]
+    sums, ids = [sha256 for *_, sha256 in shards], [ids for _, ids in opened]
+    verify_files(ids, tokenizer.vocab_size, sha256=sums, remedy=RESTORE)
+    return from_files(folder.resolve().name, tokenizer, opened, [fingerprint, shards])
 
 
 def _open_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
