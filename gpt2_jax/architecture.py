@@ -108,12 +108,16 @@ def padded_vocab(vocab_size: int) -> int:
     return vocab_size + -vocab_size % VOCAB_MULTIPLE
 
 
+def matmul_weights(cfg: GPT2Config) -> int:
+    """The weights that multiply a token: the tied head counts, the embedding lookups do not."""
+    D, F = cfg.n_embd, cfg.d_ff
+    return cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D
+
+
 def flops_per_token(cfg: GPT2Config, seq_len: int) -> int:
     """Model FLOPs of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
 
-    6 for each weight that multiplies a token (the tied head counts, the embedding lookups do not),
-    and 12 L D T for the two products of attention, without a discount for the causal half.
+    6 for each of the `matmul_weights`, and 12 L D T for the two products of attention, without a
+    discount for the causal half.
     """
-    D, F = cfg.n_embd, cfg.d_ff
-    matmul_weights = cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D
-    return 6 * matmul_weights + 12 * cfg.n_layer * D * seq_len
+    return 6 * matmul_weights(cfg) + 12 * cfg.n_layer * cfg.n_embd * seq_len

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.architecture import GPT2Config, matmul_weights
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UsageError, UserError
@@ -211,10 +211,8 @@ def decoded_bytes(cfg: GPT2Config, num_samples: int, position: float) -> float:
 
     The weights are the matrices of the blocks and of the head, in the compute dtype.
     """
-    D, F = cfg.n_embd, cfg.d_ff
-    weights = cfg.n_layer * (4 * D * D + 2 * D * F) + cfg.vocab_size * D
-    cache = num_samples * 2 * cfg.n_layer * D * position
-    return (weights + cache) * jnp.dtype(cfg.compute_dtype).itemsize
+    cache = num_samples * 2 * cfg.n_layer * cfg.n_embd * position
+    return (matmul_weights(cfg) + cache) * jnp.dtype(cfg.compute_dtype).itemsize
 
 
 def bench_startup(train_command: list[str], windows: int) -> dict[str, Any]:
