@@ -8,6 +8,7 @@ import base64
 import gzip
 import json
 import math
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def render(kind: str, title: str, data: dict[str, Any]) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_escape(title)}</title>
+<title>{escape(title, quote=False)}</title>
 <style>
 {style}</style>
 </head>
@@ -104,7 +105,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _escape(text: str) -> str:
-    return text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
