@@ -21,6 +21,7 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.load import load_dataset
 from gpt2_jax.diagnostics.origins import Origin, Origins, TokenBytes, open_origins
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import history
 
 BLOCK = 1 << 22  # tokens searched at once
@@ -261,7 +262,7 @@ def to_lines(found: Found, limit: int) -> list[str]:
     run, seen, n = found.run, found.sightings, len(found.start)
     parts = int((~seen.whole).sum())
     lines = [
-        f'{n:,} place{"s" * (n != 1)} in the training text of {run.folder} ({run.dataset.name}); '
+        f'{counted(n, "places")} in the training text of {run.folder} ({run.dataset.name}); '
         f'trained on {int(seen.whole.sum()):,} times by step {found.by_step:,}'
         + (f', and {parts:,} times in part, across the border of two rows' if parts else '')
     ]

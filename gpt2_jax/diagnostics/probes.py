@@ -51,6 +51,7 @@ from gpt2_jax.model.gpt2 import GPT2, LayerNorm
 from gpt2_jax.model.ops import FAST
 from gpt2_jax.parallel.hosts import is_first
 from gpt2_jax.parallel.mesh import on_one_device
+from gpt2_jax.terminal import counted
 from gpt2_jax.training.programs import compile_in_background
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import TrainState
@@ -302,10 +303,10 @@ class Probe:
 
     def cost(self, seconds: float) -> str:
         """What the probes of this process cost, out of its `seconds`."""
-        probes, percent = 'probe' + 's' * (self.count != 1), 100 * self.seconds / seconds
         return (
-            f'{self.count} {probes} took {self.seconds:.1f} s, {percent:.1f} % of the time of this '
-            f'process; they are in {self.workdir / PROBES}'
+            f'{counted(self.count, "probes")} took {self.seconds:.1f} s, '
+            f'{100 * self.seconds / seconds:.1f} % of the time of this process; they are in '
+            f'{self.workdir / PROBES}'
         )
 
 

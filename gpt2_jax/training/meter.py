@@ -16,6 +16,7 @@ from gpt2_jax.errors import DivergedError
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel.devices import describe_device, model_flops_utilisation
 from gpt2_jax.parallel.hosts import several
+from gpt2_jax.terminal import counted
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir import history
 from gpt2_jax.workdir.log import Logger, duration
@@ -243,5 +244,5 @@ class Meter:
         training, evaluating, n = self._seconds_left(step)
         self.log.say(
             f'{self._seconds / self._steps * 1e3:.1f} ms a step: about {duration(training)} of '
-            f'training to go, and {duration(evaluating)} of {n} evaluation{"s" * (n > 1)}'
+            f'training to go, and {duration(evaluating)} of {counted(n, "evaluations")}'
         )

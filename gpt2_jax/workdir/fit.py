@@ -5,6 +5,7 @@ from etils import epath
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.parallel.partition import named_leaves
+from gpt2_jax.terminal import counted
 
 MAX_LINES = 12  # of a report
 
@@ -36,8 +37,7 @@ def differences(saved: Leaves, wanted: Leaves) -> list[str]:
     for side, ours, theirs in (('here', wanted, saved), ('there', saved, wanted)):
         branches = [_missing_branch(name, theirs) for name in ours if name not in theirs]
         for branch in dict.fromkeys(branches):
-            n = branches.count(branch)
-            size = ours[branch] if branch in ours else f'{n} array{"s" * (n > 1)}'
+            size = ours.get(branch) or counted(branches.count(branch), 'arrays')
             lines.append(f'{branch} is only {side} ({size})')
     return lines
 
