@@ -24,6 +24,7 @@ from gpt2_jax.model.gpt2 import GPT2, LayerNorm
 
 # Rows of a Jacobian that are computed at once: each is a backward pass with activations of its own.
 JACOBIAN_ROWS = 32
+REPEATED_TOKENS = 128  # at most, of a random text that is repeated once
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,9 +229,14 @@ class HeadScores(NamedTuple):
     induction: np.ndarray
 
 
-def repeated_tokens(cfg, rows: int = 8, seed: int = 0) -> np.ndarray:
-    """Random tokens, then the same once more: int32 (rows, T); T is n_positions, at most 128."""
-    half = min(cfg.n_positions, 128) // 2
+def repeated_half(cfg) -> int:
+    """The length of the text that `repeated_tokens` repeats."""
+    return min(cfg.n_positions, REPEATED_TOKENS) // 2
+
+
+def repeated_tokens(cfg, rows: int, seed: int = 0) -> np.ndarray:
+    """Random tokens, then the same once more, in rows of about n_positions: int32 (rows, T)."""
+    half = repeated_half(cfg)
     if half < 2:
         raise UsageError(f'a context of {cfg.n_positions} is too short to repeat a text in it')
     first = np.random.default_rng(seed).integers(0, cfg.vocab_size, (rows, half))

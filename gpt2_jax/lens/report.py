@@ -23,6 +23,7 @@ from gpt2_jax.lens.readings import (
     direct_terms,
     head_scores,
     jacobian_lens,
+    repeated_half,
     residual_stream,
     transport,
     unembed,
@@ -42,6 +43,7 @@ SECTIONS = ('jacobian', 'ablation', 'backward', 'curvature', 'shapes')
 TOP = 6  # predictions kept for each layer and position
 NEURONS = 12  # kept for each position
 FIRST_TOKENS = 64  # of the text, for its average Jacobian and its curvature: many passes each
+LEVELS = 255  # of a weight in `packed_patterns`
 # Larger models get the curvature of the whole model alone: each layer costs as much again.
 MAX_BY_LAYER = 20_000_000
 
@@ -88,7 +90,7 @@ def collect(
         losses_T = _losses(taken['logits'], targets_T)
         parts.arrays |= {'loss': losses_T, 'target': targets_T.astype(np.uint32)}
         parts.arrays |= {f'norm.{name}': norm for name, norm in _norms(cfg, taken).items()}
-        parts.arrays['pattern'] = _packed_patterns(cfg, taken)
+        parts.arrays['pattern'] = packed_patterns(cfg, taken)
     with parts('logit lens'):
         stream = [taken[name] for name in residual_stream(cfg)]
         parts.add('logit', _read_out(subject, stream, targets_T))
@@ -145,8 +147,8 @@ def collect(
         'leafNorms': [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(subject.params)],
         'curvature': ends and {name: end._asdict() for name, end in ends.items()},
         'firstTokens': min(T, FIRST_TOKENS),
-        'repeated': min(cfg.n_positions, 128) // 2,
-        'levels': 255,
+        'repeated': repeated_half(cfg),
+        'levels': LEVELS,
         'skipped': sorted(skip),
     }
     shown = {*facts['tokens'], *targets_T.tolist()}
@@ -200,17 +202,17 @@ def _norms(cfg, taken) -> dict[str, np.ndarray]:
     }
 
 
-def _packed_patterns(cfg, taken, levels: int = 255) -> np.ndarray:
-    """The weights below the diagonal, row by row: uint8 (L, H, T (T + 1) / 2).
+def packed_patterns(cfg, taken) -> np.ndarray:
+    """The weights below the diagonal of captured patterns, row by row: uint8 (L, H, T (T + 1) / 2).
 
-    A byte b stands for (b / levels)^2: small weights, of which there are many, are kept finer.
+    A byte b stands for (b / LEVELS)^2: small weights, of which there are many, are kept finer.
     """
     rows = []
     for i in range(cfg.n_layer):
         pattern_HTS = taken[f'h_{i}.pattern'][0]
         below = np.tril_indices(pattern_HTS.shape[-1])
         weights = pattern_HTS[:, below[0], below[1]]
-        rows.append(np.round(np.sqrt(weights) * levels).astype(np.uint8))
+        rows.append(np.round(np.sqrt(weights) * LEVELS).astype(np.uint8))
     return np.array(rows)
 
 
@@ -335,6 +337,6 @@ def _gradients(subject: Subject, tokens_BT, targets_T) -> dict[str, np.ndarray]:
 
 
 def _scores(subject: Subject) -> dict[str, np.ndarray]:
-    if subject.cfg.n_positions < 4:
+    if repeated_half(subject.cfg) < 2:
         return {}
     return {f'score.{name}': s for name, s in head_scores(subject)._asdict().items()}

@@ -14,6 +14,7 @@ from gpt2_jax.inference.sampling import TO_READ
 from gpt2_jax.inference.streaming import continue_text
 from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import residual_stream, unembed
+from gpt2_jax.lens.report import packed_patterns
 from gpt2_jax.lens.subject import load
 from gpt2_jax.reports.html import packed, plain
 from gpt2_jax.terminal import counted
@@ -80,13 +81,11 @@ def dynamics_of(run: ledger.Run, setup, models, notify: Notify) -> dict[str, np.
 def looks_of(run: ledger.Run, models, tokens_T: np.ndarray) -> dict[str, Any]:
     """What each of C checkpoints does with the text.
 
-    pattern (C, L, H, T (T + 1) / 2) uint8, the weights below the diagonal, row by row: a byte b
-    stands for (b / 255)^2. top, probability (C, L + 1, T, TOP): likeliest next tokens by the stream
-    before the first block and after each. rank, right (C, L + 1, T - 1): of the next token; rank 0
-    is the likeliest. loss (C, T - 1). itself, first (C, L, H): see reports/run.py. samples: texts.
+    pattern (C, L, H, T (T + 1) / 2): see lens.report.packed_patterns. top, probability (C, L + 1,
+    T, TOP): likeliest next tokens by the stream before the first block and after each. rank, right
+    (C, L + 1, T - 1): of the next token; rank 0 is the likeliest. loss (C, T - 1). itself, first
+    (C, L, H): see reports/run.py. samples: texts.
     """
-    T = len(tokens_T)
-    below = np.tril_indices(T)
     found: dict[str, list] = {
         name: []
         for name in ('pattern', 'top', 'probability', 'rank', 'right', 'loss', 'itself', 'first')
@@ -98,8 +97,7 @@ def looks_of(run: ledger.Run, models, tokens_T: np.ndarray) -> dict[str, Any]:
         streams = residual_stream(loaded.model.cfg)
         taken = capture(subject, tokens_T, ['pattern', *streams])
         patterns = np.stack([taken[f'h_{i}.pattern'][0] for i in range(L)])
-        root = np.sqrt(patterns[:, :, below[0], below[1]])
-        found['pattern'].append(np.round(255 * root).astype(np.uint8))
+        found['pattern'].append(packed_patterns(loaded.model.cfg, taken))
         found['itself'].append(patterns.diagonal(axis1=2, axis2=3)[..., 1:].mean(-1))
         found['first'].append(patterns[:, :, 1:, 0].mean(-1))
         read = [_read_out(unembed(subject, taken[name])[0], tokens_T) for name in streams]

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.activations import capture
-from gpt2_jax.lens.readings import default_targets, head_scores, logit_lens
+from gpt2_jax.lens.readings import default_targets, head_scores, logit_lens, repeated_half
 from gpt2_jax.lens.subject import Subject, as_subject, as_tokens, token_text
 from gpt2_jax.terminal import counted
 
@@ -113,7 +113,7 @@ def print_scores(
 ) -> tuple[int, int] | None:
     """The strongest heads of each kind; returns the head to show."""
     cfg = subject.cfg
-    if not cfg.n_layer or cfg.n_positions < 4:
+    if not cfg.n_layer or repeated_half(cfg) < 2:
         return None
     console.print(Text('\nheads, on random tokens repeated once:'))
     scores = head_scores(subject)
