@@ -23,10 +23,9 @@ def train_batch(mesh: Mesh, tokens: Tokens, *, batch_size: int, **options) -> Ba
     return put_batch(mesh, rows, first=lo, n_rows=batch_size)
 
 
-@contextlib.contextmanager
 def train_batches(
     mesh: Mesh, tokens: Tokens, *, start: int, stop: int, **options
-) -> Iterator[Iterator[Batch]]:
+) -> contextlib.closing[Iterator[Batch]]:
     """The batches of updates start .. stop - 1 as an iterator; one thread makes them ahead of time.
 
     The options are those of `train_batch`, except `step`. Use as a context manager: the thread ends
@@ -36,5 +35,4 @@ def train_batches(
     def make(step):
         return train_batch(mesh, tokens, step=step, **options)
 
-    with contextlib.closing(batches.prefetch(make, start, stop)) as stream:
-        yield stream
+    return contextlib.closing(batches.prefetch(make, start, stop))
