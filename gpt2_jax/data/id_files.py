@@ -121,8 +121,8 @@ def verify_files(
     shards: Sequence[IdsInFile],
     vocab_size: int,
     *,
+    remedy: str,
     sha256: Sequence[str] | None = None,
-    remedy: str = '',
 ) -> list[str]:
     """Verifies the files of a data set side by side, as verify_ids does; returns their SHA-256.
 

@@ -107,7 +107,7 @@ class Origins(NamedTuple):
         return Origin(file, line + n_lines, byte + n_bytes)
 
     def tokens_of_line(
-        self, tokens: Tokens, token_bytes: TokenBytes, line: int, file: str | None = None
+        self, tokens: Tokens, token_bytes: TokenBytes, line: int, file: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(start, stop) of the training tokens of a line, or of a record.
 

@@ -72,7 +72,7 @@ def sum_losses(
     batches: Iterable[HostBatch],
     byte_lengths: np.ndarray,
     mesh: Mesh,
-    on_batch: Callable[[int], None] = lambda tokens: None,
+    on_batch: Callable[[int], None],
 ) -> Sums:
     """Sums the losses of all targets that count; batches are as batches.eval_batches makes them.
 

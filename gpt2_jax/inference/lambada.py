@@ -97,9 +97,7 @@ def read_passages(path: str, tokenizer: Tokenizer, text_field: str) -> list[Wind
     return passages
 
 
-def make_answer_step(
-    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
-) -> Callable:
+def make_answer_step(model: GPT2, unshard: Callable, chunk_targets: int) -> Callable:
     """The function answer_step(params, batch) -> (nats_BT, right_BT).
 
     It gives the loss of each target, and whether the target is the likeliest token. `unshard` and

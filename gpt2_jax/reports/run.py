@@ -34,7 +34,7 @@ from gpt2_jax.workdir import history
 # A head is called by its highest score if it is at least this, and became what it is at the first
 # step from which the score stays above half of its last value.
 HEAD_SCORE, BECAME = 0.25, 0.5
-SPIKES = 6  # steps worth opening
+SPIKES, SPIKE_WINDOW = 6, 20  # steps worth opening; records before one that it is compared with
 
 
 def write_run(
@@ -142,16 +142,16 @@ def curves(folder: Path) -> dict[str, dict[str, list]]:
     return found
 
 
-def spikes(records: list[dict[str, Any]], window: int = 20) -> list[dict[str, Any]]:
+def spikes(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The recorded steps whose loss or gradient norm is furthest above the records before them.
 
-    In standard deviations of the last `window` records; at most SPIKES, the highest first.
+    In standard deviations of the last SPIKE_WINDOW records; at most SPIKES, the highest first.
     """
     found = {}
     for name in ('loss', 'grad_norm'):
         values = np.array([record.get(name, np.nan) for record in records], float)
-        for i in range(window, len(values)):
-            before = values[i - window : i]
+        for i in range(SPIKE_WINDOW, len(values)):
+            before = values[i - SPIKE_WINDOW : i]
             deviations = (values[i] - before.mean()) / max(before.std(), 1e-12)
             step = records[i]['step']
             if deviations > max(3, found.get(step, {'deviations': 0})['deviations']):

@@ -25,7 +25,7 @@ def moment_elements(case: Case) -> int:
     )
 
 
-def kept_by_block(cfg: GPT2Config, kernels: Kernels, T: int, tensor: int = 1) -> dict[str, int]:
+def kept_by_block(cfg: GPT2Config, kernels: Kernels, T: int, tensor: int) -> dict[str, int]:
     """What a block keeps for its backward pass without remat, in bytes a token.
 
     The branches, the products that the residual stream adds up, are not kept. `tensor` devices

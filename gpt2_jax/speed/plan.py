@@ -59,7 +59,7 @@ def plan(case: Case, gpu: GPU) -> Plan:
     return Plan(case, kernels, reasons, held, moment, transfers, times)
 
 
-def largest_rows(case: Case, gpu: GPU, fraction: float = MEMORY_FRACTION) -> int:
+def largest_rows(case: Case, gpu: GPU, fraction: float) -> int:
     """The most rows of a micro-batch that fit on a device; 0 if none do.
 
     Fused kernels take rows in steps of ROWS_MULTIPLE tokens.

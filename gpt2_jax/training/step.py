@@ -170,9 +170,7 @@ def split_rows(x, n: int):
     return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
 
 
-def make_token_losses(
-    model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
-) -> Callable:
+def make_token_losses(model: GPT2, unshard: Callable, chunk_targets: int = 0) -> Callable:
     """The function losses(params, batch, dropout_key=None) -> losses_BT, in nats per target.
 
     `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
