@@ -131,7 +131,10 @@ def prepare(
     folder = files.user_path(out_dir).resolve()
     with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)
-        totals = _totals(sources)
+        totals = {'files': len(sources)} | {
+            name: sum(getattr(source, name) for source in sources)
+            for name in ('documents', 'characters', 'bytes')
+        }
         if split_by == 'document' and 0 < val_fraction * totals['documents'] < 1:
             raise UserError(
                 f'val_fraction = {val_fraction} of {totals["documents"]} documents is less than '
@@ -178,15 +181,6 @@ def prepare(
         files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         _handle_signals(signal.SIG_IGN)  # too late to say that nothing was written
     return manifest
-
-
-def _totals(sources: list[Source]) -> dict[str, int]:
-    return {
-        'files': len(sources),
-        'documents': sum(source.documents for source in sources),
-        'characters': sum(source.characters for source in sources),
-        'bytes': sum(source.bytes for source in sources),
-    }
 
 
 def _size(path: str) -> int:

@@ -111,6 +111,11 @@ Order = KeyedOrder | TableOrder
 ORDERS = {'keyed': KeyedOrder, 'table': TableOrder}  # the values of the setting train.order
 
 
+def n_windows(n_tokens: int, seq_len: int) -> int:
+    """The windows of an epoch, n; below 1 if the tokens are too few to train on."""
+    return n_tokens // seq_len - 1
+
+
 def row_starts(order: Order, rows: np.ndarray) -> np.ndarray:
     """The positions in the text of the first input of each of the rows g: int64, like `rows`."""
     epoch, position = np.divmod(rows, order.n_windows)
@@ -148,7 +153,7 @@ def train_batch(
     """
     T = seq_len
     hi = batch_size if hi is None else hi
-    n = len(tokens) // T - 1
+    n = n_windows(len(tokens), T)
     if n < 1:
         raise UserError(
             f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which '

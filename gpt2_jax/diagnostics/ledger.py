@@ -45,7 +45,7 @@ class Addressing(NamedTuple):
     @property
     def n_windows(self) -> int:
         """The windows of an epoch."""
-        return (self.n_tokens - self.seq_len) // self.seq_len
+        return batches.n_windows(self.n_tokens, self.seq_len)
 
     @property
     def windows(self) -> batches.Order:
