@@ -50,8 +50,13 @@ def hessian_vector(source, text, vector):
     """
     subject = as_subject(source)
     tokens_BT = as_tokens(subject, text, least=2)
-    if leaf_shapes(vector) != leaf_shapes(subject.params):
-        raise UserError('the vector must have the leaves and the shapes of the parameters')
+    given, expected = leaf_shapes(vector), leaf_shapes(subject.params)
+    for name in expected | given:
+        if given.get(name) != expected.get(name):
+            raise UserError(
+                f'the vector must have the leaves and the shapes of the parameters: {name} is '
+                f'{given.get(name, "missing")}, expected {expected.get(name, "no such leaf")}'
+            )
     v_P, unravel = ravel_pytree(jax.tree.map(jnp.float32, vector))
     product_P = _product(subject.cfg)(subject.params, tokens_BT, v_P, 0, v_P.size)
     return jax.tree.map(np.array, unravel(product_P))
