@@ -185,6 +185,10 @@ def test_wrong_questions_are_one_line(trained, folder):
         assert said in err
     with pytest.raises(UsageError, match='compare needs two runs or more, and got 1'):
         compare.write_comparison([trained], folder / 'x.html')
+    with pytest.raises(
+        UsageError, match=f'different runs, and {trained.absolute()} is given twice'
+    ):
+        compare.write_comparison([folder, trained, trained], folder / 'x.html')
     with pytest.raises(UsageError, match='the text has 1 token: expected 2 to 16'):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
     with pytest.raises(UsageError, match="--steps has 'x'"):

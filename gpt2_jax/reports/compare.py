@@ -86,9 +86,11 @@ def _summary_of(
 
 def _distinct_names(folders: list[Path]) -> list[str]:
     """The last part of each path, or as many parts as tell them apart."""
+    paths = [folder.absolute() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UsageError(f'compare needs different runs, and {path} is given twice')
     for n in itertools.count(1):
-        names = ['/'.join(folder.absolute().parts[-n:]) for folder in folders]
+        names = ['/'.join(path.parts[-n:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-        if n > 20:
-            raise UsageError('compare needs different runs, and one was given twice')
