@@ -99,6 +99,11 @@ def losses_if(change, params, cfg, tokens_BT):
 # Capturing
 
 
+def all_heads(cfg) -> list[str]:
+    """The addresses of all heads: 'h_0.attn.0', 'h_0.attn.1', .."""
+    return [f'h_{i}.attn.{head}' for i in range(cfg.n_layer) for head in range(cfg.n_head)]
+
+
 @pytest.mark.parametrize('changes', [{}, dict(bias=False, n_head=4, n_inner=24, n_layer=3)])
 def test_activations_equal_numpy_name_by_name(changes):
     model = tiny(**changes, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
@@ -173,7 +178,7 @@ def test_addresses(model, params, text, whole):
     def expanded(names):
         return [site.address for site in sites.expand(model.cfg, names, n_positions=9)]
 
-    assert expanded('h_*.attn.*') == sites.all_heads(model.cfg)
+    assert expanded('h_*.attn.*') == all_heads(model.cfg)
     assert expanded(['ln_f@-1', 'h_1.q']) == ['ln_f@8', 'h_1.q']
     assert len(expanded('h_0.resid_pre@*')) == 9
 
@@ -315,7 +320,7 @@ def test_an_edit_of_a_wrong_shape_is_reported(model, params, text):
 def test_ablation_equals_numpy(model, params, text, by):
     addresses = ['h_*.attn.*', 'h_1.mlp', 'h_0.mlp.3', 'pos_embed']
     found = lens.ablate((model, params), text, addresses, by=by)
-    assert [*found][:4] == sites.all_heads(model.cfg)
+    assert [*found][:4] == all_heads(model.cfg)
     for address, name, index in (
         ('h_1.attn.0', 'h_1.z', np.s_[:, :, 0]),
         ('h_1.mlp', 'h_1.mlp_out', np.s_[:]),
@@ -353,7 +358,7 @@ def test_patching_everything_gives_the_other_text(model, params, text):
     patched = lens.patch(subject, text, text, 'ln_f', donor=donor, **both)
     last = lens.capture(donor, text, 'ln_f')['ln_f']
     np.testing.assert_allclose(patched['ln_f'], last @ params['wte']['embedding'].T, **CLOSE)
-    assert [*lens.patch(subject, text, text, 'h_*.attn.*')] == sites.all_heads(model.cfg)
+    assert [*lens.patch(subject, text, text, 'h_*.attn.*')] == all_heads(model.cfg)
 
 
 def test_texts_and_models_that_do_not_fit_are_reported(model, params, text):

@@ -90,11 +90,6 @@ def all_names(cfg: GPT2Config) -> list[str]:
     return [*FIRST_AXES, *blocks, *LAST_AXES]
 
 
-def all_heads(cfg: GPT2Config) -> list[str]:
-    """The addresses of all heads: 'h_0.attn.0', 'h_0.attn.1', .."""
-    return [f'h_{i}.attn.{head}' for i in range(cfg.n_layer) for head in range(cfg.n_head)]
-
-
 def parse_head(address: str) -> tuple[int, int]:
     """'h_3.attn.2' -> (3, 2). Raises UsageError for anything else."""
     match = re.fullmatch(r'h_(\d+)\.attn\.(\d+)', address)
