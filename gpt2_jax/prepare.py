@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax import files, foreign
+from gpt2_jax import files, foreign, signals
 from gpt2_jax.data import documents, tokenizers
 from gpt2_jax.data.dataset import SPLITS, n_train_characters
 from gpt2_jax.data.shards import FORMAT, INPUTS, MANIFEST, MARK, TOKENIZER, SourceLocation
@@ -35,14 +34,6 @@ from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import counted
 
 SPLIT_BY = ('corpus', 'document', 'file')
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
 MAX_BAD = 10  # files that cannot be read, until the first pass ends
 MAX_HELD = 1 << 24  # characters without a place to cut
 
@@ -64,13 +55,13 @@ class _Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Ends the block at one of SIGNALS with a UserError that says so."""
+    """Ends the block at one of signals.SIGNALS with a UserError that says so."""
 
     def stop(number, frame):
-        _handle_signals(signal.SIG_IGN)  # let what was begun be removed
+        signals.handle(signal.SIG_IGN)  # let what was begun be removed
         raise _Stopped(signal.Signals(number))
 
-    before = _handle_signals(stop)
+    before = signals.handle(stop)
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -79,20 +70,7 @@ def _stopped_by_signals() -> Iterator[None]:
         error.exit_code = 128 + number
         raise error from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _handle_signals(handler) -> dict[signal.Signals, Any]:
-    """Sets the handler of SIGNALS, in the main thread only; returns the handlers before.
-
-    Under nohup SIGHUP stays ignored.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
-    return {number: signal.signal(number, handler) for number in numbers}
+        signals.restore(before)
 
 
 @_stopped_by_signals()
@@ -113,8 +91,8 @@ def prepare(
     collects the alphabet, the second pass encodes. With `special_tokens`, <|endoftext|> in a text
     is the token of that name, else ordinary text. Raises UserError for a file that cannot be read
     or changes between the passes, for texts that are all empty, for a split without tokens (but
-    `val_fraction` may be 0), if `out_dir` holds anything, and for one of SIGNALS; then nothing is
-    written.
+    `val_fraction` may be 0), if `out_dir` holds anything, and for one of signals.SIGNALS; then
+    nothing is written.
     """
     if shard_tokens < 1:
         raise UsageError(f'shard_tokens is {shard_tokens}: expected at least 1')
@@ -179,7 +157,7 @@ def prepare(
         files.write_text(partial / INPUTS, ''.join(lines))
         files.write_text(partial / TOKENIZER, tokenizers.to_json(tokenizer))
         files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
-        _handle_signals(signal.SIG_IGN)  # too late to say that nothing was written
+        signals.handle(signal.SIG_IGN)  # too late to say that nothing was written
     return manifest
 
 

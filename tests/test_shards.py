@@ -22,7 +22,8 @@ from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
 from gpt2_jax.data.id_files import MAX_OPEN
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.prepare import SIGNALS, SPLIT_BY, describe, prepare
+from gpt2_jax.prepare import SPLIT_BY, describe, prepare
+from gpt2_jax.signals import SIGNALS
 
 FIRST = 'Il était une fois… 漢字 🎭\r\n' * 7
 SECOND = 'To be, or not to be\n' * 5

@@ -21,7 +21,7 @@ SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 # From the ground up: a file may import the files of the lines above its own, and no others.
 LAYERS = (
     'errors',
-    'architecture permutation',
+    'architecture permutation signals',
     'foreign progress',
     'files terminal',
     'config verified',
@@ -112,6 +112,7 @@ NO_JAX = (
     'foreign',
     'permutation',
     'progress',
+    'signals',
     'terminal',
     'verified',
     'cli',

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from gpt2_jax import signals
 from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.parallel.hosts import Agreement
 from gpt2_jax.training.meter import Meter
@@ -59,15 +60,13 @@ class Interrupted(Exception):
 def interrupts() -> Iterator[Interrupt]:
     """Notes the first signal that asks the process to end, and says so; a second one ends it.
 
-    The signals are SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2, by which Slurm, LSF and Grid Engine warn
-    of a time limit, SIGXCPU, which arrives at a limit of CPU seconds, and SIGHUP, which arrives
-    when the terminal is closed. Under nohup SIGHUP stays ignored.
+    The signals are those of signals.SIGNALS.
     """
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number, frame):
         interrupt.arrived = signal.Signals(number)
-        restore()
+        signals.restore(before)
         if number == signal.SIGXCPU:  # it comes again every second
             signal.signal(number, signal.SIG_IGN)
         if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
@@ -80,18 +79,11 @@ def interrupts() -> Iterator[Interrupt]:
             with contextlib.suppress(OSError, ValueError):
                 os.write(sys.stderr.fileno(), line.encode())
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = signals.handle(note)
     try:
         yield interrupt
     finally:
-        restore()
+        signals.restore(before)
 
 
 @contextlib.contextmanager
