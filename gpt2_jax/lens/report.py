@@ -4,9 +4,10 @@ At each position the model guesses the next token. That token is the position's 
 position, which no token follows, the target is the likeliest one.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -82,36 +83,36 @@ def collect(
     cfg = subject.cfg
     tokens_BT = as_tokens(subject, text, least=2)[:1]
     T = tokens_BT.shape[1]
-    parts = _Parts(notify, skip)
+    part, arrays = functools.partial(_timed, notify), {}
 
-    with parts('activations'):
+    with part('activations'):
         taken = capture(subject, tokens_BT)
         targets_T = default_targets(tokens_BT, taken['logits'])[0]
         losses_T = _losses(taken['logits'], targets_T)
-        parts.arrays |= {'loss': losses_T, 'target': targets_T.astype(np.uint32)}
-        parts.arrays |= {f'norm.{name}': norm for name, norm in _norms(cfg, taken).items()}
-        parts.arrays['pattern'] = packed_patterns(cfg, taken)
-    with parts('logit lens'):
+        arrays |= {'loss': losses_T, 'target': targets_T.astype(np.uint32)}
+        arrays |= _named('norm', _norms(cfg, taken))
+        arrays['pattern'] = packed_patterns(cfg, taken)
+    with part('logit lens'):
         stream = [taken[name] for name in residual_stream(cfg)]
-        parts.add('logit', _read_out(subject, stream, targets_T))
-    if parts.wants('jacobian'):
-        with parts('jacobian'):
+        arrays |= _named('logit', _read_out(subject, stream, targets_T))
+    if 'jacobian' not in skip:
+        with part('jacobian'):
             carried = map(transport, stream, jacobian_lens(subject, tokens_BT[:, :FIRST_TOKENS]))
-            parts.add('jacobian', _read_out(subject, carried, targets_T))
-    with parts('attribution'):
+            arrays |= _named('jacobian', _read_out(subject, carried, targets_T))
+    with part('attribution'):
         for kind, terms in _attributions(subject, taken, targets_T).items():
-            parts.add(f'attribution.{kind}', terms)
-    if parts.wants('ablation'):
-        with parts('ablation'):
-            parts.arrays['ablation'] = _ablations(subject, tokens_BT, targets_T, losses_T)
-    if parts.wants('backward'):
-        with parts('backward'):
-            parts.add('gradient', _gradients(subject, tokens_BT, targets_T))
-    with parts('head scores'):
-        parts.arrays |= _scores(subject)
+            arrays |= _named(f'attribution.{kind}', terms)
+    if 'ablation' not in skip:
+        with part('ablation'):
+            arrays['ablation'] = _ablations(subject, tokens_BT, targets_T, losses_T)
+    if 'backward' not in skip:
+        with part('backward'):
+            arrays |= _named('gradient', _gradients(subject, tokens_BT, targets_T))
+    with part('head scores'):
+        arrays |= _scores(subject)
     ends = None
-    if parts.wants('curvature'):
-        with parts('curvature'):
+    if 'curvature' not in skip:
+        with part('curvature'):
             ends = curvature(
                 subject,
                 tokens_BT[:, :FIRST_TOKENS],
@@ -120,8 +121,8 @@ def collect(
                 tolerance=1e-2,
             )
     flow = None
-    if parts.wants('shapes'):
-        with parts('shapes'):
+    if 'shapes' not in skip:
+        with part('shapes'):
             rows, length, accum = step_size or (1, T, 1)
             flow = flow_lib.shape_flow(
                 cfg,
@@ -152,34 +153,21 @@ def collect(
         'skipped': sorted(skip),
     }
     shown = {*facts['tokens'], *targets_T.tolist()}
-    shown.update(*(parts.arrays[name].ravel().tolist() for name in parts.arrays if '.top' in name))
+    shown.update(*(arrays[name].ravel().tolist() for name in arrays if '.top' in name))
     facts['text'] = {int(token): token_text(subject, int(token)) for token in sorted(shown)}
-    return Report(facts, parts.arrays, flow)
+    return Report(facts, arrays, flow)
 
 
-class _Parts:
-    """The arrays of a page as they come, and the time that each part of it takes."""
+@contextlib.contextmanager
+def _timed(notify: Callable[[str], None], part: str) -> Iterator[None]:
+    """Reports the time that a part of the page took."""
+    began = time.monotonic()
+    yield
+    notify(f'{part}: {time.monotonic() - began:.1f} s')
 
-    def __init__(self, notify: Callable[[str], None], skip: Collection[str]):
-        self.notify, self.skip = notify, skip
-        self.arrays: dict[str, np.ndarray] = {}
 
-    def wants(self, section: str) -> bool:
-        return section not in self.skip
-
-    def add(self, prefix: str, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays |= {f'{prefix}.{name}': array for name, array in arrays.items()}
-
-    def __call__(self, name: str):
-        self.name = name
-        return self
-
-    def __enter__(self):
-        self.began = time.monotonic()
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.notify(f'{self.name}: {time.monotonic() - self.began:.1f} s')
+def _named(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f'{prefix}.{name}': array for name, array in arrays.items()}
 
 
 def _losses(logits_BTV, targets_T) -> np.ndarray:
