@@ -58,10 +58,7 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Notes the first signal that asks the process to end, and says so; a second one ends it.
-
-    The signals are those of signals.SIGNALS.
-    """
+    """Notes the first of signals.SIGNALS that arrives, and says so; a second ends the process."""
     interrupt, terminals = Interrupt(), [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number, frame):
