@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
-from gpt2_jax.diagnostics.replay import METRICS, Replay, micro_batches
+from gpt2_jax.diagnostics.replay import Replay, floats, micro_batches
 from gpt2_jax.errors import UserError
 from gpt2_jax.lens.sites import all_names, axes_of, axis_size
 from gpt2_jax.lens.subject import leaf_shapes
@@ -112,13 +112,11 @@ def examine(replay: Replay, step: int) -> Autopsy:
     checkpoint, state = replay.state_before(first)
     records = history.read_records(replay.run.folder, 'train')
     before = [
-        {name: record[name] for name in ('step', *METRICS)}
-        for record in records
-        if record['step'] < first
+        {'step': record['step'], **floats(record)} for record in records if record['step'] < first
     ][-UPDATES_BEFORE:]
     for earlier in range(first, step):
         state, metrics = replay.update(earlier, state)
-        before.append({'step': earlier, **_floats(metrics)})
+        before.append({'step': earlier, **floats(metrics)})
     setup, batch = replay.setup(step), replay.batch(step)
     params = jax.tree.map(jnp.copy, state.params)
     n = setup.config.train.grad_accum_steps
@@ -154,7 +152,7 @@ def examine(replay: Replay, step: int) -> Autopsy:
         checkpoint=checkpoint,
         culprit=culprit,
         passage=_worst_passage(replay.run, starts_B, losses_BT),
-        metrics=_floats(metrics),
+        metrics=floats(metrics),
         before=before,
         activations=activations,
         gradients=gradients,
@@ -267,7 +265,3 @@ def _worst_passage(run: ledger.Run, starts_B: np.ndarray, losses_BT: np.ndarray)
     # The first target of a row is its second token.
     origin = run.where(int(starts_B[row]) + 1 + start)
     return Passage(row, start, start + size, float(means[row, start]), origin)
-
-
-def _floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
-    return {name: float(metrics[name]) for name in METRICS}

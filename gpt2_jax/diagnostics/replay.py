@@ -54,6 +54,11 @@ class Tensor(NamedTuple):
     ratio: float | None
 
 
+def floats(metrics) -> dict[str, float]:
+    """METRICS of an update, or of its record."""
+    return {name: float(metrics[name]) for name in METRICS}
+
+
 @dataclasses.dataclass(frozen=True)
 class OpenedStep:
     """Update number `step` of a run. B rows of T tokens; losses in nats.
@@ -197,7 +202,7 @@ class Replay:
             step=step,
             checkpoint=checkpoint,
             recorded=self._record(step),
-            replayed={name: float(metrics[name]) for name in METRICS},
+            replayed=floats(metrics),
             tokens_BT1=np.concatenate([batch['inputs'], batch['targets'][:, -1:]], 1),
             starts_B=starts_B,
             origins=[self.run.where(int(start)) for start in starts_B],
@@ -228,7 +233,7 @@ class Replay:
     def _record(self, step: int) -> dict[str, float] | None:
         for record in history.read_records(self.run.folder, 'train'):
             if record['step'] == step:
-                return {name: record[name] for name in METRICS}
+                return floats(record)
         return None
 
 
