@@ -11,7 +11,7 @@ import pytest
 import runs
 from tiny import flat
 
-from gpt2_jax.diagnostics.replay import METRICS, Replay
+from gpt2_jax.diagnostics.replay import METRICS, Replay, complete_records
 from gpt2_jax.errors import UserError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.reports import step as step_report
@@ -146,6 +146,23 @@ def test_a_replay_that_differs_says_so(run, replay, opened, tmp_path, monkeypatc
         record = next(r for r in history.read_records(tmp_path / 'run', 'train') if r['step'] == 4)
         monkeypatch.setitem(opened(4).recorded, 'grad_norm', record['grad_norm'])
         assert opened(4).verdict.startswith(verdict)
+
+
+def test_a_record_without_all_metrics_is_none(run, tmp_path):
+    (tmp_path / 'run').mkdir()
+    records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    metrics = [record for record in records if record['split'] == 'train']
+    expected = {r['step']: {name: r[name] for name in METRICS} for r in metrics}
+    del metrics[1]['grad_norm'], expected[metrics[1]['step']]
+    metrics[2]['param_norm'] = None
+    del expected[metrics[2]['step']]
+    path = tmp_path / 'run' / 'metrics.jsonl'
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    assert complete_records(run) != complete_records(tmp_path / 'run') == expected
+    del metrics[3]['loss']
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    with pytest.raises(UserError, match=r"jsonl, line \d+ is damaged: it has no 'loss'"):
+        complete_records(tmp_path / 'run')
 
 
 def test_what_cannot_be_replayed_is_one_line(run, replay, text, tmp_path):

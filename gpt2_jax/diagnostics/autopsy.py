@@ -17,14 +17,13 @@ import numpy as np
 
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
-from gpt2_jax.diagnostics.replay import Replay, floats, micro_batches
+from gpt2_jax.diagnostics.replay import Replay, complete_records, floats, micro_batches
 from gpt2_jax.errors import UserError
 from gpt2_jax.lens.sites import all_names, axes_of, axis_size
 from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.ops import FAST
-from gpt2_jax.workdir import history
 
 UPDATES_BEFORE = 20  # whose metrics lead up to the one that is examined
 PASSAGE = 16  # targets of the passage that costs most
@@ -110,9 +109,9 @@ def examine(replay: Replay, step: int) -> Autopsy:
         raise UserError(f'{replay.run.folder} plans {planned:,} updates, and none is {step}')
     first = max(replay.nearest(step - 1) + 1, step - UPDATES_BEFORE)
     checkpoint, state = replay.state_before(first)
-    records = history.read_records(replay.run.folder, 'train')
+    records = complete_records(replay.run.folder)
     before = [
-        {'step': record['step'], **floats(record)} for record in records if record['step'] < first
+        {'step': earlier, **metrics} for earlier, metrics in records.items() if earlier < first
     ][-UPDATES_BEFORE:]
     for earlier in range(first, step):
         state, metrics = replay.update(earlier, state)

@@ -33,7 +33,7 @@ from gpt2_jax.workdir import checksums, history
 from gpt2_jax.workdir.checkpoints import restore_state
 from gpt2_jax.workdir.storage import open_manager
 
-METRICS = ('loss', 'grad_norm', 'learning_rate', 'update_norm', 'param_norm')
+METRICS = ('loss', *history.FIGURES)
 # Relative difference between recorded and replayed metrics that counts as rounding, if the two were
 # not computed by the same program on the same device.
 TOLERANCE = 1e-3
@@ -57,6 +57,15 @@ class Tensor(NamedTuple):
 def floats(metrics) -> dict[str, float]:
     """METRICS of an update, or of its record."""
     return {name: float(metrics[name]) for name in METRICS}
+
+
+def complete_records(run: Path) -> dict[int, dict[str, float]]:
+    """The METRICS of the updates that the run recorded, by step; of all that have each of them."""
+    return {
+        record['step']: floats(record)
+        for record in history.read_records(run, 'train')
+        if all(record.get(name) is not None for name in METRICS)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +210,7 @@ class Replay:
         return OpenedStep(
             step=step,
             checkpoint=checkpoint,
-            recorded=self._record(step),
+            recorded=complete_records(self.run.folder).get(step),
             replayed=floats(metrics),
             tokens_BT1=np.concatenate([batch['inputs'], batch['targets'][:, -1:]], 1),
             starts_B=starts_B,
@@ -229,12 +238,6 @@ class Replay:
             return initial_state(setup)
         with open_manager(self.run.folder / checksums.FOLDER, read_only=True) as manager:
             return restore_state(manager, checkpoint, programs.abstract_state(setup))
-
-    def _record(self, step: int) -> dict[str, float] | None:
-        for record in history.read_records(self.run.folder, 'train'):
-            if record['step'] == step:
-                return floats(record)
-        return None
 
 
 class Programs(NamedTuple):

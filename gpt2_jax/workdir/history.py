@@ -20,7 +20,11 @@ META = {
     'corpus': {'name': str, 'sha256': str},
     'progress': {'extensions': foreign.Maybe(EXTENSIONS)},  # none before version 0.2
 }
-RECORD = {'step': foreign.integer(0), 'split': str}
+# Other versions may have recorded fewer figures of an update.
+FIGURES = ('grad_norm', 'learning_rate', 'update_norm', 'param_norm')
+RECORD = {'step': foreign.integer(0), 'split': str, 'loss': foreign.NUMBER} | dict.fromkeys(
+    FIGURES, foreign.Maybe(foreign.NUMBER)
+)
 
 
 def read_config(run: Path) -> ConfigDict:
