@@ -279,6 +279,20 @@ def test_find_prints_every_place_and_step(tmp_path):
     assert half.step.tolist() == [seen['step'] for seen in place['seen'] if seen['step'] <= 20]
 
 
+def test_sightings_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    addressing = ledger.Addressing(n_tokens=1000, seed=0, batch_size=4, seq_len=8)
+    places = np.arange(10)
+    steps = 3 * addressing.n_windows // addressing.batch_size  # three epochs
+    all_of_them = ledger.sightings(addressing, places, places + 1, steps)
+    monkeypatch.setattr(ledger, 'MAX_PAIRS', 30)
+    for have, expected in zip(
+        ledger.sightings(addressing, places, places + 1, steps), all_of_them, strict=True
+    ):
+        np.testing.assert_array_equal(have, expected)
+    with pytest.raises(UsageError, match='10 places in each of 4 epochs are more than the 30'):
+        ledger.sightings(addressing, places, places + 1, steps + 1)
+
+
 def test_wrong_questions_are_one_line(tmp_path):
     (tmp_path / 'a.txt').write_text(VERSE * 30)
     run = run_folder(tmp_path / 'run', tmp_path / 'a.txt')
@@ -288,7 +302,8 @@ def test_wrong_questions_are_one_line(tmp_path):
         ({'text': ''}, 'the text to find is empty'),
         ({'text': 'a', 'file': 'a.txt'}, '--file belongs to --line'),
         ({'token_offset': 99999}, 'the training text has '),
-        ({'text': 'a', 'by_step': -1}, 'expected at least 0'),
+        ({'text': 'a', 'by_step': -1}, 'expected 0 to 40, the train.steps of the run'),
+        ({'text': 'a', 'by_step': 41}, 'expected 0 to 40, the train.steps of the run'),
         ({'line': 0}, 'lines are counted from 1'),
     ]:
         with pytest.raises(UsageError, match=said):

@@ -26,6 +26,7 @@ from gpt2_jax.workdir import history
 
 BLOCK = 1 << 22  # tokens searched at once
 PAIRS = 1 << 16  # of a text and an epoch, looked up at once
+MAX_PAIRS = 1 << 25  # looked up in all: their sightings take about 5 GB
 NO_TEXT = b'\xff'  # stands for a separator in a search; never a byte of UTF-8
 CONTEXT = 24  # tokens shown on each side of an occurrence
 
@@ -80,12 +81,19 @@ def row_starts(addressing: Addressing, step: int) -> np.ndarray:
 def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
     """Every row of the first `steps` steps with any of tokens start[i] .. stop[i] - 1 as a target.
 
-    A text that crosses the border of two windows is in two rows, in part in each.
+    A text that crosses the border of two windows is in two rows, in part in each. Raises UsageError
+    if there are more rows than fit into memory.
     """
     start, stop = np.atleast_1d(start), np.atleast_1d(stop)
     n, B, T = addressing.n_windows, addressing.batch_size, addressing.seq_len
     n_rows = steps * B
-    epochs, order, found = np.arange(-(-n_rows // n)), addressing.windows, []
+    n_epochs = -(-n_rows // n)
+    if n_epochs * len(start) > MAX_PAIRS:
+        raise UsageError(
+            f'{len(start):,} places in each of {n_epochs:,} epochs are more than the '
+            f'{MAX_PAIRS:,} that fit into memory: give a longer text or a smaller --by_step'
+        )
+    epochs, order, found = np.arange(n_epochs), addressing.windows, []
     # For each text and epoch, the first window that has a part of it, the second, and so on.
     for block in np.array_split(epochs, 1 + len(epochs) * len(start) // PAIRS):
         offset = order.offset(block)[:, None]
@@ -219,8 +227,11 @@ def find(
     run = open_run(folder, corpus)
     steps = run.config.train.steps if by_step is None else by_step
     n = len(run.dataset.train)
-    if steps < 0:
-        raise UsageError(f'--by_step={steps} is not allowed: expected at least 0')
+    if not 0 <= steps <= run.config.train.steps:
+        raise UsageError(
+            f'--by_step={steps} is not allowed: expected 0 to {run.config.train.steps}, the '
+            'train.steps of the run'
+        )
     if text is not None:
         start, stop = occurrences(run.dataset.train, run.token_bytes, text)
     elif token_offset is not None:
