@@ -14,7 +14,7 @@ from tiny import rough_params, tiny, tokens
 from gpt2_jax import lens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.lens import readings, sites
+from gpt2_jax.lens import hessian, readings, sites
 from gpt2_jax.lens.subject import as_subject, run
 from gpt2_jax.model import gpt2 as gpt2_lib
 from gpt2_jax.model.gpt2 import GPT2
@@ -477,6 +477,14 @@ def test_head_scores_find_the_head_they_are_made_for():
 # Curvature
 
 
+def test_the_curvature_of_a_loss_that_is_not_finite_is_nan(model, params, text):
+    params = params | {'wte': jax.tree.map(lambda x: x * np.inf, params['wte'])}
+    ends = lens.curvature((model, params), text, by_layer=False, most=5)['all']
+    assert np.isnan([ends.top, ends.bottom]).all()
+    halves = hessian.lanczos(lambda v: v / 2, np.ones(3, np.float32), most=5, tolerance=0.0)
+    assert halves == pytest.approx((0.5, 0.5, 1))
+
+
 @pytest.mark.long
 def test_curvature_equals_the_full_hessian():
     model = tiny(n_layer=1, n_embd=4, n_head=2, n_positions=5, vocab_size=5, n_inner=6)
@@ -489,17 +497,17 @@ def test_curvature_equals_the_full_hessian():
             jax.nn.log_softmax(logits_BTV[:, :-1]), text[:, 1:, None], -1
         ).mean()
 
-    hessian = np.asarray(jax.jit(jax.hessian(loss))(flat), np.float64)
-    hessian = (hessian + hessian.T) / 2
+    hessian_PP = np.asarray(jax.jit(jax.hessian(loss))(flat), np.float64)
+    hessian_PP = (hessian_PP + hessian_PP.T) / 2
     found = lens.curvature((model, params), text, tolerance=1e-6, most=200)
     assert list(found) == ['all', *sorted(params)]
     start = 0
     for name, ends in found.items():
         if name == 'all':
-            block = hessian
+            block = hessian_PP
         else:
             size = sum(leaf.size for leaf in jax.tree.leaves(params[name]))
-            block = hessian[start : start + size, start : start + size]
+            block = hessian_PP[start : start + size, start : start + size]
             start += size
         eigenvalues, _ = np.linalg.eigh(block)
         radius = np.abs(eigenvalues).max()
@@ -509,7 +517,7 @@ def test_curvature_equals_the_full_hessian():
 
     vector = rough_params(model, seed=3)
     product = lens.hessian_vector((model, params), text, vector)
-    expected = hessian @ jax.flatten_util.ravel_pytree(vector)[0]
+    expected = hessian_PP @ jax.flatten_util.ravel_pytree(vector)[0]
     np.testing.assert_allclose(
         jax.flatten_util.ravel_pytree(product)[0], expected, rtol=1e-3, atol=1e-4
     )

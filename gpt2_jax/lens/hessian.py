@@ -130,7 +130,7 @@ def lanczos(product: Callable, start_P, most: int, tolerance: float) -> Curvatur
 
     Lanczos 1950. Three vectors are kept, and none is orthogonalised against older ones: rounding
     then repeats eigenvalues that were found already, and leaves the ends of the spectrum as they
-    are.
+    are. Both ends are nan if a product is not finite.
     """
     v_P = jnp.asarray(start_P / np.linalg.norm(start_P))
     before_P, beta = jnp.zeros_like(v_P), 0.0
@@ -138,6 +138,8 @@ def lanczos(product: Callable, start_P, most: int, tolerance: float) -> Curvatur
     while True:
         w_P = product(v_P)
         alphas.append(float(_dot(v_P, w_P)))
+        if not np.isfinite(alphas[-1]):
+            return Curvature(np.nan, np.nan, len(alphas))
         ritz = np.linalg.eigvalsh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
         ends.append((ritz[0], ritz[-1]))
         w_P, norm = _orthogonal(w_P, alphas[-1], v_P, beta, before_P)
