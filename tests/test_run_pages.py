@@ -101,6 +101,24 @@ def test_the_slider_moves_everything(trained, page, tab):
 
 
 @needs_browser
+def test_the_page_says_how_far_the_run_came(page, tab, tmp_path):
+    other = tmp_path / 'other.html'
+    before, _, rest = page.read_text('utf-8').partition('id="data">')
+    after = rest[rest.index('</script>') :]
+    steps = facts(page)['steps']
+    for finished, done, said in (
+        (True, 1, '\u2713 finished: 1 step'),
+        (True, 16, '\u2713 finished: 16 steps'),
+        (False, 3, f'not finished: step 3 of {steps}'),  # whether it still trains is not known
+    ):
+        data = json.dumps(facts(page) | {'finished': finished, 'done': done})
+        data = data.replace('<', '\\u003c')
+        other.write_text(f'{before}id="data">{data}{after}', 'utf-8')
+        tab.open(other)
+        assert tab.text('.pill') == said
+
+
+@needs_browser
 def test_an_opened_step_shows_its_rows(trained, page, tab):
     tab.open(page.with_name('page_step_4.html'))
     assert 'equal the recorded ones to the last digit' in tab.text('#verdict')
@@ -250,6 +268,31 @@ def test_every_logarithmic_axis_has_numbers(values, ticks, page, tab):
     low, high = values
     shown = tab.run(f"axis({low}, {high}, 'log').ticks(5).map((x) => number(x))")
     assert shown == ticks
+
+
+@needs_browser
+def test_numbers_beside_an_axis_are_short(page, tab):
+    tab.open(page)
+    values = [100000, 1000000, -2.5e7, 4e16, 0.001, 0.00025]
+    shown = tab.run(f'{json.dumps(values)}.map(axisNumber)')
+    assert shown == ['100,000', '1e6', '\u22122.5e7', '4e16', '0.001', '2.50e-4']
+
+
+@needs_browser
+def test_names_of_reference_lines_do_not_cover_one_another(page, tab):
+    tab.open(page)
+    references = [{'name': name, 'y': y} for name, y in (('a', 1), ('b', 1.001), ('c', 3))]
+    options = {'title': '', 'series': [{'name': 's', 'x': [1, 2], 'y': [1, 3]}]}
+    drawn = tab.run(
+        f"""(() => {{
+          const chart = lineChart({json.dumps(options | {'references': references})});
+          document.body.append(chart.node);
+          return new Promise((done) => requestAnimationFrame(() => setTimeout(() => done(
+            [...chart.node.querySelectorAll('[data-reference]')].map((e) => e.dataset.reference)
+          ))));
+        }})()"""
+    )
+    assert drawn == ['a', 'c']
 
 
 @needs_browser

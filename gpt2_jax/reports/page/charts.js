@@ -13,6 +13,9 @@ function colorScale(kind, low, high) {
 
 // -- axes
 
+/* A number that fits beside a vertical axis: 10,000,000,000 is 1e10. */
+const axisNumber = (x) => (Math.abs(x) < 1e6 ? number(x, 3) : x.toExponential(2).replace(/\.?0*e\+/, 'e').replace('-', '\u2212'));
+
 function logTicks(low, high, most) {
   const ticks = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
@@ -108,17 +111,21 @@ function lineChart(options) {
     const Y = (y) => height - bottom - yAxis.place(y) * (height - top - bottom);
     for (const tick of yAxis.ticks(5)) {
       picture.append(svg('line', { class: 'axis', x1: left, x2: width - right, y1: Y(tick), y2: Y(tick) }),
-        svg('text', { x: left - 7, y: Y(tick) + 4, 'text-anchor': 'end' }, number(tick, 3)));
+        svg('text', { x: left - 7, y: Y(tick) + 4, 'text-anchor': 'end' }, axisNumber(tick)));
     }
     for (const tick of xAxis.ticks(Math.max(3, Math.floor(width / 90)))) {
       picture.append(svg('line', { class: 'axis', x1: X(tick), x2: X(tick), y1: top, y2: height - bottom }),
         svg('text', { x: X(tick), y: height - bottom + 15, 'text-anchor': 'middle' }, number(tick, 3)));
     }
     picture.append(svg('text', { x: width - right, y: height - 4, 'text-anchor': 'end' }, xLabel));
-    references.forEach((r, i) => {
-      picture.append(svg('line', { x1: left, x2: width - right, y1: Y(r.y), y2: Y(r.y), stroke: 'var(--faint)', 'stroke-dasharray': '5 4' }),
-        svg('text', { x: left + 6, y: Y(r.y) - 4, 'data-reference': r.name }, `${r.name} ${format(r.y)}`));
-    });
+    const named = []; // heights with the name of a line: names would cover one another
+    for (const r of references) {
+      const y = Y(r.y);
+      picture.append(svg('line', { x1: left, x2: width - right, y1: y, y2: y, stroke: 'var(--faint)', 'stroke-dasharray': '5 4' }));
+      if (named.some((other) => Math.abs(other - y) < 12)) continue;
+      picture.append(svg('text', { x: left + 6, y: y - 4, 'data-reference': r.name }, `${r.name} ${format(r.y)}`));
+      named.push(y);
+    }
     for (const s of shown) {
       const path = thin(s.points, X).map(([x, y], i) => `${i ? 'L' : 'M'}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join('');
       picture.append(svg('path', { class: 'curve', d: path, stroke: s.color, 'stroke-width': s.width, 'stroke-dasharray': s.dash || '' }));

@@ -58,7 +58,7 @@ function heading() {
   main.append(
     el('header', {}, el('h1', {}, data.run.split('/').pop()), el('span', { class: 'lead' }, data.run), el('span', { class: 'spacer' }), themeButton()),
     el('p', {}, el('span', { class: `pill ${data.finished ? 'good' : 'plain'}` },
-      data.finished ? `\u2713 finished: ${number(data.done)} steps` : `training: step ${number(data.done)} of ${number(data.steps)}`)),
+      data.finished ? `\u2713 finished: ${number(data.done)} ${data.done === 1 ? 'step' : 'steps'}` : `not finished: step ${number(data.done)} of ${number(data.steps)}`)),
     factList([
       ['best validation loss, nats per token', best === null ? null : best.toFixed(4)],
       ['at step', best === null ? null : number(val.step[bestAt])],
