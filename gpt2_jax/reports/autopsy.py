@@ -104,8 +104,10 @@ def _leap(found: Autopsy) -> str | None:
     for metrics in [*found.before, {'step': found.step, **found.metrics}]:
         share = metrics['update_norm'] / max(metrics['param_norm'], 1e-30)
         if not share <= LEAP:
+            is_known = math.isfinite(share)
+            by = f'by {share:.0%} of their norm' if is_known else 'beyond the range of fp32'
             return (
-                f'Step {metrics["step"]} changed the parameters by {share:.0%} of their norm '
+                f'Step {metrics["step"]} changed the parameters {by} '
                 f'(update {metrics["update_norm"]:.3g}, parameters {metrics["param_norm"]:.3g}, '
                 f'gradient {metrics["grad_norm"]:.3g}): a learning rate of '
                 f'{metrics["learning_rate"]:.3g} is too high.'
