@@ -53,6 +53,14 @@ def test_carriage_returns_are_pointed_out(end, hinted, tmp_path):
     assert ('carriage returns' in lines) == hinted
 
 
+def test_one_layer_and_one_head_are_counted_in_the_singular(tmp_path):
+    text = runs.write_text(tmp_path / 'text.txt')
+    one = runs.make_config(text, model__n_layer=1, model__n_head=1)
+    two = runs.make_config(text, model__n_layer=2, model__n_head=2)
+    for config, said in ((one, ': 1 layer, 1 head, width'), (two, ': 2 layers, 2 heads, width')):
+        assert any(said in line for line in describe(build(resolve(config))))
+
+
 def test_an_error_does_not_wait_for_the_compilation():
     done = threading.Event()
     with pytest.raises(KeyError), programs.compiling() as pool:

@@ -10,6 +10,7 @@ from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel import devices, rules
 from gpt2_jax.parallel.partition import named_leaves
+from gpt2_jax.terminal import counted
 from gpt2_jax.training.muon import muon_leaves, stack_matrices
 from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import Setup
@@ -53,8 +54,9 @@ def describe(setup: Setup) -> list[str]:
         f'data       {dataset.name}: {len(dataset.train):,} training and {len(dataset.val):,} '
         f'{"held-out training" if config.data.holdout else "validation"} tokens, '
         f'{dataset.tokenizer.name} tokenizer, vocabulary {dataset.tokenizer.vocab_size:,}',
-        f'model      {count_params(params):,} parameters: {cfg.n_layer} layers, {cfg.n_head} '
-        f'heads, width {cfg.n_embd}, context {cfg.n_positions}',
+        f'model      {count_params(params):,} parameters: '
+        f'{counted(cfg.n_layer, "layers")}, {counted(cfg.n_head, "heads")}, width {cfg.n_embd}, '
+        f'context {cfg.n_positions}',
         f'optimizer  {_describe_optimizer(setup)}: weight decay on {len(decayed)} leaves with '
         f'{count_params(decayed):,} parameters, none on {len(kept)} with {count_params(kept):,}',
         *_describe_average(config.optim.average),

@@ -29,6 +29,7 @@ from gpt2_jax.reports.looks import (
     looks_of,
     text_tokens,
 )
+from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import history
 
 # A head is called by its highest score if it is at least this, and became what it is at the first
@@ -87,7 +88,7 @@ def collect(
     if not models:
         raise UserError(f'{folder} has no checkpoint yet: wait for the first, or keep more of them')
     tokens_T = text_tokens(run, setup, text)
-    notify(f'looking into {len(models)} checkpoints')
+    notify(f'looking into {counted(len(models), "checkpoints")}')
     dynamics = dynamics_of(run, setup, models, notify)
     looks = looks_of(run, models, tokens_T)
     ids = np.unique(
