@@ -316,6 +316,27 @@ def test_an_edit_of_a_wrong_shape_is_reported(model, params, text):
         lens.edit((model, params), text, {'h_0.attn.1': np.zeros(3)})
 
 
+@pytest.mark.parametrize('change', [None, 'a', [None], 1j, lambda x: None])
+def test_an_edit_that_is_no_number_is_reported(model, params, text, change):
+    with pytest.raises(UserError, match=r'the edit of h_0\.attn\.1 is .*: expected a number'):
+        lens.edit((model, params), text, {'h_0.attn.1': change})
+
+
+def test_edits_that_have_no_addresses_are_reported(model, params, text):
+    with pytest.raises(UsageError, match=r'edits is of type list: expected \{address: '):
+        lens.edit((model, params), text, ['h_0.attn.1'])
+
+
+def test_a_pair_that_is_no_model_and_its_parameters_is_reported(model, params, text):
+    for wrong, kinds in (
+        ((params, model), r'\(dict, GPT2\)'),
+        ((model, params, None), r'\(GPT2, dict, NoneType\)'),
+        ((), r'\(\)'),
+    ):
+        with pytest.raises(UserError, match=f'cannot look into {kinds}: .* or .model, params.'):
+            lens.token_losses(wrong, text)
+
+
 @pytest.mark.parametrize('by', ['zero', 'mean'])
 def test_ablation_equals_numpy(model, params, text, by):
     addresses = ['h_*.attn.*', 'h_1.mlp', 'h_0.mlp.3', 'pos_embed']
@@ -472,6 +493,18 @@ def test_head_scores_find_the_head_they_are_made_for():
     repeated = readings.repeated_tokens(model.cfg, rows=3)
     assert repeated.shape == (3, 12)
     np.testing.assert_array_equal(repeated[:, :6], repeated[:, 6:])
+
+
+@pytest.mark.parametrize('jacobians', ['x', np.zeros((2, 2)), np.zeros((4, 16, 16))])
+def test_jacobians_of_another_model_are_reported(model, params, text, jacobians):
+    with pytest.raises(UserError, match=r'the Jacobians have the shape .*: expected \(3, 16, 16\)'):
+        lens.logit_lens((model, params), text, jacobians)
+
+
+@pytest.mark.parametrize('wrong', [{'rows': 0}, {'rows': 1.5}, {'seed': -1}])
+def test_head_scores_of_no_text_are_refused(model, params, wrong):
+    with pytest.raises(UsageError, match='expected a whole number, at least'):
+        lens.head_scores((model, params), **wrong)
 
 
 # Curvature

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import foreign
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.lens.activations import capturing, parts_of
 from gpt2_jax.lens.sites import Site, axes_of, axis_size, expand, names_of
@@ -36,10 +37,15 @@ def edit(
     """What `capture(source, text, names)` gives if the model runs with the edits.
 
     `edits` maps an address to what takes its place: a number or an array, broadcast to the shape
-    that the address has; or a function of it that JAX can trace, of the same shape. Edits at one
-    activation apply in the order given, and what comes later in the forward pass sees them. Raises
-    UserError if a shape does not fit, else as `capture`.
+    that the address has; or a function of it that JAX can trace, whose result is broadcast too.
+    Edits at one activation apply in the order given, and what comes later in the forward pass sees
+    them. Raises UserError if a shape does not fit or a value is no real number, else as `capture`.
     """
+    if not isinstance(edits, Mapping):
+        raise UsageError(
+            f'edits is of type {type(edits).__name__}: expected {{address: number, array or '
+            "function}, such as {'h_0.attn.0': 0}"
+        )
     subject = as_subject(source)
     tokens_BT = as_tokens(subject, text)
     T = tokens_BT.shape[1]
@@ -72,7 +78,16 @@ def edit(
 def _with_part(x, site: Site, change):
     """The activation with the part that the site addresses changed."""
     part = x[site.index()]
-    new = jnp.asarray(change(part) if callable(change) else change)
+    value = change(part) if callable(change) else change
+    try:
+        new = jnp.asarray(value)
+    except (TypeError, ValueError):
+        new = None
+    if new is None or jnp.iscomplexobj(new):
+        raise UserError(
+            f'the edit of {site.address} is {foreign.show(value)}: expected a number, an array of '
+            'numbers, or a function that gives one'
+        )
     try:
         new = jnp.broadcast_to(new, part.shape).astype(x.dtype)
     except ValueError:

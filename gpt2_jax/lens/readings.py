@@ -76,6 +76,12 @@ def logit_lens(source, text, jacobians=None) -> np.ndarray:
     names = residual_stream(subject.cfg)
     stream = capture(subject, text, names)
     if jacobians is not None:
+        expected = (len(names), subject.cfg.n_embd, subject.cfg.n_embd)
+        if np.shape(jacobians) != expected:
+            raise UserError(
+                f'the Jacobians have the shape {np.shape(jacobians)}: expected {expected}, as '
+                'jacobian_lens gives them for this model'
+            )
         stream = {
             name: transport(x_BTD, jacobian_DD)
             for (name, x_BTD), jacobian_DD in zip(stream.items(), jacobians, strict=True)
@@ -252,6 +258,9 @@ def head_scores(source, *, rows: int = 8, seed: int = 0) -> HeadScores:
     Random, so that nothing but the repetition can be known; `rows` texts are averaged. Each score
     is a mean attention weight, 0 to 1.
     """
+    for name, value, low in (('rows', rows, 1), ('seed', seed, 0)):
+        if not isinstance(value, int | np.integer) or value < low:
+            raise UsageError(f'{name} = {value!r}: expected a whole number, at least {low}')
     subject = as_subject(source)
     tokens_BT = repeated_tokens(subject.cfg, rows, seed)
     names = tuple(f'h_{i}.pattern' for i in range(subject.cfg.n_layer))

@@ -55,19 +55,27 @@ def as_subject(source) -> Subject:
         return source
     if isinstance(source, str | Path):
         source = load(source)
-    if isinstance(source, tuple):
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    if is_pair and isinstance(source[0], GPT2 | GPT2Config):
         (model, params), tokenizer = source, None
     elif hasattr(source, 'model') and hasattr(source, 'params'):
         model, params = source.model, source.params
         tokenizer = getattr(source, 'tokenizer', None)
     else:
         raise UserError(
-            f'cannot look into {type(source).__name__}: expected the folder of a run, the result '
-            'of gpt2_jax.load, or (model, params)'
+            f'cannot look into {_kind(source)}: expected the folder of a run, the result of '
+            'gpt2_jax.load, or (model, params)'
         )
     cfg = dataclasses.replace(model if isinstance(model, GPT2Config) else model.cfg, remat='none')
     check_params(cfg, params)
     return Subject(cfg, jax.device_put(params), tokenizer)
+
+
+def _kind(source) -> str:
+    """The type of a wrong source in words: 'int', '(dict, GPT2)'."""
+    if isinstance(source, tuple):
+        return f'({", ".join(type(part).__name__ for part in source)})'
+    return type(source).__name__
 
 
 def leaf_shapes(params) -> dict[str, tuple[int, ...]]:
