@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
         if command == 'report':
             look.report(loaded, prompt, _OUT.value, skip=_SKIP.value, notify=cli.notify, **options)
         else:
-            head = sites.parse_head(_HEAD.value) if _HEAD.value else None
+            head = None if _HEAD.value is None else sites.parse_head(_HEAD.value)
             look.show(loaded, prompt, at=_AT.value, head=head, **options)
 
 
