@@ -468,15 +468,18 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1) + '\n'
 
 
-def from_json(text: str, source: str | os.PathLike = 'the configuration') -> ConfigDict:
+def from_json(
+    text: str, source: str | os.PathLike = 'the configuration', remedy: str = ''
+) -> ConfigDict:
     """The configuration that `to_json` wrote, in this version or an older one.
 
     One line on stderr names the settings that were renamed since. Raises UsageError for a key or a
     value that is not allowed, and UserError, which names `source`, for text that is not such JSON.
+    The latter ends with `remedy`.
     """
     config, renamed = default_config(), []
     config.update_from_flattened_dict(FORMER_VALUES)
-    sections = foreign.parse_json(text, source, {str: {}})
+    sections = foreign.parse_json(text, source, {str: {}}, remedy)
     for section, values in sections.items():
         for name, value in values.items():
             old_key = f'{section}.{name}'

@@ -20,6 +20,7 @@ from gpt2_jax.diagnostics import ledger, origins
 from gpt2_jax.diagnostics.ledger import Addressing, occurrences, row_starts, sightings
 from gpt2_jax.diagnostics.origins import TokenBytes
 from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.workdir import history
 
 VERSE = "To be, or not to be: é漢🎭 the\n\n the they'll\n"
 
@@ -314,3 +315,14 @@ def test_wrong_questions_are_one_line(tmp_path):
     config.write_text(config.read_text()[:-9])
     with pytest.raises(UserError, match=f'^{re.escape(str(config))} cannot be read as JSON'):
         ledger.find(run, text='a')
+
+
+@pytest.mark.parametrize('name', ['config.json', 'summary.json'])
+@pytest.mark.parametrize('damaged', [b'', b'{', b'\xd3\x00', b'[1]'])
+def test_a_damaged_file_that_a_run_writes_again_may_be_deleted(name, damaged, tmp_path):
+    (tmp_path / name).write_bytes(damaged)
+    read = history.read_config if name == 'config.json' else history.read_summary
+    with pytest.raises(UserError) as error:
+        read(tmp_path)
+    assert str(error.value).startswith(f'{tmp_path / name} ')
+    assert str(error.value).endswith(f'; {history.REWRITTEN}')

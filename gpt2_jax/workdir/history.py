@@ -12,6 +12,7 @@ from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
 PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
 NOT_A_RUN = 'expected the folder of a run of scripts/train.py'
+REWRITTEN = 'delete it, and the command that trained the run writes it again'
 MAX_LOG_BYTES = 1 << 30
 MAX_PROBES_BYTES = 1 << 32
 EXTENSIONS = [{'step': foreign.integer(0), 'planned': foreign.integer(1)}]
@@ -34,7 +35,7 @@ def read_config(run: Path) -> ConfigDict:
         deleted = 'was it deleted? The command that trained the run writes it again'
         remedy = deleted if (run / FOLDER).is_dir() else NOT_A_RUN
         raise foreign.error(run, 'holds no config.json', remedy)
-    return config_lib.from_json(foreign.read_text(path), path)
+    return config_lib.from_json(_read_rewritten(path), path, REWRITTEN)
 
 
 def config_at(run: Path, step: int) -> ConfigDict:
@@ -84,7 +85,15 @@ def read_probes(run: Path) -> dict[str, np.ndarray] | None:
 def read_summary(run: Path) -> dict[str, Any] | None:
     """summary.json of a finished run; None if the run is not finished."""
     path = run / 'summary.json'
-    return foreign.read_json(path, {}) if path.exists() else None
+    if not path.exists():
+        return None
+    return foreign.parse_json(_read_rewritten(path), path, {}, REWRITTEN)
+
+
+def _read_rewritten(path: Path) -> str:
+    """The text of a file that train.py writes again if it was deleted. Raises UserError."""
+    with foreign.parsing(path, 'UTF-8 text', REWRITTEN):
+        return foreign.read_bytes(path, foreign.MAX_JSON_BYTES).decode()
 
 
 def read_corpus(run: Path) -> dict[str, Any] | None:
