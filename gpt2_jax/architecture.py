@@ -46,7 +46,8 @@ class GPT2Config:
     """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
     `attention` and `kernels` choose implementations (kernels/choose.py); the modules of
-    model/gpt2.py read neither. Raises UsageError if heads cannot share the width equally.
+    model/gpt2.py read neither. Raises UsageError if heads cannot share the width equally, and for
+    an activation function or a precision that this file does not list.
     """
 
     vocab_size: int = 50257
@@ -76,6 +77,12 @@ class GPT2Config:
             raise UsageError(
                 f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}, from 1 on'
             )
+        for name, known in (('activation_function', ACTIVATIONS), ('dtype', PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f'{name} = {getattr(self, name)!r} is not allowed; expected one of '
+                    f'{", ".join(map(repr, known))}'
+                )
 
     @property
     def head_dim(self) -> int:

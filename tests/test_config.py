@@ -454,3 +454,10 @@ def test_heads_share_the_width_equally(n_embd, n_head):
     """Five heads of 153 are 765 wide, which would be another model."""
     with pytest.raises(UsageError, match=rf'n_embd = {n_embd} must be a multiple of n_head'):
         GPT2Config(n_embd=n_embd, n_head=n_head)
+
+
+@pytest.mark.parametrize('wrong', [{'activation_function': 'relu'}, {'dtype': 'float16'}])
+def test_a_model_has_an_activation_and_a_precision_that_are_listed(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UsageError, match=rf'{name} = {value!r} is not allowed; expected one of '):
+        GPT2Config(**wrong)
