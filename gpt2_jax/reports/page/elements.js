@@ -54,7 +54,8 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
-const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite' : x.toFixed(digits).replace('-', '\u2212'));
+const fixed = (x, digits = 4) => (x === null || x === undefined ? 'not finite'
+  : Math.abs(x) < 1e5 ? x.toFixed(digits).replace('-', '\u2212') : number(x));
 
 /* A metric of an update, in the same format on all pages. */
 const metric = (name, x) => (x === null || x === undefined ? 'not finite'
