@@ -22,7 +22,7 @@ from gpt2_jax.model.params import count_params
 from gpt2_jax.training.setup import build
 from gpt2_jax.training.step import init_state
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
-from gpt2_jax.workdir import checksums, restore
+from gpt2_jax.workdir import checksums, history, restore
 
 # Not `tokenizer.json`: transformers would read that in a form of its own.
 OUR_TOKENIZER = 'gpt2_jax_tokenizer.json'
@@ -80,7 +80,7 @@ def from_hf(
     # Converted weights have no corpus. This placeholder identity stops train.py from resuming the
     # folder as a run.
     origin = Dataset(
-        f'the weights of {source}', tokenizer, Tokens(()), Tokens(()), digest.hexdigest()
+        history.PUBLISHED + source, tokenizer, Tokens(()), Tokens(()), digest.hexdigest()
     )
     setup = build(config, origin)
     meta = {

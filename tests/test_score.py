@@ -384,6 +384,10 @@ def test_the_script_on_a_converted_folder(tmp_path):
     assert err.count('\n') == 1
     assert 'the weights of' in err
     assert '--text=FILE or --lambada=FILE' in err
+    code, _, err = runs.script('steps', 'find', f'--workdir={tmp_path}/run', '--text=A')
+    assert (code, err.count('\n')) == (1, 1)
+    assert 'the weights of' in err
+    assert 'which come without their training' in err
     text = LETTERS.alphabet * 3 + '\n'
     (tmp_path / 'a.txt').write_text(text[:-1])
     code, out, err = runs.script(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ from tiny import flat
 
 from gpt2_jax.diagnostics.replay import METRICS, Replay, complete_records
 from gpt2_jax.errors import UserError
+from gpt2_jax.inference.score import score_corpus
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.reports import step as step_report
 from gpt2_jax.workdir import history
@@ -163,6 +165,12 @@ def test_a_record_without_all_metrics_is_none(run, tmp_path):
     path.write_text(''.join(json.dumps(record) + '\n' for record in records))
     with pytest.raises(UserError, match=r"jsonl, line \d+ is damaged: it has no 'loss'"):
         complete_records(tmp_path / 'run')
+
+
+def test_the_initial_state_of_a_run_is_scored_like_any_other(run):
+    restored = load(run, '0')
+    loss = score_corpus(restored).evaluation.loss
+    assert loss == pytest.approx(math.log(restored.tokenizer.vocab_size), abs=0.1)
 
 
 def test_what_cannot_be_replayed_is_one_line(run, replay, text, tmp_path):

@@ -174,8 +174,13 @@ def open_run(folder: Path, corpus: str | None = None) -> Run:
     config = history.read_config(folder)
     if corpus is not None:
         config.data.corpus = corpus
-    dataset = load_dataset(**config.data, notify=lambda text: None)
     recorded = history.read_corpus(folder)
+    if recorded and recorded['name'].startswith(history.PUBLISHED):
+        raise UserError(
+            f'{folder} holds {recorded["name"]}, which come without their training: '
+            f'{history.NOT_A_RUN}'
+        )
+    dataset = load_dataset(**config.data, notify=lambda text: None)
     if recorded and recorded['sha256'] != dataset.sha256:
         raise UserError(
             f'the text of {folder} has changed: data.corpus = {config.data.corpus!r} now has the '

@@ -16,6 +16,7 @@ from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import counted
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.setup import build as build_setup
+from gpt2_jax.workdir import history
 from gpt2_jax.workdir.restore import Restored
 
 ROWS = 8  # windows at once: with GPT-2's vocabulary the logits of 1,024 tokens take 0.2 GiB
@@ -152,12 +153,12 @@ def score_corpus(
     The defaults give the figures that training printed. Raises UserError if that corpus is not
     here, or has changed.
     """
-    if not restored.step:  # published weights, as convert.from_hf writes them
-        raise UsageError(
-            f'the checkpoint is {restored.meta["corpus"]["name"]}, which come without their '
-            'corpus: give the text to score as --text=FILE or --lambada=FILE'
-        )
     config, trained_on = restored.config, restored.meta['corpus']
+    if trained_on['name'].startswith(history.PUBLISHED):
+        raise UsageError(
+            f'the checkpoint is {trained_on["name"]}, which come without their corpus: give the '
+            'text to score as --text=FILE or --lambada=FILE'
+        )
     if trained_on['fallback']:
         config.data.corpus = trained_on['name']
     windows = make_windows(

@@ -11,6 +11,7 @@ from gpt2_jax import foreign
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
 PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
+PUBLISHED = 'the weights of '  # the name of the corpus of weights from scripts/convert.py begins so
 NOT_A_RUN = 'expected the folder of a run of scripts/train.py'
 REWRITTEN = 'delete it, and the command that trained the run writes it again'
 MAX_LOG_BYTES = 1 << 30
