@@ -63,8 +63,9 @@ def train(
     Returns 0, or 128 + the number of the signal that stopped the run. `extend` allows a larger
     train.steps than before, and `fresh` first moves an old run aside. `started` is the time at
     which the process began, by time.monotonic(). `hooks` are called after evaluation and sampling
-    and before saving. Raises UserError for wrong input, and if a loss is not finite; finished
-    checkpoints stay untouched.
+    and before saving. Outside the main thread of the process, a signal does not save the run.
+    Raises UserError for wrong input, and if a loss is not finite; finished checkpoints stay
+    untouched.
 
     In a run of several processes (see parallel/hosts.py) all call it with the same arguments, and
     `workdir` is a folder that they share. Process 0 prints and writes the logs.
@@ -88,7 +89,8 @@ def train(
 def check_hooks(hooks: Sequence[loop.Hook]) -> None:
     """Raises UsageError unless `hooks` is a list of hooks: objects with due(step) and a call."""
     for hook in hooks if isinstance(hooks, Sequence) else [hooks]:
-        if not (callable(hook) and callable(getattr(hook, 'due', None))):
+        is_hook = callable(hook) and callable(getattr(hook, 'due', None))
+        if not is_hook or isinstance(hook, type):
             raise UsageError(
                 f'hooks holds {foreign.show(hook)}: expected a list of objects with due(step) and '
                 'a call (step, state), as in training/loop.py'

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from gpt2_jax.training.setup import build
         ({'workdir': 3}, '3 is not a path'),
         ({'hooks': [print]}, 'expected a list of objects with due'),
         ({'hooks': 3}, 'hooks holds 3: expected a list'),
+        ({'hooks': [loop.Hook]}, 'hooks holds <class .*>: expected a list'),
     ],
 )
 def test_what_train_cannot_use_is_refused(wrong, said, tmp_path):
@@ -51,6 +53,33 @@ def test_carriage_returns_are_pointed_out(end, hinted, tmp_path):
     config = runs.make_config(tmp_path / 'text.txt')
     lines = '\n'.join(describe(build(resolve(config))))
     assert ('carriage returns' in lines) == hinted
+
+
+@pytest.mark.long
+def test_a_run_in_a_thread_is_the_run_in_the_main_thread(tmp_path):
+    config = runs.make_config(runs.write_text(tmp_path / 'text.txt'), train__steps=2)
+    assert runs.quiet_train(config, tmp_path / 'main')[0] == 0
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(runs.quiet_train(config, tmp_path / 'thread')[0])
+    )
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert runs.differences(tmp_path / 'main', tmp_path / 'thread') == []
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    noted, before = [], signal.getsignal(signal.SIGTERM)
+
+    def enter():
+        with loop.interrupts() as interrupt:
+            noted.append((interrupt.poll(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert noted == [(None, before)]
 
 
 def test_one_layer_and_one_head_are_counted_in_the_singular(tmp_path):
