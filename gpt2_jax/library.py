@@ -22,9 +22,12 @@ from gpt2_jax.model.params import count_params
 from gpt2_jax.terminal import counted
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Loaded:
-    """A trained model with all that belongs to it. `params` are on the device."""
+    """A trained model with all that belongs to it. `params` are on the device.
+
+    It equals itself alone: arrays have no single truth value.
+    """
 
     path: Path
     step: int

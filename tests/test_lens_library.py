@@ -107,6 +107,13 @@ def test_loading_says_nothing_and_takes_text_or_path(folder, capfd):
         gpt2_jax.load('nowhere')
 
 
+def test_a_loaded_model_equals_itself_and_can_be_a_key(loaded, folder):
+    again = gpt2_jax.load(folder / 'runs/quickstart')
+    assert loaded in [again, loaded]
+    assert loaded != again
+    assert len({loaded: 1, again: 2}) == 2
+
+
 def test_generated_text_depends_on_the_seed_alone(loaded):
     first = loaded.generate('ba', max_new_tokens=8, seed=1)
     assert first.startswith('ba')
