@@ -18,7 +18,6 @@ loss leap. The page is autopsies/step_N.html in the run's folder.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -81,8 +80,10 @@ def show() -> None:
     """The replay of one update."""
     out = None if _OUT.value is None else files.output_path(_OUT.value)
     folder, number = the_step('show')
+    from rich.console import Console
+
     from gpt2_jax.diagnostics.replay import Replay
-    from gpt2_jax.reports import step
+    from gpt2_jax.reports import step, terminal
 
     replay = Replay(folder, cli.notify, _CORPUS.value)
     found = step.to_json(replay.run, replay.open(number))
@@ -91,7 +92,7 @@ def show() -> None:
     elif _FORMAT.value == 'json':
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
-        print('\n'.join(step.to_lines(found, _LIMIT.value, color=sys.stdout.isatty())))
+        print('\n'.join(step.to_lines(found, _LIMIT.value, color=terminal.in_colour(Console()))))
 
 
 def examine() -> None:

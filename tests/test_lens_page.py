@@ -199,6 +199,23 @@ def test_the_map_of_a_head_says_what_its_signs_mean(source):
     assert len(last) == 1 + len(source.tokenizer.encode(TEXT))
 
 
+@pytest.mark.parametrize('variables', [{'NO_COLOR': '1'}, {'TERM': 'dumb'}])
+def test_a_terminal_without_colours_gets_what_a_pipe_gets(source, variables):
+    shown = []
+    for options in (
+        {'force_terminal': True, '_environ': {'TERM': 'xterm-256color'} | variables},
+        {'force_terminal': False},
+    ):
+        console = Console(file=io.StringIO(), width=80, **options)
+        terminal.show(source, TEXT, console, head=(1, 1))
+        shown.append(re.sub('\x1b\\[[0-9;]*m', '', console.file.getvalue()))  # bold
+    assert shown[0] == shown[1]
+    in_colour = Console(
+        file=io.StringIO(), force_terminal=True, _environ={'TERM': 'xterm-256color'}
+    )
+    assert terminal.in_colour(in_colour)
+
+
 # The browser
 
 

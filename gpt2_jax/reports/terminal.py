@@ -53,6 +53,11 @@ def show(
         print_head(taken[f'h_{head[0]}.pattern'][0, head[1]], head, console)
 
 
+def in_colour(console: Console) -> bool:
+    """Whether the console shows colours: a terminal, without NO_COLOR and TERM=dumb."""
+    return console.color_system is not None and not console.no_color
+
+
 def visible(text: str) -> str:
     """Text with ends of lines and tabs as signs."""
     return text.replace('\n', '⏎').replace('\t', '⇥').replace('\r', '␍')
@@ -77,10 +82,13 @@ def print_text(subject: Subject, tokens_T, losses_T, console: Console) -> None:
         if '\n' in shown:
             line.append('\n')
     console.print(line, soft_wrap=True)
-    legend = Text('loss 0 ')
-    for colour in ORANGES[1:]:
-        legend.append('  ', f'on color({colour})')
-    legend.append(f' {FULL_COLOUR:.0f} nats; mean {losses_T[:-1].mean():.3f}')
+    legend = Text('loss: ')
+    if in_colour(console):
+        legend = Text('loss 0 ')
+        for colour in ORANGES[1:]:
+            legend.append('  ', f'on color({colour})')
+        legend.append(f' {FULL_COLOUR:.0f} nats; ')
+    legend.append(f'mean {losses_T[:-1].mean():.3f}')
     console.print(legend)
     worst = np.argsort(-losses_T[:-1])[:5]
     surprising = ', '.join(
@@ -143,10 +151,10 @@ def print_head(pattern_TS, head: tuple[int, int], console: Console) -> None:
     weights = square.reshape(T, step, T, step).max((1, 3))
     levels = np.sqrt(weights)
     each = '' if step == 1 else f', {step} x {step} positions a sign'
-    signs = 'dark to light' if console.color_system else f'the signs "{DENSITIES}"'
+    signs = 'dark to light' if in_colour(console) else f'the signs "{DENSITIES}"'
     about = f'rows look at columns{each}; {signs}: weight 0 to 1, on a square-root scale'
     console.print(Text(f'\nh_{head[0]}.attn.{head[1]}: {about}'), soft_wrap=True)
-    if console.color_system is None:
+    if not in_colour(console):
         for row in levels:
             signs = ''.join(
                 DENSITIES[min(int(x * len(DENSITIES)), len(DENSITIES) - 1)] for x in row
