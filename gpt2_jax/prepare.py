@@ -115,8 +115,8 @@ def prepare(
         }
         if split_by == 'document' and 0 < val_fraction * totals['documents'] < 1:
             raise UserError(
-                f'val_fraction = {val_fraction} of {counted(totals["documents"], "documents")} is less than '
-                'one document: use a larger fraction, or split by corpus'
+                f'val_fraction = {val_fraction} of {counted(totals["documents"], "documents")} is '
+                'less than one document: use a larger fraction, or split by corpus'
             )
         tokenizer = tokenizer or tokenizers.make_tokenizer(tokenizer_name, alphabet)
         encode = tokenizer.encode
