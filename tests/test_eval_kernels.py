@@ -175,7 +175,7 @@ def test_the_choice_of_an_evaluation():
     for reason, path, options in (
         ('multiple of 64, not 65', 'cudnn', {'place': choose.Place('gpu', rows=3, seq_len=65)}),
         ('mesh.tensor = 1', 'cudnn', {'place': choose.Place('gpu', 2, 3, 64)}),
-        ('gelu_new', 'cudnn', {'activation_function': 'relu'}),
+        ('gelu_new', 'cudnn', {'activation_function': 'gelu'}),
         ('128, not 24', 'cudnn', {'n_embd': 24}),
         ('bfloat16', 'xla', {'dtype': 'float32'}),
         ('an NVIDIA GPU', 'xla', {'place': choose.Place('cpu', rows=3, seq_len=64)}),
