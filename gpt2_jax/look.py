@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from gpt2_jax import config as config_lib
 from gpt2_jax import files
@@ -102,7 +101,7 @@ def show(
 ) -> None:
     """Prints a text with its losses, the guesses of the layers and a head: see reports.terminal."""
     tokens_T, _ = text_to_show(loaded, prompt, new_tokens, seed)
-    terminal.show(loaded, tokens_T, Console(highlight=False), at=at, head=head)
+    terminal.show(loaded, tokens_T, terminal.PipeConsole(highlight=False), at=at, head=head)
 
 
 def shapes(config: ConfigDict, vocab_size: int, form: str, notify: Callable[[str], None]) -> str:

@@ -199,6 +199,15 @@ def test_the_map_of_a_head_says_what_its_signs_mean(source):
     assert len(last) == 1 + len(source.tokenizer.encode(TEXT))
 
 
+def test_a_closed_pipe_is_left_to_the_script(source):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        terminal.show(source, TEXT, terminal.PipeConsole(file=Closed(), width=80))
+
+
 @pytest.mark.parametrize('variables', [{'NO_COLOR': '1'}, {'TERM': 'dumb'}])
 def test_a_terminal_without_colours_gets_what_a_pipe_gets(source, variables):
     shown = []

@@ -22,6 +22,14 @@ BLUES = (17, 18, 19, 25, 31, 38, 74, 117, 153, 195)
 ORANGES = (None, 52, 94, 130, 166, 172, 208, 214)
 
 
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to its caller: rich ends the process with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the BrokenPipeError."""
+        raise
+
+
 def show(
     source, text, console: Console, *, at: int = -1, head: tuple[int, int] | None = None
 ) -> None:
