@@ -1,6 +1,7 @@
 """The settings that make a GPT-2: sizes, rates, activation, precision. Imports no JAX."""
 
 import dataclasses
+import numbers
 from typing import NamedTuple
 
 from gpt2_jax.errors import UsageError
@@ -46,8 +47,9 @@ class GPT2Config:
     """The architecture, in the names of the published config.json. The defaults are GPT-2's (124M).
 
     `attention` and `kernels` choose implementations (kernels/choose.py); the modules of
-    model/gpt2.py read neither. Raises UsageError if heads cannot share the width equally, and for
-    an activation function or a precision that this file does not list.
+    model/gpt2.py read neither. Raises UsageError for a size that is too small or no whole number,
+    if heads cannot share the width equally, and for an activation function or a precision that this
+    file does not list.
     """
 
     vocab_size: int = 50257
@@ -72,11 +74,18 @@ class GPT2Config:
     kernels: str = 'auto'
 
     def __post_init__(self):
+        for name in ('vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head', 'n_inner'):
+            size = getattr(self, name)
+            if size is None and name == 'n_inner':
+                continue
+            low = int(name != 'n_layer')  # speed/ measures what is left without layers
+            if not isinstance(size, numbers.Integral) or size < low:
+                raise UsageError(
+                    f'{name} = {size!r} is not allowed; expected a whole number from {low} on'
+                )
         # Heads of a rounded width would make another model, silently.
-        if self.n_head < 1 or self.n_embd % self.n_head:
-            raise UsageError(
-                f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}, from 1 on'
-            )
+        if self.n_embd % self.n_head:
+            raise UsageError(f'n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}')
         for name, known in (('activation_function', ACTIVATIONS), ('dtype', PRECISIONS)):
             if getattr(self, name) not in known:
                 raise UsageError(

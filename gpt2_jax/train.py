@@ -42,11 +42,10 @@ from gpt2_jax.training.start import (
     initial_state,
     where_to_start,
 )
-from gpt2_jax.workdir import folder
+from gpt2_jax.workdir import folder, storage
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, quarantine
 from gpt2_jax.workdir.log import Logger, duration
-from gpt2_jax.workdir.storage import Kept
 
 
 def train(
@@ -77,8 +76,9 @@ def train(
         keep_freed_memory()  # a script has done so already, and a notebook has not
         setup = build(config)
         check_before_start(setup, fresh)
-        kept = Kept(config.checkpoint.keep, config.checkpoint.keep_every)
+        kept = storage.Kept(config.checkpoint.keep, config.checkpoint.keep_every)
         with (
+            storage.without_warnings(),
             claim(workdir, fresh) as check_claim,
             Checkpoints(workdir / FOLDER, check_claim, kept) as checkpoints,
             compiling() as pool,

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -449,7 +450,17 @@ def test_a_section_is_a_signature():
         GPT2Config(**default_config().model, vocab_size=2, n_ctx=3)
 
 
-@pytest.mark.parametrize(('n_embd', 'n_head'), [(768, 5), (64, 0), (8, 16)])
+@pytest.mark.parametrize(
+    'wrong', [{'n_layer': 1.5}, {'vocab_size': 0}, {'n_head': 0}, {'n_inner': 0}, {'n_embd': '64'}]
+)
+def test_sizes_are_whole_numbers_from_1_on(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UsageError, match=rf'{name} = {value!r} is not allowed; expected a whole'):
+        GPT2Config(**wrong)
+    assert GPT2Config(**{name: np.int64(96)}) == GPT2Config(**{name: 96})
+
+
+@pytest.mark.parametrize(('n_embd', 'n_head'), [(768, 5), (8, 16)])
 def test_heads_share_the_width_equally(n_embd, n_head):
     """Five heads of 153 are 765 wide, which would be another model."""
     with pytest.raises(UsageError, match=rf'n_embd = {n_embd} must be a multiple of n_head'):

@@ -288,8 +288,8 @@ ROWS = {
     ),
     'folder that is a file': (
         train(workdir='text.txt'),
-        1,
-        ['text.txt', 'File exists', '--workdir'],
+        2,
+        ['text.txt is a file: expected the folder of a run'],
     ),
     'folder of another configuration': (
         train('--config.train.seed=1', workdir='run'),

@@ -284,11 +284,18 @@ def test_passages_come_in_json_lines_or_parquet(tmp_path):
         ),
         (8, 9, 'stride = 9 is more than the context of 8, .*: give at most --stride=8'),
         (None, 13, 'stride = 13 is more than the context of 12'),
+        (0, None, 'context = 0 is not allowed: expected at least 1'),
+        (8, 0, 'stride = 0 is not allowed: expected at least 1'),
     ],
 )
 def test_impossible_windows_are_refused(context, stride, words):
     with pytest.raises(UsageError, match=words):
         score.make_windows(restored(), context=context, stride=stride, rows=1)
+
+
+def test_a_split_that_does_not_exist():
+    with pytest.raises(UsageError, match="no split 'foo': expected one of train, val"):
+        score.score_corpus(restored(), split='foo')
 
 
 def test_a_checkpoint_of_more_devices_than_this_machine_has():

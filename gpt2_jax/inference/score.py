@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gpt2_jax import config as config_lib
-from gpt2_jax.data.dataset import Dataset, Tokens
+from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import texts
@@ -97,12 +97,15 @@ def make_windows(
 ) -> Windows:
     """The windows to score in. By default: the context of training, and no overlap.
 
-    Raises UsageError if `context` exceeds the positions of the model, or `stride` exceeds the
-    context.
+    Raises UsageError for numbers below 1, if `context` exceeds the positions of the model, and if
+    `stride` exceeds the context.
     """
     positions = restored.model.cfg.n_positions
-    context = context or restored.config.train.seq_len
-    windows = Windows(context, stride or context, rows, max_targets)
+    context = restored.config.train.seq_len if context is None else context
+    windows = Windows(context, context if stride is None else stride, rows, max_targets)
+    for name, value in (('context', context), ('stride', windows.stride), ('rows', rows)):
+        if value < 1:
+            raise UsageError(f'{name} = {value} is not allowed: expected at least 1')
     if context > positions:
         raise UsageError(
             f'context = {context} is longer than the {positions} positions of the checkpoint: '
@@ -151,8 +154,10 @@ def score_corpus(
     """Scores the `split` of the corpus that the checkpoint was trained on.
 
     The defaults give the figures that training printed. Raises UserError if that corpus is not
-    here, or has changed.
+    here, or has changed, and UsageError for another split than 'train' and 'val'.
     """
+    if split not in SPLITS:
+        raise UsageError(f'there is no split {split!r}: expected one of {", ".join(SPLITS)}')
     config, trained_on = restored.config, restored.meta['corpus']
     if trained_on['name'].startswith(history.PUBLISHED):
         raise UsageError(

@@ -10,7 +10,6 @@ and as its second a text (str), or tokens: int (T,) or (B, T). A folder is read 
 """
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from gpt2_jax.model.ops import PLAIN
 from gpt2_jax.model.params import param_shapes
 from gpt2_jax.parallel.partition import named_leaves
 from gpt2_jax.terminal import counted
-from gpt2_jax.workdir import restore
+from gpt2_jax.workdir import restore, storage
 
 
 class Subject(NamedTuple):
@@ -39,14 +38,9 @@ class Subject(NamedTuple):
 
 
 def load(path: str | Path, step: str = 'best') -> restore.Restored:
-    """`restore.load` without the warnings of Orbax about choices that are made on purpose."""
-    logger = logging.getLogger('absl')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    """`restore.load` without the warnings of Orbax."""
+    with storage.without_warnings():
         return restore.load(files.user_path(path), step)
-    finally:
-        logger.setLevel(level)
 
 
 def as_subject(source) -> Subject:

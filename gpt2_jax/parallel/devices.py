@@ -124,6 +124,11 @@ def _backend() -> str:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition('. (set JAX_PLATFORMS')[0] or 'it sees no such device'
+        if not jax.config.jax_platforms:
+            raise UsageError(
+                f'JAX cannot start: {reason}; look for variables of the environment that begin '
+                'with JAX_'
+            ) from None
         raise UsageError(
             f'JAX cannot use JAX_PLATFORMS={jax.config.jax_platforms}: {reason}; unset it, or run '
             'with --platform=cpu'

@@ -55,6 +55,8 @@ def claim(folder: Path) -> Iterator[Callable[[], None]]:
     it cannot be written, also later on.
     """
     check_path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f'{folder} is a file: expected the folder of a run, or a new one')
     try:
         folder.resolve().mkdir(parents=True, exist_ok=True)  # where a link leads may be missing
         with _lock(folder) as lock:

@@ -1,5 +1,7 @@
 """Orbax behind one door: its manager of a folder, restoring, and reading a checkpoint back."""
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,18 @@ class LiteralPath(type(epath.Path('/'))):
     def glob(self, pattern: str) -> Iterator['LiteralPath']:
         """Yields the files below this folder that match `pattern`."""
         return (type(self)(path) for path in Path(self).glob(pattern))
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silences Orbax's warnings of choices that are made on purpose, as the scripts do."""
+    logger = logging.getLogger('absl')
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def is_log_spaced(step: int, every: int) -> bool:
