@@ -14,8 +14,8 @@ def dropout_seeds(cfg: GPT2Config, key, first_row=0):
 
     Site 0 is the embeddings. Then come, for each layer, the attention pattern, the output of
     attention and the output of the MLP. Without a key every seed is None: no dropout. `first_row`
-    is the number of the first row here in the whole micro-batch: a device that holds some of its
-    rows draws their part of the mask.
+    is the index, in the whole micro-batch, of the first row on this device, so that a device with
+    some of the rows draws their part of the mask.
     """
     n_sites = 1 + 3 * cfg.n_layer
     if key is None:

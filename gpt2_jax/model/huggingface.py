@@ -13,7 +13,7 @@ nothing is transposed, and biases follow their kernels:
 The 3 D columns of c_attn are ordered by q, k, v, and then by head.
 
 nanoGPT stores kernels (out, in), as torch's Linear does. The shape of c_attn, which is never
-square, tells the two apart. These may be present or absent: a prefix `transformer.` or
+square, tells the two formats apart. These may be present or absent: a prefix `transformer.` or
 torch.compile's `_orig_mod.` before the names, the causal masks `h.0.attn.bias`, and an
 `lm_head.weight` equal to wte.
 """
@@ -377,7 +377,7 @@ def export_params(params, cfg: GPT2Config) -> dict[str, np.ndarray]:
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """Writes config.json and model.safetensors into a folder that exists."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', 'utf-8')
-    # save_file writes memory as it lies, and would scramble any order but C.
+    # save_file writes memory as it is laid out, and would scramble any order but C.
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     try:
         save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})

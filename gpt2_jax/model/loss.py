@@ -2,8 +2,8 @@
 
 A target has V logits: 0.2 MB in fp32 with GPT-2's vocabulary, and several times as much with their
 gradients. The loss does not need all of them at once: the logits of a chunk of targets are
-computed, reduced to losses and dropped before the next chunk. The values are the same. This takes
-less memory, and on a CPU less time too, much of which would go into touching new pages of memory.
+computed, reduced to losses and dropped before the next chunk. The values are the same. Chunks take
+less memory and, on a CPU, less time too, because touching new pages of memory takes time.
 
 Chunks are cut along T, so that each device of a mesh keeps its rows. Letters as in gpt2.py; t is
 the length of a chunk, n the number of chunks.
@@ -54,7 +54,7 @@ def map_logits(function: Callable, x_BTD, wte_VD, targets_BT, precision, chunk_t
 def summed_loss(x_BTD, wte_VD, targets_BT, precision, chunk_targets: int):
     """The sum of `token_losses` of the logits x wte^T; chunks are as in `map_logits`.
 
-    Its gradient is computed in the forward pass, where the logits of a chunk are: JAX would keep
+    Its gradient is computed in the forward pass, while the logits of a chunk exist: JAX would keep
     the logits of all chunks, or compute them a second time.
     """
     return map_logits(token_losses, x_BTD, wte_VD, targets_BT, precision, chunk_targets).sum()
