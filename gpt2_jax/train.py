@@ -66,8 +66,9 @@ def train(
     Raises UserError for wrong input, and if a loss is not finite; finished checkpoints stay
     untouched.
 
-    In a run of several processes (see parallel/hosts.py) all call it with the same arguments, and
-    `workdir` is a folder that they share. Process 0 prints and writes the logs.
+    In a run of several processes (see parallel/hosts.py), every process calls this function with
+    the same arguments, and `workdir` is a folder that they share. Process 0 prints and writes the
+    logs.
     """
     started = time.monotonic() if started is None else started
     config, workdir = config_lib.resolve(config), files.user_path(workdir)
@@ -103,7 +104,7 @@ def check_hooks(hooks: Sequence[loop.Hook]) -> None:
 def claim(workdir: Path, fresh: bool) -> Iterator[Callable[[], None]]:
     """The run's folder, claimed and without damaged checkpoints; yields as folder.claim does.
 
-    Of several processes the first claims it, and the others wait until it has.
+    In a run of several processes, the first claims the folder, and the others wait until it has.
     """
     if not hosts.is_first():
         hosts.barrier('the folder is claimed')
@@ -161,7 +162,7 @@ def run_in_folder(
             state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = initial_state(setup)
-    checkpoints.check_room(state)  # not before: if memory is short too, that is said
+    checkpoints.check_room(state)  # after the state is made, which fails first if memory is short
     evaluate = make_evaluate(setup, pool=pool)  # last: the first update does not wait for it
     if hosts.is_first():
         prepare_folder(setup, workdir, start, log_sizes)
@@ -199,7 +200,7 @@ def run_in_folder(
         meta = functools.partial(checkpoint_meta, setup, workdir, progress)
         probe = probes.Probe(setup, workdir, log, measure) if measure else None
         saving = Save(checkpoints, meter, log, meta, evaluation, interrupt)
-        # A signal may have stopped the last process between an update and its evaluation or sample.
+        # A signal may have stopped the run earlier, between an update and its evaluation or sample.
         # Finish that work first. If a signal interrupts it again, it stays in progress.unfinished,
         # and no step is trained.
         finish_last_step(start, state, evaluation, sampling, checkpoints)
@@ -220,7 +221,7 @@ def run_in_folder(
                 hooks=[evaluation, sampling, *filter(None, [probe]), spikes, *hooks, saving],
                 interrupt=interrupt,
             )
-        spikes.explain()  # metrics come late: what the last hooks fetched
+        spikes.explain()  # spikes in metrics that were fetched after the last hooks
     with Progress('saving the last checkpoint'):
         checkpoints.wait()
     if probe and probe.count:

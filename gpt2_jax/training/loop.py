@@ -33,7 +33,7 @@ class Hook(Protocol):
 class Interrupt:
     """The first signal that asks the run to end, so that the loop can save and leave.
 
-    Of several processes all see a signal that reached one of them, at the same point.
+    In a run of several processes, all see a signal that reached one of them, at the same step.
     """
 
     def __init__(self):

@@ -21,11 +21,11 @@ from gpt2_jax.training.setup import Setup
 from gpt2_jax.workdir import history
 from gpt2_jax.workdir.log import Logger, duration
 
-# Between fetches of metrics, about: a slow update is shown, and a signal answered, as soon.
+# About the time between fetches of metrics, and so until an update is shown or a signal answered.
 FETCH_SECONDS = 1
-# Updates that may wait on the device while metrics are fetched, in seconds and in number: so the
-# device keeps training while something else, such as saving in the background, delays the loop. JAX
-# itself keeps at most 32 programs waiting.
+# Updates that may wait on the device while metrics are fetched, in seconds and in number. With
+# them, the device keeps training while something else, such as saving in the background, delays the
+# loop. JAX itself keeps at most 32 programs waiting.
 AHEAD_SECONDS, MOST_AHEAD = 0.1, 24
 ANNOUNCE_SECONDS = 4  # of training, until the time of the run is estimated
 
@@ -46,9 +46,9 @@ class RunProgress:
     seconds_to_first_step: float | None = None
     train_seconds: float = 0.0
     train_steps: int = 0
-    # What an interrupt stopped of 'evaluation' and 'sample': the resumed run does it first.
+    # The work that an interrupt stopped, 'evaluation' or 'sample': the resumed run does it first.
     unfinished: list[str] = dataclasses.field(default_factory=list)
-    # Of each --extend: the step, and train.steps until then, on which the schedule depends.
+    # For each --extend: the step, and train.steps until then, on which the schedule depends.
     extensions: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
 
@@ -107,7 +107,10 @@ class Meter:
         self._steps = self._evaluations = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a dispatched update. Raises DivergedError for earlier updates."""
+        """Takes the metrics of a dispatched update. An error may be that of an earlier update.
+
+        Raises DivergedError if fetched metrics are not finite.
+        """
         self._pending.append((step, metrics))
         if step == self._first:
             self.drain()  # waits for the compilation, which is not measured
@@ -135,7 +138,7 @@ class Meter:
         self._seconds_evaluating += seconds
 
     def seconds(self) -> float:
-        """Since the run began, over all its processes."""
+        """Seconds since the run began, over all its processes."""
         return self._seconds_before + time.monotonic() - self._started
 
     def mfu(self, tokens_per_second: float | None) -> float | None:
@@ -145,7 +148,7 @@ class Meter:
         )
 
     def summary(self, corpus: dict[str, Any]) -> dict[str, Any]:
-        """What came of the run, for summary.json. Times in seconds, losses in nats per token."""
+        """The result of the run, for summary.json. Times in seconds, losses in nats per token."""
         progress, setup = self.progress, self.setup
         rate = None
         if progress.train_seconds:
@@ -213,7 +216,8 @@ class Meter:
         self._seconds += now - began
         self._steps += step - first
         steps_per_second = self._steps / max(self._seconds, 1e-9)
-        if not several():  # else all fetch at the same steps, to find the same value not finite
+        # Several processes fetch at the same steps, so that all stop at the same bad value.
+        if not several():
             self._fetch_every = min(self.every, max(1, int(FETCH_SECONDS * steps_per_second)))
             self._ahead = min(MOST_AHEAD, max(1, int(AHEAD_SECONDS * steps_per_second)))
         self._announce(step)
@@ -223,9 +227,9 @@ class Meter:
         return self.setup.tokens_per_step / seconds_per_step
 
     def _seconds_left(self, step: int) -> tuple[float, float, int]:
-        """Of training after `step`; of the evaluations after it; and the number of these.
+        """Seconds of training after `step`, seconds of the evaluations after it, and their number.
 
-        Until one was timed, the forward pass of a token counts as a third of its update.
+        Until an evaluation was timed, the forward pass of a token counts as a third of its update.
         """
         every, seconds_per_step = self.setup.config.eval.every, self._seconds / self._steps
         n = math.ceil(self.steps / every) - (step - 1) // every

@@ -56,8 +56,9 @@ def make_muon(
 
     mu is `muon_beta`, lr = muon_schedule(n - 1), and n counts the updates with this one.
     orthogonal(d) sets the singular values of d near 1 (see `orthogonalize`). The update of a matrix
-    equals that of optax.contrib.muon(.., consistent_rms=MUON_RMS). optax computes one matrix after
-    the other, hundreds of small kernels on a GPU; here all matrices of one shape are one array.
+    equals the one of optax.contrib.muon(.., consistent_rms=MUON_RMS). optax computes one matrix
+    after the other, in hundreds of small kernels on a GPU; here all matrices of one shape are one
+    array.
     `dtype` and `precision` are those of the products in `orthogonalize`. The other options are
     those of `make_optimizer`.
     """
@@ -129,7 +130,7 @@ def muon_mask(params):
 
 
 def muon_leaves(tree, of_muon: bool = True):
-    """The leaves that Muon updates, or all others; an empty node, as optax masks one, for the rest.
+    """The leaves that Muon updates, or all others. The rest are empty nodes, as optax masks leaves.
 
     The paths are those of the parameters.
     """

@@ -65,7 +65,10 @@ def abstract_state(setup: Setup) -> TrainState:
 
 
 def abstract_batch(setup: Setup, rows: int, **dtypes):
-    """The same of a batch of `rows` windows: abstract_batch(setup, 8, inputs=np.int32, ..)."""
+    """Shape, dtype and sharding of a batch of `rows` windows.
+
+    For example: abstract_batch(setup, 8, inputs=np.int32, targets=np.int32).
+    """
     shape, sharding = (rows, setup.config.train.seq_len), batch_sharding(setup.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -105,8 +108,8 @@ def compiler_options(setup: Setup, training: bool) -> dict[str, bool | int]:
 def targets_at_once(setup: Setup, training: bool) -> int:
     """How many targets have logits at a time; 0: all. See model/loss.py.
 
-    Training on a GPU or on several devices takes all at once: there the gradient of the table would
-    be summed over the devices once a chunk.
+    Training on a GPU or on several devices takes all at once: on several devices, the gradient of
+    the table would be summed over the devices once a chunk.
     """
     on_cpu = setup.device.platform == 'cpu'
     if setup.model.cfg.vocab_size < LARGE_VOCAB:
@@ -156,7 +159,7 @@ def make_loss_and_grads(setup: Setup) -> Callable:
 def compile_train_step(setup: Setup, pool: Executor | None = None) -> Callable:
     """The update, train_step(state, batch) -> (state, metrics), which reuses the state's memory.
 
-    It is compiled at its first call or, given a pool, on a thread of that from now on.
+    It is compiled at its first call or, if a pool is given, on a thread of the pool from now on.
     """
     train = setup.config.train
     update = make_train_step(
@@ -197,9 +200,9 @@ def compile_in_background(
 ) -> Callable:
     """`jitted`, traced for the shapes of arguments() here and compiled on a thread of `pool`.
 
-    A call waits for it. Without a pool, or when `debugging`, `jitted` itself. XLA takes seconds to
-    minutes for a program, on one core for the most part, so several are compiled side by side.
-    Tracing holds Python's lock: on threads the programs would only delay the first one.
+    A call waits for the compilation. Without a pool, or when `debugging`, returns `jitted` itself.
+    XLA takes seconds to minutes for a program, mostly on one core, so several are compiled side by
+    side. Tracing holds Python's lock, so on threads the traces would only delay the first program.
     """
     if pool is None or debugging():  # JAX's checks see no program that was compiled ahead
         return jitted

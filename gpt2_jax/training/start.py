@@ -45,7 +45,7 @@ class Start(NamedTuple):
 
 
 def corpus_identity(setup: Setup) -> dict[str, Any]:
-    """The identity of the text a run trains on: how it was asked for, its name, its SHA-256."""
+    """The identity of the text that a run trains on: data.corpus as set, its name, its SHA-256."""
     asked, dataset = setup.config.data.corpus, setup.dataset
     return {
         'asked_for': asked,
@@ -95,7 +95,7 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
         differ['data.corpus (its text)'] = tuple(
             f'{corpus["name"]} {corpus["sha256"][:12]}' for corpus in (theirs, ours)
         )
-    elif 'data.corpus' in differ:  # the text is the same, at another place
+    elif 'data.corpus' in differ:  # the text is the same, in another file
         there, now = differ.pop('data.corpus')
         say(f'data.corpus is now {now}: the text is the same as in {there}')
     if differ:
