@@ -19,7 +19,8 @@ from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UserError
 
 HEADER, MAGIC, VERSION = 256, 20240520, 1
-OTHER_MAGICS = range(20240101, 20250601)  # dates; of other tokenizers, such as 20240801 of Llama 3
+# Dates, as magic numbers of other tokenizers are: 20240801 for Llama 3.
+OTHER_MAGICS = range(20240101, 20250601)
 VALIDATION = re.compile(r'(?<![a-z])(val|valid|validation|eval)(?![a-z])', re.IGNORECASE)
 EXPECTED = 'expected GPT-2 tokens of 16 bits'
 

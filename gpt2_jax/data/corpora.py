@@ -120,12 +120,12 @@ def _embedded() -> Corpus:
 
 
 def _repeated() -> Corpus:
-    """Random letters in passages of 24 to 40, each of which repeats its beginning again and again.
+    """Passages of 24 to 40 random letters, each of which repeats its beginning again and again.
 
     Nothing but the repetition can be learned. In a third of the passages the beginning is two
-    letters long, so that the next letter is always the one before the last: they teach a head to
-    look at the token before. In the others it is 8 to 16 letters long, so that no head can find the
-    earlier letter by counting.
+    letters long, so that the next letter is always the last but one: these passages teach a head to
+    look at the token before. In the others the beginning is 8 to 16 letters long, so that no head
+    can find the earlier letter by counting.
     """
     draw = random.Random(0)
     passages = []

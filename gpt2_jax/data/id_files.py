@@ -18,7 +18,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.progress import Progress
 
 BLOCK_TOKENS = 1 << 22  # read at once to verify a file
-LARGE_BYTES = 1 << 30  # from here on, a data set is verified once, and not at each start
+LARGE_BYTES = 1 << 30  # a data set of this size or more is verified once, and not at each start
 MAX_OPEN = 64  # files of tokens that stay open; a data set may have thousands
 RECORD_SECONDS = 30  # between records of what was verified in the background
 CHANGED = 'restore it from a copy; the same command resumes'
@@ -126,10 +126,10 @@ def verify_files(
 ) -> list[str]:
     """Verifies the files of a data set side by side, as verify_ids does; returns their SHA-256.
 
-    The files of a data set of LARGE_BYTES or more are read once: those that verified.py knows, in
-    the state they have now, are not read again. If that leaves LARGE_BYTES or more to read, and
-    their `sha256` are given, this returns at once, and they are read in the background: a read of
-    a file that was found damaged raises the UserError.
+    The files of a data set of LARGE_BYTES or more are read once: a file that verified.py knows, in
+    the state that it has now, is not read again. If LARGE_BYTES or more are left to read, and
+    `sha256` are given, this returns at once, and the files are read in the background. Then
+    reading a file that was found damaged raises the UserError.
     """
     paths = [os.path.abspath(ids.path) for ids in shards]
     sizes = [len(ids) * ids.dtype.itemsize for ids in shards]

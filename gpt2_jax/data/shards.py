@@ -29,7 +29,7 @@ SCHEMA = {
     'splits': {
         split: {
             'shards': [{'file': PLAIN_NAME, 'tokens': integer(1), 'sha256': SHA256}],
-            'marks': Maybe({'file': PLAIN_NAME, 'sha256': SHA256}),  # none before version 0.2
+            'marks': Maybe({'file': PLAIN_NAME, 'sha256': SHA256}),  # older versions wrote none
         }
         for split in SPLITS
     },
@@ -140,7 +140,8 @@ def _open_shard(path: Path, dtype: np.dtype, n_tokens: int) -> IdsInFile:
 def open_marks(folder: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarray] | None:
     """Where the training tokens came from: the names of the inputs, and MARKs.
 
-    None if the folder was prepared before there were marks. Raises UserError if they are damaged.
+    None if an older version, without marks, prepared the folder. Raises UserError if the marks are
+    damaged.
     """
     folder = Path(folder)
     manifest = foreign.read_json(folder / MANIFEST, SCHEMA, AGAIN)

@@ -295,9 +295,9 @@ class Gpt2Tokenizer:
     def _encode_blanks_apart(self, text: str) -> np.ndarray:
         """The ids of a text with runs of whitespace that tiktoken's pattern cannot split.
 
-        It gives up on a million blanks before a visible character. The pattern makes one piece of
-        such a run without its last character. tiktoken can encode that piece alone, because no
-        visible character follows it, and the ids are the same.
+        tiktoken gives up on a million blanks before a visible character. The pattern makes one
+        piece of such a run without its last character. tiktoken can encode this piece alone,
+        because no visible character follows it, and the ids are the same.
         """
         pieces, start = [], 0
         for run in LONG_BLANKS.finditer(text):

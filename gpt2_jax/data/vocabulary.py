@@ -19,7 +19,7 @@ SOURCE = Source(
     n_bytes=456_318,
 )
 MAX_BYTES = 1 << 20  # of a file with merges
-# Of the merges alone: some copies have another version line, or carriage returns.
+# The hash of the merges alone: some copies have another version line, or carriage returns.
 MERGES_SHA256 = 'ac33235097fe06d4a8fff0feac994644809e6eb6ab70669e1e9fd40ae032428e'
 
 

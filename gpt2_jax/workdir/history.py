@@ -20,7 +20,7 @@ EXTENSIONS = [{'step': foreign.integer(0), 'planned': foreign.integer(1)}]
 META = {
     'config': str,
     'corpus': {'name': str, 'sha256': str},
-    'progress': {'extensions': foreign.Maybe(EXTENSIONS)},  # none before version 0.2
+    'progress': {'extensions': foreign.Maybe(EXTENSIONS)},  # older versions wrote none
 }
 # Other versions may have recorded fewer figures of an update.
 FIGURES = ('grad_norm', 'learning_rate', 'update_norm', 'param_norm')
