@@ -69,8 +69,8 @@ def cast_params(model: GPT2, params):
 def prefill(model: GPT2, params, tokens_BT, length):
     """What `decode` starts from after the first `length` of T tokens; padding may follow.
 
-    Returns the parameters of `cast_params`, the logits (B, V) and the cache, from one program: to
-    start a second one and to pass it the parameters takes the host 2 ms (GPT-2 124M).
+    Returns the parameters of `cast_params`, the logits (B, V) and the cache, from one program: the
+    host would take 2 ms to start a second program and to pass it the parameters (GPT-2 124M).
     """
     x_BTD, cache = model.apply(
         {'params': params}, tokens_BT, init_cache(model.cfg, tokens_BT.shape[0]), method='features'
@@ -138,7 +138,7 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
 def sample_keys(seed, num_samples: int):
     """A key for each sample, (num_samples,).
 
-    One program takes the host 0.2 ms, its operations one by one 1.7 (2 CPU cores).
+    The host takes 0.2 ms for one program, and 1.7 ms for its operations one by one (2 CPU cores).
     """
     keys_of = jax.vmap(jax.random.fold_in, (None, 0))
     return keys_of(jax.random.key(seed), jnp.arange(num_samples))
@@ -170,7 +170,7 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
             padded_BT = jax.device_put(np.pad(text_BT, ((0, 0), (0, padding))))
             length = jax.device_put(np.int32(pos))
             weights, logits_BV, cache = prefill(model, params, padded_BT, length)
-        # One more than there are positions: the last token is drawn from a full context.
+        # One token more than there are positions: the last is drawn from a full context.
         n = min(CHUNK, max_new_tokens - done, context - pos + 1)
         at = jax.device_put((np.int32(pos), np.int32(done)))
         tokens_BC, logits_BV, cache = decode(
@@ -203,11 +203,11 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continuations of `prompt` (T,), in chunks: an iterator of int32 (num_samples, n).
 
-    Sample i depends on (params, prompt, sampling, seed, i) alone. Every token is drawn from all
-    tokens before it, of a long prompt the last n_positions. GPT-2's learned positions cannot slide,
-    so a token that has no position left restarts the context from its last half with a fresh
+    Sample i depends on (params, prompt, sampling, seed, i) alone. Every token is drawn given all
+    tokens before it; of a long prompt, given its last n_positions tokens. GPT-2's learned positions
+    cannot slide, so when no position is left, the context restarts from its last half with a fresh
     prefill; `notify` is called the first time. Raises UsageError, before the first chunk, for a
-    prompt that is empty or no row of tokens and, with `strict_context`, if the context would
+    prompt that is empty or not a row of tokens and, with `strict_context`, if the context would
     restart.
     """
     context = model.cfg.n_positions
@@ -226,7 +226,8 @@ def generate(
 def check_prompt(prompt, vocab_size: int) -> np.ndarray:
     """The prompt as an array (T,). Raises UsageError for anything but tokens of the vocabulary.
 
-    The lookup of an embedding would take a token from outside for the nearest one, silently.
+    The lookup of an embedding would silently take a token outside the vocabulary for the nearest
+    one in it.
     """
     if isinstance(prompt, str):
         raise UsageError('the prompt is a text: expected its tokens, tokenizer.encode(text)')

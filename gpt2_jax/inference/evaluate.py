@@ -28,7 +28,7 @@ from gpt2_jax.training.programs import (
 from gpt2_jax.training.setup import Setup
 from gpt2_jax.training.step import make_eval_step
 
-# Dispatched before the oldest is fetched: a device always has work, and progress is seen.
+# Batches dispatched before the oldest is fetched: a device always has work, and progress is seen.
 BATCHES_AHEAD = 2
 
 
@@ -115,7 +115,7 @@ def evaluate(
     """Evaluates the N - 1 targets of `tokens`, or a part of them, in windows of `seq_len` tokens.
 
     `stride` and `max_targets` are as in batches.eval_batches, `on_batch` as in `sum_losses`. The
-    first token is no target, so its bytes do not count either.
+    first token is not a target, so its bytes do not count either.
     """
     windows = batches.eval_batches(
         tokens, batch_size=batch_size, seq_len=seq_len, stride=stride, max_targets=max_targets

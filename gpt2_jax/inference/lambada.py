@@ -128,7 +128,7 @@ def score_lambada(
     """Scores the passages of a file, each in a context of its own.
 
     A passage longer than the context is truncated on the left. Raises UserError for a passage
-    without an answer, and for a last word longer than the context.
+    without a last word, and for a last word longer than the context.
     """
     windows = score.make_windows(restored, context=context, stride=None, rows=rows)
     passages = read_passages(path, restored.tokenizer, text_field)

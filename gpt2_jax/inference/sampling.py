@@ -25,8 +25,8 @@ class Sampling:
 
     `temperature` divides the logits; 0 takes the likeliest token. `top_k` keeps the k likeliest
     tokens (Fan et al. 2018); 0 keeps all. `top_p` keeps the fewest tokens whose probability
-    reaches p (Holtzman et al. 2020), at least one; 1 keeps all. Of equally likely tokens the
-    first are kept. Raises UsageError for a value outside its range.
+    reaches p (Holtzman et al. 2020), at least one; 1 keeps all. On a tie, the first tokens are
+    kept. Raises UsageError for a value outside its range.
     """
 
     temperature: float = 1.0
@@ -66,7 +66,7 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = _keep(logits_BV, kth_B1, sampling.top_k)
-    # Only differences of logits matter. From the largest they are at most 0, so that a division
+    # Only differences of logits matter. Differences from the largest are at most 0, so a division
     # by a small temperature overflows to -inf, a token that is never drawn, and not to inf.
     logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)
     logits_BV = logits_BV / sampling.divisor

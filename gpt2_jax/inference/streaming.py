@@ -47,10 +47,10 @@ def _decode(chunks: Iterable[np.ndarray], tokenizer: Tokenizer, row: int) -> Ite
 def encode_prompt(tokenizer: Tokenizer, text: str, special_tokens: bool = False) -> np.ndarray:
     """The ids (T,) of a prompt.
 
-    Without a text: the token that separates documents, from which GPT-2 samples unconditionally; a
-    tokenizer without one starts from a newline, or from its first token. With `special_tokens`,
-    <|endoftext|> in the text is that token, and not seven ordinary ones. Raises UserError for text
-    without ids, UsageError if the tokenizer has no special tokens.
+    An empty text gives the token that separates documents, from which GPT-2 samples
+    unconditionally; without such a token, a newline, or the tokenizer's first token. With
+    `special_tokens`, <|endoftext|> in the text is that token, and not seven ordinary ones. Raises
+    UserError for text without ids, UsageError if the tokenizer has no special tokens.
     """
     if special_tokens and tokenizer.separator is None:
         raise UsageError(f'the {tokenizer.name} tokenizer has no special tokens')
@@ -71,7 +71,7 @@ def _first_token(tokenizer: Tokenizer) -> np.ndarray:
 def continue_text(
     model: GPT2, params, tokenizer: Tokenizer, prompt: str, **options
 ) -> Iterator[str]:
-    """The pieces of what the model writes after a prompt, without any notice.
+    """The text that the model writes after a prompt, in pieces, without any notice.
 
     `prompt` is as in encode_prompt, `options` as in generate.
     """

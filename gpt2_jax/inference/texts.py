@@ -34,10 +34,10 @@ def open_text(
     """The text that `source` names, in the tokens of `tokenizer`.
 
     A text file, a corpus by name, or a file of documents (see data/documents.py) is taken whole,
-    after the de-tokenizer of that name; a separator stands between documents if the tokenizer has
-    one. Of a prepared folder or of token files (see data/load.py) it is the `split`, or 'val' if
-    that is None. Raises UserError for a source that cannot be read, or that holds the tokens of
-    another tokenizer.
+    after the de-tokenizer `detokenizer`; a separator stands between documents if the tokenizer has
+    one. Of a prepared folder or of token files (see data/load.py) only `split` is taken, or 'val'
+    if `split` is None. Raises UserError for a source that cannot be read, or that holds the tokens
+    of another tokenizer.
     """
     path = str(files.user_path(source))
     part = split or 'val'
