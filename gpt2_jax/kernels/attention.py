@@ -1,8 +1,8 @@
 """Causal attention that never writes its pattern to memory (Dao et al. 2022, FlashAttention).
 
-Names within the kernels are FlashAttention's: of a block of queries, m is the running maximum of
+Names within the kernels are FlashAttention's. For a block of queries, m is the running maximum of
 the scores, l the running sum of exp(scores - m), and alpha the factor by which a new maximum
-shrinks what was summed before. Scores carry a factor log2(e), so that exp is exp2.
+shrinks the earlier sum. Scores carry a factor log2(e), so that exp is exp2.
 """
 
 import functools
@@ -113,9 +113,9 @@ def _forward_kernel(ins, outs, *, rate, blocks):
 
 
 def _backward(ins, rate, p, dp, delta, first_row, queries, keys):
-    """Of a block of the pattern p: (dropout(p) (1 - rate), the gradient of the scores sqrt(K)).
+    """For a block of the pattern p: (dropout(p) (1 - rate), the gradient of the scores sqrt(K)).
 
-    `dp` is the gradient of dropout(p). The sums over blocks are scaled afterwards, not each
+    `dp` is the gradient of dropout(p). The sums over blocks are scaled afterwards, instead of each
     element.
     """
     dropped = p
@@ -202,7 +202,7 @@ def _specs(T, K):
 
 
 def _check_shape(qkv_BT3HK):
-    """Raises ValueError for a shape that the kernels would process in part only."""
+    """Raises ValueError for a shape of which the kernels would process only a part."""
     _, T, _, _, K = qkv_BT3HK.shape
     if T % BLOCK:
         raise ValueError(f'the attention kernel got {T} positions; expected a multiple of {BLOCK}')

@@ -1,14 +1,14 @@
-"""The one door to the fast paths: which code computes each part, here and in this configuration.
+"""Which code computes each part of the work, on this machine and in this configuration.
 
 A part is attention, norm, gelu or loss of a training step, the optimizer, evaluation, or decoding.
 Each takes the fastest implementation whose needs are met:
 
-    hopper  as fused, but a product ends with the backward pass of GELU: Hopper GPUs, long runs
+    hopper  as fused, but GELU's backward pass ends a matrix product: Hopper GPUs, long runs
     fused   the GPU kernels of this package
     cudnn   cuDNN's attention; in evaluation, with everything else as XLA compiles it
     xla     what XLA compiles from model/gpt2.py;  optax: the same of the optimizer
 
-Only the kernels import Pallas, so that asking costs nothing.
+This file does not import Pallas, which takes time to load: only the kernels do.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ SEQ_LEN_MULTIPLE = 64
 ROWS_MULTIPLE = 2048
 HEAD_DIMS = (16, 32, 64, 128)
 # The kernel for Hopper GPUs processes n_inner and n_embd in blocks of these sizes.
-# Compiling it takes 2 s longer than the others. It gains about 1 s in 1e12 numbers that go through
-# GELU in a whole run, so that 13,000 updates of configs/shakespeare.py gain 2 s (H100, widths of
-# 384 to 1,024). At a width of 1,600 it gains nothing; widths between were not measured.
+# Compiling it takes 2 s longer than the others. It gains about 1 s for each 1e12 numbers that go
+# through GELU in a run, so 13,000 updates of configs/shakespeare.py gain 2 s (H100, widths of 384
+# to 1,024). At a width of 1,600 it gains nothing; widths between were not measured.
 HOPPER_COLUMNS, HOPPER_INNER = 128, 64
 HOPPER_NUMBERS, HOPPER_WIDTH = 2e12, 1024
 # Tokens of a device's micro-batch, and of a window, from which cuDNN's attention is the faster one
@@ -99,7 +99,7 @@ def platform_of(device) -> str:
 def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator[str]:
     """Yields what the implementation `name` of a part needs and lacks here; nothing if it can run.
 
-    `part` is a field of Kernels. Without `rows` and `seq_len` their needs are not looked at.
+    `part` is a field of Kernels. Needs of `rows` and `seq_len` are skipped if the place has none.
     """
     if name not in ('hopper', 'fused', 'cudnn'):
         return
@@ -153,7 +153,7 @@ def unmet_needs(part: str, name: str, cfg: GPT2Config, place: Place) -> Iterator
 
 
 def choose(cfg: GPT2Config, optimizer: str, place: Place) -> tuple[Kernels, dict[str, str]]:
-    """The implementation of each part, and for each that a faster one was not taken for, why.
+    """The implementation of each part, and why a part did not take a faster one, if it did not.
 
     `optimizer` is the setting optim.implementation; model.kernels and model.attention are in `cfg`.
     A setting of 'auto' takes the fastest that can run, any other forces its value. Raises

@@ -6,11 +6,11 @@ weights, and each program starts all of its loads before it uses the first:
 
     linear     x W + b or LayerNorm(x) W + b, through GELU, or added to the residual stream; also
                writes the token's keys and values into the cache
-    attend     attention to the cache, of which it reads only what is there
+    attend     attention to the cache, of which it reads only the filled positions
 
 They compute what model/gpt2.py spells out, rounding fewer intermediate results. Names carry shapes
 as there; N is the number of outputs of a matrix, which is kept as (N, D), so that the share of a
-program lies in one piece. On a CPU they run in Pallas' interpreter, for tests.
+program is contiguous in memory. On a CPU they run in Pallas' interpreter, for tests.
 """
 
 import functools
@@ -36,7 +36,7 @@ HEAD_OUTS = 8192  # a matrix with more outputs is the head: it keeps the memory 
 # With one row, a program computes two outputs, or four if the matrix has more outputs than this,
 # because more programs would take longer to start.
 MAX_PAIRED = 5000
-MAX_WEIGHTS = 6400  # of a warp: its registers hold them, and as many inputs
+MAX_WEIGHTS = 6400  # weights of a warp: its registers hold them, and as many inputs
 MAX_MERGED = 4096  # width of a model whose attention is split: `linear` holds all of the splits
 
 
@@ -89,8 +89,9 @@ class AttendSizes(NamedTuple):
 def attend_sizes(B, width):
     """The sizes for B rows in a model of this width.
 
-    One row has few heads, too few programs for the GPU, so four share one. More splits are shorter,
-    but merging them takes longer than that. With many rows, fewer registers a program are faster.
+    The heads of one row are too few programs for the GPU, so four programs share a head. More
+    splits would each be shorter, but merging them would take longer. With many rows, programs with
+    fewer registers are faster.
     """
     if B == 1 and width <= MAX_MERGED:
         return AttendSizes(64, 4, 4)
@@ -118,7 +119,7 @@ def _tiles(ref, D, block, rows):
 
 
 def _row_tiles(ref, D, block, outs):
-    """As _tiles of a single row, which is repeated for each output: it lies as the weights do."""
+    """As _tiles for a single row, repeated for each output, and laid out as the weights are."""
     out = jnp.zeros(outs, jnp.int32)[:, None]
 
     def tile(j):
@@ -160,7 +161,7 @@ def _store_in_cache(refs, pos, y, B, D):
     """
     _, _, S, K = refs[0].shape
     out = pl.program_id(1) * y.shape[-1] + jnp.arange(y.shape[-1], dtype=jnp.int32)
-    pos = jnp.minimum(pos, S - 1)  # of a token past the context, which is never used
+    pos = jnp.minimum(pos, S - 1)  # a token past the context is never used
     row, inside = jnp.int32(0), None
     if y.ndim > 1:
         row = pl.program_id(0) * y.shape[0] + jnp.arange(y.shape[0], dtype=jnp.int32)[:, None]
@@ -336,7 +337,7 @@ def _attend_kernel(pos_ref, q_ref, k_ref, v_ref, z_ref, lse_ref, *, S, K, block,
 def attend(qkv_B3HK, k_BHSK, v_BHSK, at_2):
     """Attention of one token at position at_2[1] to the cache up to there.
 
-    Returns z_BD and None. Whatever the cache holds behind this position is ignored. A single row
+    Returns z_BD and None. Whatever the cache holds after this position is ignored. A single row
     may be split: several programs share the positions of a head. Then it returns the result of
     each split, z_SHK, and the logarithm of the sum of its weights, lse_SH; `linear` merges them.
     """
@@ -373,7 +374,7 @@ def cast_params(cfg: GPT2Config, params):
     """The parameters as decoding reads them.
 
     Matrices are (N, D) in the compute dtype, everything else stays in fp32. A LayerNorm is part of
-    the matrix behind it, so that no product waits for the statistics of its input:
+    the matrix after it, so that no product waits for the statistics of its input:
 
         LayerNorm(x) W + b = (x (scale W) - mean(x) sum(scale W)) / std(x) + (shift W + b)
 

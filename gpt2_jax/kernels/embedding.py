@@ -108,17 +108,18 @@ def head_loss(x_ND, wte_VD, targets_N, scale):
     rest of the backward pass is two matrix products. XLA would move an fp32 copy of the logits
     through memory six times.
 
-    A bf16 logit has 8 bits. All logits of a published model share an offset of about -100, which
-    would take all of them. Softmax ignores a shared offset, and so does the gradient, whose sum
-    over V is 0. So the offset is removed beforehand, as the mean of some embeddings. Reading all of
-    them takes 0.06 ms (124M, H100).
+    A bf16 logit has 8 significant bits. All logits of a published model share an offset of about
+    -100, which would use up these bits. Softmax ignores a shared offset, and so does the gradient,
+    whose sum over V is 0. So the offset is removed beforehand, as the mean of some embeddings.
+    Reading all of them would take 0.06 ms (124M, H100).
     """
     (V, _), dtype = wte_VD.shape, x_ND.dtype
     centred_VD = (wte_VD - wte_VD[:: max(V // CENTRE_ROWS, 1)].mean(0)).astype(dtype)
     head_VD = jnp.pad(centred_VD, ((0, padded_vocab(V) - V), (0, 0)))
     dlogits_NV, nats_N = _softmax_gradient(x_ND @ head_VD.T, targets_N, V)
-    # Products are scaled in fp32: bf16 has too few bits for the scale. But a power of two takes no
-    # bits, so cuBLAS may round dx before it is scaled, and writes half the bytes.
+    # Products are scaled in fp32, because bf16 has too few bits for the scale. But scaling by a
+    # power of two loses no bits, so cuBLAS may round dx before it is scaled, and write half the
+    # bytes.
     exact = math.frexp(scale)[0] == 0.5
     dx_ND = jnp.einsum(
         'NV,VD->ND', dlogits_NV, head_VD, preferred_element_type=dtype if exact else jnp.float32

@@ -52,7 +52,7 @@ def _columns(F):
 
 @jax.custom_vjp
 def gelu(x_NF, bias_F):
-    """gelu_new(x + bias), (N, F), in the dtype of x, a matrix product. The bias may be None.
+    """gelu_new(x + bias), (N, F), in the dtype of x. x is a matrix product; the bias may be None.
 
     Its gradient raises ValueError unless N is a multiple of GELU_PROGRAMS * GELU_ROWS, or a smaller
     multiple of GELU_ROWS.

@@ -13,9 +13,9 @@ with their backward passes, and for decoding one token at a time:
     sample          temperature, top_k and the draw of a token
 
 They compute what model/gpt2.py, training/step.py, training/optim.py and inference/sampling.py spell
-out, in fewer passes over memory, which take most of a small model's time: one kernel stands between
-two matrix products. On a CPU they run in Pallas' interpreter, slowly, so that tests can compare
-them with the plain formulas.
+out, with only one kernel between two matrix products. This saves passes over memory, which take
+most of a small model's time. On a CPU they run in Pallas' interpreter, slowly, so that tests can
+compare them with the plain formulas.
 
 The gradient of a bias or a scale is a sum over all rows: each program sums its own rows, and XLA
 adds up the programs. Each call is jitted by itself, so that the equal calls of all layers are
@@ -32,9 +32,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxlib.triton import dialect
 
-# For each operation of a kernel MLIR looks for the Python module of Triton's dialect under this
-# name, and jaxlib has it under another: 3,000 searches of the disk in a training step, which take
-# longer than everything else in its lowering (0.87 -> 0.37 s, configs/shakespeare_fast.py).
+# For each operation of a kernel, MLIR looks for the Python module of Triton's dialect under this
+# name, but jaxlib has it under another name. The 3,000 searches of the disk take longer than
+# everything else in lowering a training step (0.87 -> 0.37 s, configs/shakespeare_fast.py).
 sys.modules.setdefault('jaxlib.mlir.dialects.tt', dialect)
 
 LOG2_E = math.log2(math.e)

@@ -107,7 +107,7 @@ def _add_norm_kernel(ins, outs, *, D, rate, eps):
 def _add_norm_backward_kernel(ins, outs, *, D, rate, summed):
     """The gradients of x and of the branch.
 
-    Also this program's share of the gradients of `summed`: 'scale' and those biases that exist.
+    Also this program's share of the gradients of `summed`: 'scale', and the biases that exist.
     """
     (span, width), rows = ins['x'].shape, NORM_BACKWARD_ROWS
     inside = jnp.arange(width) < D

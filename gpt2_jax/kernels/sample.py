@@ -1,8 +1,9 @@
 """Drawing the next token: temperature, top_k and the draw, without a sort.
 
 The kernel `sample` draws the token of a row. One program, which holds the row's values in its
-registers, would take long to find the k largest of a vocabulary. So the kernel `select` finds those
-of each block of logits first, a program each, and `sample` chooses among them.
+registers, would take long to find the k largest of a vocabulary. So the kernel `select`, with a
+program for each block of logits, first finds the k largest of the block, and `sample` chooses among
+them.
 """
 
 import functools
@@ -24,9 +25,10 @@ MAX_VOCAB = 2**16  # because the registers of one program hold all logits of a r
 
 
 def _kth_largest(x, k, most):
-    """A number that k to `most` elements of the blocks `x` reach; how many do; how many exceed it.
+    """A bound that at least k elements of the blocks `x` reach; how many reach it; how many exceed.
 
-    On a tie, more than `most` reach it. Then it is the k-th largest, and the last two are exact.
+    At most `most` elements reach the bound, except on a tie: then the bound is the k-th largest
+    element. Only then is the last number needed, and exact.
     """
 
     def narrow(x, low, high):
@@ -74,10 +76,10 @@ def _kth_largest(x, k, most):
 
 
 def _k_largest(x, columns, k, most):
-    """Masks of the k largest elements of the blocks `x`; of equal ones, the first columns count.
+    """Masks of the k largest elements of the blocks `x`; on a tie, the first columns count.
 
-    Up to `most` may be kept, the largest ones, if that is found sooner. Without a tie this adds no
-    pass over the blocks.
+    Up to `most` of the largest elements may be kept, if they are found sooner than k of them.
+    Without a tie, this adds no pass over the blocks.
     """
     bound, n_reaching, n_above = _kth_largest(x, k, most)
 
@@ -92,8 +94,8 @@ def _k_largest(x, columns, k, most):
         enough = count(middle) >= k - n_above
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    # Bisects: too few ties are in columns <= low, enough in columns <= high. Without a tie too many
-    # the two begin next to each other.
+    # Bisects: columns <= low have too few of the tied elements, columns <= high enough. If at most
+    # `most` elements reach the bound, low and high begin next to each other, and the loop ends.
     low = MAX_VOCAB - 1 - MAX_VOCAB * (n_reaching > most).astype(jnp.int32)  # -1 on a tie
     _, last = lax.while_loop(
         lambda state: state[1] - state[0] > 1, narrow, (low, 0 * low + MAX_VOCAB)
@@ -111,7 +113,7 @@ def _select_kernel(logits_ref, values_ref, columns_ref, *, V, k):
     columns = pl.program_id(1) * COLUMNS + index
     x = plgpu.load(logits_ref, mask=columns < V, other=-jnp.inf)
     (kept,) = _k_largest([x], [columns], k, most)
-    # What is kept comes first, in its order, and the rest behind it.
+    # The kept elements come first, in their order, and the rest after them.
     rank = jnp.cumsum(kept.astype(jnp.int32))
     slot = jnp.where(kept, rank - 1, rank.max() + index - rank)
     plgpu.store(values_ref.at[slot], jnp.where(kept, x, -jnp.inf), mask=slot < most)
@@ -162,8 +164,8 @@ def _sample_kernel(
             kept = _k_largest(x, columns, top_k, top_k)
         largest = functools.reduce(jnp.maximum, x).max()
         x = [(part - largest) / temperature for part in x]
-        # The noise is loaded for the values kept only, so that it cannot be loaded, and take
-        # registers, before they are known.
+        # The noise is loaded for the kept values only. So it is not loaded before they are known,
+        # when it would take registers.
         noisy = [
             part + plgpu.load(noise_ref.at[at_ref[0], at], mask=mask & (at < V), other=-jnp.inf)
             for part, at, mask in zip(x, columns, kept, strict=True)
