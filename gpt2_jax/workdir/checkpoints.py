@@ -54,7 +54,7 @@ QUIET_LOOKS, REMOVAL_SECONDS = 5, 10
 
 
 class Checkpoints:
-    """The checkpoints of a running training: saved in the background, one at a time.
+    """The checkpoints of a run while it trains: saved in the background, one at a time.
 
     Use as a context manager: leaving it waits until the last save is committed. `check_claim`
     raises UserError if the folder no longer belongs to this process: see folder.claim. `kept` says
@@ -128,11 +128,11 @@ class Checkpoints:
         return committed_steps(self.folder)
 
     def describe_kept(self, state, steps: int, every: int, eval_every: int) -> list[str]:
-        """A line on how many checkpoints a run will keep and how large they are.
+        """A line about how many checkpoints a run will keep and how large they are.
 
-        If only the latest are kept, no line unless the disk is short of room for them. `state` may
-        be abstract. All multiples of `every` are saved, and evaluated steps, multiples of
-        `eval_every`, if they are the best so far.
+        If only the latest are kept, there is no line unless the disk is short of room for them.
+        `state` may be abstract. All multiples of `every` are saved, and evaluated steps, multiples
+        of `eval_every`, if they are the best so far.
         """
         size, free = state_bytes(state), shutil.disk_usage(self.folder).free
         if self.kept.keep == 'latest':
@@ -156,7 +156,7 @@ class Checkpoints:
     def check_room(self, state) -> None:
         """Raises UserError if the disk has no room for one checkpoint; `state` may be abstract.
 
-        Before a run, whose updates would be lost at its first save.
+        It is called before the first update: later, the updates until the first save would be lost.
         """
         if lack := self._lack_of_room(state):
             raise UserError(
@@ -193,7 +193,7 @@ class Checkpoints:
     def _finish(self, step: int, shapes: dict[str, Any]) -> None:
         """Runs in the background: waits for Orbax, reads back, commits.
 
-        Of several processes the first reads back and commits what all have written.
+        In a run of several processes, the first reads back and commits what all have written.
         """
         self._orbax.wait_until_finished()
         if hosts.is_first():
@@ -231,10 +231,10 @@ class Checkpoints:
         )
 
     def _remove_unfinished(self, step: int) -> None:
-        """Removes what a failed save has left, until nothing comes after it.
+        """Removes what a failed save has left, until no more of it appears.
 
         Orbax writes the items of a checkpoint on several threads and reports the first that fails.
-        The others may still be writing, and would leave a folder behind.
+        The other threads may still be writing, and would leave a folder behind.
         """
         quiet, deadline = 0, time.monotonic() + REMOVAL_SECONDS
         while quiet < QUIET_LOOKS and time.monotonic() < deadline:

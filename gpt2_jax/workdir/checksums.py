@@ -139,7 +139,7 @@ def quarantine(folder: Path) -> list[str]:
                 bad[path] = problem
             else:
                 usable.append(path)
-    # One save at a time can be cut short: of several folders without SHA256SUMS, one was whole.
+    # Only one save at a time can be cut short: if several folders lack SHA256SUMS, some were whole.
     uncommitted = [path for path in bad if path.name.isdigit() and not (path / CHECKSUMS).is_file()]
     lost = [path for path, problem in bad.items() if problem != CUT_SHORT or len(uncommitted) > 1]
     if lost and not usable and not any(map(_own_name, bad)):

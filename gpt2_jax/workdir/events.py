@@ -1,7 +1,7 @@
 """TensorBoard's messages: figures and texts of a step, the settings, and the chart of the losses.
 
-A message is a `Summary`. They are made from protocol buffers alone: the functions of most libraries
-load TensorFlow or torch where it is installed, for seconds.
+A message is a `Summary`, made from protocol buffers alone: the functions of most libraries load
+TensorFlow or torch, if it is installed, which takes seconds.
 """
 
 import textwrap

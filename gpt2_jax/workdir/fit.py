@@ -19,7 +19,7 @@ def leaves(tree) -> Leaves:
 
 
 def saved_leaves(item: epath.Path) -> Leaves:
-    """The same of an item of a checkpoint, from its metadata: no array is read."""
+    """As `leaves`, for an item of a checkpoint, from its metadata: no array is read."""
     handler = ocp.PyTreeCheckpointHandler()
     try:
         return leaves(handler.metadata(item).tree)
@@ -45,7 +45,7 @@ def differences(saved: Leaves, wanted: Leaves) -> list[str]:
 def check(checkpoint: str, items: dict[str, tuple[Leaves, Leaves]]) -> None:
     """Raises UserError, with the differences, unless every (saved, wanted) of the items is equal.
 
-    `checkpoint` says which one, for people.
+    `checkpoint` is the name of the checkpoint in the error.
     """
     lines = [f'{item}/{line}' for item, pair in items.items() for line in differences(*pair)]
     if lines:

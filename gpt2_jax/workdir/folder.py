@@ -52,13 +52,13 @@ def claim(folder: Path) -> Iterator[Callable[[], None]]:
 
     Yields check(), which raises UserError if the folder was moved or replaced since. Raises
     UserError if another process has locked the folder, if it holds logs that are not a run's, or if
-    it cannot be written, also later on.
+    it cannot be written, now or while it is claimed.
     """
     check_path(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f'{folder} is a file: expected the folder of a run, or a new one')
     try:
-        folder.resolve().mkdir(parents=True, exist_ok=True)  # where a link leads may be missing
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # the target of a link may be missing
         with _lock(folder) as lock:
             logs = sorted(log_sizes(folder))
             if logs and not is_run(folder):
@@ -161,8 +161,8 @@ def cut_back(folder: Path, sizes: dict[str, int]) -> list[str]:
     """Truncates the logs to their sizes at a checkpoint, so that every step gets one record.
 
     Returns one line for each log that has lost records since. A link or a pipe in the place of a
-    log is removed: records would be written to its target. A log with hard links (`cp -al`, as many
-    backups) becomes a file of its own.
+    log is removed, because records would be written to its target. A log with hard links, as
+    `cp -al` and many backups make them, becomes a separate file.
     """
     now, reports = log_sizes(folder), []
     for path in (path for pattern in LOGS for path in folder.glob(pattern)):

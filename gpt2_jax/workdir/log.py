@@ -13,8 +13,8 @@ from typing import Any
 from rich import progress
 from tensorboard.compat.proto.event_pb2 import Event
 
-# Not a SummaryWriter of any library: these load TensorFlow or torch where it is installed, for
-# seconds.
+# Not a SummaryWriter of any library: these load TensorFlow or torch, if it is installed, which
+# takes seconds.
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from gpt2_jax import files
@@ -79,8 +79,8 @@ class GrowingFile:
 class Logger:
     """Everything a run writes while it trains. Use as a context manager.
 
-    `settings` are those of the run, by name; TensorBoard gets them once, when the run begins.
-    Without `writes` no file is written: of several processes one writes.
+    `settings` are the settings of the run, by name; TensorBoard gets them once, when the run
+    begins. Without `writes` no file is written: only one of several processes writes.
     """
 
     def __init__(

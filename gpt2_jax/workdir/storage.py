@@ -1,4 +1,4 @@
-"""Orbax behind one door: its manager of a folder, restoring, and reading a checkpoint back."""
+"""Orbax's manager of a folder, restoring from it, and reading a checkpoint back."""
 
 import contextlib
 import logging
@@ -25,8 +25,8 @@ class LiteralPath(type(epath.Path('/'))):
     """A path that Orbax takes literally.
 
     Orbax merges the files of all processes by `path.glob('ocdbt.process_*')`, and the glob of etils
-    takes the whole path for a pattern: with a `[` in any parent folder nothing was merged, and
-    nothing was said.
+    takes the whole path for a pattern: with a `[` in any parent folder it would merge nothing, and
+    say nothing.
     """
 
     def glob(self, pattern: str) -> Iterator['LiteralPath']:
@@ -170,7 +170,7 @@ def _val_loss(metrics) -> float:
 def _read(path: Path, like, **options):
     """An item as numpy arrays. `like` is its tree of shapes, with `...` for leaves to leave out.
 
-    Of several processes each reads for itself.
+    In a run of several processes, each reads for itself.
     """
     as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), like)
     args = ocp.args.PyTreeRestore(like, restore_args=as_numpy, **options)
