@@ -112,7 +112,8 @@ class Sample:
         pieces = []
         try:
             for piece in written:
-                if not several():  # the pieces are no common measure of time
+                # Pieces may differ between processes, which must all check equally often.
+                if not several():
                     self.interrupt.check()
                 pieces.append(piece)
         except Interrupted:
@@ -197,7 +198,7 @@ class ExplainSpikes:
 
     def explain(self) -> None:
         """Explains the updates that leapt since the last call."""
-        leaps, self.leaps = dict(reversed(self.leaps)), []  # of two values, the loss
+        leaps, self.leaps = dict(reversed(self.leaps)), []  # if both leap at a step, the loss
         for at in sorted(leaps):
             self.pages += 1
             by_hand = self.pages > self.PAGES
@@ -214,7 +215,7 @@ def autopsy_command(workdir: Path, step: int) -> str:
 def explained(workdir: Path, step: int) -> str:
     """Why an update went wrong, in sentences that name the page; or how to find out by hand.
 
-    Several processes do not replay the update: one does by hand.
+    A run of several processes does not replay the update: its user does, with one process.
     """
     by_hand = autopsy_command(workdir, step)
     if several():

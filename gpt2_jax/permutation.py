@@ -8,8 +8,8 @@ Ciphers with Arbitrary Finite Domains). Each round adds a hash of one half to th
     right <- (right + hash(left  + k_j)) mod b      rounds 1, 3, ..
 
 and a result >= n is permuted again until it is below n, which takes about one pass for a large n.
-The memory and the time for an element do not depend on n. All is integer arithmetic on uint64, so a
-permutation is the same on every machine and in every version of numpy. It is not a cipher: who
+The memory and the time for an element do not depend on n. All arithmetic is on uint64 integers, so
+a permutation is the same on every machine and in every version of numpy. It is not a cipher: who
 sees some elements may find the key.
 """
 

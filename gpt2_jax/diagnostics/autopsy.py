@@ -78,11 +78,11 @@ class Passage(NamedTuple):
 class Autopsy:
     """What `examine` found out about update `step`; B rows of T tokens, losses in nats.
 
-    `metrics` are those of this update, `before` those of updates before it, with their step: of
-    each since the checkpoint, up to UPDATES_BEFORE of them, and before that of the recorded ones.
+    `metrics` are those of this update. `before` has those of earlier updates, with their steps: of
+    up to UPDATES_BEFORE recorded updates, and then of up to UPDATES_BEFORE replayed ones.
     `activations` and `gradients` are summaries by name, in the order of the forward pass, of the
-    micro-batch with the culprit, or of the last one. `parameters` are (before, gradient, after) by
-    name. tokens_BT1 are the inputs and the last target.
+    micro-batch with the culprit, or of the last micro-batch. `parameters` are (before, gradient,
+    after) by name. tokens_BT1 are the inputs and the last target.
     """
 
     step: int

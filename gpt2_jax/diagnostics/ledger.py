@@ -1,7 +1,7 @@
 """Which text a step trained on, and which steps trained on a text. Nothing is logged for it.
 
 The batch of a step is a function of (tokens, seed, step), and so is its inverse (letters as in
-data/batches.py): the target at token p stands, in epoch e, in window w = (p - 1 - offset_e) div T,
+data/batches.py): the target at token p is, in epoch e, in window w = (p - 1 - offset_e) div T,
 and window w is row g = e n + inverse_order_e(w), counted through all steps, B to a step.
 
 Steps are counted as in metrics.jsonl: step 1 is the first update. Token positions count from 0,

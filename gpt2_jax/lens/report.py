@@ -71,11 +71,11 @@ def collect(
 ) -> Report:
     """Everything that the page shows of a model on one text of at least two tokens.
 
-    `path` is shown to those who point at the title.
-    The first `prompt_tokens` tokens are given, the others the model's own; by default all are
-    given. `skip` names SECTIONS to leave out. The shape flow is of `make_step` at `step_size`,
-    which is (batch_size, seq_len, grad_accum_steps). `notify` gets a line for each part, with its
-    time. Raises UsageError for an unknown section, else as `capture`.
+    `path` is shown when the pointer is on the title. The first `prompt_tokens` tokens are given,
+    the others the model's own; by default all are given. `skip` names SECTIONS to leave out. The
+    shape flow is of `make_step` at `step_size`, which is (batch_size, seq_len, grad_accum_steps).
+    `notify` gets a line for each part, with its time. Raises UsageError for an unknown section,
+    else as `capture`.
     """
     if unknown := set(skip) - set(SECTIONS):
         raise UsageError(f'no section {sorted(unknown)[0]!r}: expected {", ".join(SECTIONS)}')

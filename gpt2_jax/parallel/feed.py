@@ -16,7 +16,7 @@ Batch = dict[str, jax.Array]
 def train_batch(mesh: Mesh, tokens: Tokens, *, batch_size: int, **options) -> Batch:
     """The global batch of an update. Options and errors are those of batches.train_batch.
 
-    Of several processes each reads the rows of its own devices.
+    In a run of several processes, each reads the rows of its own devices.
     """
     lo, hi = own_rows(mesh, batch_size)
     rows = batches.train_batch(tokens, batch_size=batch_size, lo=lo, hi=hi, **options)

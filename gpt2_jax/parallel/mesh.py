@@ -59,7 +59,8 @@ def own_rows(mesh: Mesh, n_rows: int) -> tuple[int, int]:
 def put_batch(mesh: Mesh, batch, *, first: int = 0, n_rows: int | None = None):
     """A batch as global arrays of `n_rows` rows, from numpy rows `first`, `first` + 1, ..
 
-    By default `batch` is all of it. Of several processes each gives at least its `own_rows`.
+    By default `batch` is all of it. In a run of several processes, each gives at least its
+    `own_rows`.
     """
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:

@@ -72,8 +72,8 @@ def kept(cfg: GPT2Config, kernels: Kernels, T: int, tensor: int = 1) -> int:
 def memory(case: Case, kernels: Kernels) -> tuple[dict[str, int], str]:
     """What a device holds when it holds most, by array; and when that is.
 
-    Three moments come into question: the head, where the logits are; the backward pass of the last
-    block; and the end of it, where all gradients are.
+    It may hold most at one of three moments: at the head, where the logits are; in the backward
+    pass of the last block; or at the end of the backward pass, where all gradients are.
     """
     cfg, N, mesh = case.cfg, case.tokens, case.mesh
     c, s, D, F = BYTES[cfg.compute_dtype], BYTES[cfg.stream_dtype], cfg.n_embd, cfg.d_ff
