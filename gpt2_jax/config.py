@@ -170,7 +170,7 @@ SETTINGS = {
         'keyed',
         one_of('keyed', 'table'),
         'order of the windows of an epoch; keyed: a permutation computed window by window; table: '
-        'that of runs before this setting, which need memory for a table of all windows',
+        'the order of older runs, which takes memory for a table of all windows',
     ),
     'train.init_from': (
         '',

@@ -153,7 +153,7 @@ def verify_files(
             'damaged, the run stops',
             file=sys.stderr,
         )
-        remedy += ', and train again from a checkpoint of before this start'
+        remedy += ', and train again from a checkpoint of before the first start with this file'
         arguments = shards, verify, known, record
         threading.Thread(
             target=_verify_in_background, args=arguments, name='verify', daemon=True
