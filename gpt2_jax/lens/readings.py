@@ -241,7 +241,7 @@ def repeated_half(cfg) -> int:
 
 
 def repeated_tokens(cfg, rows: int, seed: int = 0) -> np.ndarray:
-    """Random tokens, then the same once more, in rows of about n_positions: int32 (rows, T)."""
+    """Random tokens, then the same once more: int32 (rows, 2 `repeated_half`)."""
     half = repeated_half(cfg)
     if half < 2:
         raise UsageError(f'a context of {cfg.n_positions} is too short to repeat a text in it')
