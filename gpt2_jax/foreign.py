@@ -34,6 +34,7 @@ MAX_MESSAGE = 300  # characters of an error
 MAX_SOURCE = 120  # of them for the path
 MAX_JSON_BYTES = 32 << 20  # parsed JSON takes up to 20 times the memory of its text
 MAX_JSON_DEPTH = 64
+TO_UTF8 = 'convert it first, for instance with iconv'
 JOINERS = '\u200c\u200d'
 
 
@@ -136,16 +137,20 @@ def read_bytes(path: str | os.PathLike, max_bytes: int) -> bytes:
     return data
 
 
-def read_text(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """All of a regular UTF-8 file of at most `max_bytes`. Raises UserError."""
-    return ''.join(decode_utf8([read_bytes(path, max_bytes)], path))
+def read_text(
+    path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES, remedy: str = TO_UTF8
+) -> str:
+    """All of a regular UTF-8 file of at most `max_bytes`. Raises UserError; see `decode_utf8`."""
+    return ''.join(decode_utf8([read_bytes(path, max_bytes)], path, remedy))
 
 
-def decode_utf8(blocks: Iterable[bytes], source: str | os.PathLike) -> Iterator[str]:
+def decode_utf8(
+    blocks: Iterable[bytes], source: str | os.PathLike, remedy: str = TO_UTF8
+) -> Iterator[str]:
     """The text of UTF-8 bytes, one piece for each block; no newline is translated.
 
     A block may end inside a character. A byte order mark at the beginning is dropped. Raises
-    UserError with the first wrong byte and its offset.
+    UserError with the first wrong byte, its offset and the `remedy`.
     """
     decoder, n_bytes, begins = codecs.getincrementaldecoder('utf-8')(), 0, True
     for block in itertools.chain(blocks, [b'']):
@@ -157,7 +162,7 @@ def decode_utf8(blocks: Iterable[bytes], source: str | os.PathLike) -> Iterator[
             raise error(
                 source,
                 f'is not UTF-8 text: byte {byte:#04x} at offset {offset}',
-                'convert it first, for instance with iconv',
+                remedy,
             ) from None
         if begins and text:
             text, begins = text.removeprefix('\ufeff'), False

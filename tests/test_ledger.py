@@ -11,7 +11,7 @@ import runs
 from bpe import MERGES
 
 from gpt2_jax import files, prepare
-from gpt2_jax.config import to_json
+from gpt2_jax.config import default_config, resolve, to_json
 from gpt2_jax.data import documents, shards, tokenizers
 from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.dataset import Tokens
@@ -326,3 +326,12 @@ def test_a_damaged_file_that_a_run_writes_again_may_be_deleted(name, damaged, tm
         read(tmp_path)
     assert str(error.value).startswith(f'{tmp_path / name} ')
     assert str(error.value).endswith(f'; {history.REWRITTEN}')
+
+
+def test_files_of_a_run_may_begin_with_a_byte_order_mark(tmp_path):
+    """As some editors save them."""
+    text = to_json(resolve(default_config()))
+    (tmp_path / 'config.json').write_text(f'\ufeff{text}', 'utf-8')
+    (tmp_path / 'summary.json').write_text('\ufeff{"steps": 1}', 'utf-8')
+    assert to_json(history.read_config(tmp_path)) == text
+    assert history.read_summary(tmp_path) == {'steps': 1}

@@ -36,7 +36,7 @@ def read_config(run: Path) -> ConfigDict:
         deleted = 'was it deleted? The command that trained the run writes it again'
         remedy = deleted if (run / FOLDER).is_dir() else NOT_A_RUN
         raise foreign.error(run, 'holds no config.json', remedy)
-    return config_lib.from_json(_read_rewritten(path), path, REWRITTEN)
+    return config_lib.from_json(foreign.read_text(path, remedy=REWRITTEN), path, REWRITTEN)
 
 
 def config_at(run: Path, step: int) -> ConfigDict:
@@ -88,13 +88,8 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     path = run / 'summary.json'
     if not path.exists():
         return None
-    return foreign.parse_json(_read_rewritten(path), path, {}, REWRITTEN)
-
-
-def _read_rewritten(path: Path) -> str:
-    """The text of a file that train.py writes again if it was deleted. Raises UserError."""
-    with foreign.parsing(path, 'UTF-8 text', REWRITTEN):
-        return foreign.read_bytes(path, foreign.MAX_JSON_BYTES).decode()
+    text = foreign.read_text(path, remedy=REWRITTEN)
+    return foreign.parse_json(text, path, {}, REWRITTEN)
 
 
 def read_corpus(run: Path) -> dict[str, Any] | None:
