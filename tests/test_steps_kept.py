@@ -1,6 +1,7 @@
 """Checkpoints worth studying: those that checkpoint.keep names stay, and each is what it says."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from gpt2_jax.config import resolve
 from gpt2_jax.training.programs import new_state
 from gpt2_jax.training.setup import build
 from gpt2_jax.training.step import TrainState
-from gpt2_jax.workdir.checkpoints import Checkpoints
+from gpt2_jax.workdir.checkpoints import Checkpoints, state_bytes
 from gpt2_jax.workdir.checksums import FOLDER, all_steps, committed_steps
 from gpt2_jax.workdir.restore import load
 from gpt2_jax.workdir.storage import Kept, is_log_spaced
@@ -78,3 +79,23 @@ def test_all_keeps_every_checkpoint(tmp_path):
         (line,) = checkpoints.describe_kept(state, steps=13, every=5, eval_every=7)
     # Every 5 steps, the evaluations at 7 and 13 if they are the best, and the last.
     assert line.startswith('checkpoints kept for good: up to 5 of 1.0 MiB')
+
+
+@pytest.mark.parametrize(('steps', 'n'), [(100, 4), (10, 3), (5, 1)])
+def test_little_room_is_said_for_the_checkpoints_that_there_will_be(
+    steps, n, tmp_path, monkeypatch
+):
+    params = {'kernel': np.zeros(2**18, np.float32)}
+    state = TrainState(np.int32(0), params, {})
+
+    def lines(free):
+        usage = types.SimpleNamespace(free=free)
+        monkeypatch.setattr('shutil.disk_usage', lambda path: usage)
+        return checkpoints.describe_kept(state, steps=steps, every=5, eval_every=7)
+
+    with Checkpoints(tmp_path, kept=Kept('latest', 1)) as checkpoints:
+        size = state_bytes(state)
+        assert lines(n * size) == []
+        noun = 'checkpoint' if n == 1 else 'checkpoints'
+        (line,) = lines(n * size - 1)
+    assert line.startswith(f'little room: there will be {n} more {noun} of 1.0 MiB, and the disk')

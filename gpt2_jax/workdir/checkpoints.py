@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.parallel import hosts
+from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import (
     CHECKSUMS,
@@ -135,19 +136,18 @@ class Checkpoints:
         of `eval_every`, if they are the best so far.
         """
         size, free = state_bytes(state), shutil.disk_usage(self.folder).free
+        saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)} | {steps}
         if self.kept.keep == 'latest':
-            n = AT_A_TIME - len(self.committed())
+            n = min(AT_A_TIME, len(saved - {0})) - len(self.committed())
             if free >= n * size:
                 return []
             return [
-                f'little room: there will be {n} more checkpoints of {size / 2**20:,.1f} MiB, and '
-                f'the disk has {free / 2**20:,.1f} MiB left'
+                f'little room: there will be {counted(n, "more checkpoints")} of '
+                f'{size / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB left'
             ]
-        if self.kept.keep == 'all':
-            saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)}
-        else:
-            saved = set(filter(self.kept.includes, range(steps + 1)))
-        n = len(saved | {steps})
+        if self.kept.keep == 'log':
+            saved = set(filter(self.kept.includes, range(steps + 1))) | {steps}
+        n = len(saved)
         return [
             f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
             f'{n * size / 2**30:,.2f} GiB; the disk has {free / 2**30:,.1f} GiB left'
