@@ -162,7 +162,9 @@ def run_in_folder(
             state = checkpoints.restore(start, abstract_state(setup))
     else:
         state = initial_state(setup)
-    checkpoints.check_room(state)  # after the state is made, which fails first if memory is short
+    if start < config.train.steps:
+        # After the state is made, which fails first if memory is short.
+        checkpoints.check_room(state)
     evaluate = make_evaluate(setup, pool=pool)  # last: the first update does not wait for it
     if hosts.is_first():
         prepare_folder(setup, workdir, start, log_sizes)

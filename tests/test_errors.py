@@ -659,6 +659,18 @@ def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, monkeypatch):
     check(code, err, 1, words)
 
 
+def test_a_run_that_lacks_its_summary_alone_needs_no_room_for_a_checkpoint(
+    made, tmp_path, monkeypatch
+):
+    run = tmp_path / 'run'
+    shutil.copytree(made / 'run', run)
+    (run / 'summary.json').unlink()
+    monkeypatch.setattr('shutil.disk_usage', lambda path: types.SimpleNamespace(free=1000))
+    code, _, err = run_train(made, run)
+    assert (code, err) == (0, '')
+    assert (run / 'summary.json').exists()
+
+
 @pytest.mark.parametrize(
     ('kilobytes', 'fragments'),
     [
