@@ -316,7 +316,7 @@ def test_an_edit_of_a_wrong_shape_is_reported(model, params, text):
         lens.edit((model, params), text, {'h_0.attn.1': np.zeros(3)})
 
 
-@pytest.mark.parametrize('change', [None, 'a', [None], 1j, lambda x: None])
+@pytest.mark.parametrize('change', [None, 'word', [None], 1j, lambda x: None])
 def test_an_edit_that_is_no_number_is_reported(model, params, text, change):
     with pytest.raises(UserError, match=r'the edit of h_0\.attn\.1 is .*: expected a number'):
         lens.edit((model, params), text, {'h_0.attn.1': change})
