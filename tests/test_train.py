@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import platform
 import signal
@@ -80,6 +81,17 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert noted == [(None, before)]
+
+
+def test_orbax_warns_of_nothing_while_a_run_trains(tmp_path, caplog):
+    """In a notebook too, where no script has silenced it; afterwards it warns as before."""
+    caplog.set_level(logging.WARNING, 'absl')
+    text = runs.write_text(tmp_path / 'text.txt')
+    # Step 0 is saved without a validation loss, which Orbax warns of.
+    config = runs.make_config(text, train__steps=2, checkpoint__keep='log')
+    assert runs.quiet_train(config, tmp_path / 'run')[0] == 0
+    assert [record for record in caplog.records if record.name == 'absl'] == []
+    assert logging.getLogger('absl').level == logging.WARNING
 
 
 def test_one_layer_and_one_head_are_counted_in_the_singular(tmp_path):
