@@ -44,7 +44,7 @@ SECTIONS = ('jacobian', 'ablation', 'backward', 'curvature', 'shapes')
 TOP = 6  # predictions kept for each layer and position
 NEURONS = 12  # kept for each position
 FIRST_TOKENS = 64  # of the text, for its average Jacobian and its curvature: many passes each
-LEVELS = 255  # of a weight in `packed_patterns`
+LEVELS = 255  # of a weight in `packed_patterns`; page/run.js has this number too
 # Larger models get the curvature of the whole model alone: each layer costs as much again.
 MAX_BY_LAYER = 20_000_000
 
