@@ -110,6 +110,11 @@ def test_only_matrices_are_rounded(kernels):
         assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), name
 
 
+def test_parameters_in_fp32_are_not_copied():
+    model = tiny(kernels='xla')
+    assert decoding.cast_params(model, rough_params(model)) is None
+
+
 def test_tokens_past_the_context_write_at_the_last_position_only():
     model = tiny(n_embd=24, n_layer=1)  # of three texts: a program that the test above has compiled
     weights = jax.jit(functools.partial(decode.cast_params, model.cfg))(rough_params(model))

@@ -51,12 +51,14 @@ def cast_params(model: GPT2, params):
     """The parameters as `decode` reads them, cast once instead of at every token.
 
     Matrices are in the compute dtype, embeddings and LayerNorms in fp32, as in training and
-    evaluation.
+    evaluation. None if `decode` reads them as they are.
     """
     if model.cfg.kernels == 'fused':
         from gpt2_jax.kernels import decode
 
         return decode.cast_params(model.cfg, params)
+    if model.cfg.compute_dtype == 'float32':
+        return None  # a program would copy them
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             leaf.astype(model.cfg.compute_dtype) if path[1].key in ('attn', 'mlp') else leaf
@@ -169,7 +171,8 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
             padding = min(max(2 ** (pos - 1).bit_length(), MIN_PREFILL), context) - pos
             padded_BT = jax.device_put(np.pad(text_BT, ((0, 0), (0, padding))))
             length = jax.device_put(np.int32(pos))
-            weights, logits_BV, cache = prefill(model, params, padded_BT, length)
+            cast, logits_BV, cache = prefill(model, params, padded_BT, length)
+            weights = jax.device_put(params) if cast is None else cast
         # One token more than there are positions: the last is drawn from a full context.
         n = min(CHUNK, max_new_tokens - done, context - pos + 1)
         at = jax.device_put((np.int32(pos), np.int32(done)))
