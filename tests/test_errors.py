@@ -377,6 +377,11 @@ ROWS = {
         2,
         ['--prompt and --prompt_file'],
     ),
+    'empty head': (
+        ('lens', 'show', '--ckpt_dir={made}/run', '--prompt=ba', '--head='),
+        2,
+        ["'' is not a head", 'h_0.attn.2'],
+    ),
     'no prompt file': (sample('--prompt_file={made}/nowhere'), 1, ['nowhere', 'No such file']),
     'prompt that is not UTF-8': (
         sample('--prompt_file={made}/latin1.txt'),

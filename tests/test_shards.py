@@ -236,8 +236,9 @@ def test_documents_are_split_and_separated(
 
 
 def test_too_few_documents_to_split(texts, tmp_path):
-    with pytest.raises(UserError, match=r'val_fraction = 0.4 of 2 documents is less than one'):
-        write(texts, tmp_path / 'out', val_fraction=0.4, split_by='document')
+    for paths, n in ((texts, '2 documents'), (texts[:1], '1 document')):
+        with pytest.raises(UserError, match=rf'val_fraction = 0.4 of {n} is less than one'):
+            write(paths, tmp_path / 'out', val_fraction=0.4, split_by='document')
     write(texts, tmp_path / 'out', val_fraction=0.5, split_by='document')
     dataset = open_shards(tmp_path / 'out')
     assert dataset.tokenizer.decode(all_of(dataset.val)) == SECOND
