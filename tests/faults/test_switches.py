@@ -134,13 +134,19 @@ def test_a_platform_that_is_not_there(error, monkeypatch):
         raise error
 
     monkeypatch.setattr(jax, 'default_backend', fail)
-    message = r'JAX cannot use JAX_PLATFORMS=.*: .*--platform=cpu'
-    with pytest.raises(UsageError, match=message):
+    message = r'JAX cannot use JAX_PLATFORMS=cuda: .*--platform=cpu'
+    with switched('jax_platforms', 'cuda'):
+        with pytest.raises(UsageError, match=message):
+            devices.select_platform('auto')
+        done = []
+        with pytest.raises(UsageError, match=message), devices.selecting_platform('auto'):
+            done.append('imports')  # on a thread beside this, and the error comes at the end
+        assert done
+    with (
+        switched('jax_platforms', None),
+        pytest.raises(UsageError, match=r'JAX cannot start: .* that begin with JAX_$'),
+    ):
         devices.select_platform('auto')
-    done = []
-    with pytest.raises(UsageError, match=message), devices.selecting_platform('auto'):
-        done.append('imports')  # on a thread beside this, and the error comes at the end
-    assert done
 
 
 @pytest.mark.parametrize(('free', 'warned'), [(10**12, False), (100, True), (None, False)])
