@@ -119,7 +119,7 @@ def _touch_device() -> None:
 
 
 def _backend() -> str:
-    """The platform that JAX uses. Raises UsageError if it cannot use the one in JAX_PLATFORMS."""
+    """The platform that JAX uses. Raises UsageError if JAX cannot start."""
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:
