@@ -79,7 +79,7 @@ class GPT2Config:
             if size is None and name == 'n_inner':
                 continue
             low = int(name != 'n_layer')  # speed/ measures what is left without layers
-            if not isinstance(size, numbers.Integral) or size < low:
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < low:
                 raise UsageError(
                     f'{name} = {size!r} is not allowed; expected a whole number from {low} on'
                 )

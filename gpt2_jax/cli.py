@@ -9,6 +9,7 @@ import math
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -78,10 +79,13 @@ def config_arguments() -> list[str]:
 
 def no_more(arguments: list[str]) -> None:
     """Raises UsageError for arguments that belong to no flag."""
-    if arguments:
-        raise UsageError(
-            f'unexpected argument {arguments[0]!r}: settings are given as --name=value; see --help'
-        )
+    if not arguments:
+        return
+    hint = 'settings are given as --name=value'
+    for name in ('workdir', 'ckpt_dir'):
+        if name in flags.FLAGS and os.path.isdir(arguments[0]):
+            hint = f"a run's folder is given as --{name}={shlex.quote(arguments[0])}"
+    raise UsageError(f'unexpected argument {arguments[0]!r}: {hint}; see --help')
 
 
 def refuse(unused: Iterable[flags.FlagHolder], context: str) -> None:

@@ -106,6 +106,10 @@ def prepare(
         )
     with Progress('looking for files'):
         paths, left_out = documents.find_files(inputs)
+    if repeated := [path for path, n in collections.Counter(paths).items() if n > 1]:
+        more = f', and {len(repeated) - 1:,} more' if len(repeated) > 1 else ''
+        about = f'given more than once, and read each time: {foreign.escape(repeated[0])}{more}'
+        print(about, file=sys.stderr)
     folder = files.user_path(out_dir).resolve()
     with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)

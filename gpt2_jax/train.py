@@ -30,7 +30,7 @@ from gpt2_jax.parallel.devices import keep_freed_memory
 from gpt2_jax.parallel.faults import estimate_memory, memory_errors
 from gpt2_jax.parallel.mesh import own_rows
 from gpt2_jax.progress import Progress
-from gpt2_jax.terminal import say
+from gpt2_jax.terminal import counted, say
 from gpt2_jax.training import loop
 from gpt2_jax.training.meter import Meter
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
@@ -138,7 +138,7 @@ def run_in_folder(
     check_processes(setup, workdir, start)
     if start == config.train.steps and (workdir / 'summary.json').exists():
         say(
-            f'the run in {workdir} is finished: {start:,} steps, best validation loss '
+            f'the run in {workdir} is finished: {counted(start, "steps")}, best validation loss '
             f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with '
             '--extend to continue, or start again with --fresh'
         )
@@ -237,8 +237,8 @@ def run_in_folder(
     if hosts.is_first():
         files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
     say(
-        f'finished {done:,} steps in {duration(summary["seconds_total"])}: best validation loss '
-        f'{progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
+        f'finished {counted(done, "steps")} in {duration(summary["seconds_total"])}: best '
+        f'validation loss {progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
         f'{progress.final_val_loss:.4f}\n'
         f'sample from it: python scripts/sample.py --ckpt_dir={shlex.quote(str(workdir))}'
     )

@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> None:
     if command == 'compare':
         cli.refuse([_WORKDIR, _STEPS], 'with compare')
     else:
-        cli.no_more(folders)
         if _WORKDIR.value is None:
-            raise UsageError("report needs --workdir: the run's folder")
+            raise UsageError("report needs --workdir=DIR: the run's folder")
+        cli.no_more(folders)
         folders = [_WORKDIR.value]
     workdirs = [files.user_path(folder) for folder in folders]
     corpora = [_CORPUS.value or history.read_config(path).data.corpus for path in workdirs]

@@ -451,7 +451,15 @@ def test_a_section_is_a_signature():
 
 
 @pytest.mark.parametrize(
-    'wrong', [{'n_layer': 1.5}, {'vocab_size': 0}, {'n_head': 0}, {'n_inner': 0}, {'n_embd': '64'}]
+    'wrong',
+    [
+        {'n_layer': 1.5},
+        {'vocab_size': 0},
+        {'n_head': 0},
+        {'n_inner': 0},
+        {'n_embd': '64'},
+        {'n_head': True},
+    ],
 )
 def test_sizes_are_whole_numbers_from_1_on(wrong):
     ((name, value),) = wrong.items()

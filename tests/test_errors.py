@@ -222,6 +222,11 @@ ROWS = {
         2,
         ["unexpected argument 'train.steps=3'", '--name=value'],
     ),
+    'a folder without a flag': (
+        train('{made}'),
+        2,
+        ["unexpected argument '", "': a run's folder is given as --workdir=/"],
+    ),
     'heads that do not divide the width': (
         train('--config.model.n_head=5'),
         2,
@@ -654,8 +659,9 @@ def test_a_disk_without_room_for_a_checkpoint(made, tmp_path, monkeypatch):
         )
 
     disk(1000)
-    code, _, err = run_train(made, tmp_path)
+    code, out, err = run_train(made, tmp_path)
     check(code, err, 1, ['no room for a checkpoint: it takes 0.2 MiB', '0.0 MiB', '--workdir'])
+    assert 'little room' not in out
     assert not (tmp_path / 'metrics.jsonl').exists()
     disk(500_000, 500_000, 1000)  # something else fills it after the start
     code, out, err = run_train(made, tmp_path)

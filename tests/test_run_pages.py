@@ -195,7 +195,8 @@ def restored_tokens(found, restored):
 def test_wrong_questions_are_one_line(trained, folder):
     for arguments, said in (
         ((), 'expected a command, report or compare; got none'),
-        (('report',), "report needs --workdir: the run's folder"),
+        (('report',), "report needs --workdir=DIR: the run's folder"),
+        (('report', 'runs/x'), "report needs --workdir=DIR: the run's folder"),
         (('compare', 'a', '--steps=1'), '--steps means nothing with compare'),
     ):
         code, _, err = runs.script('runs', *arguments, f'--out={folder / "x.html"}')
@@ -268,6 +269,15 @@ def test_every_logarithmic_axis_has_numbers(values, ticks, page, tab):
     low, high = values
     shown = tab.run(f"axis({low}, {high}, 'log').ticks(5).map((x) => number(x))")
     assert shown == ticks
+
+
+@needs_browser
+def test_a_chart_without_a_value_says_so(page, tab):
+    """A run of one step has no speed: its first update is compiled."""
+    tab.open(page)
+    chart = 'lineChart({title: "Tokens", series: [{name: "a", x: [1], y: [%s]}]}).node'
+    assert tab.run(f'{chart % "null"}.textContent') == 'Tokensnothing was recorded'
+    assert 'nothing' not in tab.run(f'{chart % "1"}.textContent')
 
 
 @needs_browser

@@ -391,10 +391,13 @@ def test_the_script_on_a_converted_folder(tmp_path):
     assert err.count('\n') == 1
     assert 'the weights of' in err
     assert '--text=FILE or --lambada=FILE' in err
-    code, _, err = runs.script('steps', 'find', f'--workdir={tmp_path}/run', '--text=A')
-    assert (code, err.count('\n')) == (1, 1)
-    assert 'the weights of' in err
-    assert 'which come without their training' in err
+    settings = tmp_path / 'run' / 'config.json'
+    for damage in (lambda: None, lambda: settings.write_text('{'), settings.unlink):
+        damage()  # no training wrote this file, so none could write it again
+        code, _, err = runs.script('steps', 'find', f'--workdir={tmp_path}/run', '--text=A')
+        assert (code, err.count('\n')) == (1, 1)
+        assert 'the weights of' in err
+        assert 'which come without their training' in err
     text = LETTERS.alphabet * 3 + '\n'
     (tmp_path / 'a.txt').write_text(text[:-1])
     code, out, err = runs.script(
@@ -435,9 +438,9 @@ def test_the_script_on_lambada(tmp_path, run):
     )
     assert code == 0, err
     assert 'a.jsonl: last word: accuracy' in out
-    assert 'over 1 passages' in out
+    assert 'over 1 passage\n' in out
     assert 'no stop-word filter' in out
-    assert 'context 16, 1 passages cropped' in out
+    assert 'context 16, 1 passage cropped' in out
 
 
 def test_with_byte_tokens_bits_per_byte_is_the_loss_in_bits(tmp_path):

@@ -323,6 +323,15 @@ def test_empty_files_are_left_out_and_counted(texts, tmp_path):
         write([str(tmp_path / 'c.txt'), str(tmp_path / 'f.txt')], tmp_path / 'c')
 
 
+def test_files_that_are_given_twice_are_read_twice_and_named(texts, tmp_path, capsys):
+    write(texts, tmp_path / 'a')
+    assert 'more than once' not in capsys.readouterr().err
+    manifest = write([texts[0], *texts, *texts], tmp_path / 'b')
+    assert manifest['inputs']['files'] == 2 * len(texts) + 1
+    said = f'given more than once, and read each time: {texts[0]}, and {len(texts) - 1} more\n'
+    assert said in capsys.readouterr().err
+
+
 def test_documents_are_joined_if_the_tokenizer_has_no_separator(tmp_path):
     for name in ('char', 'byte'):
         prepare(

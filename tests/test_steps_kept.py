@@ -81,7 +81,7 @@ def test_all_keeps_every_checkpoint(tmp_path):
     assert line.startswith('checkpoints kept for good: up to 5 of 1.0 MiB')
 
 
-@pytest.mark.parametrize(('steps', 'n'), [(100, 4), (10, 3), (5, 1)])
+@pytest.mark.parametrize(('steps', 'n'), [(100, 4), (10, 3), (6, 2)])
 def test_little_room_is_said_for_the_checkpoints_that_there_will_be(
     steps, n, tmp_path, monkeypatch
 ):
@@ -96,6 +96,6 @@ def test_little_room_is_said_for_the_checkpoints_that_there_will_be(
     with Checkpoints(tmp_path, kept=Kept('latest', 1)) as checkpoints:
         size = state_bytes(state)
         assert lines(n * size) == []
-        noun = 'checkpoint' if n == 1 else 'checkpoints'
+        assert lines(size - 1) == []  # less than one checkpoint is an error: see check_room
         (line,) = lines(n * size - 1)
-    assert line.startswith(f'little room: there will be {n} more {noun} of 1.0 MiB, and the disk')
+    assert line.startswith(f'little room: there will be {n} more checkpoints of 1.0 MiB, and the')

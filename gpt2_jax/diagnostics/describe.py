@@ -62,7 +62,8 @@ def describe(setup: Setup) -> list[str]:
         *_describe_average(config.optim.average),
         f'step       {train.batch_size} windows x {train.seq_len} = {tokens:,} tokens'
         + (f', in {train.grad_accum_steps} micro-batches' if train.grad_accum_steps > 1 else '')
-        + f'; {train.steps:,} steps = {_digits(tokens * train.steps / len(dataset.train))} epochs',
+        + f'; {counted(train.steps, "steps")} = '
+        f'{_digits(tokens * train.steps / len(dataset.train))} epochs',
         _describe_evaluation(setup),
         f'cost       6 x matmul weights + 12 L D T = {flops:,} FLOPs a token, {flops * tokens:.3g} '
         f'a step; MFU = FLOPs a token x tokens/s / peak, {_describe_peak(setup)}',

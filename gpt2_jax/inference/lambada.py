@@ -20,6 +20,7 @@ from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition
 from gpt2_jax.parallel.feed import Batch
 from gpt2_jax.progress import Progress
+from gpt2_jax.terminal import counted
 from gpt2_jax.training import programs
 from gpt2_jax.training.step import head_inputs
 from gpt2_jax.workdir.restore import Restored
@@ -53,8 +54,9 @@ class LambadaScore(NamedTuple):
     def protocol(self) -> str:
         """How the figures are defined, in one line."""
         return (
-            f'context {self.context}, {self.cropped:,} passages cropped from the left; the last '
-            'word follows the last space, and is right if each of its tokens is the likeliest; '
+            f'context {self.context}, {counted(self.cropped, "passages")} cropped from the left; '
+            'the last word follows the last space, and is right if each of its tokens is the '
+            'likeliest; '
             'perplexity is exp(mean of -log p over passages); no stop-word filter'
         )
 
@@ -62,7 +64,7 @@ class LambadaScore(NamedTuple):
         return (
             f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity '
             f'{self.perplexity:.4f}; last token alone: accuracy {self.token_accuracy:.2%}, '
-            f'perplexity {self.token_perplexity:.4f}; over {self.passages:,} passages\n'
+            f'perplexity {self.token_perplexity:.4f}; over {counted(self.passages, "passages")}\n'
             f'protocol: {self.protocol}'
         )
 

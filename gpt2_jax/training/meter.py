@@ -176,18 +176,19 @@ class Meter:
 
         It is more if the device finished further updates while the loop was delayed. Fetched
         together, these updates get the device's rate, and not the rate at which the loop catches
-        up.
+        up. If the device is in the middle of an update, none are fetched until this update ends:
+        the rest of it alone would seem too fast.
         """
-        count = self._fetch_every
-        later = self._pending[count:]
-        if not later:
+        losses = [metrics['loss'] for _, metrics in self._pending]
+        count, before_newest = self._fetch_every, losses[self._fetch_every - 1 : -1]
+        if not before_newest:
             return 0
-        last = self._pending[count - 1][1]['loss']
-        if len(later) < self._ahead and not last.is_ready():
-            return 0
-        jax.block_until_ready(last)
-        done = itertools.takewhile(lambda item: item[1]['loss'].is_ready(), later[:-1])
-        return count + len(list(done))
+        done = list(itertools.takewhile(lambda loss: loss.is_ready(), before_newest))
+        if len(done) < len(before_newest):
+            if len(losses) - count < self._ahead:
+                return 0
+            done.append(jax.block_until_ready(before_newest[len(done)]))
+        return count - 1 + len(done)
 
     def _fetch(self, count: int) -> None:
         """Fetches, checks and records the oldest `count` pending metrics."""

@@ -139,7 +139,7 @@ class Checkpoints:
         saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)} | {steps}
         if self.kept.keep == 'latest':
             n = min(AT_A_TIME, len(saved - {0})) - len(self.committed())
-            if free >= n * size:
+            if not size <= free < n * size:  # without room for one, `check_room` says so
                 return []
             return [
                 f'little room: there will be {counted(n, "more checkpoints")} of '

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
 from gpt2_jax import foreign
+from gpt2_jax.errors import UserError
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
 PROBES = 'probes.npz'  # inside a run's folder; diagnostics/probes.py says what it holds
@@ -30,7 +31,12 @@ RECORD = {'step': foreign.integer(0), 'split': str, 'loss': foreign.NUMBER} | di
 
 
 def read_config(run: Path) -> ConfigDict:
-    """The configuration of a run. Raises UserError if the folder holds none."""
+    """The configuration of a run. Raises UserError if the folder holds none, or no run's."""
+    corpus = read_corpus(run)
+    if corpus and corpus['name'].startswith(PUBLISHED):
+        raise UserError(
+            f'{run} holds {corpus["name"]}, which come without their training: {NOT_A_RUN}'
+        )
     path = run / 'config.json'
     if not path.exists():
         deleted = 'was it deleted? The command that trained the run writes it again'

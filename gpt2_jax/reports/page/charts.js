@@ -79,7 +79,8 @@ function lineChart(options) {
   })).filter((s) => s.points.length);
   const picture = svg('svg', { role: 'img', tabindex: 0, height });
   const legend = el('div', { class: 'legend' });
-  const node = el('div', { class: 'chart' }, title && el('h3', {}, title), legend, picture);
+  const node = el('div', { class: 'chart' }, title && el('h3', {}, title), legend,
+    series.length ? picture : el('p', { class: 'note' }, 'nothing was recorded'));
   let marked = null, cursor = null, layout = null;
 
   for (const s of series) {
