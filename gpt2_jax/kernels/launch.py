@@ -68,7 +68,7 @@ def call(kernel, *, warps, stages=2, **options):
     """pallas_call on a GPU, or in the interpreter elsewhere."""
     # Since 0.11 jax warns at each lowering, which comes after this call. There is nothing that a
     # user should do: setup.py holds jax below the version without this backend. The ways out are in
-    # docs/speed.md.
+    # docs/architecture.md.
     warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprecated', DeprecationWarning)
     return pl.pallas_call(
         kernel,
