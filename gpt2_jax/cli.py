@@ -104,11 +104,11 @@ def check_finite(flags_given: Iterable[flags.FlagHolder]) -> None:
 
 @contextlib.contextmanager
 def corpus_hint(*corpora: str) -> Iterator[None]:
-    """Adds --corpus to the error of a block that reads corpora of runs, if one has no file."""
+    """Adds --corpus, if it is not given, to the error of a block in which a corpus has no file."""
     try:
         yield
     except UserError as error:
-        if isinstance(error, UsageError):
+        if isinstance(error, UsageError) or flags.FLAGS['corpus'].present:
             raise
         for corpus in corpora:
             is_file = os.path.basename(corpus).count('.')

@@ -6,6 +6,7 @@ It joins the package lens, which knows models and texts, with what makes texts a
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -57,6 +58,7 @@ def text_to_show(
     return np.concatenate([ids, *written]), len(ids)
 
 
+@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
 def report(
     loaded: Loaded,
     prompt: str,
@@ -90,6 +92,7 @@ def report(
     notify(f'wrote {out}: {len(tokens_T)} tokens, {len(page) / 1e6:.1f} MB')
 
 
+@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
 def show(
     loaded: Loaded,
     prompt: str,

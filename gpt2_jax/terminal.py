@@ -1,6 +1,7 @@
 """Text for a terminal, which obeys the control characters in it."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -16,6 +17,11 @@ def printable(text: str, stream: TextIO | None) -> str:
     Newlines and tabs stay. In a file or a pipe the text stays as it is.
     """
     return escape(text, keep='\n\t') if stream and stream.isatty() else text
+
+
+def in_one_line(text: str) -> str:
+    r"""The text with newlines as \n and all other control characters as escapes."""
+    return escape(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 def counted(n: int, plural: str) -> str:

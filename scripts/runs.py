@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         cli.no_more(folders)
         folders = [_WORKDIR.value]
     workdirs = [files.user_path(folder) for folder in folders]
-    corpora = [_CORPUS.value or history.read_config(path).data.corpus for path in workdirs]
+    corpora = [history.read_config(path).data.corpus for path in workdirs]
     devices.select_platform(_PLATFORM.value)
     options = {'corpus': _CORPUS.value, 'notify': cli.notify}
     with cli.corpus_hint(*corpora):

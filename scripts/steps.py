@@ -108,15 +108,16 @@ def examine() -> None:
 def main(arguments: list[str]) -> None:
     """One call of the library."""
     commands = {'find': find, 'show': show, 'autopsy': examine}
-    if len(arguments) != 1 or arguments[0] not in commands:
+    if not arguments or arguments[0] not in commands:
         got = ' '.join(arguments) or 'none'
         raise UsageError(f'expected one command, find, show or autopsy; got {got}')
+    cli.no_more(arguments[1:])
     if _WORKDIR.value is None:
         raise UsageError(f"{arguments[0]} needs --workdir: the run's folder")
     from gpt2_jax.workdir import history
 
     config = history.read_config(files.user_path(_WORKDIR.value))
-    with cli.corpus_hint(_CORPUS.value or config.data.corpus):
+    with cli.corpus_hint(config.data.corpus):
         commands[arguments[0]]()
 
 

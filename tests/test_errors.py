@@ -38,6 +38,8 @@ def made(tmp_path_factory):
     (folder / 'empty.txt').touch()
     (folder / 'short.txt').write_text('to be or not to be')
     (folder / 'empty').mkdir()
+    (folder / 'begun' / FOLDER).mkdir(parents=True)
+    (folder / 'begun' / 'config.json').touch()
     for name, line in (
         ('fine', 'pass'),
         ('typo', 'config.train.stepz = 3'),
@@ -349,6 +351,11 @@ ROWS = {
         sample(run='run/config.json'),
         1,
         ['config.json is a file: expected the folder of a run, such as', '/run'],
+    ),
+    'run without a checkpoint': (
+        sample(run='begun'),
+        1,
+        ['begun has no checkpoint yet: it saves the first one at its first evaluation'],
     ),
     'folder around runs': (sample(run='.'), 1, ['such as', '/damaged or', '/run']),
     'folder in a run': (

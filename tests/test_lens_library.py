@@ -134,6 +134,7 @@ def test_generated_text_depends_on_the_seed_alone(loaded):
         ({'prompt': 123}, 'prompt = 123 is not allowed'),
         ({'temperature': 'hot'}, "temperature = 'hot' is not allowed; expected a number"),
         ({'top_k': 2.5}, 'top_k = 2.5 is not allowed; expected a whole number'),
+        ({'max_new_tokens': True}, 'max_new_tokens = True is not allowed; expected a whole number'),
         ({'top_k': float('nan')}, 'top_k = nan is not allowed; expected a whole number'),
         ({'seed': -1}, 'seed = -1 is not allowed'),
         ({'top_k': 1.5}, 'top_k = 1.5 is not allowed; expected a whole number'),

@@ -332,6 +332,9 @@ def test_a_text_that_was_moved(trained, folder):
         code, printed, err = runs.script('runs', *arguments, f'--out={out}')
         assert (code, printed) == (1, '')
         assert err.endswith(f'; --corpus=PATH says where {gone} is now\n')
+        lost = f'--corpus={gone}'
+        code, _, err = runs.script('runs', *arguments, f'--out={out}', lost)
+        assert (code, '--corpus=PATH' in err) == (1, False)  # it is given
         code, printed, err = runs.script('runs', *arguments, f'--out={out}', f'--corpus={text}')
         assert code == 0, err
         assert {line.split()[1] for line in printed.splitlines()} == set(map(str, pages))

@@ -212,7 +212,9 @@ def test_show_prints_text_and_json_and_changes_nothing(run):
     found = json.loads(out)
     assert found['difference'] == 0
     assert list(found['replayed']) == list(METRICS)
+    found['rows'][0]['tokens'] = ['\u009b2J', '\n', '"é']  # for some terminals \u009b is ESC [
     lines = step_report.to_lines(found, 2, color=False)
+    assert r'  \x9b2J\n\"é' in lines
     assert 'equal the recorded ones to the last digit' in lines[1]
     assert '\n'.join(lines).count('text.txt:') == 2
     assert all(tensor['name'] in '\n'.join(lines) for tensor in found['tensors'])
@@ -221,6 +223,8 @@ def test_show_prints_text_and_json_and_changes_nothing(run):
     assert 'show needs --step' in err
     code, _, err = runs.script('steps', 'open')
     assert (code, 'expected one command, find, show or autopsy; got open' in err) == (2, True)
+    code, _, err = runs.script('steps', 'show', str(run))
+    assert (code, f"a run's folder is given as --workdir={run}" in err) == (2, True)
     code, _, err = runs.script('steps', 'find')
     assert (code, "find needs --workdir: the run's folder" in err) == (2, True)
     assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob('*'))} == before

@@ -8,7 +8,6 @@ Steps are counted as in metrics.jsonl: step 1 is the first update. Token positio
 from the beginning of the training text. No JAX.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.load import load_dataset
 from gpt2_jax.diagnostics.origins import Origin, Origins, TokenBytes, open_origins
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.terminal import counted
+from gpt2_jax.terminal import counted, in_one_line
 from gpt2_jax.workdir import history
 
 BLOCK = 1 << 22  # tokens searched at once
@@ -285,9 +284,7 @@ def to_lines(found: Found, limit: int) -> list[str]:
         lines += [
             '',
             f'{run.where(start)}, token {start:,}',
-            f'  {json.dumps(before, ensure_ascii=False)[1:-1]}'
-            f'[{json.dumps(shown, ensure_ascii=False)[1:-1]}{more}]'
-            f'{json.dumps(after, ensure_ascii=False)[1:-1]}',
+            f'  {in_one_line(before)}[{in_one_line(shown)}{more}]{in_one_line(after)}',
         ]
         here = np.flatnonzero(seen.text == i)
         places = [

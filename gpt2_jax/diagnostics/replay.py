@@ -190,6 +190,7 @@ class Replay:
         """The gradient of the mean loss of update `step`, before clipping."""
         return self._programs(step).gradient(params, self.batch(step), self.dropout_key(step))
 
+    @jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
     def open(self, step: int) -> OpenedStep:
         """Everything about update `step`. Raises UserError if the run has not done it."""
         done = history.steps_done(self.run.folder)

@@ -16,7 +16,7 @@ MIN_NORMAL = float(np.finfo(np.float32).tiny)
 
 def is_whole(value) -> bool:
     """Whether this is a whole number from 0."""
-    return isinstance(value, numbers.Integral) and value >= 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.autopsy import Autopsy, examine
 from gpt2_jax.diagnostics.replay import Replay
@@ -18,6 +20,7 @@ FOLDER = 'autopsies'  # inside a run's folder
 LEAP = 0.5
 
 
+@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
 def explain(
     run: Path,
     step: int,

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from gpt2_jax import config as config_lib
@@ -18,6 +19,7 @@ from gpt2_jax.reports.run import curves
 from gpt2_jax.workdir import history
 
 
+@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
 def write_comparison(
     folders: list[Path],
     out: Path,

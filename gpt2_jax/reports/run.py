@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from gpt2_jax import config as config_lib
@@ -78,6 +79,7 @@ def write_steps(
         yield step_report.write(found, out.with_name(f'{out.stem}_step_{step}.html'))
 
 
+@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
 def collect(
     folder: Path, *, text: str | None = None, corpus: str | None = None, notify: Notify = print
 ) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """An opened step for people: as JSON, on a terminal, as a page."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.replay import OpenedStep
 from gpt2_jax.reports.html import write_page
+from gpt2_jax.terminal import in_one_line
 
 # Of a terminal's 256 colours, black to red: the background of a token by its loss in whole nats.
 LOSS_COLORS = (0, 0, 53, 89, 125, 161, 197)
@@ -87,7 +87,7 @@ def to_lines(found: dict[str, Any], limit: int, color: bool) -> list[str]:
 
 def _colored(texts: list[str], losses: list[float], color: bool) -> str:
     """A row of tokens on one line; the first one has no loss."""
-    shown = [json.dumps(text, ensure_ascii=False)[1:-1] for text in texts]
+    shown = list(map(in_one_line, texts))
     if not color:
         return ''.join(shown)
     backgrounds = [LOSS_COLORS[min(int(loss) + 1, len(LOSS_COLORS) - 1)] for loss in losses]

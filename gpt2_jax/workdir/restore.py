@@ -106,6 +106,11 @@ def _no_checkpoint(run: Path) -> UserError:
             'one from published weights'
         )
         return UserError(f'{run}: no such folder; {hint}')
+    if (run / 'config.json').exists() and (run / FOLDER).is_dir():
+        return UserError(
+            f'the run in {run} has no checkpoint yet: it saves the first one at its first '
+            'evaluation, or after checkpoint.every updates; the command that trained it resumes it'
+        )
     around = [run.parent, run.parent.parent]  # if `run` is checkpoints or checkpoints/STEP
     inside = sorted(path.parent for path in run.glob(f'*/{FOLDER}'))
     runs = [str(path) for path in (*around, *inside) if committed_steps(path / FOLDER)]

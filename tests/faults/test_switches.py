@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,17 @@ import numpy as np
 import pytest
 import runs
 
-from gpt2_jax import cli
+from gpt2_jax import cli, library, look
 from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.diagnostics.replay import Replay
 from gpt2_jax.errors import UsageError
 from gpt2_jax.inference import decoding
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel import devices, faults
+from gpt2_jax.reports.autopsy import explain
+from gpt2_jax.reports.compare import write_comparison
+from gpt2_jax.reports.run import write_run
 
 SHORT = {
     'model__n_layer': 1,
@@ -56,6 +61,17 @@ def switched(name, value):
         jax.config.update(name, before)
 
 
+def check_that_a_run_can_be_looked_at(folder, switch, value):
+    with switched(switch, value):
+        explain(folder, 2)
+        Replay(folder).open(2)
+        write_run(folder, folder / 'run.html')
+        write_comparison([folder, shutil.copytree(folder, folder / 'copy')], folder / 'two.html')
+        loaded = library.load(folder)
+        look.show(loaded, 'b')
+        look.report(loaded, 'b', folder / 'model.html', skip=('curvature', 'shapes', 'jacobian'))
+
+
 @pytest.mark.parametrize(
     ('switch', 'value', 'optimizer'),
     [
@@ -77,6 +93,8 @@ def test_a_run_works_under_a_switch(switch, value, optimizer, text, plain, tmp_p
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine['loss'] == pytest.approx(other['loss'], rel=1e-3)
+    if switch == 'jax_transfer_guard':
+        check_that_a_run_can_be_looked_at(tmp_path, switch, value)
     state = runs.final_state(tmp_path)
     assert {leaf.dtype for leaf in state.values()} == {np.dtype('float32'), np.dtype('int32')}
 
