@@ -61,7 +61,7 @@ def linear_sizes(B, D, N, width, merges):
     so each has more on its way.
     """
     if B == 1 and merges:
-        return LinearSizes(1, 4, 256, 4, 1)
+        return LinearSizes(1, 4, 256, 4 if width <= 768 else 8, 1)
     if B == 1 and width < D:
         return LinearSizes(1, 1, 1024, 8, 1)
     if B == 1:
@@ -139,7 +139,7 @@ def _merged(ins, splits, H, K, out):
     )
     inside = block_mask(head, column)[None]
     w = load_or_zero(ins['w'], inside if out is None else inside & out[:, None, None])
-    z = load_or_zero(ins['x'], inside & split[:, None, None])
+    z = load_or_zero(ins['x'], inside & split[:, None, None]).astype(jnp.float32)
     lse = plgpu.load(ins['lse'], mask=block_mask(split, head), other=-1e30)
     weight = jnp.exp(lse - lse.max(0, keepdims=True))
     weight = weight / weight.sum(0, keepdims=True)
@@ -350,7 +350,7 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, at_2):
     z = jax.ShapeDtypeStruct((B, H, K), qkv_B3HK.dtype)
     z_spec, lse, lse_spec = pl.BlockSpec((None, None, width), lambda b, h, s: (b, h, 0)), None, None
     if splits > 1:
-        z = jax.ShapeDtypeStruct((splits, H, K), jnp.float32)
+        z = jax.ShapeDtypeStruct((splits, H, K), qkv_B3HK.dtype)
         z_spec = pl.BlockSpec((None, None, width), lambda b, h, s: (s, h, 0))
         lse = jax.ShapeDtypeStruct((splits, H), jnp.float32)
         lse_spec = pl.BlockSpec((None, None), lambda b, h, s: (s, h))
@@ -382,16 +382,18 @@ def cast_params(cfg: GPT2Config, params):
     """
 
     def matrix(layer, outputs, norm=None):
-        w_ND = layer['kernel'].astype(jnp.float32).reshape(-1, outputs).T
+        w_DN = layer['kernel'].astype(jnp.float32).reshape(-1, outputs)
         flat, bias_N = {}, layer.get('bias')
         if bias_N is not None:
             flat['bias'] = bias_N.astype(jnp.float32).reshape(-1)
         if norm is None:
-            return flat | {'kernel': w_ND.astype(cfg.compute_dtype)}
+            return flat | {'kernel': w_DN.astype(cfg.compute_dtype).T}
         if 'bias' in norm:
-            shift_N = jnp.matmul(w_ND, norm['bias'], precision='highest')
+            shift_N = jnp.matmul(norm['bias'], w_DN, precision='highest')
             flat['bias'] = flat.get('bias', 0) + shift_N
-        w_ND = (w_ND * norm['scale']).astype(cfg.compute_dtype)
+        w_DN = (w_DN * norm['scale'][:, None]).astype(cfg.compute_dtype)
+        # Without the barrier XLA would write the product in fp32 too, and read it again.
+        w_ND = lax.optimization_barrier(w_DN.T)
         return flat | {'kernel': w_ND, 'sum': w_ND.astype(jnp.float32).sum(1)}
 
     D, wte_VD = cfg.n_embd, params['wte']['embedding']
