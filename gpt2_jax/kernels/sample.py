@@ -18,9 +18,9 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.kernels.launch import call, column_blocks
 
 COLUMNS, SAMPLE_WARPS, SELECT_WARPS = 4096, 16, 8  # columns of a block of logits
-# `select` makes the draw faster for up to this many texts: 61 -> 39 us for 64, 66 -> 55 us for 128
-# (H100). With more rows, each multiprocessor has a row to draw from without it.
-MAX_SELECT_ROWS = 128
+# With more rows the GPU has a row for each multiprocessor, so that nothing is gained by `select`:
+# a token of 124M takes 693 -> 688 us for 64 texts, but 1,149 -> 1,154 us for 128 (H100).
+MAX_SELECT_ROWS = 64
 MAX_VOCAB = 2**16  # because the registers of one program hold all logits of a row
 
 
