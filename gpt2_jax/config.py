@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from gpt2_jax import foreign
@@ -153,7 +154,7 @@ SETTINGS = {
         'downloaded; empty: none',
     ),
     # -- training
-    'train.steps': (5000, at_least(1), 'updates in total'),
+    'train.steps': (5000, below(1, 2**31), 'updates in total'),
     'train.batch_size': (
         64,
         at_least(1),
@@ -237,7 +238,7 @@ SETTINGS = {
     ),
     'optim.warmup_steps': (
         100,
-        at_least(0),
+        below(0, 2**31),
         'updates of linear warmup; a shorter run only warms up',
     ),
     'optim.beta1': (0.9, below(0, 1), 'decay of the first moment'),
@@ -321,6 +322,9 @@ RENAMED_VALUES = {
 # What a setting that config.json does not have yet was before it was a setting.
 FORMER_VALUES = {'train.order': 'table'}
 
+# The device computes with the numbers of these sections, in fp32.
+IN_FP32 = ('model.', 'optim.')
+
 # A run may resume with other values in these sections: none of them changes an update.
 RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
 # Except this one: losses over other tokens would not tell which checkpoint is the best.
@@ -401,9 +405,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
         right_type = type(value) is kind or (value is None and isinstance(default, type))
         if right_type and kind in (int, float) and value is not None:
             right_type = math.isfinite(value) if kind is float else abs(value) < 2**63
-        if not right_type or not allowed.test(value):
+        is_allowed, rounding = right_type and allowed.test(value), ''
+        if is_allowed and kind is float and key.startswith(IN_FP32):
+            with np.errstate(over='ignore'):
+                rounded = float(np.float32(value))
+            is_allowed = math.isfinite(rounded) and allowed.test(rounded)
+            rounding = f', in fp32 {rounded},'
+        if not is_allowed:
             expected = f'{_kind_words(kind)}, {allowed.words} ({meaning})'
-            problem = f'{key} = {foreign.show(value)} is not allowed; expected {expected}'
+            problem = f'{key} = {foreign.show(value)}{rounding} is not allowed; expected {expected}'
             raise UsageError(foreign.cut(problem))
     model, train = config.model, config.train
     with config.unlocked():

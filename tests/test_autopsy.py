@@ -66,6 +66,7 @@ def test_a_nan_is_found_at_its_layer_head_position_and_line(tmp_path, monkeypatc
     step, row, place = first_step_that_reads(run.addressing, '\n'.join(lines).index(TRAP))
     message = str(error.value)
     assert f'training diverged at step {step}: loss = nan' in message
+    assert 'is too high' not in message  # the learning rate is not to blame
     place = f'head 2, row {row}, position {place}'
     assert f'is nan in the activation h_1.z, {place} (' in message
     assert f'{tmp_path / "text.txt"}:5, byte ' in message
@@ -87,7 +88,7 @@ def test_a_huge_learning_rate_is_named(tmp_path):
     changes = {'optim__learning_rate': 1e30, 'optim__clip_norm': 0.0, 'optim__warmup_steps': 0}
     with pytest.raises(DivergedError) as error:
         runs.quiet_train(runs.make_config(text, **QUIET, **changes), tmp_path / 'run')
-    assert 'Step 1 changed the parameters by ' in str(error.value)
+    assert 'Step 1 changed the parameters beyond the range of fp32' in str(error.value)
     assert 'a learning rate of 1e+30 is too high' in str(error.value)
     assert 'nan%' not in str(error.value)
 

@@ -123,6 +123,21 @@ def test_wrong_json(text, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ('key', 'value', 'rounded'),
+    [
+        ('optim.beta2', 1 - 1e-11, 1.0),  # the second moment would stay 0, and nothing be learnt
+        ('optim.learning_rate', 1e-60, 0.0),
+        ('model.layer_norm_epsilon', 1e39, math.inf),
+    ],
+)
+def test_numbers_are_allowed_as_the_device_has_them(key, value, rounded):
+    with pytest.raises(UsageError) as caught:
+        resolve(changed({key: value}))
+    assert str(caught.value).startswith(f'{key} = {value}, in fp32 {rounded}, is not allowed; exp')
+    assert resolve(changed({'data.val_fraction': 1 - 1e-11})).data.val_fraction < 1
+
+
 def test_settings_of_an_older_version_are_read_and_named(capsys):
     old = json.loads(
         to_json(resolve(changed({'train.grad_accum_steps': 2, 'train.init_step': '5'})))
@@ -182,6 +197,8 @@ def test_settings_of_an_older_version_are_read_and_named(capsys):
         ('data.corpus', ''),
         ('data.fallback', None),
         ('mesh.tensor', 0),
+        ('train.steps', 2**31),  # the state counts its updates in int32
+        ('optim.warmup_steps', 10**12),
     ],
 )
 def test_wrong_values_are_named(key, value):
@@ -381,7 +398,7 @@ def test_flags_of_the_script(tmp_path):
             f'--config={own}',
             '--config.train.stepz=10',
         ): "no setting 'train.stepz'; the nearest is train.steps (int",
-        (f'--config={own}', '--config.train.steps=ten'): 'train.steps (int, at least 1)',
+        (f'--config={own}', '--config.train.steps=ten'): 'train.steps (int, at least 1 and ',
         (
             f'--config={own}',
             '--config.train.steps=0',

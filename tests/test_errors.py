@@ -129,7 +129,7 @@ ROWS = {
         2,
         [
             '--config.train.stepz',
-            'the nearest is train.steps (int, at least 1)',
+            'the nearest is train.steps (int, at least 1 and below 2147483648)',
             'train has steps, batch_size, seq_len',
         ],
     ),
@@ -146,7 +146,7 @@ ROWS = {
     'wrong type': (
         train('--config.train.steps=many'),
         2,
-        ['train.steps=many: not a whole number; expected train.steps (int, at least 1)'],
+        ['train.steps=many: not a whole number; expected train.steps (int, at least 1 and b'],
     ),
     'fraction for a whole number': (
         train('--config.train.steps=1.5'),
@@ -199,7 +199,7 @@ ROWS = {
         2,
         [
             "type.py, line 6 (config.train.steps = 'many'): a value of type str cannot take the "
-            'place of one of type int; expected train.steps (int, at least 1)'
+            'place of one of type int; expected train.steps (int, at least 1 and below 2147483648)'
         ],
     ),
     'number in the place of a section': (

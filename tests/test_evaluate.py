@@ -10,7 +10,7 @@ from tiny import rough_params, tiny
 
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import make_tokenizer
-from gpt2_jax.inference.evaluate import evaluate
+from gpt2_jax.inference.evaluate import Evaluation, evaluate, perplexity
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.step import make_eval_step
 
@@ -146,3 +146,11 @@ def test_targets_without_bytes():
     )
     assert (got.tokens, got.bytes, got.bits_per_byte) == (1, 0, None)
     assert 'bits per byte' not in str(got)
+
+
+@pytest.mark.parametrize(
+    ('nats', 'shown'), [(2.0, '7.389'), (50.0, '5.185e+21'), (9e3, '1.014e+304')]
+)
+def test_a_long_perplexity_is_shown_as_a_power_of_ten(nats, shown):
+    got = str(Evaluation(nats, perplexity(nats), None, 8, 8, 8))
+    assert f'nats, perplexity {shown}, over 8 tokens' in got

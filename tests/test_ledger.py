@@ -216,6 +216,8 @@ def test_line_of_a_file_of_records(tmp_path):
         ledger.find(run, line=3)
     with pytest.raises(UsageError, match=r'--file=x\.txt: expected one of one\.txt'):
         ledger.find(run, line=3, file='x.txt')
+    with pytest.raises(UserError, match=r'the byte 0x80 of a text that is not UTF-8, or the term'):
+        ledger.find(run, text='a\udc80')
 
 
 def test_shards_without_marks_give_the_shard_and_the_token(tmp_path):

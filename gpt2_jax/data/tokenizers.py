@@ -403,6 +403,11 @@ def _unknown(text: str, position: int, expected: str) -> UserError:
             r'; it is part of a Windows line ending: replace \r\n by \n, for example with '
             'dos2unix'
         )
+    elif '\udc80' <= character <= '\udcff':  # how Python reads such a byte of a command line
+        hint = (
+            f'; it is the byte 0x{ord(character) - 0xDC00:02x} of a text that is not UTF-8, or the '
+            "terminal's locale is not UTF-8 (LC_ALL=C.UTF-8 is)"
+        )
     return UserError(
         f'unknown character {character!r} (U+{ord(character):04X}) at position {position} of the '
         f'text: {expected}{hint}'

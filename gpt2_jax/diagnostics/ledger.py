@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from gpt2_jax.data import batches
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.load import load_dataset
+from gpt2_jax.data.tokenizers import ByteTokenizer
 from gpt2_jax.diagnostics.origins import Origin, Origins, TokenBytes, open_origins
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.terminal import counted, in_one_line
@@ -119,9 +120,9 @@ def occurrences(
     """Where a text stands in the tokens: (start, stop), the tokens start[i] .. stop[i] - 1 hold it.
 
     Compared byte by byte, so the tokens may begin before the text and end after it. Raises
-    UsageError for an empty text.
+    UsageError for an empty text, and UserError for half of a surrogate pair.
     """
-    wanted = text.encode()
+    wanted = bytes(ByteTokenizer().encode(text))
     if not wanted:
         raise UsageError('the text to find is empty: give at least one character')
     found = []

@@ -53,8 +53,8 @@ class Evaluation(NamedTuple):
             '' if self.tokens == self.split_tokens else f' of {self.split_tokens:,}, evenly spread'
         )
         return (
-            f'loss {self.loss:.4f} nats, perplexity {self.perplexity:.3f}, {per_byte}over '
-            f'{self.tokens:,} tokens{part}'
+            f'loss {self.loss:.4f} nats, perplexity {show_perplexity(self.perplexity, 3)}, '
+            f'{per_byte}over {self.tokens:,} tokens{part}'
         )
 
 
@@ -135,6 +135,11 @@ def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
 def perplexity(nats: float) -> float:
     """exp(nats), limited to exp(700) because exp(710) overflows."""
     return math.exp(min(nats, 700))
+
+
+def show_perplexity(value: float, decimals: int = 4) -> str:
+    """With so many decimals, or as a power of ten if the number would be long."""
+    return f'{value:.{decimals}f}' if value < 1e9 else f'{value:.4g}'
 
 
 def make_jitted_eval_step(setup: Setup, pool: Executor | None = None) -> Callable:

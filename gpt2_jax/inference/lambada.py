@@ -14,7 +14,7 @@ from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import score
-from gpt2_jax.inference.evaluate import perplexity
+from gpt2_jax.inference.evaluate import perplexity, show_perplexity
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.loss import map_logits, token_losses
 from gpt2_jax.parallel import faults, mesh, partition
@@ -63,8 +63,9 @@ class LambadaScore(NamedTuple):
     def __str__(self):
         return (
             f'{self.name}: last word: accuracy {self.accuracy:.2%}, perplexity '
-            f'{self.perplexity:.4f}; last token alone: accuracy {self.token_accuracy:.2%}, '
-            f'perplexity {self.token_perplexity:.4f}; over {counted(self.passages, "passages")}\n'
+            f'{show_perplexity(self.perplexity)}; last token alone: accuracy '
+            f'{self.token_accuracy:.2%}, perplexity {show_perplexity(self.token_perplexity)}; over '
+            f'{counted(self.passages, "passages")}\n'
             f'protocol: {self.protocol}'
         )
 

@@ -10,7 +10,7 @@ from gpt2_jax.data.dataset import SPLITS, Dataset, Tokens
 from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.inference import texts
-from gpt2_jax.inference.evaluate import Evaluation, make_evaluate, perplexity
+from gpt2_jax.inference.evaluate import Evaluation, make_evaluate, perplexity, show_perplexity
 from gpt2_jax.parallel import faults
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import counted
@@ -73,17 +73,18 @@ class Score(NamedTuple):
         per_byte = '' if bits_per_byte is None else f'{bits_per_byte:.4f} bits per byte, '
         part = '' if n_tokens == n_split else f' ({n_split:,} in all: an evenly spread part)'
         lines = [
-            f'{self.name}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}, {per_byte}'
-            f'over {counted(n_tokens, "tokens")}{part} of {counted(n_bytes, "bytes")}'
+            f'{self.name}: loss {loss:.4f} nats per token, perplexity '
+            f'{show_perplexity(perplexity)}, {per_byte}over {counted(n_tokens, "tokens")}{part} '
+            f'of {counted(n_bytes, "bytes")}'
         ]
         if self.words is not None:
             words = counted(self.words, 'words')
-            line = f'perplexity {self.perplexity_per(self.words):.4f} over {words}'
+            line = f'perplexity {show_perplexity(self.perplexity_per(self.words))} over {words}'
             lines.append(f'per word: {line} of the original text')
         if self.line_ends is not None:
             line_ends = counted(self.line_ends, 'line ends')
-            both = self.perplexity_per(self.words + self.line_ends)
-            lines[-1] += f'; {both:.4f} with its {line_ends} counted as well'
+            both = show_perplexity(self.perplexity_per(self.words + self.line_ends))
+            lines[-1] += f'; {both} with its {line_ends} counted as well'
         return '\n'.join([*lines, f'protocol: {self.protocol}'])
 
 

@@ -106,7 +106,8 @@ def _leap(found: Autopsy) -> str | None:
     """A sentence on the first update near this one that changed the parameters too much."""
     for metrics in [*found.before, {'step': found.step, **found.metrics}]:
         share = metrics['update_norm'] / max(metrics['param_norm'], 1e-30)
-        if not share <= LEAP:
+        # After a gradient that is not finite, any learning rate gives such an update.
+        if not share <= LEAP and math.isfinite(metrics['grad_norm']):
             is_known = math.isfinite(share)
             by = f'by {share:.0%} of their norm' if is_known else 'beyond the range of fp32'
             return (
