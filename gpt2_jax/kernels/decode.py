@@ -129,21 +129,22 @@ def _row_tiles(ref, D, block, outs):
     return tile
 
 
-def _merged(ins, splits, H, K, out):
-    """The weights (outs, H, K), and the result of attention in splits, (1, H, K).
-
-    It is the mean of the splits, weighted by exp(lse).
-    """
+def _load_splits(ins, splits, H, K, out):
+    """The weights (outs, H, K), and attention in splits: its results z_SHK and lse_SH."""
     split, head, column = (
         jnp.arange(size) < n for size, n in zip(ins['x'].shape, (splits, H, K), strict=True)
     )
     inside = block_mask(head, column)[None]
     w = load_or_zero(ins['w'], inside if out is None else inside & out[:, None, None])
-    z = load_or_zero(ins['x'], inside & split[:, None, None]).astype(jnp.float32)
-    lse = plgpu.load(ins['lse'], mask=block_mask(split, head), other=-1e30)
-    weight = jnp.exp(lse - lse.max(0, keepdims=True))
-    weight = weight / weight.sum(0, keepdims=True)
-    return w, (z * weight[:, :, None]).sum(0)[None]
+    z_SHK = load_or_zero(ins['x'], inside & split[:, None, None])
+    return w, z_SHK, plgpu.load(ins['lse'], mask=block_mask(split, head), other=-1e30)
+
+
+def _merge_splits(z_SHK, lse_SH):
+    """The result of attention, (1, H, K): the mean of the splits, weighted by exp(lse)."""
+    weight_SH = jnp.exp(lse_SH - lse_SH.max(0, keepdims=True))
+    weight_SH = weight_SH / weight_SH.sum(0, keepdims=True)
+    return (z_SHK.astype(jnp.float32) * weight_SH[:, :, None]).sum(0)[None]
 
 
 def _statistics(x, D, eps, keepdims):
@@ -185,9 +186,10 @@ def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, preci
     row, out = None if one else _inside(0, y_ref.shape[0], B), _inside(1, outs, N)
     normed, dtype, blocks = ins['sum'] is not None, ins['w'].dtype, range(pl.cdiv(D, inputs))
     mine, vector = (out, out) if one else (block_mask(row, out), block_mask(None, out))
-    w, x = [], []
+    pos = None if ins['pos'] is None else ins['pos'][...]
+    w, x, lse_SH = [], [], None
     if ins['lse'] is not None:
-        w, x = zip(_merged(ins, splits, H, D // H, out))
+        *w, z_SHK, lse_SH = _load_splits(ins, splits, H, D // H, out)
     elif one:
         w = list(map(_tiles(ins['w'], D, inputs, out), blocks))
         x = list(map(_row_tiles(ins['x'], D, inputs, outs), blocks))
@@ -197,6 +199,8 @@ def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, preci
         0 if ins[name] is None else load_or_zero(ins[name], mask).astype(jnp.float32)
         for name, mask in (('sum', vector), ('bias', vector), ('residual', mine))
     )
+    if lse_SH is not None:
+        x = [_merge_splits(z_SHK, lse_SH)]
     if one:
         # These need x alone, so they are computed while the weights load.
         mean, scale = _statistics(x, D, eps, keepdims=False) if normed else (0, 1)
@@ -218,8 +222,8 @@ def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, preci
         y = nn.gelu(y, approximate=True)
     y += residual
     plgpu.store(y_ref, y.astype(y_ref.dtype), mask=mine)
-    if ins['pos'] is not None:
-        _store_in_cache((outputs['k'], outputs['v']), ins['pos'][...], y, B, D)
+    if pos is not None:
+        _store_in_cache((outputs['k'], outputs['v']), pos, y, B, D)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'gelu', 'dtype'))
@@ -294,24 +298,22 @@ def _attend_kernel(pos_ref, q_ref, k_ref, v_ref, z_ref, lse_ref, *, S, K, block,
     """Softmax names are FlashAttention's, m, l and alpha: see attention.py."""
     columns = jnp.arange(q_ref.shape[0]) < K
     end = jnp.minimum(pos_ref[...], S - 1) + 1
-    first = 0
-    if splits > 1:
-        share = lax.div(end + splits - 1, jnp.int32(splits))
-        first = pl.program_id(2) * share
-        end = jnp.minimum(first + share, end)
+    # Split i takes the blocks i, i + splits, .. of positions.
+    first, stride = pl.program_id(2) * block, splits * block
 
-    def load(start):
+    def load(start, end):
         mask = block_mask(start + jnp.arange(block) < end, columns)
         return [load_or_zero(ref.at[pl.ds(start, block), :], mask) for ref in (k_ref, v_ref)]
 
-    held = load(first)
+    # With splits there are few programs: the first block, filled or not, does not wait for `pos`.
+    held = load(first, S if splits > 1 else end)
     q = load_or_zero(q_ref, columns).astype(jnp.float32) / math.sqrt(K)
 
     def add_block(j, carry):
         """One running softmax a lane, merged afterwards: no reduction across lanes in the loop."""
         z, m, l, keys, values = carry
-        start = first + j * block
-        held = load(start + block)  # while this block is processed
+        start = first + j * stride
+        held = load(start + stride, end)  # while this block is processed
         here = start + jnp.arange(block) < end
         scores = jnp.where(here, (keys.astype(jnp.float32) * q[None, :]).sum(-1), -1e30)
         m_new = jnp.maximum(m, scores)
@@ -321,7 +323,7 @@ def _attend_kernel(pos_ref, q_ref, k_ref, v_ref, z_ref, lse_ref, *, S, K, block,
 
     zero = jnp.zeros(block, jnp.float32)
     carry = jnp.zeros((block, q_ref.shape[0]), jnp.float32), zero - 1e30, zero, *held
-    blocks = lax.div(end - first + block - 1, jnp.int32(block))
+    blocks = lax.div(end - first + stride - 1, jnp.int32(stride))
     z, m, l, *_ = lax.fori_loop(0, blocks, add_block, carry)
     m_all = m.max()
     alpha = jnp.exp(m - m_all)
@@ -343,10 +345,8 @@ def attend(qkv_B3HK, k_BHSK, v_BHSK, at_2):
     """
     B, H, S, K = k_BHSK.shape
     width, (block, warps, splits) = pl.next_power_of_2(K), attend_sizes(B, H * K)
-    # A block more than there are positions: a split begins anywhere.
-    cache = pl.BlockSpec(
-        (None, None, block * (pl.cdiv(S, block) + 1), width), lambda b, h, s: (b, h, 0, 0)
-    )
+    positions = block * pl.cdiv(S, block)
+    cache = pl.BlockSpec((None, None, positions, width), lambda b, h, s: (b, h, 0, 0))
     z = jax.ShapeDtypeStruct((B, H, K), qkv_B3HK.dtype)
     z_spec, lse, lse_spec = pl.BlockSpec((None, None, width), lambda b, h, s: (b, h, 0)), None, None
     if splits > 1:

@@ -145,6 +145,7 @@ def _select(logits_BV, k):
 def _sample_kernel(
     at_ref, x_ref, columns_ref, noise_ref, _, tokens_ref, next_ref, *, N, V, temperature, top_k
 ):
+    i = at_ref[0]  # loaded first: what is used at the end would wait for it there
     size, blocks = column_blocks(N, COLUMNS)
     index = [j * size + jnp.arange(size, dtype=jnp.int32) for j in range(blocks)]
     blocks = [pl.ds(j * size, size) for j in range(blocks)]
@@ -167,7 +168,7 @@ def _sample_kernel(
         # The noise is loaded for the kept values only. So it is not loaded before they are known,
         # when it would take registers.
         noisy = [
-            part + plgpu.load(noise_ref.at[at_ref[0], at], mask=mask & (at < V), other=-jnp.inf)
+            part + plgpu.load(noise_ref.at[i, at], mask=mask & (at < V), other=-jnp.inf)
             for part, at, mask in zip(x, columns, kept, strict=True)
         ]
         x = [jnp.where(*parts, -jnp.inf) for parts in zip(kept, noisy, strict=True)]
@@ -175,7 +176,7 @@ def _sample_kernel(
     for part, column in zip(x[1:], columns[1:], strict=True):
         token, best = jnp.where(part > best, column, token), jnp.maximum(part, best)
     token = jnp.where(best == best.max(), token, V - 1).min()  # the first on a tie
-    tokens_ref[at_ref[0]] = token
+    tokens_ref[i] = token
     next_ref[...] = at_ref[...] + 1
 
 
