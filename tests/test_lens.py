@@ -595,6 +595,14 @@ def test_a_text_that_does_not_fit_is_reported(model, params, given, said):
         lens.token_losses((model, params), given)
 
 
+def test_a_context_of_one_token_is_too_short(model, params):
+    cfg = dataclasses.replace(model.cfg, n_positions=1)
+    params = params | {'wpe': {'embedding': params['wpe']['embedding'][:1]}}
+    assert lens.capture((cfg, params), [3], 'embed')['embed'].shape == (1, 1, 16)
+    with pytest.raises(UserError, match='model is 1 token: expected at least 2, one to read and t'):
+        lens.token_losses((cfg, params), [3])
+
+
 def test_parameters_that_do_not_fit_are_reported(model, params):
     def rejected(changed, said):
         with pytest.raises(UserError, match=said):

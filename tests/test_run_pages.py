@@ -12,10 +12,11 @@ import runs
 from browser import CHROMIUM, browser
 
 from gpt2_jax import lens
+from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.autopsy import examine
 from gpt2_jax.diagnostics.replay import Replay
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.reports import autopsy, compare, run
+from gpt2_jax.reports import autopsy, compare, looks, run
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_records
 from gpt2_jax.workdir.restore import load
@@ -210,6 +211,9 @@ def test_wrong_questions_are_one_line(trained, folder):
         compare.write_comparison([folder, trained, trained], folder / 'x.html')
     with pytest.raises(UsageError, match='the text has 1 token: expected 2 to 16'):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
+    one = dataclasses.make_dataclass('Setup', ['config'])(runs.make_config(None, train__seq_len=1))
+    with pytest.raises(UserError, match=r'trained on single tokens \(train\.seq_len = 1\): a page'):
+        looks.text_tokens(ledger.open_run(trained), one, None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))
 

@@ -20,6 +20,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.inference.sampling import AS_PREDICTED, Sampling, sample_token
 from gpt2_jax.kernels.choose import Place, platform_of, unmet_needs
 from gpt2_jax.model.gpt2 import GPT2, init_cache
+from gpt2_jax.terminal import counted
 
 # Tokens decoded per call: text appears, and stop strings are looked for, this often. A longer chunk
 # saves round trips to the device, a shorter one streams more smoothly.
@@ -163,7 +164,8 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
                 text_BT = text_BT[:, -half:]
                 if not notified:
                     notify(
-                        f'the context of {context} tokens is full: continuing from its last {half}'
+                        f'the context of {counted(context, "tokens")} is full: continuing from its '
+                        f'last {half}'
                     )
                     notified = True
             pos = text_BT.shape[1]

@@ -117,6 +117,11 @@ def as_tokens(subject: Subject, text, *, least: int = 1) -> np.ndarray:
         raise UserError(
             f'tokens must be integers of shape (T,) or (B, T); got {tokens.dtype} {tokens.shape}'
         )
+    if cfg.n_positions < least:
+        raise UserError(
+            f'the context of this model is {counted(cfg.n_positions, "tokens")}: expected at '
+            f'least {least}, one to read and the next'
+        )
     tokens_BT = np.atleast_2d(tokens)
     T = tokens_BT.shape[1]
     if not least <= T <= cfg.n_positions or not tokens_BT.size:

@@ -13,6 +13,7 @@ from gpt2_jax.diagnostics.autopsy import Autopsy, examine
 from gpt2_jax.diagnostics.replay import Replay
 from gpt2_jax.errors import UserError
 from gpt2_jax.reports.html import write_page
+from gpt2_jax.terminal import counted
 
 FOLDER = 'autopsies'  # inside a run's folder
 # An update that changes the parameters by more than this share of their norm is a leap: in training
@@ -71,8 +72,8 @@ def sentences(run: ledger.Run, found: Autopsy) -> list[str]:
         beside = f', the other rows {sum(others) / len(others):.2f}' if others else ''
         text = _text(run, found.tokens_BT1[row, start + 1 : stop + 1])
         said.append(
-            f'Of all passages of {stop - start} tokens, this one in row {row} costs most, '
-            f'{loss:.2f} nats per token, at {origin}: {text}. The whole row costs '
+            f'Of all passages of {counted(stop - start, "tokens")}, this one in row {row} costs '
+            f'most, {loss:.2f} nats per token, at {origin}: {text}. The whole row costs '
             f'{found.losses_BT[row].mean():.2f}{beside}.'
         )
     return said

@@ -31,6 +31,10 @@ Notify = Callable[[str], None]
 
 def text_tokens(run: ledger.Run, setup, text: str | None) -> np.ndarray:
     """The tokens (T,) of the page's text: `text`, or the beginning of the validation text."""
+    if setup.config.train.seq_len < 2:
+        raise UserError(
+            f'{run.folder} trained on single tokens (train.seq_len = 1): a page needs a text of two'
+        )
     if text is None:
         return probes.probe_text(setup)[0][:TEXT_TOKENS]
     tokens_T = np.asarray(run.dataset.tokenizer.encode(text), np.int32)
