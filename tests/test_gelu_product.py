@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
     jax.__version_info__ < HOPPER_JAX, reason='the interpreter of this jax cannot run it'
 )
 
-KERNELS = choose.FUSED._replace(gelu='hopper')
+# The other parts are XLA's, because interpreted kernels take longer to compile.
+KERNELS = choose.FUSED._replace(attention='xla', norm='xla', gelu='hopper')
 
 
 @pytest.fixture

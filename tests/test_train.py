@@ -43,7 +43,7 @@ def test_what_train_cannot_use_is_refused(wrong, said, tmp_path):
 
 
 def test_the_folder_of_a_run_may_be_a_text(tmp_path):
-    config = runs.make_config(runs.write_text(tmp_path / 'text.txt'), train__steps=1)
+    config = runs.make_config(runs.write_text(tmp_path / 'text.txt'), train__steps=2)
     assert runs.quiet_train(config, str(tmp_path / 'run'))[0] == 0
     assert (tmp_path / 'run/summary.json').exists()
 
