@@ -47,3 +47,9 @@ def test_baselines_equal_counting_by_hand():
     assert found['uniform'] == math.log(V)
     for order, name in enumerate(('unigram', 'bigram', 'trigram')):
         assert found[name] == pytest.approx(by_hand(train, val, order), rel=1e-12)
+
+
+def test_a_text_of_one_character_costs_nothing():
+    tokens = Tokens((np.zeros(9, np.uint8),))
+    dataset = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=1), train=tokens, val=tokens)
+    assert set(map(str, baselines(dataset).values())) == {'0.0'}  # and not -0.0

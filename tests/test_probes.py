@@ -13,10 +13,12 @@ import pytest
 import runs
 
 from gpt2_jax import lens
+from gpt2_jax.config import resolve
 from gpt2_jax.diagnostics import probes
 from gpt2_jax.errors import UserError
 from gpt2_jax.lens.readings import residual_stream as streams
 from gpt2_jax.lens.readings import unembed
+from gpt2_jax.training.setup import build
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_probes
 from gpt2_jax.workdir.restore import load
@@ -225,3 +227,12 @@ def test_every_array_is_documented(probed):
     """The head of probes.py names each array of the file."""
     assert all(re.search(rf'\b{name}\b', probes.__doc__) for name in read_probes(probed[0]))
     assert json.loads((probed[0] / 'config.json').read_text())['train']['probe'] == 6
+
+
+def test_programs_are_compiled_for_the_device_of_the_mesh(text, monkeypatch):
+    """Whatever jax.default_device is: compiled for that device, they refused the parameters."""
+    monkeypatch.setattr(probes, 'compile_in_background', lambda pool, jitted, arguments: arguments)
+    setup = build(resolve(runs.make_config(text)))
+    params, _ = probes.Measure(setup)._looking()
+    devices = {device for leaf in jax.tree.leaves(params) for device in leaf.sharding.device_set}
+    assert devices == {setup.mesh.local_devices[0]}

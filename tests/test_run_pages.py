@@ -280,8 +280,8 @@ def test_a_chart_without_a_value_says_so(page, tab):
     """A run of one step has no speed: its first update is compiled."""
     tab.open(page)
     chart = 'lineChart({title: "Tokens", series: [{name: "a", x: [1], y: [%s]}]}).node'
-    assert tab.run(f'{chart % "null"}.textContent') == 'Tokensnothing was recorded'
-    assert 'nothing' not in tab.run(f'{chart % "1"}.textContent')
+    assert tab.run(f'{chart % "null"}.textContent') == 'Tokensno value to show'
+    assert 'no value' not in tab.run(f'{chart % "1"}.textContent')
 
 
 @needs_browser

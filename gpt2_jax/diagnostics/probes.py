@@ -96,7 +96,12 @@ class Measure:
         padded = np.pad(repeated, ((0, 0), (0, T - repeated.shape[1])))
         self.all_tokens = np.concatenate([self.tokens_RT, padded])
         self.gradient_tokens = self.tokens_RT[: max(1, GRADIENT_TOKENS // T), :GRADIENT_TOKENS]
-        params = setup.shapes.params
+        # The device of `on_one_device`, whatever jax.default_device is.
+        place = jax.sharding.SingleDeviceSharding(setup.mesh.local_devices[0])
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            setup.shapes.params,
+        )
         self._looking = compile_in_background(
             pool, jax.jit(self._look), lambda: (params, self.all_tokens)
         )

@@ -80,7 +80,7 @@ function lineChart(options) {
   const picture = svg('svg', { role: 'img', tabindex: 0, height });
   const legend = el('div', { class: 'legend' });
   const node = el('div', { class: 'chart' }, title && el('h3', {}, title), legend,
-    series.length ? picture : el('p', { class: 'note' }, 'nothing was recorded'));
+    series.length ? picture : el('p', { class: 'note' }, 'no value to show'));
   let marked = null, cursor = null, layout = null;
 
   for (const s of series) {
