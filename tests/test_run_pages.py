@@ -288,8 +288,10 @@ def test_a_chart_without_a_value_says_so(page, tab):
 def test_numbers_beside_an_axis_are_short(page, tab):
     tab.open(page)
     values = [100000, 1000000, -2.5e7, 4e16, 0.001, 0.00025]
-    shown = tab.run(f'{json.dumps(values)}.map(axisNumber)')
+    shown = tab.run(f'axisNumbers({json.dumps(values)})')
     assert shown == ['100,000', '1e6', '\u22122.5e7', '4e16', '0.001', '2.50e-4']
+    shown = tab.run('axisNumbers([7.041, 7.043, 7.045])')
+    assert shown == ['7.041', '7.043', '7.045']  # and not 7.04, 7.04, 7.05
     shown = tab.run('[99999.5, -1.5, null, 2.939e17].map((x) => fixed(x))')
     assert shown == ['99999.5000', '\u22121.5000', 'not finite', '2.94e+17']
 

@@ -14,7 +14,13 @@ function colorScale(kind, low, high) {
 // -- axes
 
 /* A number that fits beside a vertical axis: 10,000,000,000 is 1e10. */
-const axisNumber = (x) => (Math.abs(x) < 1e6 ? number(x, 3) : x.toExponential(2).replace(/\.?0*e\+/, 'e').replace('-', '\u2212'));
+const axisNumber = (x, digits = 3) => (Math.abs(x) < 1e6 ? number(x, digits) : x.toExponential(2).replace(/\.?0*e\+/, 'e').replace('-', '\u2212'));
+
+/* The numbers beside an axis, with as few digits as tell them apart. */
+function axisNumbers(ticks) {
+  const labels = [3, 4, 5, 6].map((digits) => ticks.map((tick) => axisNumber(tick, digits)));
+  return labels.find((names) => new Set(names).size === names.length) ?? labels.at(-1);
+}
 
 function logTicks(low, high, most) {
   const ticks = [];
@@ -110,9 +116,10 @@ function lineChart(options) {
     const xAxis = axis(Math.min(...xs), Math.max(...xs), xKind), yAxis = axis(low, high, yKind);
     const X = (x) => left + xAxis.place(x) * (width - left - right);
     const Y = (y) => height - bottom - yAxis.place(y) * (height - top - bottom);
-    for (const tick of yAxis.ticks(5)) {
+    const yTicks = yAxis.ticks(5), yLabels = axisNumbers(yTicks);
+    for (const [i, tick] of yTicks.entries()) {
       picture.append(svg('line', { class: 'axis', x1: left, x2: width - right, y1: Y(tick), y2: Y(tick) }),
-        svg('text', { x: left - 7, y: Y(tick) + 4, 'text-anchor': 'end' }, axisNumber(tick)));
+        svg('text', { x: left - 7, y: Y(tick) + 4, 'text-anchor': 'end' }, yLabels[i]));
     }
     for (const tick of xAxis.ticks(Math.max(3, Math.floor(width / 90)))) {
       picture.append(svg('line', { class: 'axis', x1: X(tick), x2: X(tick), y1: top, y2: height - bottom }),
