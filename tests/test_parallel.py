@@ -129,8 +129,12 @@ def run_on(mesh_sizes: str, corpus: str, fused: bool = False, steps: int = STEPS
 
 
 def restore_tour(corpus: str) -> list[str]:
-    """A state saved on each mesh and restored on the next; the leaves that are not bit-equal."""
+    """A state saved on each mesh and restored on the next.
+
+    Returns the leaves that are not bit-equal, and those that were saved with replicas.
+    """
     import jax
+    import orbax.checkpoint as ocp
     from tiny import flat
 
     from gpt2_jax.training import programs
@@ -138,7 +142,17 @@ def restore_tour(corpus: str) -> list[str]:
 
     meta = {'config': '', 'tokenizer': '', 'progress': {}, 'log_sizes': {}}
     meta['corpus'] = {'name': '', 'sha256': '', 'fallback': False}
-    first = None
+    first, with_replicas, save = None, [], ocp.CheckpointManager.save
+
+    def look_and_save(manager, step, *, args, **options):
+        with_replicas.extend(
+            f'{name} on {leaf.sharding}'
+            for item in ('params', 'train')
+            for name, leaf in flat(args[item].item).items()
+            if any(part.replica_id for part in leaf.addressable_shards)
+        )
+        return save(manager, step, args=args, **options)
+
     for step, mesh_sizes in enumerate((ALL, TENSOR, DATA, ONE)):
         setup = make_setup(mesh_sizes, corpus)
         with Checkpoints(Path(corpus).with_name('tour')) as checkpoints:
@@ -148,9 +162,11 @@ def restore_tour(corpus: str) -> list[str]:
             else:
                 state = checkpoints.restore(step - 1, programs.abstract_state(setup))
             numbered = state.replace(step=jax.device_put(np.int32(step), setup.layout.step))
-            checkpoints.save(step, numbered, meta, None)
+            with mock.patch.object(ocp.CheckpointManager, 'save', look_and_save):
+                checkpoints.save(step, numbered, meta, None)
     del first['step']
-    return [name for name, leaf in first.items() if not np.array_equal(leaf, flat(state)[name])]
+    different = [n for n, leaf in first.items() if not np.array_equal(leaf, flat(state)[n])]
+    return different + with_replicas
 
 
 def fused_updates() -> list[str]:

@@ -34,6 +34,26 @@ def make_unshard(mesh: Mesh):
     )
 
 
+def one_replica(x: jax.Array) -> jax.Array:
+    """The same array without replicas: on the first of the devices that hold the same part of it.
+
+    All of its devices must belong to this process. Nothing is copied.
+    """
+    if not isinstance(x.sharding, NamedSharding):
+        return x
+    mesh, spec = x.sharding.mesh, x.sharding.spec
+    used = {name for axes in spec if axes for name in ([axes] if isinstance(axes, str) else axes)}
+    devices = mesh.devices[
+        tuple(slice(None) if name in used else slice(1) for name in mesh.axis_names)
+    ]
+    parts = {part.device: part.data for part in x.addressable_shards}
+    return jax.make_array_from_single_device_arrays(
+        x.shape,
+        NamedSharding(Mesh(devices, mesh.axis_names), spec),
+        [parts[device] for device in devices.flat],
+    )
+
+
 def leaf_name(path) -> str:
     """'h_0/attn/c_attn/kernel', from a path of jax.tree_util."""
     return jax.tree_util.keystr(path, simple=True, separator='/')

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.parallel import hosts
+from gpt2_jax.parallel.partition import one_replica
 from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import (
@@ -96,6 +97,11 @@ class Checkpoints:
         self.wait()
         self._check_claim()
         items = array_items(state)
+        if not hosts.several():
+            # Of an array with replicas Orbax would save a part from each, and compile a program
+            # for each part: the first save of the quickstart on two simulated devices would hold up
+            # training for 3 s instead of 0.3 s (2 CPU cores).
+            items = jax.tree.map(one_replica, items)
         with self._failures(step):
             if lack := self._lack_of_room(state):
                 raise OSError(lack)
