@@ -34,14 +34,16 @@ def make_unshard(mesh: Mesh):
     )
 
 
-def one_replica(x: jax.Array) -> jax.Array:
+def one_replica(x):
     """The same array without replicas: on the first of the devices that hold the same part of it.
 
-    All of its devices must belong to this process. Nothing is copied.
+    All of its devices must belong to this process. Nothing is copied. An array of numpy, as
+    scripts/convert.py saves, has no replicas.
     """
-    if not isinstance(x.sharding, NamedSharding):
+    sharding = getattr(x, 'sharding', None)
+    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return x
-    mesh, spec = x.sharding.mesh, x.sharding.spec
+    mesh, spec = sharding.mesh, sharding.spec
     used = {name for axes in spec if axes for name in ([axes] if isinstance(axes, str) else axes)}
     devices = mesh.devices[
         tuple(slice(None) if name in used else slice(1) for name in mesh.axis_names)
