@@ -6,7 +6,6 @@ It joins the package lens, which knows models and texts, with what makes texts a
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,6 +19,7 @@ from gpt2_jax.inference.streaming import encode_prompt
 from gpt2_jax.lens import flow as flow_lib
 from gpt2_jax.lens import report as report_lib
 from gpt2_jax.library import Loaded
+from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.reports import model as model_report
 from gpt2_jax.reports import terminal
 from gpt2_jax.reports.flow import to_json, to_markdown, to_page
@@ -58,7 +58,7 @@ def text_to_show(
     return np.concatenate([ids, *written]), len(ids)
 
 
-@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
+@allow_transfers
 def report(
     loaded: Loaded,
     prompt: str,
@@ -92,7 +92,7 @@ def report(
     notify(f'wrote {out}: {len(tokens_T)} tokens, {len(page) / 1e6:.1f} MB')
 
 
-@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
+@allow_transfers
 def show(
     loaded: Loaded,
     prompt: str,

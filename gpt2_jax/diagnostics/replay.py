@@ -22,6 +22,7 @@ from gpt2_jax.diagnostics.origins import Origin
 from gpt2_jax.errors import UserError
 from gpt2_jax.kernels.choose import platform_of, usable
 from gpt2_jax.lens.subject import leaf_shapes
+from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.parallel.feed import Batch, train_batch
 from gpt2_jax.parallel.partition import make_unshard
 from gpt2_jax.training import programs
@@ -190,7 +191,7 @@ class Replay:
         """The gradient of the mean loss of update `step`, before clipping."""
         return self._programs(step).gradient(params, self.batch(step), self.dropout_key(step))
 
-    @jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
+    @allow_transfers
     def open(self, step: int) -> OpenedStep:
         """Everything about update `step`. Raises UserError if the run has not done it."""
         done = history.steps_done(self.run.folder)

@@ -59,6 +59,10 @@ UNSUPPORTED_SWITCHES = {
     'jax_numpy_dtype_promotion': 'strict',
 }
 
+# Decorates functions that look at a model from the host: they move arrays on purpose, also under
+# JAX_TRANSFER_GUARD=disallow.
+allow_transfers = jax.transfer_guard('allow')
+
 
 def select_platform(name: str) -> None:
     """Chooses 'auto', 'cpu', 'gpu' or 'tpu' for this process; call before JAX is used.

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.autopsy import Autopsy, examine
 from gpt2_jax.diagnostics.replay import Replay
 from gpt2_jax.errors import UserError
+from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.reports.html import write_page
 from gpt2_jax.terminal import counted
 
@@ -21,7 +20,7 @@ FOLDER = 'autopsies'  # inside a run's folder
 LEAP = 0.5
 
 
-@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
+@allow_transfers
 def explain(
     run: Path,
     step: int,

@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from gpt2_jax import config as config_lib
@@ -13,13 +12,14 @@ from gpt2_jax.diagnostics.replay import setup_here
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.subject import load
 from gpt2_jax.model.params import count_params
+from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.reports.html import plain, write_page
 from gpt2_jax.reports.looks import Notify, dynamics_for_page, dynamics_of, looks_of, text_tokens
 from gpt2_jax.reports.run import curves
 from gpt2_jax.workdir import history
 
 
-@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
+@allow_transfers
 def write_comparison(
     folders: list[Path],
     out: Path,

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from gpt2_jax import config as config_lib
@@ -19,6 +18,7 @@ from gpt2_jax.diagnostics.replay import Replay, setup_here
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.lens import flow as flow_lib
 from gpt2_jax.model.params import count_params
+from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.reports import flow as flow_report
 from gpt2_jax.reports import step as step_report
 from gpt2_jax.reports.html import packed, write_page
@@ -79,7 +79,7 @@ def write_steps(
         yield step_report.write(found, out.with_name(f'{out.stem}_step_{step}.html'))
 
 
-@jax.transfer_guard('allow')  # whoever looks moves arrays on purpose
+@allow_transfers
 def collect(
     folder: Path, *, text: str | None = None, corpus: str | None = None, notify: Notify = print
 ) -> dict[str, Any]:
