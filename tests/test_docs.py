@@ -66,7 +66,7 @@ SHRUNKEN = {
     'lens report': ['--skip=jacobian,ablation,backward,curvature,shapes'],
     'lens show': [],
     'plan': [],
-    'steps': [],
+    'steps': ['--by_step=2'],  # find: up to the last step of the shrunken run
 }
 
 
