@@ -294,7 +294,7 @@ def test_the_schedule_counts_for_itself():
 def test_rounded_matrices_change_no_bit(n):
     """Reading those that the update before has written, or rounding the parameters again."""
     model = tiny(**SIZE, dtype='bfloat16')
-    # Kernels of attention, LayerNorm and GELU read no matrix. Interpreted, they are slow to compile.
+    # The kernels of these parts read no matrix. Interpreted, they take long to compile.
     kernels = kernel_choice.FUSED._replace(attention='xla', norm='xla', gelu='xla')
     after = []
     for options in ({}, {'round_to': 'bfloat16'}):
