@@ -146,6 +146,7 @@ def test_targets_without_bytes():
     )
     assert (got.tokens, got.bytes, got.bits_per_byte) == (1, 0, None)
     assert 'bits per byte' not in str(got)
+    assert str(got).endswith('over 1 token')
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.parallel.collectives import evaluate_own_rows
 from gpt2_jax.parallel.mesh import one_at_a_time, put_batch, replicated
 from gpt2_jax.parallel.partition import make_unshard, shardings
+from gpt2_jax.terminal import counted
 from gpt2_jax.training.programs import (
     abstract_batch,
     abstract_state,
@@ -54,7 +55,7 @@ class Evaluation(NamedTuple):
         )
         return (
             f'loss {self.loss:.4f} nats, perplexity {show_perplexity(self.perplexity, 3)}, '
-            f'{per_byte}over {self.tokens:,} tokens{part}'
+            f'{per_byte}over {counted(self.tokens, "tokens")}{part}'
         )
 
 

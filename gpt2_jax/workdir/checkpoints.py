@@ -28,7 +28,6 @@ from gpt2_jax import files, foreign
 from gpt2_jax.errors import UserError
 from gpt2_jax.parallel import hosts
 from gpt2_jax.parallel.partition import one_replica
-from gpt2_jax.terminal import counted
 from gpt2_jax.workdir import storage
 from gpt2_jax.workdir.checksums import (
     CHECKSUMS,
@@ -148,7 +147,7 @@ class Checkpoints:
             if not size <= free < n * size:  # without room for one, `check_room` says so
                 return []
             return [
-                f'little room: there will be {counted(n, "more checkpoints")} of '
+                f'little room: there will be {n} more checkpoints of '
                 f'{size / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB left'
             ]
         if self.kept.keep == 'log':
