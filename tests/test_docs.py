@@ -215,8 +215,9 @@ def check_installation(words: list[str]) -> None:
     """The extras of pip are in setup.py, and the paths of pytest exist."""
     setup = (ROOT / 'setup.py').read_text('utf-8')
     for word in words[1:]:
-        if extra := re.fullmatch(r'\.\[(\w+)\]', word):
-            assert f"'{extra[1]}': " in setup, f'setup.py has no extra {extra[1]}'
+        if extras := re.fullmatch(r'\.\[([\w,]+)\]', word):
+            for extra in extras[1].split(','):
+                assert f"'{extra}': " in setup, f'setup.py has no extra {extra}'
         elif word.startswith('tests/'):
             assert (ROOT / word).exists(), word
 
