@@ -30,10 +30,14 @@ Notify = Callable[[str], None]
 
 
 def text_tokens(run: ledger.Run, setup, text: str | None) -> np.ndarray:
-    """The tokens (T,) of the page's text: `text`, or the beginning of the validation text."""
+    """The tokens (T,) of the page's text: `text`, or the beginning of the validation text.
+
+    Raises UserError unless they are two or more, and fit into the context.
+    """
     if setup.config.train.seq_len < 2:
         raise UserError(
-            f'{run.folder} trained on single tokens (train.seq_len = 1): a page needs a text of two'
+            f'{run.folder} trained on single tokens (train.seq_len = 1): a page needs at least '
+            'two, one to read and the next'
         )
     if text is None:
         return probes.probe_text(setup)[0][:TEXT_TOKENS]
