@@ -189,7 +189,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except FloatingPointError as error:  # under JAX_DEBUG_NANS or JAX_DEBUG_INFS
         message, code = f'{error}, {_last_line(error)}', DivergedError.exit_code
     if message:
-        line = foreign.escape(' '.join(map(str.strip, message.splitlines())))
+        line = foreign.escape(' '.join(filter(None, map(str.strip, message.splitlines()))))
         print('error:', line[:MAX_MESSAGE] + '..' * (len(line) > MAX_MESSAGE), file=sys.stderr)
     end_process(code)
 

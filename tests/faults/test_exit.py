@@ -87,7 +87,7 @@ def test_an_output_that_cannot_be_written_is_named(arguments, unbuffered):
     assert done.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize('text', ['a\x1b]0;title\x07b', 'a:\n  b', 'a\x9bb', 'x' * 10**6])
+@pytest.mark.parametrize('text', ['a\x1b]0;title\x07b', 'a:\n\n  b', 'a\x9bb', 'x' * 10**6])
 def test_an_error_is_one_short_line_without_control_characters(text, capsys, monkeypatch):
     from gpt2_jax import cli
     from gpt2_jax.errors import UserError
