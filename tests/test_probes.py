@@ -229,6 +229,15 @@ def test_every_array_is_documented(probed):
     assert json.loads((probed[0] / 'config.json').read_text())['train']['probe'] == 6
 
 
+def test_windows_of_one_token_have_no_loss(probed):
+    """And no warning of an empty mean."""
+    arrays = read_probes(probed[0])
+    probe = {name: value[0] for name, value in arrays.items()}
+    empty = {name: probe[name][..., :0] for name in ('loss', 'rank')}
+    names = probes.figures(probe, arrays).keys() - probes.figures(probe | empty, arrays).keys()
+    assert names == {'loss', 'rank/embed', 'rank/h_0'}
+
+
 def test_programs_are_compiled_for_the_device_of_the_mesh(text, monkeypatch):
     """Whatever jax.default_device is: compiled for that device, they refused the parameters."""
     monkeypatch.setattr(probes, 'compile_in_background', lambda pool, jitted, arguments: arguments)

@@ -350,14 +350,16 @@ def _write(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def figures(arrays: dict[str, np.ndarray], constants: dict[str, Any]) -> dict[str, float]:
     """A probe as figures for TensorBoard."""
-    found = {'loss': arrays['loss'].mean(), 'curvature': arrays['curvature']}
+    found = {'curvature': arrays['curvature']}
+    if arrays['loss'].size:  # windows of one token have none
+        found['loss'] = arrays['loss'].mean()
+        for i, layer in enumerate(arrays['rank']):
+            found[f'rank/{"embed" if i == 0 else f"h_{i - 1}"}'] = layer.mean()
     for name in ('entropy', 'previous', 'duplicate', 'induction'):
         for i, heads in enumerate(arrays[name]):
             found |= {f'{name}/h_{i}.attn.{head}': value for head, value in enumerate(heads)}
     for i, share in enumerate(arrays['dead']):
         found[f'dead/h_{i}.mlp'] = share
-    for i, layer in enumerate(arrays['rank']):
-        found[f'rank/{"embed" if i == 0 else f"h_{i - 1}"}'] = layer.mean()
     for name in ('weight', 'gradient', 'update', 'ratio'):
         found |= {
             f'{name}/{tensor}': value
