@@ -1,5 +1,6 @@
 """Checkpoints worth studying: those that checkpoint.keep names stay, and each is what it says."""
 
+import itertools
 import re
 import types
 
@@ -79,6 +80,26 @@ def test_all_keeps_every_checkpoint(tmp_path):
         (line,) = checkpoints.describe_kept(state, steps=13, every=5, eval_every=7)
     # Every 5 steps, the evaluations at 7 and 13 if they are the best, and the last.
     assert line.startswith('checkpoints kept for good: up to 5 of 1.0 MiB')
+
+
+@pytest.mark.parametrize('keep', ['log', 'all'])
+def test_the_checkpoints_of_a_run_are_counted(keep, tmp_path):
+    """Without a list of all steps, which would not end for a run that is to end by a signal."""
+    state = TrainState(np.int32(0), {'kernel': np.zeros(1, np.float32)}, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        for steps, every, eval_every in itertools.product(
+            (1, 12, 512, 700, 2001), (1, 5, 6), (4, 9)
+        ):
+            checkpoints.kept = Kept(keep, every)
+            (line,) = checkpoints.describe_kept(state, steps, every, eval_every)
+            kept = {0, steps} | {
+                step
+                for step in range(steps)
+                if (is_log_spaced(step, every) if keep == 'log' else not step % every)
+                or (keep == 'all' and not step % eval_every)
+            }
+            assert f'up to {len(kept):,} of' in line, (steps, every, eval_every)
+        checkpoints.describe_kept(state, 2**31 - 1, 1, 1)
 
 
 @pytest.mark.parametrize(('steps', 'n'), [(100, 4), (10, 3), (6, 2)])

@@ -37,6 +37,7 @@ from gpt2_jax.workdir.checksums import (
     committed_steps,
     write_checksums,
 )
+from gpt2_jax.workdir.storage import count_log_spaced
 
 # The keys of `meta` that every run and every conversion writes: a schema of foreign.py.
 META = {
@@ -141,18 +142,20 @@ class Checkpoints:
         of `eval_every`, if they are the best so far.
         """
         size, free = state_bytes(state), shutil.disk_usage(self.folder).free
-        saved = {step for n in (every, eval_every) for step in range(0, steps + 1, n)} | {steps}
+        both = math.lcm(every, eval_every)
+        saved = steps // every + steps // eval_every - steps // both  # without step 0
+        saved += steps % every > 0 and steps % eval_every > 0
         if self.kept.keep == 'latest':
-            n = min(AT_A_TIME, len(saved - {0})) - len(self.committed())
+            n = min(AT_A_TIME, saved) - len(self.committed())
             if not size <= free < n * size:  # without room for one, `check_room` says so
                 return []
             return [
                 f'little room: there will be {n} more checkpoints of '
                 f'{size / 2**20:,.1f} MiB, and the disk has {free / 2**20:,.1f} MiB left'
             ]
+        n = saved + 1
         if self.kept.keep == 'log':
-            saved = set(filter(self.kept.includes, range(steps + 1))) | {steps}
-        n = len(saved)
+            n = count_log_spaced(steps, self.kept.every) + (not self.kept.includes(steps))
         return [
             f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
             f'{n * size / 2**30:,.2f} GiB; the disk has {free / 2**30:,.1f} GiB left'

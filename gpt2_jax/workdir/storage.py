@@ -51,6 +51,12 @@ def is_log_spaced(step: int, every: int) -> bool:
     return step & (step - 1) == 0 if step <= 512 else step % every == 0
 
 
+def count_log_spaced(last: int, every: int) -> int:
+    """How many of the steps 0 .. last are log-spaced."""
+    first = min(last, 512)
+    return 1 + first.bit_length() + last // every - first // every
+
+
 class Kept(policies.PreservationPolicy):
     """Keeps the checkpoints that checkpoint.keep names, beside the latest and the best."""
 
