@@ -40,6 +40,8 @@ def made(tmp_path_factory):
     (folder / 'empty').mkdir()
     (folder / 'begun' / FOLDER).mkdir(parents=True)
     (folder / 'begun' / 'config.json').touch()
+    (folder / 'unfinished' / FOLDER / '10.damaged').mkdir(parents=True)
+    (folder / 'unfinished' / 'config.json').touch()
     for name, line in (
         ('fine', 'pass'),
         ('typo', 'config.train.stepz = 3'),
@@ -356,6 +358,11 @@ ROWS = {
         sample(run='begun'),
         1,
         ['begun has no checkpoint yet: it saves the first one at its first evaluation'],
+    ),
+    'run with damaged checkpoints only': (
+        sample(run='unfinished'),
+        1,
+        ['unfinished has no whole checkpoint: those in its checkpoints are damaged or unfinished'],
     ),
     'folder around runs': (sample(run='.'), 1, ['such as', '/damaged or', '/run']),
     'folder in a run': (

@@ -145,7 +145,8 @@ def _select(logits_BV, k):
 def _sample_kernel(
     at_ref, x_ref, columns_ref, noise_ref, _, tokens_ref, next_ref, *, N, V, temperature, top_k
 ):
-    i = at_ref[0]  # loaded first: what is used at the end would wait for it there
+    next_ref[...] = at_ref[...] + 1
+    i = at_ref[0]  # loaded first, as the line before: the end of the kernel would wait for it
     size, blocks = column_blocks(N, COLUMNS)
     index = [j * size + jnp.arange(size, dtype=jnp.int32) for j in range(blocks)]
     blocks = [pl.ds(j * size, size) for j in range(blocks)]
@@ -177,7 +178,6 @@ def _sample_kernel(
         token, best = jnp.where(part > best, column, token), jnp.maximum(part, best)
     token = jnp.where(best == best.max(), token, V - 1).min()  # the first on a tie
     tokens_ref[i] = token
-    next_ref[...] = at_ref[...] + 1
 
 
 @functools.partial(jax.jit, static_argnames=('temperature', 'top_k'))

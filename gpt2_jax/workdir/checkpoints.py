@@ -37,7 +37,6 @@ from gpt2_jax.workdir.checksums import (
     committed_steps,
     write_checksums,
 )
-from gpt2_jax.workdir.storage import count_log_spaced
 
 # The keys of `meta` that every run and every conversion writes: a schema of foreign.py.
 META = {
@@ -155,7 +154,7 @@ class Checkpoints:
             ]
         n = saved + 1
         if self.kept.keep == 'log':
-            n = count_log_spaced(steps, self.kept.every) + (not self.kept.includes(steps))
+            n = storage.count_log_spaced(steps, self.kept.every) + (not self.kept.includes(steps))
         return [
             f'checkpoints kept for good: up to {n:,} of {size / 2**20:,.1f} MiB, '
             f'{n * size / 2**30:,.2f} GiB; the disk has {free / 2**30:,.1f} GiB left'

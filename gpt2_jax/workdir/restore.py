@@ -107,6 +107,11 @@ def _no_checkpoint(run: Path) -> UserError:
         )
         return UserError(f'{run}: no such folder; {hint}')
     if (run / 'config.json').exists() and (run / FOLDER).is_dir():
+        if any((run / FOLDER).iterdir()):
+            return UserError(
+                f'the run in {run} has no whole checkpoint: those in its {FOLDER} are damaged or '
+                'unfinished; the command that trained it says what can be done'
+            )
         return UserError(
             f'the run in {run} has no checkpoint yet: it saves the first one at its first '
             'evaluation, or after checkpoint.every updates; the command that trained it resumes it'
