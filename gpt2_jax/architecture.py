@@ -119,6 +119,30 @@ class GPT2Config:
         return PRECISIONS[self.dtype].matmul_precision
 
 
+def parameter_shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """{'h_0/mlp/c_fc/kernel': (D, F), ..}: the parameter tree of model/gpt2.py, by path."""
+    D, F, H, K = cfg.n_embd, cfg.d_ff, cfg.n_head, cfg.head_dim
+    block = {
+        'ln_1/scale': (D,),
+        'ln_1/bias': (D,),
+        'attn/c_attn/kernel': (D, 3, H, K),
+        'attn/c_attn/bias': (3, H, K),
+        'attn/c_proj/kernel': (H, K, D),
+        'attn/c_proj/bias': (D,),
+        'ln_2/scale': (D,),
+        'ln_2/bias': (D,),
+        'mlp/c_fc/kernel': (D, F),
+        'mlp/c_fc/bias': (F,),
+        'mlp/c_proj/kernel': (F, D),
+        'mlp/c_proj/bias': (D,),
+    }
+    shapes = {'wte/embedding': (cfg.vocab_size, D), 'wpe/embedding': (cfg.n_positions, D)}
+    for i in range(cfg.n_layer):
+        shapes |= {f'h_{i}/{name}': shape for name, shape in block.items()}
+    shapes |= {'ln_f/scale': (D,), 'ln_f/bias': (D,)}
+    return {name: shape for name, shape in shapes.items() if cfg.bias or not name.endswith('bias')}
+
+
 def padded_vocab(vocab_size: int) -> int:
     """The next multiple of VOCAB_MULTIPLE."""
     return vocab_size + -vocab_size % VOCAB_MULTIPLE

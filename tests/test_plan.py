@@ -12,14 +12,14 @@ import runs
 from jax.sharding import AbstractMesh
 from tiny import flat, shapes, tiny
 
-from gpt2_jax.architecture import PRESETS, GPT2Config
+from gpt2_jax.architecture import PRESETS, GPT2Config, parameter_shapes
 from gpt2_jax.config import default_config, resolve
 from gpt2_jax.errors import UsageError
 from gpt2_jax.kernels.choose import FUSED
 from gpt2_jax.parallel import partition, rules
 from gpt2_jax.parallel.devices import PEAK_BF16_FLOPS
 from gpt2_jax.speed import memory, plan
-from gpt2_jax.speed.case import SCALE_CASES, Case, case_of, parameter_shapes, used_elements
+from gpt2_jax.speed.case import SCALE_CASES, Case, case_of, used_elements
 from gpt2_jax.speed.timing import GPUS, collectives, sending_rate
 from gpt2_jax.training import fused_optim, fused_step
 from gpt2_jax.training.muon import make_muon

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gpt2_jax import foreign
-from gpt2_jax.architecture import GPT2Config
+from gpt2_jax.architecture import GPT2Config, parameter_shapes
 from gpt2_jax.config import SETTINGS, kind_of
 from gpt2_jax.errors import UserError
 from gpt2_jax.foreign import PLAIN_NAME, Maybe, integer
@@ -242,39 +242,22 @@ def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
 class _Leaf(NamedTuple):
     """Where a published tensor belongs in our tree of parameters, and its shape here and there."""
 
-    path: tuple[str, ...]
+    path: str
     our_shape: tuple[int, ...]
     shape: tuple[int, ...]
 
 
 def _published(cfg: GPT2Config) -> dict[str, _Leaf]:
     """{published name: its leaf} of every parameter of a model."""
-    D, F, HK, table = (cfg.n_embd,), (cfg.d_ff,), (cfg.n_head, cfg.head_dim), {}
-
-    def add(module, kind, our_shape, shape):
-        path = (*module.replace('h.', 'h_', 1).split('.'), kind)
-        table[f'{module}.{"bias" if kind == "bias" else "weight"}'] = _Leaf(path, our_shape, shape)
-
-    def add_norm(module):
-        for kind in ('scale', 'bias')[: 1 + cfg.bias]:
-            add(module, kind, D, D)
-
-    def add_linear(module, inputs, outputs):
-        size_in, size_out = math.prod(inputs), math.prod(outputs)
-        add(module, 'kernel', (*inputs, *outputs), (size_in, size_out))
-        if cfg.bias:
-            add(module, 'bias', outputs, (size_out,))
-
-    add('wte', 'embedding', (cfg.vocab_size, *D), (cfg.vocab_size, *D))
-    add('wpe', 'embedding', (cfg.n_positions, *D), (cfg.n_positions, *D))
-    for i in range(cfg.n_layer):
-        add_norm(f'h.{i}.ln_1')
-        add_linear(f'h.{i}.attn.c_attn', D, (3, *HK))
-        add_linear(f'h.{i}.attn.c_proj', HK, D)
-        add_norm(f'h.{i}.ln_2')
-        add_linear(f'h.{i}.mlp.c_fc', D, F)
-        add_linear(f'h.{i}.mlp.c_proj', F, D)
-    add_norm('ln_f')
+    table = {}
+    for path, our_shape in parameter_shapes(cfg).items():
+        module, _, kind = path.rpartition('/')
+        shape = (math.prod(our_shape),)
+        if kind in ('kernel', 'embedding'):
+            n_inputs = 2 if module.endswith('attn/c_proj') else 1
+            shape = math.prod(our_shape[:n_inputs]), math.prod(our_shape[n_inputs:])
+        name = module.replace('h_', 'h.', 1).replace('/', '.')
+        table[f'{name}.{"bias" if kind == "bias" else "weight"}'] = _Leaf(path, our_shape, shape)
     return table
 
 
@@ -314,10 +297,11 @@ def import_params(tensors: dict[str, np.ndarray], cfg: GPT2Config) -> dict[str, 
     _check_names_and_shapes(plain, table)
     params = {}
     for name, (path, shape, _) in table.items():
+        *parts, last = path.split('/')
         node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = np.ascontiguousarray(plain[name], np.float32).reshape(shape)
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[last] = np.ascontiguousarray(plain[name], np.float32).reshape(shape)
     return params
 
 
@@ -365,11 +349,11 @@ def export_params(params, cfg: GPT2Config) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (path, _, shape) in _published(cfg).items():
         leaf = params
-        for key in path:
-            leaf = leaf[key]
+        for part in path.split('/'):
+            leaf = leaf[part]
         name = f'transformer.{name}'
         tensors[name] = np.ascontiguousarray(leaf, np.float32).reshape(shape)
-        if not cfg.bias and path[0] not in ('wte', 'wpe'):
+        if not cfg.bias and not path.startswith(('wte', 'wpe')):
             tensors[f'{name.removesuffix("weight")}bias'] = np.zeros(shape[-1], np.float32)
     return tensors
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from gpt2_jax.architecture import PRESETS, GPT2Config
+from gpt2_jax.architecture import PRESETS, GPT2Config, parameter_shapes
 from gpt2_jax.errors import UsageError
 from gpt2_jax.parallel import rules
 
@@ -85,26 +85,6 @@ def scale_case(base: Case, size: str, devices: int) -> Case:
     cfg = dataclasses.replace(base.cfg, **PRESETS[size], n_inner=None)
     mesh = {'data': devices // fsdp, 'fsdp': fsdp, 'tensor': 1}
     return base._replace(cfg=cfg, mesh=mesh, rows=rows, micro_batches=1)
-
-
-def parameter_shapes(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """{'h_0/mlp/c_fc/kernel': (D, F), ..}: the tree of model/gpt2.py."""
-    D, F, H, K = cfg.n_embd, cfg.d_ff, cfg.n_head, cfg.head_dim
-    block = {
-        'attn/c_attn': ((D, 3, H, K), (3, H, K)),
-        'attn/c_proj': ((H, K, D), (D,)),
-        'mlp/c_fc': ((D, F), (F,)),
-        'mlp/c_proj': ((F, D), (D,)),
-    }
-    shapes = {'wte/embedding': (cfg.vocab_size, D), 'wpe/embedding': (cfg.n_positions, D)}
-    norms = ['ln_f', *(f'h_{i}/{name}' for i in range(cfg.n_layer) for name in ('ln_1', 'ln_2'))]
-    shapes |= {f'{name}/scale': (D,) for name in norms}
-    biases = {f'{name}/bias': (D,) for name in norms}
-    for i in range(cfg.n_layer):
-        for name, (kernel, bias) in block.items():
-            shapes[f'h_{i}/{name}/kernel'] = kernel
-            biases[f'h_{i}/{name}/bias'] = bias
-    return shapes | biases if cfg.bias else shapes
 
 
 def stored_elements(cfg: GPT2Config, mesh: Mapping[str, int]) -> tuple[int, int]:

@@ -4,10 +4,10 @@ It counts the arrays that training/fused_step.py keeps. For a part that XLA comp
 rough sum. Sizes are in bytes.
 """
 
-from gpt2_jax.architecture import GPT2Config, padded_vocab
+from gpt2_jax.architecture import GPT2Config, padded_vocab, parameter_shapes
 from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.parallel import rules
-from gpt2_jax.speed.case import Case, parameter_shapes, stored_elements, used_elements
+from gpt2_jax.speed.case import Case, stored_elements, used_elements
 
 BYTES = {'bfloat16': 2, 'float32': 4}
 GIB = 2**30

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from gpt2_jax.architecture import flops_per_token
+from gpt2_jax.architecture import flops_per_token, parameter_shapes
 from gpt2_jax.kernels.choose import ROWS_MULTIPLE, Kernels, Place, choose
 from gpt2_jax.parallel import rules
-from gpt2_jax.speed.case import SCALE_CASES, Case, parameter_shapes, scale_case
+from gpt2_jax.speed.case import SCALE_CASES, Case, scale_case
 from gpt2_jax.speed.memory import GIB, memory
 from gpt2_jax.speed.timing import GPU, Collective, collectives, seconds
 from gpt2_jax.terminal import binary_size

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gpt2_jax.architecture import padded_vocab
+from gpt2_jax.architecture import padded_vocab, parameter_shapes
 from gpt2_jax.kernels.choose import Kernels
 from gpt2_jax.parallel import rules
-from gpt2_jax.speed.case import HOST, Case, parameter_shapes, stored_elements, used_elements
+from gpt2_jax.speed.case import HOST, Case, stored_elements, used_elements
 from gpt2_jax.speed.memory import BYTES, GIB
 
 
