@@ -1,5 +1,7 @@
 """A run that starts from another run's checkpoint: parameters, context, optimizer state."""
 
+import contextlib
+import io
 from unittest import mock
 
 import jax
@@ -16,7 +18,7 @@ from gpt2_jax.parallel import feed
 from gpt2_jax.training import programs
 from gpt2_jax.training import setup as setup_lib
 from gpt2_jax.training.setup import build
-from gpt2_jax.training.start import from_pretrained
+from gpt2_jax.training.start import initial_state
 from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import restore
 from gpt2_jax.workdir.checksums import FOLDER
@@ -50,9 +52,11 @@ def parts_of(text, **changes):
     return build(resolve(runs.make_config(text, **SIZES | changes)))
 
 
-def start(setup, base, **options):
-    told = []
-    return from_pretrained(setup, base, notify=told.append, **options), told[0]
+def start(setup, base, step='best', keep_optimizer=False):
+    """The state that a run starts from, and what it prints."""
+    setup.config.train.update(init_from=str(base), init_step=step, init_optimizer=keep_optimizer)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return initial_state(setup), printed.getvalue().strip()
 
 
 def saved(base) -> dict[str, np.ndarray]:

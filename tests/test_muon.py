@@ -1,6 +1,5 @@
 """Muon and the average of the parameters: their equations, optax's Muon, and whole runs."""
 
-import functools
 import json
 import random
 import shutil
@@ -31,7 +30,7 @@ from gpt2_jax.training.muon import (
 )
 from gpt2_jax.training.optim import decay_mask
 from gpt2_jax.training.setup import build
-from gpt2_jax.training.start import from_pretrained
+from gpt2_jax.training.start import initial_state
 from gpt2_jax.training.step import init_state, make_train_step
 from gpt2_jax.workdir import restore
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
@@ -260,10 +259,12 @@ def test_a_step_of_it_is_replayed_to_the_digit(finished):
 @pytest.mark.long
 def test_a_run_starts_from_its_average_and_its_moments(finished, text):
     """The moments continue, the average begins at the parameters, and an update can run."""
-    setup = build(resolve(runs.make_config(text, **MUON)))
-    start = functools.partial(from_pretrained, setup, finished, notify=lambda line: None)
+    origin = dict(
+        train__init_from=str(finished), train__init_step='latest', train__init_optimizer=True
+    )
+    setup = build(resolve(runs.make_config(text, **MUON | origin)))
     old = flat(runs.state_at(finished, setup, 8))
-    state = start(step='latest', keep_optimizer=True)
+    state = initial_state(setup)
     for name, leaf in flat(state).items():
         if name.startswith(('params/', 'average/')):
             assert np.array_equal(leaf, old['average/' + name.partition('/')[2]]), name

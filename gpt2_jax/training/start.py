@@ -1,7 +1,6 @@
 """Where a run starts: at its latest checkpoint, or at step 0 with random or trained parameters."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,48 +131,25 @@ def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:
 
 def check_pretrained(setup: Setup) -> None:
     """Raises UserError if `initial_state` would, before an old run's folder is moved aside."""
-    train = setup.config.train
-    if train.init_from:
-        _load_matching(
-            setup, files.user_path(train.init_from), train.init_step, train.init_optimizer
-        )
+    if setup.config.train.init_from:
+        _load_matching(setup)
 
 
 def initial_state(setup: Setup) -> TrainState:
-    """The state before a run's first update: random, or loaded from `train.init_from`.
+    """The state before a run's first update: random, or from the checkpoint `train.init_from`.
 
-    Raises UserError as `from_pretrained` does.
+    If the parameters were averaged there, the run starts from the average. If n_positions is
+    smaller than in the checkpoint, the first positions are kept. With `train.init_optimizer` the
+    moments are kept too; the schedule always starts at update 0. Raises UserError without such a
+    checkpoint, UsageError naming each setting that does not fit.
     """
     train = setup.config.train
     if not train.init_from:
         return programs.new_state(setup)
-    return from_pretrained(
-        setup,
-        files.user_path(train.init_from),
-        step=train.init_step,
-        keep_optimizer=train.init_optimizer,
-    )
-
-
-def from_pretrained(
-    setup: Setup,
-    run: Path,
-    *,
-    step: str = 'best',
-    keep_optimizer: bool = False,
-    notify: Callable[[str], None] = print,
-) -> TrainState:
-    """The state before a run's first update, with the parameters of a checkpoint in `run`.
-
-    `step` is 'best', 'latest' or a number. If the parameters were averaged there, the run starts
-    from the average. If n_positions is smaller than in the checkpoint, the first positions are
-    kept. With `keep_optimizer` the moments are kept too; the schedule always starts at update 0.
-    Raises UserError without such a checkpoint, UsageError naming each setting that does not fit.
-    """
-    restored = _load_matching(setup, run, step, keep_optimizer)
+    restored, run = _load_matching(setup), files.user_path(train.init_from)
     old, new = restored.model.cfg, setup.model.cfg
     opt_state = setup.optimizer.init(restored.params)
-    if keep_optimizer:
+    if train.init_optimizer:
         opt_state = jax.tree.map(
             lambda fresh, old: fresh if isinstance(fresh, optax.ScaleByScheduleState) else old,
             opt_state,
@@ -186,20 +162,22 @@ def from_pretrained(
         return leaf[: new.n_positions] if is_wpe else leaf
 
     cropped = jax.tree_util.tree_map_with_path(crop, (restored.params, opt_state))
-    optimizer = 'its optimizer' if keep_optimizer else 'a fresh optimizer'
+    optimizer = 'its optimizer' if train.init_optimizer else 'a fresh optimizer'
     context = ''
     if new.n_positions < old.n_positions:
         context = f'; context cropped from {old.n_positions} to {new.n_positions}'
-    notify(f'starting from checkpoint {restored.step:,} in {run}, with {optimizer}{context}')
+    say(f'starting from checkpoint {restored.step:,} in {run}, with {optimizer}{context}')
     # A copy, because an update reuses the memory of each array in the state.
     average = jax.tree.map(np.copy, cropped[0]) if setup.averages else None
     state = TrainState(np.int32(0), *cropped, average, setup.shapes.rounded).round_again()
     return jax.device_put(state, setup.layout)
 
 
-def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> restore.Restored:
-    """The checkpoint, if a run may start from it; raises UserError as `from_pretrained` does."""
-    restored = restore.load(run, step)
+def _load_matching(setup: Setup) -> restore.Restored:
+    """The checkpoint `train.init_from`; raises UserError as `initial_state` does."""
+    train = setup.config.train
+    run = files.user_path(train.init_from)
+    restored = restore.load(run, train.init_step)
     old, new = restored.model.cfg, setup.model.cfg
     wrong = [
         f'model.{name} is {getattr(old, name)!r} there, {getattr(new, name)!r} here'
@@ -217,7 +195,7 @@ def _load_matching(setup: Setup, run: Path, step: str, keep_optimizer: bool) -> 
             f'its tokenizer is {theirs.name} with {theirs.vocab_size:,} tokens, but the data use '
             f'{ours.name} with {ours.vocab_size:,} tokens'
         )
-    if keep_optimizer:
+    if train.init_optimizer:
         wrong += _optimizer_conflicts(restored.config.optim, setup.config.optim)
     if wrong:
         raise UsageError(f'this run cannot start from {run}: {"; ".join(wrong)}')
