@@ -38,6 +38,8 @@ class Browser:
         ]
         for domain in ('Page', 'Runtime', 'Network', 'Log'):
             self.call(f'{domain}.enable')
+        script = "addEventListener('load', () => { readyAtLoad = document.body.dataset.ready; })"
+        self.call('Page.addScriptToEvaluateOnNewDocument', source=script)
 
     def _receive(self) -> dict:
         while b'\0' not in self._buffer:
@@ -70,12 +72,14 @@ class Browser:
         return result['result'].get('value')
 
     def open(self, path: Path, width: int = 1280, height: int = 900, **hash_values) -> None:
-        """Opens a file and waits until it says that it is ready."""
+        """Opens a file and waits until it says that it is ready, which it does before `load`."""
         self.size(width, height)
         address = '&'.join(f'{name}={value}' for name, value in hash_values.items())
         self.call('Page.navigate', url='about:blank')
         self.call('Page.navigate', url=f'{path.absolute().as_uri()}#{address}')
         self.wait('document.body && document.body.dataset.ready')
+        self.wait('document.readyState === "complete"')
+        assert self.run('readyAtLoad') == 'yes', 'loaded before it was drawn'
 
     def size(self, width: int, height: int, scale: float = 1) -> None:
         """The size of the window, in CSS pixels."""

@@ -223,8 +223,16 @@ const main = document.querySelector('main');
 /* Lets the browser show what is drawn so far, before longer work. */
 const painted = () => new Promise((resolve) => { requestAnimationFrame(() => setTimeout(resolve)); });
 
-/* Draws the page; body.dataset.ready says that it is complete. */
+/* Draws the page; body.dataset.ready says that it is complete. A frame whose document is open
+   holds back the load event, which a headless browser waits for before it takes a picture. */
 async function start(draw) {
-  await draw();
-  document.body.dataset.ready = 'yes';
+  const frame = el('iframe', { hidden: '' });
+  document.body.append(frame);
+  frame.contentDocument?.open();
+  try {
+    await draw();
+    document.body.dataset.ready = 'yes';
+  } finally {
+    frame.remove();
+  }
 }
