@@ -236,11 +236,6 @@ def parse_json(text: str, source: str | os.PathLike, schema: Any, remedy: str = 
     return value
 
 
-def check(value: Any, schema: Any, source: str | os.PathLike, remedy: str = '') -> None:
-    """Raises UserError, naming the place, if the content of `source` does not fit a schema."""
-    _check(value, schema, source, '', remedy)
-
-
 def _check_depth(value: Any) -> None:
     """Raises RecursionError beyond MAX_JSON_DEPTH, and UnicodeError for half a surrogate pair."""
     level = [value]
@@ -255,30 +250,36 @@ def _check_depth(value: Any) -> None:
     raise RecursionError
 
 
-def _check(value: Any, schema: Any, source, place: str, remedy: str) -> None:
+def check(
+    value: Any, schema: Any, source: str | os.PathLike, remedy: str = '', place: str = ''
+) -> None:
+    """Raises UserError if a value in the content of `source` does not fit a schema.
+
+    `place` says in the error where the value is; it is '' for the whole content.
+    """
+
+    def expect(fits: bool, words: str) -> None:
+        if not fits:
+            where = cut(place, 60) or 'it'
+            raise error(source, f'is damaged: {where} is {show(value)}, expected {words}', remedy)
+
     if isinstance(schema, Maybe):
         if value is not None:
-            _check(value, schema.schema, source, place, remedy)
+            check(value, schema.schema, source, remedy, place)
     elif isinstance(schema, Check):
-        _expect(schema.test(value), value, schema.words, source, place, remedy)
+        expect(schema.test(value), schema.words)
     elif isinstance(schema, list):
-        _expect(isinstance(value, list), value, KINDS[list], source, place, remedy)
+        expect(isinstance(value, list), KINDS[list])
         for i, item in enumerate(value):
-            _check(item, schema[0], source, f'{place}[{i}]', remedy)
+            check(item, schema[0], source, remedy, f'{place}[{i}]')
     elif isinstance(schema, dict):
-        _expect(isinstance(value, dict), value, KINDS[dict], source, place, remedy)
+        expect(isinstance(value, dict), KINDS[dict])
         for key, inner in schema.items():
             for name in value if key is str else [key]:
                 if name in value:
-                    _check(value[name], inner, source, f'{place}.{name}'.lstrip('.'), remedy)
+                    check(value[name], inner, source, remedy, f'{place}.{name}'.lstrip('.'))
                 elif not isinstance(inner, Maybe):
                     where = f'{show(place)} has' if place else 'it has'
                     raise error(source, f'is damaged: {where} no {show(name)}', remedy)
     else:
-        _expect(type(value) is schema, value, KINDS[schema], source, place, remedy)
-
-
-def _expect(fits: bool, value: Any, words: str, source, place: str, remedy: str) -> None:
-    if not fits:
-        where = cut(place, 60) or 'it'
-        raise error(source, f'is damaged: {where} is {show(value)}, expected {words}', remedy)
+        expect(type(value) is schema, KINDS[schema])

@@ -30,7 +30,7 @@ NOT_UTF8 = 'half of a surrogate pair has no UTF-8 bytes'
 
 
 class Tokenizer(Protocol):
-    """The interface of every tokenizer.
+    """The interface of every tokenizer, and what most of them share.
 
     `byte_lengths` (V,) int64 is the number of UTF-8 bytes of each token, for bits per byte.
     `separator` is the id between two documents, which no text produces; None if it has none.
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
     name: ClassVar[str]
     vocab_size: int
     byte_lengths: np.ndarray
-    separator: int | None
+    separator: int | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (N,), of the smallest unsigned dtype that fits the vocabulary.
@@ -50,8 +50,9 @@ class Tokenizer(Protocol):
     def cut(self, text: str) -> int:
         """The last position at which `text` may be cut without changing its ids.
 
-        0 if there is none. The text before `text`, or after it, does not matter.
+        0 if there is none; here any will do. The text before `text`, or after it, does not matter.
         """
+        return len(text)
 
     def decode_bytes(self, ids) -> bytes:
         """UTF-8 of ids (N,). The bytes may end inside a character: streaming must buffer them."""
@@ -64,15 +65,15 @@ class Tokenizer(Protocol):
 
         Raises UserError for an id outside the vocabulary.
         """
+        return self.decode_bytes(ids).decode('utf-8', 'replace')
 
 
 @dataclasses.dataclass(frozen=True)
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One token a character. Its id is its index in `alphabet`, the sorted distinct characters."""
 
     alphabet: str
     name: ClassVar[str] = 'char'
-    separator: ClassVar[None] = None
 
     def __post_init__(self):
         if not self.alphabet:
@@ -125,10 +126,6 @@ class CharTokenizer:
             encoded[start : start + len(ids)] = ids
         return encoded
 
-    def cut(self, text: str) -> int:
-        """At the end: every position will do."""
-        return len(text)
-
     def decode_bytes(self, ids) -> bytes:
         """The characters as UTF-8."""
         return self.decode(ids).encode('utf-8', 'replace')
@@ -155,12 +152,11 @@ class CharTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token a byte of the text's UTF-8: encodes every text, and needs no alphabet."""
 
     name: ClassVar[str] = 'byte'
     vocab_size: ClassVar[int] = 256
-    separator: ClassVar[None] = None
 
     @property
     def byte_lengths(self) -> np.ndarray:
@@ -174,17 +170,9 @@ class ByteTokenizer:
         except UnicodeEncodeError as error:
             raise _unknown(text, error.start, NOT_UTF8) from None
 
-    def cut(self, text: str) -> int:
-        """At the end: every position will do."""
-        return len(text)
-
     def decode_bytes(self, ids) -> bytes:
         """The ids themselves."""
         return _checked(ids, self.vocab_size).astype(np.uint8).tobytes()
-
-    def decode(self, ids) -> str:
-        """The text, with U+FFFD for bytes that are not UTF-8."""
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def hub_files(self) -> dict[str, str]:
         """The tokenizer in the form of transformers: GPT-2's bytes, without merges."""
@@ -217,7 +205,7 @@ def _stand_ins() -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpt2Tokenizer:
+class Gpt2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding of UTF-8 bytes, computed by tiktoken.
 
     Radford et al. 2019, section 2.2; Sennrich et al. 2016. A pattern first splits the text into
@@ -324,10 +312,6 @@ class Gpt2Tokenizer:
     def decode_bytes(self, ids) -> bytes:
         """The tokens' bytes; a token may end inside a character."""
         return b''.join(map(self._bytes.__getitem__, _checked(ids, self.vocab_size).tolist()))
-
-    def decode(self, ids) -> str:
-        """The text, with U+FFFD for bytes that are not UTF-8."""
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def hub_files(self) -> dict[str, str]:
         """The tokenizer in the form of the hub."""
