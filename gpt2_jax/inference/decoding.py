@@ -186,14 +186,6 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
         yield text[-1]
 
 
-def most_tokens(context: int) -> int:
-    """Tokens of a prompt and its continuation that fit into one context.
-
-    One more than its positions: the last token is not fed to the model.
-    """
-    return context + 1
-
-
 def generate(
     model: GPT2,
     params,
@@ -216,7 +208,8 @@ def generate(
     restart.
     """
     context = model.cfg.n_positions
-    if strict_context and len(prompt) + max_new_tokens > most_tokens(context):
+    # One token more than there are positions: the last one is not fed to the model.
+    if strict_context and len(prompt) + max_new_tokens > context + 1:
         raise UsageError(
             f'{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the context of '
             f'{context} (strict_context): lower max_new_tokens, shorten the prompt, or let it '

@@ -18,7 +18,7 @@ from gpt2_jax.architecture import GPT2Config, matmul_weights
 from gpt2_jax.data.dataset import Dataset, Tokens
 from gpt2_jax.data.tokenizers import CharTokenizer
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.inference.decoding import CHUNK, generate, most_tokens, with_kernels
+from gpt2_jax.inference.decoding import CHUNK, generate, with_kernels
 from gpt2_jax.inference.evaluate import make_evaluate, make_jitted_eval_step, make_prepare
 from gpt2_jax.inference.sampling import Sampling
 from gpt2_jax.parallel import devices, feed
@@ -161,7 +161,7 @@ def bench_decode(
     is too short.
     """
     context = setup.model.cfg.n_positions
-    most = most_tokens(context)
+    most = context + 1  # the last token is not fed to the model
     if prompt_tokens + new_tokens > most:
         raise UsageError(
             f'--prompt_tokens={prompt_tokens} and --new_tokens={new_tokens} do not fit the context '

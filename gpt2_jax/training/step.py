@@ -53,16 +53,11 @@ class TrainState:
         return self.params if self.rounded is None else join_kernels(self.rounded, self.params)
 
     def round_again(self):
-        """The same state, with `rounded` made again from the parameters, in the same dtypes."""
+        """The same state, with `rounded` made again from the parameters, in the same dtype."""
         if self.rounded is None:
             return self
-        rounded = jax.tree.map(
-            lambda old, leaf: None if old is None else leaf.astype(old.dtype),
-            self.rounded,
-            self.params,
-            is_leaf=lambda leaf: leaf is None,
-        )
-        return self.replace(rounded=rounded)
+        dtype = jax.tree.leaves(self.rounded)[0].dtype
+        return self.replace(rounded=round_kernels(self.params, dtype))
 
 
 def init_state(params, optimizer: Optimizer, averages: bool = False) -> TrainState:
