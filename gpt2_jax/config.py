@@ -409,7 +409,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if is_allowed and kind is float and key.startswith(IN_FP32):
             with np.errstate(over='ignore'):
                 rounded = float(np.float32(value))
+            if abs(rounded) < np.finfo(np.float32).tiny:  # XLA flushes subnormal numbers
+                rounded = 0.0
             is_allowed = math.isfinite(rounded) and allowed.test(rounded)
+            # 0 often means something else, such as no clipping.
+            is_allowed = is_allowed and bool(rounded) == bool(value)
             rounding = f', in fp32 {rounded},'
         if not is_allowed:
             expected = f'{_kind_words(kind)}, {allowed.words} ({meaning})'
@@ -453,6 +457,12 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         yield (
             f'optim.end_learning_rate = {optim.end_learning_rate} must be at most '
             f'optim.learning_rate = {optim.learning_rate}'
+        )
+    if (decay := optim.learning_rate * optim.weight_decay) > 1:
+        yield (
+            f'optim.weight_decay = {optim.weight_decay} must be at most 1 / optim.learning_rate = '
+            f'{1 / optim.learning_rate:.4g}: an update would take {decay:.3g} times each weight '
+            'from it'
         )
     if rows % shares:
         yield (

@@ -128,6 +128,8 @@ def test_wrong_json(text, named):
     [
         ('optim.beta2', 1 - 1e-11, 1.0),  # the second moment would stay 0, and nothing be learnt
         ('optim.learning_rate', 1e-60, 0.0),
+        ('optim.clip_norm', 1e-60, 0.0),  # every gradient would become 0
+        ('optim.eps', 1e-40, 0.0),
         ('model.layer_norm_epsilon', 1e39, math.inf),
     ],
 )
@@ -226,6 +228,10 @@ def test_wrong_values_are_named(key, value):
             ['optim.end_learning_rate = 0.001', 'at most optim.learning_rate = 0.0006'],
         ),
         (
+            {'optim.weight_decay': 1e30},
+            ['optim.weight_decay = 1e+30', 'at most 1 / optim.learning_rate = 1667'],
+        ),
+        (
             {'train.grad_accum_steps': 4, 'mesh.data': 3, 'mesh.fsdp': 2},
             ['the 16 rows', 'mesh.data x mesh.fsdp = 6'],
         ),
@@ -253,6 +259,7 @@ def test_settings_that_do_not_fit_each_other(changes, named):
         'mesh.fsdp': 4,
         'model.n_embd': 144,
         'optim.end_learning_rate': 6e-4,
+        'optim.weight_decay': 1e3,
         'model.dtype': 'bfloat16',
         'model.attn_pdrop': 0.0,
     }
