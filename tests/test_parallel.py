@@ -302,6 +302,30 @@ def test_sums_of_gradients_wait_for_the_backward_pass_in_one_process(monkeypatch
     assert operations == ['optimization_barrier'] * (not several) + ['psum', 'psum']
 
 
+def test_shards_are_gathered_and_sums_scattered_along_a_first_axis(monkeypatch):
+    """Along any other axis, XLA transposes the shards on a GPU."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AbstractMesh, AxisType
+
+    from gpt2_jax.parallel import collectives
+
+    mesh = AbstractMesh((1, 2, 1), ('data', 'fsdp', 'tensor'), (AxisType.Auto,) * 3)
+    monkeypatch.setattr(AbstractMesh, 'is_multi_process', False, raising=False)
+    params = {
+        'wte': {'embedding': jnp.ones((3, 4))},
+        'mlp': {'c_proj': {'kernel': jnp.ones((6, 4))}},
+    }
+    run = collectives.on_own_rows(
+        mesh, lambda params, *_: (jnp.float32(0), params), lambda params: params, 'float32'
+    )
+    traced = str(
+        jax.make_jaxpr(run, static_argnums=3)(params, jnp.ones((2, 3)), jax.random.key(0), 1)
+    )
+    axes = re.findall(r'(?:all_gather|scatter)_dimension=(\d)', traced)
+    assert axes == ['0'] * 4
+
+
 @pytest.mark.parametrize('mesh', [DATA, FSDP, TENSOR])
 def test_norms_of_the_fused_optimizer_are_sums_over_the_devices(mesh):
     """The sums of squares of the gradients, and those of updates and parameters together."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -33,14 +34,26 @@ def first_row(rows: int):
     return lax.axis_index(ROW_AXES) * rows
 
 
+def sharded_axis(mesh: Mesh, spec: P) -> int | None:
+    """The axis of a leaf that is split over 'fsdp', or None."""
+    # A collective over one device would copy each leaf.
+    return spec.index('fsdp') if mesh.shape['fsdp'] > 1 and 'fsdp' in spec else None
+
+
 def gather(mesh: Mesh, shards, spec):
-    """The whole leaves from their shards over 'fsdp', on each device."""
+    """The whole leaves from their shards over 'fsdp', on each device.
+
+    The shards arrive along a new first axis, and XLA moves it where the leaf is used. If they
+    arrived along their own axis, XLA would transpose each shard before and the leaf after it, and
+    the rows of the token embedding would not be contiguous: on two H200, an update of 124M,
+    32 x 1,024, would take 60.7 ms instead of 59.0.
+    """
 
     def whole(shard, spec: P):
-        # A collective over one device would copy each leaf.
-        if mesh.shape['fsdp'] == 1 or 'fsdp' not in spec:
+        axis = sharded_axis(mesh, spec)
+        if axis is None:
             return shard
-        return lax.all_gather(shard, 'fsdp', axis=spec.index('fsdp'), tiled=True)
+        return lax.collapse(jnp.moveaxis(lax.all_gather(shard, 'fsdp'), 0, axis), axis, axis + 2)
 
     return jax.tree.map(whole, shards, spec)
 
@@ -78,11 +91,12 @@ def on_own_rows(mesh: Mesh, loss_and_grads: Callable, cast: Callable, dtype: str
     """
 
     def add_up(gradient, spec: P):
-        """The sum over all devices, of the shard that this one holds."""
-        if mesh.shape['fsdp'] == 1 or 'fsdp' not in spec:
+        """The sum over all devices, of the shard that this one holds; see `gather` for its axis."""
+        axis, shape = sharded_axis(mesh, spec), gradient.shape
+        if axis is None:
             return lax.psum(gradient, ROW_AXES)
-        axis = spec.index('fsdp')
-        own = lax.psum_scatter(gradient, 'fsdp', scatter_dimension=axis, tiled=True)
+        shards = gradient.reshape(*shape[:axis], mesh.shape['fsdp'], -1, *shape[axis + 1 :])
+        own = lax.psum_scatter(jnp.moveaxis(shards, axis, 0), 'fsdp')
         return lax.psum(own, 'data') if mesh.shape['data'] > 1 else own
 
     def on_mesh(params, batch, step_key, n_targets: int):
