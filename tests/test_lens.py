@@ -520,6 +520,14 @@ def test_the_curvature_of_a_loss_that_is_not_finite_is_nan(text):
     assert halves == pytest.approx((0.5, 0.5, 1))
 
 
+@pytest.mark.parametrize('size', [1e30, 1e-30])
+def test_the_curvature_may_have_any_size(size):
+    diagonal = np.float32(size) * np.array([1, 2, 5, 9], np.float32)
+    start = np.full(4, size, np.float32)
+    found = hessian.lanczos(lambda v: v * diagonal, start, most=8, tolerance=0.0)
+    assert found[:2] == pytest.approx((9 * size, size), rel=1e-4)
+
+
 @pytest.mark.long
 def test_curvature_equals_the_full_hessian():
     model = tiny(n_layer=1, n_embd=4, n_head=2, n_positions=5, vocab_size=5, n_inner=6)
@@ -561,6 +569,24 @@ def test_curvature_equals_the_full_hessian():
 
 
 # Models and texts
+
+
+def test_all_of_it_works_under_a_transfer_guard(model, params, text):
+    class Moved(Exception):
+        """The tokens of a text were asked for, and an array could be moved."""
+
+    class Text:
+        def __array__(self, dtype=None, copy=None):
+            jnp.sin(np.ones(1))
+            raise Moved
+
+    more = {'edit': ({},), 'ablate': ('h_1.mlp_out',), 'patch': (text, 'h_1.mlp_out')}
+    more['hessian_vector'] = (params,)
+    with jax.transfer_guard('disallow'):
+        for name in set(lens.__all__) - {'head_scores', 'shape_flow'}:
+            with pytest.raises(Moved):
+                getattr(lens, name)((model, params), Text(), *more.get(name, ()))
+        lens.head_scores((model, params), rows=1)
 
 
 def test_every_kind_of_model_is_accepted(model, params, text):

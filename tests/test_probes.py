@@ -187,6 +187,15 @@ def test_curvature_is_near_the_largest_eigenvalue(at_eight):
     assert 0.7 * found['all'].top <= probe['curvature'] <= 1.03 * found['all'].top
 
 
+def test_the_curvature_may_have_any_size():
+    measure = SimpleNamespace(
+        gradient_tokens=None, _gradient_at=lambda params, tokens: params * np.float32(1e25)
+    )
+    params = np.ones(3, np.float32)
+    found = probes.Measure.curvature(measure, params, measure._gradient_at(params, None))
+    assert found == pytest.approx(1e25, rel=1e-3)
+
+
 def test_an_activation_that_never_varies_has_no_distribution():
     assert np.isnan(probes.kurtosis(np.ones((3, 4))))
     assert probes.bins(np.zeros(9)).sum() == 0

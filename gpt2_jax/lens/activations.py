@@ -24,6 +24,7 @@ from gpt2_jax.lens.subject import (
     next_token_losses,
     run,
 )
+from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.parallel.partition import named_leaves
 
 
@@ -45,6 +46,7 @@ def capturing(cfg, names: tuple[str, ...]) -> Callable:
     return jax.jit(captured)
 
 
+@allow_transfers
 def capture(source, text, names: str | Iterable[str] = '*') -> dict[str, np.ndarray]:
     """The activations at the addresses that `names` matches, in the order of the forward pass.
 
@@ -102,6 +104,7 @@ def loss_at(position: int) -> Callable:
     return lambda logits_BTV, tokens_BT: next_token_losses(logits_BTV, tokens_BT)[:, position].sum()
 
 
+@allow_transfers
 def gradients(
     source,
     text,

@@ -19,6 +19,7 @@ from gpt2_jax.errors import UserError
 from gpt2_jax.lens.activations import mean_loss
 from gpt2_jax.lens.subject import as_subject, as_tokens, leaf_shapes, run
 from gpt2_jax.model.params import count_params
+from gpt2_jax.parallel.devices import allow_transfers
 
 
 @functools.lru_cache(maxsize=16)
@@ -43,6 +44,7 @@ def _product(cfg) -> Callable:
     return jax.jit(product)
 
 
+@allow_transfers
 def hessian_vector(source, text, vector):
     """H v for a tree `vector` of the shapes of the parameters; a tree of the same shapes, numpy.
 
@@ -70,6 +72,7 @@ class Curvature(NamedTuple):
     products: int
 
 
+@allow_transfers
 def curvature(
     source,
     text,
@@ -122,7 +125,9 @@ def _dot(a_P, b_P):
 def _orthogonal(w_P, alpha, v_P, beta, before_P):
     """What is left of w without its parts along the last two vectors, and its norm."""
     w_P = w_P - alpha * v_P - beta * before_P
-    return w_P, jnp.linalg.norm(w_P)
+    # Scaled, so that the squares neither overflow nor vanish.
+    largest = jnp.maximum(jnp.abs(w_P).max(), jnp.finfo(w_P.dtype).tiny)
+    return w_P, largest * jnp.linalg.norm(w_P / largest)
 
 
 def lanczos(product: Callable, start_P, most: int, tolerance: float) -> Curvature:
@@ -132,6 +137,7 @@ def lanczos(product: Callable, start_P, most: int, tolerance: float) -> Curvatur
     then repeats eigenvalues that were found already, and leaves the ends of the spectrum as they
     are. Both ends are nan if a product is not finite.
     """
+    start_P = start_P / np.abs(start_P).max()
     v_P = jnp.asarray(start_P / np.linalg.norm(start_P))
     before_P, beta = jnp.zeros_like(v_P), 0.0
     alphas, betas, ends = [], [], []

@@ -27,10 +27,12 @@ from gpt2_jax.lens.subject import (
     next_token_losses,
     run,
 )
+from gpt2_jax.parallel.devices import allow_transfers
 
 ABLATIONS = ('zero', 'mean')
 
 
+@allow_transfers
 def edit(
     source, text, edits: Mapping[str, object], names: str | Iterable[str] = 'logits'
 ) -> dict[str, np.ndarray]:
@@ -142,6 +144,7 @@ def _sweep(
     }
 
 
+@allow_transfers
 def ablate(
     source,
     text,
@@ -170,6 +173,7 @@ def ablate(
     return _sweep(subject, tokens_BT, found, values, measure)
 
 
+@allow_transfers
 def patch(
     source,
     text,

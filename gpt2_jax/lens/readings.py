@@ -21,6 +21,7 @@ from gpt2_jax.lens.subject import (
     run,
 )
 from gpt2_jax.model.gpt2 import GPT2, LayerNorm
+from gpt2_jax.parallel.devices import allow_transfers
 
 # Rows of a Jacobian that are computed at once: each is a backward pass with activations of its own.
 JACOBIAN_ROWS = 32
@@ -32,6 +33,7 @@ def _losses(cfg):
     return jax.jit(lambda params, tokens: next_token_losses(run(cfg, params, tokens), tokens))
 
 
+@allow_transfers
 def token_losses(source, text) -> np.ndarray:
     """The loss of each next token in nats: (B, T - 1); entry t is the loss of token t + 1."""
     subject = as_subject(source)
@@ -62,6 +64,7 @@ def residual_stream(cfg) -> list[str]:
     return (['h_0.resid_pre'] if cfg.n_layer else []) + after
 
 
+@allow_transfers
 def logit_lens(source, text, jacobians=None) -> np.ndarray:
     """The logits read off the residual stream before the first block and after each.
 
@@ -132,6 +135,7 @@ def _jacobian_rows(cfg):
     return jax.jit(rows_of)
 
 
+@allow_transfers
 def jacobian_lens(source, text) -> np.ndarray:
     """The average Jacobian from the residual stream at each layer to the last: (L + 1, D, D).
 
@@ -160,6 +164,7 @@ def default_targets(tokens_BT, logits_BTV) -> np.ndarray:
     return np.concatenate([tokens_BT[:, 1:], logits_BTV[:, -1:].argmax(-1)], 1)
 
 
+@allow_transfers
 def attribution(source, text, targets=None, against=None) -> dict[str, np.ndarray]:
     """Direct logit attribution: how much each part of the model adds to the logit of a token.
 
@@ -249,6 +254,7 @@ def repeated_tokens(cfg, rows: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([first, first], 1).astype(np.int32)
 
 
+@allow_transfers
 def head_scores(source, *, rows: int = 8, seed: int = 0) -> HeadScores:
     """What each head does on random tokens that are repeated once.
 
