@@ -174,7 +174,7 @@ def test_precisions_between_the_kernels(monkeypatch, residual_dtype, stream, dro
 
     monkeypatch.setattr(fused_step, 'add_norm', add_norm_seen)
     model = tiny(**SIZE | dropout, dtype='bfloat16', residual_dtype=residual_dtype)
-    value_and_grad = fused_step.make_value_and_grad(model.cfg)
+    value_and_grad = make_value_and_grad(model, kernel_choice.FUSED)
     key = jax.random.key(0)
     jax.eval_shape(lambda params: value_and_grad(params, batch(model), key, 1), shapes(model))
     assert seen == {('x', stream), ('sum', stream), ('branch', 'bfloat16'), ('y', 'bfloat16')}
@@ -544,7 +544,7 @@ def test_embeddings_are_summed_in_fp32(monkeypatch):
 
     monkeypatch.setattr(fused_step, 'features', lambda cfg, params, x, *_: x.reshape(dy_ND.shape))
     monkeypatch.setattr(fused_step, 'head_loss', head_loss)
-    _, grads = fused_step.make_value_and_grad(model.cfg)(params, data, None, 1)
+    _, grads = make_value_and_grad(model, kernel_choice.FUSED)(params, data, None, 1)
     wte_VD, wpe_PD = params['wte']['embedding'], params['wpe']['embedding']
     sums_BTD = wte_VD[data['inputs']] + wpe_PD[: dy_BTD.shape[1]]
     np.testing.assert_array_equal(seen['y'], jnp.bfloat16(sums_BTD).reshape(dy_ND.shape))

@@ -5,7 +5,6 @@ Arrays of rows have one row for each token: N = B T.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -139,11 +138,6 @@ def xla_attention(cfg: GPT2Config, qkv_BT3HK, bias_3HK, seed):
     return causal_attention(q_BTHK, k_BHSK, v_BHSK, **options)
 
 
-def make_value_and_grad(cfg: GPT2Config, kernels: Kernels = FUSED) -> Callable:
-    """The function of step.plain_value_and_grad, by fused kernels."""
-    return functools.partial(value_and_grad, cfg, kernels)
-
-
 def cast_kernels(cfg: GPT2Config, params):
     """The parameters, with the leaves 'kernel' in the compute dtype."""
     return join_kernels(round_kernels(params, cfg.compute_dtype), params)
@@ -154,7 +148,8 @@ def value_and_grad(
 ):
     """The summed loss of a (micro-)batch over `n_targets`, and its gradient.
 
-    The leaves 'kernel' are cast to the compute dtype before differentiation. So their gradients
+    From `params` on, the arguments are those of the function of step.plain_value_and_grad. The
+    leaves 'kernel' are cast to the compute dtype before differentiation. So their gradients
     stay in this dtype, as the matrix products return them, and reading them takes half the bytes.
     The gradient of the token embedding may have rows of 0 after the last row. `first_row` is as in
     `features`.

@@ -83,23 +83,15 @@ def make_schedule(
     peak, end, w = learning_rate, end_learning_rate, warmup_steps
     steps = max(steps, w + 1)
     h = min(w + round(hold * (steps - w)), steps - 1)
-    if implementation == 'optax' and (decay, h) == ('cosine', w):
-        return optax.warmup_cosine_decay_schedule(
-            init_value=peak / (w + 1),
-            peak_value=peak,
-            warmup_steps=w,
-            decay_steps=steps,
-            end_value=end,
-        )
     if implementation == 'optax':
-        decays = {
+        warmup = optax.linear_schedule(peak / (w + 1), peak, w)
+        falling = {
             'cosine': optax.cosine_decay_schedule(peak, steps - h, alpha=end / peak),
             'linear': optax.linear_schedule(peak, end, steps - h),
-        }
-        warmup = optax.linear_schedule(peak / (w + 1), peak, w)
-        return optax.join_schedules(
-            [warmup, optax.constant_schedule(peak), decays[decay]], boundaries=[w, h]
-        )
+        }[decay]
+        if h == w:
+            return optax.join_schedules([warmup, falling], [w])
+        return optax.join_schedules([warmup, optax.constant_schedule(peak), falling], [w, h])
 
     def schedule(s):
         ramp = peak * (s + 1) / (w + 1)

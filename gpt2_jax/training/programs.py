@@ -129,7 +129,7 @@ def make_value_and_grad(
     if kernels.fused_training:
         from gpt2_jax.training import fused_step  # loads Pallas: half a second
 
-        return fused_step.make_value_and_grad(model.cfg, kernels)
+        return functools.partial(fused_step.value_and_grad, model.cfg, kernels)
     return plain_value_and_grad(model, unshard, chunk_targets)
 
 
