@@ -8,9 +8,16 @@ import pytest
 from bpe import SMALL
 from tiny import rough_params, tiny
 
+from gpt2_jax.data.batches import eval_batches
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.tokenizers import make_tokenizer
-from gpt2_jax.inference.evaluate import Evaluation, evaluate, perplexity
+from gpt2_jax.inference.evaluate import (
+    Evaluation,
+    Sums,
+    make_evaluation,
+    perplexity,
+    sum_losses,
+)
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.step import make_eval_step
 
@@ -26,20 +33,12 @@ def text_of(n):
     return ''.join(np.random.default_rng(n).choice(list(ALPHABET), n))
 
 
-def evaluated(text, batch_size, cuts=(), stride=None, **options):
-    tokenizer = make_tokenizer('char', ALPHABET)
+def evaluated(text, batch_size, cuts=(), on_batch=lambda tokens: None, **options):
+    tokenizer, mesh = make_tokenizer('char', ALPHABET), make_mesh(data=1, fsdp=1, tensor=1)
     tokens = Tokens(tuple(np.split(tokenizer.encode(text), cuts)))
-    return evaluate(
-        eval_step,
-        PARAMS,
-        tokens,
-        tokenizer,
-        batch_size=batch_size,
-        seq_len=T,
-        stride=stride,
-        **options,
-        mesh=make_mesh(data=1, fsdp=1, tensor=1),
-    )
+    windows = eval_batches(tokens, batch_size=batch_size, seq_len=T, **options)
+    sums = sum_losses(eval_step, PARAMS, windows, tokenizer.byte_lengths, mesh, on_batch)
+    return make_evaluation(sums, len(tokens) - 1)
 
 
 # One target; one window; a window and one target; 12 windows and 7 targets; 13 windows.
@@ -134,16 +133,8 @@ def test_every_batch_is_reported_and_may_be_the_last():
 
 def test_targets_without_bytes():
     """A single <|endoftext|> has no bytes, so that bits per byte are unknown."""
-    model = tiny(vocab_size=SMALL.vocab_size, n_layer=1)
-    got = evaluate(
-        jax.jit(make_eval_step(model)),
-        rough_params(model),
-        Tokens((np.array([65, SMALL.separator]),)),
-        SMALL,
-        batch_size=1,
-        seq_len=T,
-        mesh=make_mesh(data=1, fsdp=1, tensor=1),
-    )
+    n_bytes = int(SMALL.byte_lengths[SMALL.separator])
+    got = make_evaluation(Sums(nats=5.0, tokens=1, bytes=n_bytes), 1)
     assert (got.tokens, got.bytes, got.bits_per_byte) == (1, 0, None)
     assert 'bits per byte' not in str(got)
     assert str(got).endswith('over 1 token')

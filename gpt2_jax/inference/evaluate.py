@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from gpt2_jax.data import batches
 from gpt2_jax.data.batches import HostBatch
 from gpt2_jax.data.dataset import Tokens
-from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.parallel.collectives import evaluate_own_rows
 from gpt2_jax.parallel.mesh import one_at_a_time, put_batch, replicated
 from gpt2_jax.parallel.partition import make_unshard, shardings
@@ -100,33 +99,8 @@ def sum_losses(
     return Sums(math.fsum(np.concatenate(nats)), n_tokens, n_bytes)
 
 
-def evaluate(
-    eval_step: Callable,
-    params,
-    tokens: Tokens,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    seq_len: int,
-    mesh: Mesh,
-    stride: int | None = None,
-    max_targets: int = 0,
-    on_batch: Callable[[int], None] = lambda tokens: None,
-) -> Evaluation:
-    """Evaluates the N - 1 targets of `tokens`, or a part of them, in windows of `seq_len` tokens.
-
-    `stride` and `max_targets` are as in batches.eval_batches, `on_batch` as in `sum_losses`. The
-    first token is not a target, so its bytes do not count either.
-    """
-    windows = batches.eval_batches(
-        tokens, batch_size=batch_size, seq_len=seq_len, stride=stride, max_targets=max_targets
-    )
-    sums = sum_losses(eval_step, params, windows, tokenizer.byte_lengths, mesh, on_batch)
-    return make_evaluation(sums, len(tokens) - 1)
-
-
 def make_evaluation(sums: Sums, split_tokens: int) -> Evaluation:
-    """The figures that follow from sums over targets."""
+    """The figures that follow from sums over targets, of a text of `split_tokens` targets."""
     nats, n_tokens, n_bytes = sums
     loss = nats / n_tokens
     bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
@@ -210,24 +184,23 @@ def make_evaluate(
 ) -> Callable:
     """The function run(params, split='val', on_batch=..) -> Evaluation of a split of the data.
 
-    It evaluates eval.tokens targets, evenly spread over the split, or all. `stride` is as in
-    batches.eval_batches, `pool` as in programs.compile_train_step, `on_batch` as in `sum_losses`.
+    It evaluates eval.tokens targets, evenly spread over the split, or all. The first token is not a
+    target, so its bytes do not count either. `stride` is as in batches.eval_batches, `pool` as in
+    programs.compile_train_step, `on_batch` as in `sum_losses`.
     """
     eval_step, prepare = make_jitted_eval_step(setup, pool), make_prepare(setup, pool)
-    config = setup.config
 
     def run(params, split: str = 'val', on_batch=lambda tokens: None) -> Evaluation:
-        return evaluate(
-            eval_step,
-            prepare(params),
-            getattr(setup.dataset, split),
-            setup.dataset.tokenizer,
-            mesh=setup.mesh,
+        tokens: Tokens = getattr(setup.dataset, split)
+        windows = batches.eval_batches(
+            tokens,
             batch_size=setup.rows_per_micro_batch,
-            seq_len=config.train.seq_len,
+            seq_len=setup.config.train.seq_len,
             stride=stride,
-            max_targets=config.eval.tokens,
-            on_batch=on_batch,
+            max_targets=setup.config.eval.tokens,
         )
+        byte_lengths = setup.dataset.tokenizer.byte_lengths
+        sums = sum_losses(eval_step, prepare(params), windows, byte_lengths, setup.mesh, on_batch)
+        return make_evaluation(sums, len(tokens) - 1)
 
     return run

@@ -152,15 +152,6 @@ def column_blocks(D, max_size):
     return size, pl.cdiv(D, size)
 
 
-def check_rows(kernel, N, block):
-    """Raises ValueError unless N rows are whole blocks of `block` rows: the rest would be left out.
-
-    The backward passes need more, see `row_programs`.
-    """
-    if N % block:
-        raise ValueError(f'the kernel {kernel} got {N} rows; expected a multiple of {block}')
-
-
 def row_programs(kernel, N, block, max_programs):
     """The number of programs that share N rows equally, each in whole blocks of `block` rows.
 

@@ -15,7 +15,6 @@ from jax.experimental.pallas import triton as plgpu
 from gpt2_jax.kernels.launch import (
     SEED_SPECS,
     call,
-    check_rows,
     only,
     read_seed,
     row_programs,
@@ -152,7 +151,8 @@ def _add_norm_forward(
     x_ND, branch_ND, branch_bias_D, scale_D, bias_D, seed, rate, eps, dtype, differentiated
 ):
     N, D = x_ND.shape
-    check_rows('add_norm', N, NORM_ROWS)
+    if N % NORM_ROWS:  # the kernel would leave out the rest
+        raise ValueError(f'the kernel add_norm got {N} rows; expected a multiple of {NORM_ROWS}')
     width, adds = pl.next_power_of_2(D), branch_ND is not None
     rows = pl.BlockSpec((NORM_ROWS, width), lambda i: (i, 0))
     row = pl.BlockSpec((NORM_ROWS,), lambda i: (i,))
