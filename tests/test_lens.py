@@ -265,10 +265,21 @@ def test_any_loss_can_be_differentiated(model, params, text):
     np.testing.assert_array_equal(gradient, expected)
 
 
-@pytest.mark.parametrize('at', [8, -1, 9, -10])
+@pytest.mark.parametrize('at', [8, -1, 9, -10, 1.5, [1, 2]])
 def test_a_position_without_a_loss_is_reported(model, params, text, at):
     with pytest.raises(UsageError, match='a loss at positions 0 to 7'):
         lens.gradients((model, params), text, 'embed', at=at)
+
+
+def test_a_position_beside_a_loss_is_refused(model, params, text):
+    with pytest.raises(UsageError, match='at and loss are both given'):
+        lens.gradients((model, params), text, 'embed', at=2, loss=lambda logits, _: logits.sum())
+
+
+@pytest.mark.parametrize('names', [None, 5, ['embed', 5]])
+def test_gradients_at_no_name_are_refused(model, params, text, names):
+    with pytest.raises(UsageError, match='is not the name of an activation: expected a text'):
+        lens.gradients((model, params), text, names)
 
 
 # Edits
@@ -320,6 +331,25 @@ def test_an_edit_of_a_wrong_shape_is_reported(model, params, text):
 def test_an_edit_that_is_no_number_is_reported(model, params, text, change):
     with pytest.raises(UserError, match=r'the edit of h_0\.attn\.1 is .*: expected a number'):
         lens.edit((model, params), text, {'h_0.attn.1': change})
+
+
+@pytest.mark.parametrize('by', ['zero', 'mean'])
+def test_a_changed_score_stays_masked(model, params, text, by):
+    """No token sees a later one; the mean of a key's scores is over the queries that see it."""
+
+    def change(at, x):
+        if at != 'h_0.attn_scores':
+            return x
+        visible = x > -np.inf
+        mean = x.mean((0, 2), keepdims=True, where=visible) if by == 'mean' else 0
+        return np.where(visible, mean, x)
+
+    (found,) = lens.ablate((model, params), text, 'h_0.attn_scores', by=by).values()
+    np.testing.assert_allclose(found, losses_if(change, params, model.cfg, text), **CLOSE)
+    for score in (0, lambda x: 0 * x):
+        taken = lens.edit((model, params), text, {'h_0.attn_scores.1': score}, 'h_0.pattern.1')
+        uniform = np.tril(np.ones((9, 9))) / np.arange(1, 10)[:, None]
+        np.testing.assert_allclose(taken['h_0.pattern.1'], [uniform] * 2, rtol=1e-6)
 
 
 def test_edits_that_have_no_addresses_are_reported(model, params, text):
@@ -458,6 +488,11 @@ def test_attributions_sum_to_the_logit(bias):
     assert ('ln_f.bias' in terms) == bias
 
 
+def test_targets_of_other_rows_are_reported(model, params, text):
+    with pytest.raises(UserError, match=r'targets of shape \(3, 9\) for tokens of shape \(2, 9\)'):
+        lens.attribution((model, params), text, np.zeros((3, 9), int))
+
+
 def test_the_attribution_of_a_head_is_what_it_adds(model, params, text, whole):
     """Without that head's output, the LayerNorm's scale held, the logit lacks its term."""
     source = model, params
@@ -508,6 +543,12 @@ def test_head_scores_of_no_text_are_refused(model, params, wrong):
 
 
 # Curvature
+
+
+@pytest.mark.parametrize('wrong', [{'most': 0}, {'most': 2.5}, {'seed': -1}])
+def test_curvature_of_no_products_is_refused(model, params, text, wrong):
+    with pytest.raises(UsageError, match='expected a whole number, at least'):
+        lens.curvature((model, params), text, **wrong)
 
 
 def test_the_curvature_of_a_loss_that_is_not_finite_is_nan(text):

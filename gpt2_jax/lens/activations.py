@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.errors import UsageError
-from gpt2_jax.lens.sites import Site, expand, names_of
+from gpt2_jax.lens.sites import Site, as_patterns, expand, names_of
 from gpt2_jax.lens.subject import (
     as_numpy,
     as_subject,
@@ -124,13 +124,15 @@ def gradients(
     tokens_BT = as_tokens(subject, text, least=2)
     T = tokens_BT.shape[1]
     if at is not None:
-        if not -T <= at < T or at % T == T - 1:
+        if loss is not mean_loss:
+            raise UsageError('at and loss are both given, and at names a loss: give one')
+        if not isinstance(at, int | np.integer) or not -T <= at < T or at % T == T - 1:
             raise UsageError(
                 f'at = {at}: the text has {T} tokens, and a loss at positions 0 to {T - 2}; '
                 'no token follows the last one'
             )
         loss = loss_at(at % T)
-    patterns = [names] if isinstance(names, str) else list(names)
+    patterns = as_patterns(names)
     sites = expand(subject.cfg, [name for name in patterns if '/' not in name], T)
     leaves = _expand_params(subject.params, [name for name in patterns if '/' in name])
     function = _differentiating(subject.cfg, names_of(sites), loss, bool(leaves))

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from gpt2_jax.errors import UserError
 from gpt2_jax.lens.activations import mean_loss
-from gpt2_jax.lens.subject import as_subject, as_tokens, leaf_shapes, run
+from gpt2_jax.lens.subject import as_subject, as_tokens, check_whole, leaf_shapes, run
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel.devices import allow_transfers
 
@@ -89,6 +89,8 @@ def curvature(
     until both ends move by less than `tolerance` of the larger one twice in a row, and at most
     `most` products each. Raises as `capture`.
     """
+    check_whole('most', most, 1)
+    check_whole('seed', seed, 0)
     subject = as_subject(source)
     tokens_BT = as_tokens(subject, text, least=2)
     product = functools.partial(_product(subject.cfg), subject.params, tokens_BT)

@@ -41,7 +41,8 @@ def edit(
     `edits` maps an address to what takes its place: a number or an array, broadcast to the shape
     that the address has; or a function of it that JAX can trace, whose result is broadcast too.
     Edits at one activation apply in the order given, and what comes later in the forward pass sees
-    them. Raises UserError if a shape does not fit or a value is no real number, else as `capture`.
+    them. A masked score stays masked, so no token sees a later one. Raises UserError if a shape
+    does not fit or a value is no real number, else as `capture`.
     """
     if not isinstance(edits, Mapping):
         raise UsageError(
@@ -64,9 +65,11 @@ def edit(
         taken = {}
 
         def tap(name, x):
+            before = x
             for site, change in changes:
                 if site.name == name:
                     x = _with_part(x, site, change)
+            x = _masked(name, before, x)
             if name in kept:
                 taken[name] = x
             return x
@@ -99,6 +102,13 @@ def _with_part(x, site: Site, change):
     return new if part.shape == x.shape else x.at[site.index()].set(new)
 
 
+def _masked(name: str, before, x):
+    """The changed activation x; a score that the causal mask hid before the change stays hidden."""
+    if x is before or not name.endswith('attn_scores'):
+        return x
+    return jnp.where(before == -jnp.inf, before, x)
+
+
 @functools.lru_cache(maxsize=64)
 def _replacing(cfg, names: tuple[str, ...], measure: Callable) -> Callable:
     """The compiled function (params, tokens_BT, masks, values) -> measure(logits_BTV, tokens_BT).
@@ -109,7 +119,9 @@ def _replacing(cfg, names: tuple[str, ...], measure: Callable) -> Callable:
 
     def replaced(params, tokens_BT, masks, values):
         def tap(name, x):
-            return jnp.where(masks[name], values[name].astype(x.dtype), x) if name in names else x
+            if name not in names:
+                return x
+            return _masked(name, x, jnp.where(masks[name], values[name].astype(x.dtype), x))
 
         return measure(run(cfg, params, tokens_BT, tap), tokens_BT)
 
@@ -168,8 +180,10 @@ def ablate(
     values = {}
     for name, x in capturing(subject.cfg, names_of(found))(subject.params, tokens_BT).items():
         axes = tuple(i for i, axis in enumerate(axes_of(name)) if axis in 'BT')
-        mean = x.mean(axes, keepdims=True) if by == 'mean' else jnp.zeros((1,) * x.ndim, x.dtype)
-        values[name] = mean
+        if by == 'mean':  # of scores: over the queries that see the key
+            values[name] = x.mean(axes, keepdims=True, where=x != -jnp.inf)
+        else:
+            values[name] = jnp.zeros((1,) * x.ndim, x.dtype)
     return _sweep(subject, tokens_BT, found, values, measure)
 
 

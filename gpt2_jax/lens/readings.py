@@ -17,6 +17,7 @@ from gpt2_jax.lens.subject import (
     as_numpy,
     as_subject,
     as_tokens,
+    check_whole,
     next_token_losses,
     run,
 )
@@ -198,9 +199,10 @@ def attribution(source, text, targets=None, against=None) -> dict[str, np.ndarra
 
 def _targets(subject: Subject, targets, tokens_BT) -> np.ndarray:
     targets_BT = as_tokens(subject, targets)
-    if targets_BT.shape[-1] != tokens_BT.shape[-1]:
+    if targets_BT.shape not in (tokens_BT.shape, (1, tokens_BT.shape[1])):
         raise UserError(
-            f'{targets_BT.shape[-1]} targets for {tokens_BT.shape[-1]} positions: give one for each'
+            f'targets of shape {targets_BT.shape} for tokens of shape {tokens_BT.shape}: give one '
+            'for each position'
         )
     return np.broadcast_to(targets_BT, tokens_BT.shape)
 
@@ -264,9 +266,8 @@ def head_scores(source, *, rows: int = 8, seed: int = 0) -> HeadScores:
     Random, so that nothing but the repetition can be known; `rows` texts are averaged. Each score
     is a mean attention weight, 0 to 1.
     """
-    for name, value, low in (('rows', rows, 1), ('seed', seed, 0)):
-        if not isinstance(value, int | np.integer) or value < low:
-            raise UsageError(f'{name} = {value!r}: expected a whole number, at least {low}')
+    check_whole('rows', rows, 1)
+    check_whole('seed', seed, 0)
     subject = as_subject(source)
     tokens_BT = repeated_tokens(subject.cfg, rows, seed)
     names = tuple(f'h_{i}.pattern' for i in range(subject.cfg.n_layer))

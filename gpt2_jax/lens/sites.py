@@ -105,20 +105,25 @@ def axis_size(cfg: GPT2Config, axis: str, n_positions: int) -> int:
     return sizes.get(axis, n_positions)
 
 
-def expand(cfg: GPT2Config, patterns: str | Iterable[str], n_positions: int) -> list[Site]:
-    """The sites that the patterns name, each once, in the order of the forward pass.
-
-    Raises UsageError for a pattern that names nothing in this model or this text.
-    """
-    one = isinstance(patterns, str) or not isinstance(patterns, Iterable)
-    patterns = [patterns] if one else list(patterns)
-    sites = {}
+def as_patterns(names: str | Iterable[str]) -> list[str]:
+    """One pattern or several as a list. Raises UsageError for anything but texts."""
+    patterns = [names] if isinstance(names, str) or not isinstance(names, Iterable) else [*names]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise UsageError(
                 f'{pattern!r} is not the name of an activation: expected a text such as '
                 'h_0.pattern, or a list of them'
             )
+    return patterns
+
+
+def expand(cfg: GPT2Config, patterns: str | Iterable[str], n_positions: int) -> list[Site]:
+    """The sites that the patterns name, each once, in the order of the forward pass.
+
+    Raises UsageError for a pattern that names nothing in this model or this text.
+    """
+    sites = {}
+    for pattern in as_patterns(patterns):
         found = list(_expand(cfg, pattern, n_positions))
         if not found:
             raise UsageError(

@@ -20,7 +20,7 @@ import numpy as np
 from gpt2_jax import files
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.data.tokenizers import Tokenizer
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import PLAIN
 from gpt2_jax.model.params import param_shapes
@@ -137,6 +137,12 @@ def as_tokens(subject: Subject, text, *, least: int = 1) -> np.ndarray:
             f'[0, {cfg.vocab_size})'
         )
     return tokens_BT.astype(np.int32)
+
+
+def check_whole(name: str, value, least: int) -> None:
+    """Raises UsageError unless the argument `name` is a whole number, at least `least`."""
+    if not isinstance(value, int | np.integer) or value < least:
+        raise UsageError(f'{name} = {value!r}: expected a whole number, at least {least}')
 
 
 def run(cfg: GPT2Config, params, tokens_BT, tap=None):
