@@ -62,9 +62,9 @@ def train(
     Returns 0, or 128 + the number of the signal that stopped the run. `extend` allows a larger
     train.steps than before, and `fresh` first moves an old run aside. `started` is the time at
     which the process began, by time.monotonic(). `hooks` are called after evaluation and sampling
-    and before saving. Outside the main thread of the process, a signal does not save the run.
-    Raises UserError for wrong input, and if a loss is not finite; finished checkpoints stay
-    untouched.
+    and before saving. Outside the main thread of the process, a signal does not save the run. A
+    run on one device uses jax.default_device, if that is one of jax.devices(). Raises UserError for
+    wrong input, and if a loss is not finite; finished checkpoints stay untouched.
 
     In a run of several processes (see parallel/hosts.py), every process calls this function with
     the same arguments, and `workdir` is a folder that they share. Process 0 prints and writes the

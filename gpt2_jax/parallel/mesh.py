@@ -9,7 +9,10 @@ from gpt2_jax.errors import UsageError
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
-    """The first data x fsdp x tensor devices as a mesh. Raises UsageError if there are fewer."""
+    """The first data x fsdp x tensor devices as a mesh. Raises UsageError if there are fewer.
+
+    A mesh of one device is jax.default_device, if that is one of jax.devices().
+    """
     needed, devices = data * fsdp * tensor, jax.devices()
     if needed > len(devices):
         raise UsageError(
@@ -23,6 +26,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
             f'processes have {len(devices)} devices: a run of several processes uses all of them, '
             f'for instance with --config.mesh.data={len(devices)}'
         )
+    if needed == 1 and jax.config.jax_default_device in devices:
+        devices = [jax.config.jax_default_device]
     shape = (data, fsdp, tensor)
     return Mesh(np.array(devices[:needed]).reshape(shape), ('data', 'fsdp', 'tensor'))
 
