@@ -78,7 +78,7 @@ class GPT2Config:
             size = getattr(self, name)
             if size is None and name == 'n_inner':
                 continue
-            low = int(name != 'n_layer')  # speed/ measures what is left without layers
+            low = int(name != 'n_layer')  # params.py draws the rest of a model without layers
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < low:
                 raise UsageError(
                     f'{name} = {size!r} is not allowed; expected a whole number from {low} on'

@@ -90,11 +90,7 @@ SETTINGS = {
         above(0),
         'standard deviation of the initial weights',
     ),
-    'model.bias': (
-        GPT2.bias,
-        SWITCH,
-        'biases in the linear layers and LayerNorms, as in GPT-2',
-    ),
+    'model.bias': (GPT2.bias, SWITCH, 'biases in the linear layers and LayerNorms, as in GPT-2'),
     'model.dtype': (
         GPT2.dtype,
         one_of(*PRECISIONS),

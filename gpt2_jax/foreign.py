@@ -97,10 +97,6 @@ def parsing(source: str | os.PathLike, expected: str, remedy: str = '') -> Itera
         raise error(source, f'cannot be read as {expected}: {reason}', remedy) from None
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def open_file(path: str | os.PathLike) -> BinaryIO:
     """A regular file, or a link to one, open for reading. Raises UserError.
 
@@ -110,7 +106,9 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
         if not stat.S_ISREG(os.stat(path).st_mode):
             _refuse_kind(path)
         # If the path has become a pipe since, O_NONBLOCK keeps this from waiting for its writer.
-        file = open(path, 'rb', opener=_open_without_waiting)  # noqa: SIM115
+        file = open(  # noqa: SIM115
+            path, 'rb', opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+        )
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the path
         reason = getattr(failure, 'strerror', None) or str(failure)
         raise error(path, f'cannot be read: {reason}') from None

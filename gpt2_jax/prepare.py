@@ -39,7 +39,7 @@ MAX_HELD = 1 << 24  # characters without a place to cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class InputFile:
     """A file of the corpus, as the first pass found it."""
 
     path: str
@@ -175,7 +175,7 @@ def _size(path: str) -> int:
 
 def _count(
     paths: list[str], text_field: str, learns_alphabet: bool
-) -> tuple[list[Source], set[str]]:
+) -> tuple[list[InputFile], set[str]]:
     """The first pass: the files that are not empty, and the alphabet, if asked for."""
     sources, alphabet, bad = [], set(), {}
     with Progress('pass 1 of 2: read', sum(map(_size, paths))) as progress:
@@ -201,7 +201,7 @@ def _count(
                     break
             if n_characters:
                 about = n_documents, n_characters, n_bytes, digest.hexdigest()
-                sources.append(Source(path, *about))
+                sources.append(InputFile(path, *about))
     if bad:
         first, *others = bad
         if not others:
@@ -216,7 +216,7 @@ def _count(
 
 
 def _encode(
-    sources: list[Source],
+    sources: list[InputFile],
     writers: list['_SplitWriter'],
     text_field: str,
     split_by: str,

@@ -18,7 +18,7 @@ from tiny import relative_errors, rough_params, tokens
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.kernels.choose import FUSED, XLA
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.ops import training_ops
+from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel.devices import has_hopper_kernels
 from gpt2_jax.training import fused_step
@@ -60,7 +60,7 @@ def gradients(size, dtype, kernels, attention, attn_pdrop):
     sizes = dict(SIZES[size])
     rows, dropout = sizes.pop('rows'), {'embd_pdrop': 0.1, 'resid_pdrop': 0.1}
     cfg = GPT2Config(**sizes, **dropout, dtype=dtype, attn_pdrop=attn_pdrop)
-    model = GPT2(cfg, training_ops(attention))
+    model = GPT2(cfg, fast_ops(attention))
     gelu = 'hopper' if kernels == 'hopper' else 'fused'
     chosen = XLA if kernels == 'xla' else FUSED._replace(attention=attention, gelu=gelu)
     text_BT = tokens(model, batch=rows, length=cfg.n_positions + 1)

@@ -5,7 +5,7 @@ import numpy as np
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.ops import training_ops
+from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import param_shapes
 
 
@@ -25,7 +25,7 @@ def tiny(vocab_size=11, **changes) -> GPT2:
         layer_norm_epsilon=1e-3,
     )
     cfg = GPT2Config(**small | changes, vocab_size=vocab_size)
-    return GPT2(cfg, training_ops(cfg.attention))
+    return GPT2(cfg, fast_ops(cfg.attention))
 
 
 def shapes(model: GPT2):

@@ -45,11 +45,6 @@ def _gelu_backward_kernel(ins, outs):
         outs['dbias'][...] = total
 
 
-def _columns(F):
-    """The largest power of two that divides F, up to GELU_COLUMNS."""
-    return min(F & -F, GELU_COLUMNS)
-
-
 @jax.custom_vjp
 def gelu(x_NF, bias_F):
     """gelu_new(x + bias), (N, F), in the dtype of x. x is a matrix product; the bias may be None.
@@ -82,7 +77,8 @@ def _gelu_fwd(x_NF, bias_F):
 def _gelu_bwd(saved, dh_NF):
     u_NF, bias_F = saved
     N, F = u_NF.shape
-    columns, programs = _columns(F), row_programs('gelu', N, GELU_ROWS, GELU_PROGRAMS)
+    columns = min(F & -F, GELU_COLUMNS)  # the largest power of two that divides F, up to this
+    programs = row_programs('gelu', N, GELU_ROWS, GELU_PROGRAMS)
     block = pl.BlockSpec((N // programs, columns), lambda i, j: (i, j))
     shapes = {
         'du': jax.ShapeDtypeStruct(u_NF.shape, u_NF.dtype),

@@ -61,8 +61,7 @@ def unembed(source, x_BTD) -> np.ndarray:
 
 def residual_stream(cfg) -> list[str]:
     """The residual stream before the first block and after each: L + 1 names."""
-    after = [f'h_{i}.resid_post' for i in range(cfg.n_layer)]
-    return (['h_0.resid_pre'] if cfg.n_layer else []) + after
+    return ['h_0.resid_pre', *(f'h_{i}.resid_post' for i in range(cfg.n_layer))]
 
 
 @allow_transfers
@@ -152,7 +151,7 @@ def jacobian_lens(source, text) -> np.ndarray:
     tokens_BT = as_tokens(subject, text)
     jacobians = np.zeros((cfg.n_layer + 1, D, D), np.float32)
     jacobians[-1] = np.eye(D)
-    for start in range(0, D if cfg.n_layer else 0, JACOBIAN_ROWS):
+    for start in range(0, D, JACOBIAN_ROWS):
         rows_R = np.arange(start, start + JACOBIAN_ROWS).clip(max=D - 1)  # one shape for all
         found = as_numpy(_jacobian_rows(cfg)(subject.params, tokens_BT, rows_R))
         stop = min(D, start + JACOBIAN_ROWS)
@@ -186,7 +185,7 @@ def attribution(source, text, targets=None, against=None) -> dict[str, np.ndarra
     cfg = subject.cfg
     tokens_BT = as_tokens(subject, text)
     streams = ['embed', 'pos_embed', 'z', 'mlp_post', residual_stream(cfg)[-1], 'logits']
-    taken = capture(subject, tokens_BT, streams if cfg.n_layer else ['*embed', 'logits'])
+    taken = capture(subject, tokens_BT, streams)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), subject.params)
     if targets is None:
         targets = default_targets(tokens_BT, taken['logits'])

@@ -179,14 +179,13 @@ def _norms(cfg, taken) -> dict[str, np.ndarray]:
     """Norms of what runs through the residual stream: resid (L + 1, T), attn and mlp (L, T)."""
 
     def norm(names):
-        rows = [np.linalg.norm(taken[name][0], axis=-1) for name in names]
-        return np.array(rows, np.float32).reshape(len(rows), -1)
+        return np.array([np.linalg.norm(taken[name][0], axis=-1) for name in names], np.float32)
 
     layers = range(cfg.n_layer)
     return {
         'resid': norm(residual_stream(cfg)),
-        'attn': norm(f'h_{i}.attn_out' for i in layers) if layers else np.zeros((0, 1)),
-        'mlp': norm(f'h_{i}.mlp_out' for i in layers) if layers else np.zeros((0, 1)),
+        'attn': norm(f'h_{i}.attn_out' for i in layers),
+        'mlp': norm(f'h_{i}.mlp_out' for i in layers),
     }
 
 

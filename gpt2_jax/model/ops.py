@@ -316,6 +316,6 @@ def cudnn_attention(q_BTHK, k_BTHK, v_BTHK):
 FAST = Ops(fast_matmul, fast_normalize, fast_scores, fast_mix, fast_logits, fast_activate)
 
 
-def training_ops(attention: str) -> Ops:
-    """The functions for training: `FAST`, and cuDNN's attention if `attention` is 'cudnn'."""
+def fast_ops(attention: str) -> Ops:
+    """`FAST`, with cuDNN's attention if `attention` is 'cudnn'."""
     return FAST._replace(attention=cudnn_attention) if attention == 'cudnn' else FAST

@@ -129,7 +129,7 @@ def print_scores(
 ) -> tuple[int, int] | None:
     """The strongest heads of each kind; returns the head to show."""
     cfg = subject.cfg
-    if not cfg.n_layer or repeated_half(cfg) < 2:
+    if repeated_half(cfg) < 2:
         return None
     console.print(Text('\nheads, on random tokens repeated once:'))
     scores = head_scores(subject)

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt2_jax.kernels.choose import XLA, Kernels
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.ops import training_ops
+from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import init_params
 from gpt2_jax.parallel.collectives import first_row, on_own_rows
 from gpt2_jax.parallel.faults import warn_about_program
@@ -139,7 +139,7 @@ def make_loss_and_grads(setup: Setup) -> Callable:
     XLA divides the plain model over a mesh by itself. Fused kernels run on each device's own rows.
     """
     # The attention of an evaluation may have a backward pass that training must not use.
-    model = setup.model.clone(ops=training_ops(setup.kernels.attention))
+    model = setup.model.clone(ops=fast_ops(setup.kernels.attention))
     value_and_grad = make_value_and_grad(
         model, setup.kernels, make_unshard(setup.mesh), targets_at_once(setup, training=True)
     )

@@ -11,7 +11,7 @@ from gpt2_jax.data import load
 from gpt2_jax.data.dataset import Dataset
 from gpt2_jax.kernels.choose import Kernels, Place, choose, evaluation_attention, platform_of
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.ops import training_ops
+from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import param_shapes
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.devices import has_hopper_kernels
@@ -93,7 +93,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     cfg = GPT2Config(**config.model, vocab_size=dataset.tokenizer.vocab_size)
     kernels, reasons = choose(cfg, config.optim.implementation, place_of(config, mesh))
     attention = evaluation_attention(cfg, platform_of(mesh.devices.flat[0]))
-    model = GPT2(cfg, training_ops(attention))
+    model = GPT2(cfg, fast_ops(attention))
     schedule = build_schedule(config)
     optimizer = _build_optimizer(config, cfg, kernels, schedule, mesh)
     averages = config.optim.average > 0

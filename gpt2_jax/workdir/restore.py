@@ -14,7 +14,7 @@ from gpt2_jax.data import tokenizers
 from gpt2_jax.errors import UserError
 from gpt2_jax.kernels.choose import evaluation_attention, platform_of, usable
 from gpt2_jax.model.gpt2 import GPT2
-from gpt2_jax.model.ops import training_ops
+from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import param_shapes
 from gpt2_jax.progress import Progress
 from gpt2_jax.workdir import storage
@@ -57,7 +57,7 @@ def load(run: Path, step: str) -> Restored:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(cfg))
         items = storage.restore_items(manager, number, params=zeros)
     check_step(path, storage.read_step(path))
-    model = GPT2(cfg, training_ops(evaluation_attention(cfg, platform)))
+    model = GPT2(cfg, fast_ops(evaluation_attention(cfg, platform)))
     return Restored(number, model, items.params, tokenizer, config, meta)
 
 
