@@ -21,6 +21,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.train import train
 from gpt2_jax.training import loop, meter, programs, setup
 from gpt2_jax.training.setup import build
+from gpt2_jax.workdir import storage
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,13 @@ def test_orbax_warns_of_nothing_while_a_run_trains(tmp_path, caplog):
     config = runs.make_config(text, train__steps=2, checkpoint__keep='log')
     assert runs.quiet_train(config, tmp_path / 'run')[0] == 0
     assert [record for record in caplog.records if record.name == 'absl'] == []
-    assert logging.getLogger('absl').level == logging.WARNING
+    first, second = storage.without_warnings(), storage.without_warnings()
+    first.__enter__()
+    second.__enter__()
+    for one, heard in ((first, []), (second, ['aloud'])):  # on two threads, in any order
+        one.__exit__(None, None, None)
+        logging.getLogger('absl').warning('aloud')
+        assert [record.message for record in caplog.records if record.name == 'absl'] == heard
 
 
 def test_one_layer_and_one_head_are_counted_in_the_singular(tmp_path):

@@ -38,12 +38,16 @@ class LiteralPath(type(epath.Path('/'))):
 def without_warnings() -> Iterator[None]:
     """Silences Orbax's warnings of choices that are made on purpose, as the scripts do."""
     logger = logging.getLogger('absl')
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
+
+    # A filter of its own: of two runs on two threads, either may end first.
+    def is_error(record):
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)
 
 
 def is_log_spaced(step: int, every: int) -> bool:
