@@ -29,6 +29,7 @@ from gpt2_jax.errors import DivergedError, UsageError, UserError
 WRONG_RESULT = (
     'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
 )
+CONFIG_FILE = 'a configuration, e.g. --config=configs/quickstart.py'
 # What Python and absl say of a flag's value -> what is said in its place.
 NOT_A_VALUE = {
     r'invalid literal for int\(\) with base 10: .*': 'not a whole number',
@@ -254,10 +255,6 @@ def _parse(argv: list[str]) -> list[str]:
     except Exception as error:  # any error of the code in a configuration file
         raise _config_error(error, path) from None
     if 'config' in flags.FLAGS:
-        if path is None:
-            raise UsageError(
-                '--config is missing: name a configuration, e.g. --config=configs/quickstart.py'
-            )
         _check_config(flags.FLAGS['config'].value, path)
     return rest
 
@@ -277,7 +274,7 @@ def _print_help() -> None:
 
 
 def _check_config_flags(argv: list[str]) -> str | None:
-    """Checks that --config.KEY are settings and that --config=FILE exists; returns the file."""
+    """Checks that --config.KEY are settings and that --config=FILE is there; returns the file."""
     path = None
     for argument, following in itertools.pairwise([*argv, '']):
         if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):
@@ -292,6 +289,10 @@ def _check_config_flags(argv: list[str]) -> str | None:
                     f'--config={path}: no such file; the path is relative to the current folder, '
                     f'{os.getcwd()}'
                 )
+            if not path.endswith('.py'):
+                raise UsageError(f'--config={path} is not a Python file: expected {CONFIG_FILE}')
+    if path is None and 'config' in flags.FLAGS:
+        raise UsageError(f'--config is missing: name {CONFIG_FILE}')
     return path
 
 

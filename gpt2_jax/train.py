@@ -76,7 +76,7 @@ def train(
     with hosts.one_voice(), hosts.lost_processes(), memory_errors('train'):
         keep_freed_memory()  # a script has done so already, and a notebook has not
         setup = build(config)
-        check_before_start(setup, fresh)
+        check_before_start(setup, workdir, fresh)
         kept = storage.Kept(config.checkpoint.keep, config.checkpoint.keep_every)
         with (
             storage.without_warnings(),
@@ -245,7 +245,7 @@ def run_in_folder(
     return 0
 
 
-def check_before_start(setup: Setup, fresh: bool) -> None:
+def check_before_start(setup: Setup, workdir: Path, fresh: bool) -> None:
     """Raises UserError for data or weights that training cannot use.
 
     It is called before any folder is touched. One training and one validation batch are made only
@@ -254,7 +254,7 @@ def check_before_start(setup: Setup, fresh: bool) -> None:
     start.initial_state checks them.
     """
     if fresh:
-        check_pretrained(setup)
+        check_pretrained(setup, workdir)
     lo, hi = own_rows(setup.mesh, setup.config.train.batch_size)
     train_batch(setup.dataset.train, step=0, lo=lo, hi=hi, **setup.batch_options)
     next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))

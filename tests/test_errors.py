@@ -171,6 +171,16 @@ ROWS = {
         ['model.resid_pdrop = 1.0', 'below 1'],
     ),
     'no configuration': (('train',), 2, ['--config is missing', '--config=configs/quickstart.py']),
+    'a setting without a configuration': (
+        ('train', '--config.train.steps=3'),
+        2,
+        ['--config is missing', '--config=configs/quickstart.py'],
+    ),
+    'a configuration that is no Python': (
+        ('train', '--config={made}/run/config.json'),
+        2,
+        ['run/config.json is not a Python file', '--config=configs/quickstart.py'],
+    ),
     'no configuration file': (
         train(config='nowhere'),
         2,

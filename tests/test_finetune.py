@@ -241,10 +241,11 @@ def test_an_impossible_start_does_not_move_the_old_run(text, tmp_path):
     """Not even with --fresh, which moves an old run aside."""
     runs.quiet_train(runs.make_config(text, **SIZES), tmp_path / 'run')
     before = sorted(path.name for path in tmp_path.rglob('*'))
-    with pytest.raises(UserError, match='nowhere: no such folder'):
-        runs.quiet_train(
-            runs.make_config(text, **SIZES, train__init_from=str(tmp_path / 'nowhere')),
-            tmp_path / 'run',
-            fresh=True,
-        )
-    assert sorted(path.name for path in tmp_path.rglob('*')) == before
+    for source, said in (
+        ('nowhere', 'nowhere: no such folder'),
+        ('run', 'is the folder that --fresh moves aside: give another --workdir'),
+    ):
+        config = runs.make_config(text, **SIZES, train__init_from=str(tmp_path / source))
+        with pytest.raises(UserError, match=said):
+            runs.quiet_train(config, tmp_path / 'run', fresh=True)
+        assert sorted(path.name for path in tmp_path.rglob('*')) == before

@@ -23,6 +23,7 @@ from gpt2_jax import hooks
 from gpt2_jax import train as train_lib
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.parallel import feed
+from gpt2_jax.training import start
 from gpt2_jax.workdir import checksums, folder, restore
 from gpt2_jax.workdir.checksums import all_steps, best_step
 
@@ -434,6 +435,12 @@ def test_train_steps_may_only_grow_and_only_with_extend(text, reference, tmp_pat
     assert records[-1]['step'] == 30
     assert max(runs.events(run).values()) == 1
     assert json.loads((run / 'summary.json').read_text())['steps'] == 30
+
+
+def test_an_extension_that_keeps_the_learning_rate_says_so(text):
+    old, new = (make_config(text, train__steps=n, optim__warmup_steps=50) for n in (18, 30))
+    said = start._describe_extension(old, new, 9)
+    assert said.endswith('the learning rate at step 9 stays 0.000588')
 
 
 def test_fresh_moves_the_old_run_aside(text, reference, stopped):

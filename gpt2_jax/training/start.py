@@ -121,17 +121,23 @@ def where_to_start(setup: Setup, workdir: Path, checkpoints: Checkpoints, extend
 
 
 def _describe_extension(old: ConfigDict, new: ConfigDict, start: int) -> str:
-    before, after = (float(build_schedule(config)(start)) for config in (old, new))
+    before, after = (f'{build_schedule(config)(start):.3g}' for config in (old, new))
+    change = f'changes from {before} to {after}' if before != after else f'stays {after}'
     return (
         f'extended from {old.train.steps:,} to {new.train.steps:,} steps: the schedule now spans '
-        f'all of them, and the learning rate at step {start:,} changes from {before:.3g} to '
-        f'{after:.3g}'
+        f'all of them, and the learning rate at step {start:,} {change}'
     )
 
 
-def check_pretrained(setup: Setup) -> None:
-    """Raises UserError if `initial_state` would, before an old run's folder is moved aside."""
-    if setup.config.train.init_from:
+def check_pretrained(setup: Setup, workdir: Path) -> None:
+    """Raises UserError if `initial_state` would, before the old run in `workdir` is moved aside."""
+    source = setup.config.train.init_from
+    if source and files.user_path(source).resolve() == workdir.resolve():
+        raise UsageError(
+            f'train.init_from = {source} is the folder that --fresh moves aside: give another '
+            '--workdir'
+        )
+    if source:
         _load_matching(setup)
 
 
