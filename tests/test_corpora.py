@@ -14,7 +14,7 @@ import pytest
 
 from gpt2_jax.data import corpora
 from gpt2_jax.data.corpora import CorpusNotFound, find_text
-from gpt2_jax.errors import UsageError, UserError
+from gpt2_jax.errors import UserError
 
 TEXT = 'Sweet are the uses\r\nof adversity…\n' * 9000  # more than one block of the download
 SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
@@ -115,12 +115,6 @@ def test_a_text_too_large_for_memory(publish, monkeypatch):
     put('a.txt', 'abcd')
     with pytest.raises(UserError, match=r'a.txt has over 3 characters, .*; prepare it by'):
         find_text('a.txt')
-
-
-@pytest.mark.parametrize('name', ['gs://bucket/text', 's3://b', 'https://host/x.txt'])
-def test_addresses_are_refused(publish, name):
-    with pytest.raises(UsageError, match=f'{name} is an address: expected a path on this machine'):
-        find_text(name)
 
 
 def test_a_path_below_the_home_folder(publish, tmp_path, monkeypatch):

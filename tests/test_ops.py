@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import GELU, numpy_gpt2
-from tiny import flat, rough_params, tiny, tokens
+from tiny import GELU, flat, numpy_gpt2, rough_params, tiny, tokens
 
 from gpt2_jax.architecture import padded_vocab
 from gpt2_jax.kernels.norm import add_norm
@@ -164,7 +163,7 @@ def small(request):
         return token_losses(small_logits(vector), TEXT_BT[:, 1:]).mean()
 
     def loss_fp64(vector):
-        logits_TV = numpy_gpt2(unflatten(vector), cfg, TEXT_BT[0, :-1])
+        (logits_TV,) = numpy_gpt2(unflatten(vector), cfg, TEXT_BT[:1, :-1])
         target_T = logits_TV[np.arange(3), TEXT_BT[0, 1:]]
         return (np.log(np.exp(logits_TV).sum(-1)) - target_T).mean()
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bpe import MERGES, SMALL, TEXTS, published
+from bpe import MERGES, SMALL, TEXTS
 
 from gpt2_jax.data import documents, load, shards, tokenizers
-from gpt2_jax.data.batches import train_batch
 from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
 from gpt2_jax.data.id_files import MAX_OPEN
 from gpt2_jax.data.shards import open_shards
@@ -347,16 +346,6 @@ def test_documents_are_joined_if_the_tokenizer_has_no_separator(tmp_path):
         assert dataset.tokenizer.decode(all_of(dataset.val)) == cut(''.join(DOCUMENTS), '0.5')[1]
 
 
-def test_bpe_of_one_text_has_no_separator(texts, tmp_path):
-    tokenizer = published()
-    write(texts[:1], tmp_path / 'out', tokenizer_name='gpt2')
-    dataset, memory = open_shards(tmp_path / 'out'), from_text('x', FIRST, tokenizer, 0.1)
-    assert dataset.tokenizer == tokenizer
-    assert dataset.train.arrays[0].dtype == np.uint16
-    assert all_of(dataset.train).tolist() == all_of(memory.train).tolist()
-    assert all_of(dataset.val).tolist() == all_of(memory.val).tolist()
-
-
 def test_wide_alphabet_takes_two_bytes(tmp_path):
     text = ''.join(map(chr, range(0x4E00, 0x4E00 + 300)))
     (tmp_path / 'wide.txt').write_text(text, 'utf-8')
@@ -383,12 +372,11 @@ def test_split_rule(n, val_fraction, n_val):
     assert (len(dataset.train), len(dataset.val)) == (n - n_val, n_val)
 
 
-def test_memory_equals_disk_for_one_text(texts, tmp_path):
-    write(texts[:1], tmp_path / 'out')
-    disk, memory = (
-        open_shards(tmp_path / 'out'),
-        from_text('x', FIRST, tokenizers.make_tokenizer('char', FIRST), 0.1),
-    )
+@pytest.mark.parametrize('name', ['char', 'byte', 'gpt2'])
+def test_memory_equals_disk_for_one_text(texts, tmp_path, small_vocabulary, name):
+    write(texts[:1], tmp_path / 'out', tokenizer_name=name)
+    disk = open_shards(tmp_path / 'out')
+    memory = from_text('x', FIRST, tokenizers.make_tokenizer(name, FIRST), 0.1)
     assert np.array_equal(all_of(disk.train), all_of(memory.train))
     assert np.array_equal(all_of(disk.val), all_of(memory.val))
     assert disk.tokenizer == memory.tokenizer
@@ -588,25 +576,6 @@ def test_wrong_settings_write_nothing(texts, tmp_path, monkeypatch, change, erro
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ('content', 'named'),
-    [
-        (b'abc\xe9', 'bad.txt is not UTF-8 text: byte 0xe9 at offset 3'),
-        (b'abcd\xc3\xa9\xe2\x82x', 'byte 0xe2 at offset 6'),
-        (None, 'bad.txt cannot be read: No such file'),
-    ],
-)
-@pytest.mark.parametrize('block_bytes', [1, 3, 4, 1 << 20])
-def test_wrong_texts_write_nothing(texts, tmp_path, monkeypatch, content, named, block_bytes):
-    monkeypatch.setattr(documents, 'BLOCK_BYTES', block_bytes)
-    if content is not None:
-        (tmp_path / 'bad.txt').write_bytes(content)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=named):
-        write([texts[0], str(tmp_path / 'bad.txt')], tmp_path / 'out')
-    assert sorted(tmp_path.iterdir()) == before
-
-
 def test_files_that_cannot_be_read_are_named_together(tmp_path):
     """Not one at each attempt: a folder may hold many. The first ten are enough."""
     (tmp_path / 'in').mkdir()
@@ -768,17 +737,6 @@ def test_parts_of_tokens_are_views():
     assert [array.base is whole for array, whole in zip(part.arrays, arrays, strict=True)] == [
         True
     ] * 3
-
-
-def test_batches_equal_those_of_a_memory_map(texts, tmp_path):
-    write(texts, tmp_path / 'out')
-    train = open_shards(tmp_path / 'out').train
-    paths = sorted((tmp_path / 'out').glob('train_*.npy'))
-    mapped = Tokens(tuple(np.load(path, mmap_mode='r') for path in paths))
-    options = {'seed': 3, 'batch_size': 4, 'seq_len': 7}
-    for step in range(20):
-        ours, theirs = (train_batch(tokens, step=step, **options) for tokens in (train, mapped))
-        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_few_of_many_shards_stay_open(texts, tmp_path):

@@ -192,13 +192,3 @@ def test_a_file_cut_short_while_it_is_used(folder):
             UserError, match=r'000002.bin was cut short while it was in use; restore'
         ):
             dataset.train.read(start, 650)
-
-
-@pytest.mark.parametrize('target', ['/dev/zero', 'pipe', '/none'])
-def test_only_regular_files_are_opened(folder, target):
-    os.mkfifo(folder / 'pipe')
-    (folder / 'web_train_000009.bin').symlink_to(target)
-    with pytest.raises(
-        UserError, match=r'web_train_000009.bin cannot be read: (it is a dev|No such)'
-    ):
-        open_token_files(f'{folder}/*.bin', SMALL)

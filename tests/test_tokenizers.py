@@ -4,9 +4,10 @@ import codecs
 
 import numpy as np
 import pytest
+from bpe import MERGES, SMALL
 
 from gpt2_jax.data import tokenizers
-from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer, make_tokenizer
+from gpt2_jax.data.tokenizers import ByteTokenizer, CharTokenizer, Gpt2Tokenizer, make_tokenizer
 from gpt2_jax.errors import UsageError, UserError
 
 TEXT = 'To be, or not…\r\nß 漢字 🎭 é'
@@ -72,40 +73,46 @@ def test_windows_line_ends_are_named():
         CharTokenizer('abc').encode('d')
 
 
-def test_half_a_surrogate_pair_has_no_bytes():
-    with pytest.raises(UserError, match=r'U\+DC80\) at position 1 '):
-        ByteTokenizer().encode('a\udc80')
+@pytest.mark.parametrize('tokenizer', [ByteTokenizer(), SMALL])
+def test_half_a_surrogate_pair_has_no_bytes(tokenizer):
+    with pytest.raises(UserError, match=r'U\+DC80\) at position 2 '):
+        tokenizer.encode('é \udc80')
 
 
-def test_bytes_stream_without_splitting_characters():
-    tokenizer, decoder = ByteTokenizer(), codecs.getincrementaldecoder('utf-8')()
-    pieces = [decoder.decode(tokenizer.decode_bytes([i])) for i in tokenizer.encode(TEXT)]
-    assert ''.join(pieces) == TEXT
-    assert tokenizer.decode([0xC3]) == '\ufffd'
+@pytest.mark.parametrize(('tokenizer', 'half'), [(ByteTokenizer(), 0xC3), (SMALL, 256 + 15)])
+def test_streaming_never_splits_a_character(tokenizer, half):
+    text, decoder = 'é🎭🎭 the漢字', codecs.getincrementaldecoder('utf-8')()
+    pieces = [decoder.decode(tokenizer.decode_bytes([i])) for i in tokenizer.encode(text)]
+    assert ''.join(pieces) == text
+    assert '' in pieces
+    assert tokenizer.decode([half]) == '\ufffd'
 
 
-@pytest.mark.parametrize('tokenizer', [CharTokenizer('abc'), ByteTokenizer()])
-@pytest.mark.parametrize('bad', [-1, 256])
+@pytest.mark.parametrize('tokenizer', [CharTokenizer('abc'), ByteTokenizer(), SMALL])
+@pytest.mark.parametrize('bad', [-1, 277, 50304])
 def test_id_outside_the_vocabulary(tokenizer, bad):
+    """A vocabulary padded for speed has such ids; they decode to nothing."""
     with pytest.raises(
         UserError, match=rf'token {bad} at position 2 .* \[0, {tokenizer.vocab_size}\)'
     ):
         tokenizer.decode([0, 1, bad])
 
 
-@pytest.mark.parametrize('tokenizer', [CharTokenizer('\n"abcé🎭'), ByteTokenizer()])
+@pytest.mark.parametrize('tokenizer', [CharTokenizer('\n"abcé🎭'), ByteTokenizer(), SMALL])
 def test_json_reads_back_equal(tokenizer):
     again = tokenizers.from_json(tokenizers.to_json(tokenizer))
     assert again == tokenizer
+    assert again.encode('abc').tolist() == tokenizer.encode('abc').tolist()
     assert tokenizers.fingerprint(again) == tokenizers.fingerprint(tokenizer)
 
 
 def test_fingerprints_differ():
+    others = SMALL, Gpt2Tokenizer(MERGES + 'x y\n')
     prints = {
         tokenizers.fingerprint(t)
-        for t in (CharTokenizer('ab'), CharTokenizer('abc'), ByteTokenizer())
+        for t in (CharTokenizer('ab'), CharTokenizer('abc'), ByteTokenizer(), *others)
     }
-    assert len(prints) == 3
+    assert len(prints) == 5
     assert all(len(p) == 64 for p in prints)
 
 

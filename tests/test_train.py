@@ -49,12 +49,16 @@ def test_the_folder_of_a_run_may_be_a_text(tmp_path):
     assert (tmp_path / 'run/summary.json').exists()
 
 
+def described(tmp_path, text, **changes) -> list[str]:
+    """What a run on this text says of itself."""
+    (tmp_path / 'text.txt').write_bytes(text.encode())
+    return describe(build(resolve(runs.make_config(tmp_path / 'text.txt', **changes))))
+
+
 @pytest.mark.parametrize(('end', 'hinted'), [('\n', False), ('\r\n', True)])
 def test_carriage_returns_are_pointed_out(end, hinted, tmp_path):
-    (tmp_path / 'text.txt').write_bytes(f'abcde{end}'.encode() * 1000)
-    config = runs.make_config(tmp_path / 'text.txt')
-    lines = '\n'.join(describe(build(resolve(config))))
-    assert ('carriage returns' in lines) == hinted
+    lines = described(tmp_path, f'abcde{end}' * 1000)
+    assert ('carriage returns' in '\n'.join(lines)) == hinted
 
 
 @pytest.mark.long
@@ -102,11 +106,9 @@ def test_orbax_warns_of_nothing_while_a_run_trains(tmp_path, caplog):
 
 
 def test_one_layer_and_one_head_are_counted_in_the_singular(tmp_path):
-    text = runs.write_text(tmp_path / 'text.txt')
-    one = runs.make_config(text, model__n_layer=1, model__n_head=1)
-    two = runs.make_config(text, model__n_layer=2, model__n_head=2)
-    for config, said in ((one, ': 1 layer, 1 head, width'), (two, ': 2 layers, 2 heads, width')):
-        assert any(said in line for line in describe(build(resolve(config))))
+    for n, said in ((1, ': 1 layer, 1 head, width'), (2, ': 2 layers, 2 heads, width')):
+        lines = described(tmp_path, 'abcde' * 200, model__n_layer=n, model__n_head=n)
+        assert any(said in line for line in lines)
 
 
 def test_an_error_does_not_wait_for_the_compilation():
@@ -127,12 +129,9 @@ def test_an_error_does_not_wait_for_the_compilation():
     ],
 )
 def test_a_part_of_an_epoch_is_described_with_digits(tmp_path, steps, expected):
-    (tmp_path / 'text.txt').write_text('abcde' * 20_000)
-    config = default_config()
-    config.data.update(corpus=str(tmp_path / 'text.txt'), val_fraction=0.5)
-    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
-    config.train.update(steps=steps, batch_size=1)
-    assert sum(expected in line for line in describe(build(resolve(config)))) == 1
+    sizes = dict(train__steps=steps, train__batch_size=1, model__n_positions=8)
+    lines = described(tmp_path, 'abcde' * 20_000, data__val_fraction=0.5, **sizes)
+    assert sum(expected in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -145,12 +144,17 @@ def test_a_part_of_an_epoch_is_described_with_digits(tmp_path, steps, expected):
     ],
 )
 def test_a_run_describes_its_text(tmp_path, holdout, eval_tokens, expected):
-    (tmp_path / 'text.txt').write_text('abcde' * 20)
-    config = default_config()
-    config.data.update(corpus=str(tmp_path / 'text.txt'), val_fraction=0.2, holdout=holdout)
-    config.eval.tokens = eval_tokens
-    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
-    assert sum(expected in line for line in describe(build(resolve(config)))) == 1
+    lines = described(
+        tmp_path,
+        'abcde' * 20,
+        data__val_fraction=0.2,
+        data__holdout=holdout,
+        eval__tokens=eval_tokens,
+        eval__every=250,
+        train__steps=250,
+        model__n_positions=8,
+    )
+    assert sum(expected in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -162,13 +166,9 @@ def test_a_run_describes_its_text(tmp_path, holdout, eval_tokens, expected):
     ],
 )
 def test_a_run_describes_its_precision(tmp_path, dtype, residual_dtype, expected):
-    (tmp_path / 'text.txt').write_text('abcde' * 20)
-    config = default_config()
-    config.data.corpus = str(tmp_path / 'text.txt')
-    config.model.update(n_layer=1, n_head=1, n_embd=8, n_positions=8)
-    config.model.update(dtype=dtype, residual_dtype=residual_dtype)
-    lines = [line for line in describe(build(resolve(config))) if line.startswith('precision')]
-    assert [line.endswith(expected) for line in lines] == [True]
+    dtypes = dict(model__dtype=dtype, model__residual_dtype=residual_dtype)
+    lines = described(tmp_path, 'abcde' * 20, **dtypes)
+    assert [line.endswith(expected) for line in lines if line.startswith('precision')] == [True]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,17 @@ def test_a_run_describes_the_kernel_for_hopper_gpus(tmp_path, monkeypatch, steps
     """From 2e12 numbers in GELU: an update has 2 micro-batches of 16 x 128 tokens, in 2 layers."""
     monkeypatch.setattr(setup, 'platform_of', lambda device: 'gpu')
     monkeypatch.setattr(setup, 'has_hopper_kernels', lambda device: True)
-    (tmp_path / 'text.txt').write_text('abcde' * 400)
-    config = default_config()
-    config.data.corpus = str(tmp_path / 'text.txt')
-    config.model.update(n_layer=2, n_head=2, n_embd=128, n_positions=128, dtype='bfloat16')
-    config.train.update(steps=steps, batch_size=32, grad_accum_steps=2)
-    lines = describe(build(resolve(config)))
+    lines = described(
+        tmp_path,
+        'abcde' * 400,
+        model__n_layer=2,
+        model__n_embd=128,
+        model__n_positions=128,
+        model__dtype='bfloat16',
+        train__steps=steps,
+        train__batch_size=32,
+        train__grad_accum_steps=2,
+    )
     first = next(n for n, line in enumerate(lines) if line.startswith('kernels'))
     found = lines[first : first + len(expected)]
     assert all(line.endswith(end) for line, end in zip(found, expected, strict=True))

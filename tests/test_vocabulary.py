@@ -86,12 +86,6 @@ def test_another_vocabulary_is_refused_and_kept(place, data):
     assert Path(place).read_bytes() == data
 
 
-def test_unreadable(monkeypatch):
-    Path('data/gpt2/vocab.bpe').mkdir(parents=True)
-    with pytest.raises(UserError, match=r'data/gpt2/vocab.bpe cannot be read: Is a directory'):
-        vocabulary.find_merges()
-
-
 def test_download_goes_to_the_cache(monkeypatch):
     def fetch(name, source, file):
         file.write(FILE)

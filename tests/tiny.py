@@ -1,4 +1,7 @@
-"""What tests share: a small model, and parameters far from their initial values."""
+"""What tests share: a small model, parameters far from their initial values, GPT-2 in numpy."""
+
+import functools
+import math
 
 import jax
 import numpy as np
@@ -7,6 +10,12 @@ from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import param_shapes
+
+erf = np.vectorize(math.erf)
+GELU = {
+    'gelu': lambda x: x / 2 * (1 + erf(x / math.sqrt(2))),
+    'gelu_new': lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
 
 
 def tiny(vocab_size=11, **changes) -> GPT2:
@@ -66,3 +75,41 @@ def relative_errors(gradients, exact) -> dict[str, float]:
         a, b = np.float64(gradients[name])[parts], np.float64(leaf)[parts]
         errors[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     return errors
+
+
+def numpy_gpt2(params, cfg, tokens_BT, tap=lambda name, x: x):
+    """The logits of GPT-2 in fp64, with every activation handed through `tap`."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def linear(x, at, axes):
+        y = np.tensordot(x, at['kernel'], axes)
+        return y + at['bias'] if cfg.bias else y
+
+    def norm(x, at):
+        n = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+            x.var(-1, keepdims=True) + cfg.layer_norm_epsilon
+        )
+        return n * at['scale'] + (at['bias'] if cfg.bias else 0)
+
+    T = tokens_BT.shape[1]
+    visible_TS = np.tril(np.ones((T, T), bool))
+    wte_VD = params['wte']['embedding']
+    x = tap('embed', wte_VD[tokens_BT]) + tap('pos_embed', params['wpe']['embedding'][:T])
+    for i in range(cfg.n_layer):
+        block = params[f'h_{i}']
+        named = functools.partial(lambda i, name, x: tap(f'h_{i}.{name}', x), i)
+        x = named('resid_pre', x)
+        y = named('ln_1', norm(x, block['ln_1']))
+        qkv = linear(y, block['attn']['c_attn'], 1)
+        q, k, v = (named(name, qkv[:, :, j]) for j, name in enumerate('qkv'))
+        scores = np.einsum('BTHK,BSHK->BHTS', q, k) / math.sqrt(cfg.head_dim)
+        scores = named('attn_scores', np.where(visible_TS, scores, -np.inf))
+        e = np.exp(scores - scores.max(-1, keepdims=True))
+        pattern = named('pattern', e / e.sum(-1, keepdims=True))
+        z = named('z', np.einsum('BHTS,BSHK->BTHK', pattern, v))
+        x = named('resid_mid', x + named('attn_out', linear(z, block['attn']['c_proj'], 2)))
+        y = named('ln_2', norm(x, block['ln_2']))
+        h = named('mlp_pre', linear(y, block['mlp']['c_fc'], 1))
+        h = named('mlp_post', GELU[cfg.activation_function](h))
+        x = named('resid_post', x + named('mlp_out', linear(h, block['mlp']['c_proj'], 1)))
+    return tap('logits', tap('ln_f', norm(x, params['ln_f'])) @ wte_VD.T)
