@@ -321,15 +321,13 @@ FORMER_VALUES = {'train.order': 'table'}
 # The device computes with the numbers of these sections, in fp32.
 IN_FP32 = ('model.', 'optim.')
 
-# A run may resume with other values in these sections: none of them changes an update.
-RESUMABLE_SECTIONS = ('eval', 'checkpoint', 'log', 'mesh')
-# Except this one: losses over other tokens would not tell which checkpoint is the best.
-NOT_RESUMABLE = ('eval.tokens',)
-# And with other values of these.
-RESUMABLE_KEYS = ('train.probe', 'train.spike')
-# And, without dropout, with other micro-batches: the same rows, added up in another order. Dropout
-# draws its masks micro-batch by micro-batch.
-DROPOUT_KEYS = ('model.embd_pdrop', 'model.attn_pdrop', 'model.resid_pdrop')
+# A run may resume with other values of these: none of them changes an update. eval.tokens is not
+# among them: losses over other tokens would not tell which checkpoint is the best.
+RESUMABLE = {'train.probe', 'train.spike'} | {
+    key
+    for key in SETTINGS
+    if key.startswith(('eval.', 'checkpoint.', 'log.', 'mesh.')) and key != 'eval.tokens'
+}
 
 
 def default_config() -> ConfigDict:
@@ -524,15 +522,13 @@ def from_json(
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """{key: (old value, new value)} of the changed settings that a resumed run must keep."""
     old, new = flatten(old), flatten(new)
-    has_dropout = any(new[key] for key in DROPOUT_KEYS)
+    resumable = set(RESUMABLE)
+    if not any(new[f'model.{name}'] for name in ('embd_pdrop', 'attn_pdrop', 'resid_pdrop')):
+        # Other micro-batches: the same rows, added up in another order. Dropout would draw its
+        # masks for each of them.
+        resumable.add('train.grad_accum_steps')
     return {
         key: (old[key], new[key])
         for key in SETTINGS
-        if old[key] != new[key] and not _is_resumable(key, has_dropout)
+        if old[key] != new[key] and key not in resumable
     }
-
-
-def _is_resumable(key: str, has_dropout: bool) -> bool:
-    if key in RESUMABLE_KEYS or (key == 'train.grad_accum_steps' and not has_dropout):
-        return True
-    return key.split('.')[0] in RESUMABLE_SECTIONS and key not in NOT_RESUMABLE

@@ -20,7 +20,6 @@ from gpt2_jax.config import (
     FORMER_VALUES,
     RENAMED_KEYS,
     RENAMED_VALUES,
-    RESUMABLE_SECTIONS,
     SETTINGS,
     check_key,
     default_config,
@@ -348,7 +347,6 @@ def test_differences_are_the_settings_that_forbid_resuming():
         may_change |= key in ('train.probe', 'train.spike')
         new = changed(flatten(old) | {key: other})
         assert differences(old, new) == ({} if may_change else {key: (value, other)})
-    assert set(RESUMABLE_SECTIONS) == {'eval', 'checkpoint', 'log', 'mesh'}
 
 
 def test_micro_batches_may_change_without_dropout():
