@@ -33,7 +33,6 @@ def made(tmp_path_factory):
     """A folder with files of every wrong kind, and a finished run."""
     folder = tmp_path_factory.mktemp('made')
     text = runs.write_text(folder / 'text.txt')
-    (folder / 'other.txt').write_text(text.read_text()[::-1])
     (folder / 'latin1.txt').write_bytes('Ein Käse\n'.encode('latin-1') * 99)
     (folder / 'empty.txt').touch()
     (folder / 'short.txt').write_text('to be or not to be')
@@ -72,15 +71,9 @@ def made(tmp_path_factory):
     )
     (folder / 'passages.jsonl').write_text('{"text": "ba bo"}\n{"text": "ba\n')
     (folder / 'other_field.jsonl').write_text('{"body": "ba bo"}\n')
-    (folder / 'unknown.txt').write_text('ba Zu')
-    for name in ('shard_damaged', 'shard_missing', 'manifest_damaged'):
-        shutil.copytree(folder / 'shards', folder / name)
-    shard = folder / 'shard_damaged/train_00001.npy'
+    shard = shutil.copytree(folder / 'shards', folder / 'damaged_shard') / 'train_00001.npy'
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    (folder / 'shard_missing/val_00000.npy').unlink()
-    manifest = folder / 'manifest_damaged/manifest.json'
-    manifest.write_text(manifest.read_text()[:-9])
     return folder
 
 
@@ -150,11 +143,6 @@ ROWS = {
         2,
         ['train.steps=many: not a whole number; expected train.steps (int, at least 1 and b'],
     ),
-    'fraction for a whole number': (
-        train('--config.train.steps=1.5'),
-        2,
-        ['train.steps=1.5: not a whole number; expected train.steps (int'],
-    ),
     'neither true nor false': (
         train('--config.model.bias=maybe'),
         2,
@@ -164,11 +152,6 @@ ROWS = {
         train('--config.model.dtype=float16'),
         2,
         ["model.dtype = 'float16' is not allowed", "'float32', 'tf32', 'bfloat16'"],
-    ),
-    'value out of range': (
-        train('--config.model.resid_pdrop=1.0'),
-        2,
-        ['model.resid_pdrop = 1.0', 'below 1'],
     ),
     'no configuration': (('train',), 2, ['--config is missing', '--config=configs/quickstart.py']),
     'a setting without a configuration': (
@@ -246,16 +229,6 @@ ROWS = {
         2,
         ['model.n_embd = 32', 'n_head = 5'],
     ),
-    'windows beyond the context': (
-        train('--config.train.seq_len=17'),
-        2,
-        ['seq_len = 17', 'n_positions = 16'],
-    ),
-    'batch that cannot be split': (
-        train('--config.train.grad_accum_steps=3'),
-        2,
-        ['batch_size = 4', 'grad_accum_steps = 3'],
-    ),
     'more devices than there are': (
         train('--config.train.batch_size=512', '--config.mesh.data=512'),
         2,
@@ -288,13 +261,7 @@ ROWS = {
         1,
         ['not a prepared one', 'scripts/prepare.py'],
     ),
-    'damaged shard': (train(corpus='shard_damaged'), 1, ['train_00001.npy is damaged', 'SHA-256']),
-    'missing shard': (train(corpus='shard_missing'), 1, ['val_00000.npy is missing']),
-    'damaged manifest': (
-        train(corpus='manifest_damaged'),
-        1,
-        ['manifest.json cannot be read as JSON'],
-    ),
+    'damaged shard': (train(corpus='damaged_shard'), 1, ['train_00001.npy is damaged', 'SHA-256']),
     'shards of another tokenizer': (
         train('--config.data.tokenizer=byte', corpus='shards'),
         2,
@@ -314,21 +281,6 @@ ROWS = {
         train('--config.train.seed=1', workdir='run'),
         2,
         ['train.seed: 0 there, 1 now', '--workdir', '--fresh'],
-    ),
-    'folder of a run on another text': (
-        train(corpus='other.txt', workdir='run'),
-        2,
-        ['data.corpus: ', '(its text)', 'other.txt', '--fresh'],
-    ),
-    'fewer steps than the run had': (
-        train('--config.train.steps=9', workdir='run'),
-        2,
-        ['18 there, 9 now'],
-    ),
-    'more steps without --extend': (
-        train('--config.train.steps=20', workdir='run'),
-        2,
-        ['--extend allows a larger train.steps'],
     ),
     'out of memory': (
         train('--config.model.n_embd=3200000', *NO_DROPOUT),
@@ -380,11 +332,10 @@ ROWS = {
         1,
         ['checkpoints holds no checkpoint', 'the folder of a run, such as', '/run'],
     ),
-    'checkpoint that is not there': (sample('--step=7'), 1, ["no checkpoint '7'", 'it has 15, 18']),
-    'unknown word for a checkpoint': (
-        sample('--step=newest'),
+    'checkpoint that is not there': (
+        sample('--step=7'),
         1,
-        ["no checkpoint 'newest'", "'best' or 'latest'"],
+        ["no checkpoint '7'", "it has 15, 18; or give 'best' or 'latest'"],
     ),
     'damaged checkpoint': (
         sample(run='damaged'),
@@ -427,7 +378,6 @@ ROWS = {
         2,
         ['temperature = -1', '0 (greedy) or more'],
     ),
-    'top_p of 0': (sample('--top_p=0'), 2, ['top_p = 0', 'above 0']),
     'zero samples': (sample('--num_samples=0'), 2, ['num_samples=0', 'positive integer']),
     'missing --ckpt_dir': (('sample',), 2, ['--ckpt_dir is missing']),
     'unknown split': (evaluate('--split=test'), 2, ['split=test', 'val|train']),
@@ -440,17 +390,6 @@ ROWS = {
         evaluate('--text={made}/nowhere.txt'),
         1,
         ['no text file and no corpus called'],
-    ),
-    'text to score that is not UTF-8': (
-        evaluate('--text={made}/latin1.txt'),
-        1,
-        ['latin1.txt is not UTF-8'],
-    ),
-    'empty text to score': (evaluate('--text={made}/empty.txt'), 1, ['empty.txt is empty']),
-    'unknown character in a text to score': (
-        evaluate('--text={made}/unknown.txt'),
-        1,
-        ["unknown character 'Z' (U+005A) at position 3", 'alphabet of 12'],
     ),
     'documents without the field': (
         evaluate('--text={made}/other_field.jsonl'),
@@ -473,21 +412,6 @@ ROWS = {
         ['--split is for prepared folders'],
     ),
     'empty name of a text to score': (evaluate('--text='), 2, ['--text is empty']),
-    'stride beyond the context': (
-        evaluate('--text={made}/text.txt', '--stride=17'),
-        2,
-        ['stride = 17', '--stride=16'],
-    ),
-    'stride of 0': (
-        evaluate('--text={made}/text.txt', '--stride=0'),
-        2,
-        ['stride=0', 'positive integer'],
-    ),
-    'context beyond the positions': (
-        evaluate('--text={made}/text.txt', '--context=17'),
-        2,
-        ['context = 17', 'the 16 positions', '--context=16'],
-    ),
     'two things to score': (
         evaluate('--text={made}/text.txt', '--lambada={made}/passages.jsonl'),
         2,
@@ -508,11 +432,6 @@ ROWS = {
         2,
         ['detokenizer=penn', 'ptb'],
     ),
-    'no passages': (
-        evaluate('--lambada={made}/nowhere.jsonl'),
-        1,
-        ['nowhere.jsonl', 'No such file'],
-    ),
     'damaged passages': (
         evaluate('--lambada={made}/passages.jsonl'),
         1,
@@ -532,16 +451,6 @@ ROWS = {
         ('benchmark', '--config={made}/fine.py', '--seconds=nan'),
         2,
         ['--seconds=nan', 'expected a finite number'],
-    ),
-    'seconds without an end': (
-        ('benchmark', '--config={made}/fine.py', '--seconds=inf'),
-        2,
-        ['--seconds=inf', 'expected a finite number'],
-    ),
-    'loss that is not a number': (
-        ('benchmark', '--config={made}/fine.py', '--what=time-to-loss', '--loss=nan'),
-        2,
-        ['--loss=nan', 'expected a finite number'],
     ),
     'memory fraction that is not a number': (
         ('plan', '--config={made}/fine.py', '--memory_fraction=nan'),
