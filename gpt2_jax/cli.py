@@ -23,12 +23,10 @@ from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
 from gpt2_jax import files, foreign, terminal
-from gpt2_jax.config import SETTINGS, check_key, describe
+from gpt2_jax.config import EXPECTED, SETTINGS, check_key, describe, keys_of
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 
-WRONG_RESULT = (
-    'get_config() must return the result of default_config() in gpt2_jax.config, with other values'
-)
+WRONG_RESULT = f'get_config() must return {EXPECTED}'
 CONFIG_FILE = 'a configuration, e.g. --config=configs/quickstart.py'
 # What Python and absl say of a flag's value -> what is said in its place.
 NOT_A_VALUE = {
@@ -361,12 +359,5 @@ def _config_error(error: BaseException, path: str) -> UsageError:
 
 def _check_config(config, path: str) -> None:
     """Raises UsageError unless a configuration file returned all settings and no others."""
-    sections = config.to_dict() if isinstance(config, ConfigDict) else {}
-    keys = {
-        f'{section}.{name}'
-        for section, values in sections.items()
-        if isinstance(values, dict)
-        for name in values
-    }
-    if keys != set(SETTINGS):
+    if not isinstance(config, ConfigDict) or keys_of(config) != set(SETTINGS):
         raise UsageError(f'{path}: {WRONG_RESULT}')

@@ -301,6 +301,8 @@ SETTINGS = {
     'mesh.tensor': (1, at_least(1), 'devices that share heads and feed-forward columns'),
 }
 
+EXPECTED = 'the result of default_config() in gpt2_jax.config, with other values'
+
 # Renamed settings and values, so that config.json of an older version can be read.
 # old key -> new key
 RENAMED_KEYS = {
@@ -340,6 +342,17 @@ def default_config() -> ConfigDict:
             config[section] = ConfigDict()
         config[section][name] = value
     return config.lock()
+
+
+def keys_of(config: ConfigDict) -> set[str]:
+    """The settings that a configuration has: {'model.n_layer', ..}."""
+    sections = config.to_dict().items()
+    return {
+        f'{section}.{name}'
+        for section, values in sections
+        if isinstance(values, dict)
+        for name in values
+    }
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -389,10 +402,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     if not isinstance(config, ConfigDict):
         raise UsageError(
-            f'the configuration is of type {type(config).__name__}: expected the result of '
-            'default_config() in gpt2_jax.config, with other values'
+            f'the configuration is of type {type(config).__name__}: expected {EXPECTED}'
         )
-    config = config.copy_and_resolve_references()
+    if wrong := keys_of(config) ^ SETTINGS.keys():
+        about = 'lacks' if min(wrong) in SETTINGS else 'has the unknown setting'
+        raise UsageError(f'the configuration {about} {min(wrong)}: expected {EXPECTED}')
+    config = ConfigDict(config.to_dict())  # a copy that can be changed, also of a frozen one
     flat = flatten(config)
     for key, value in flat.items():
         (default, allowed, meaning), kind = SETTINGS[key], kind_of(key)

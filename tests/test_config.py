@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.config import (
@@ -79,6 +79,19 @@ def test_resolve_fills_in_open_settings():
     assert resolve(resolved) == resolved
     assert resolved.is_locked
     assert resolved.model.is_locked
+    assert resolve(FrozenConfigDict(config)) == resolved
+
+
+def test_a_configuration_with_other_settings_is_refused():
+    config = default_config()
+    with config.unlocked():
+        config.train.stepz = 3
+    for wrong, said in (
+        (config, 'has the unknown setting train.stepz: expected the result of default_config'),
+        (ConfigDict({'train': 3}), 'lacks checkpoint.every: expected the result of default_config'),
+    ):
+        with pytest.raises(UsageError, match=f'the configuration {said}'):
+            resolve(wrong)
 
 
 def test_json_reads_back_equal():

@@ -71,9 +71,9 @@ def logit_lens(source, text, jacobians=None) -> np.ndarray:
     Returns (L + 1, B, T, V).
 
     The final LayerNorm and the output head are applied to the stream as it is (nostalgebraist 2020,
-    "interpreting GPT: the logit lens"); the last entry is the model's own logits. With `jacobians`
-    of `jacobian_lens`, the stream is first carried to the last layer by them. The result has (L +
-    1) B T V x 4 bytes: 670 MB for GPT-2 on 256 tokens.
+    "interpreting GPT: the logit lens"); the last entry is the model's own logits, to rounding. With
+    `jacobians` of `jacobian_lens`, the stream is first carried to the last layer by them. The
+    result has (L + 1) B T V x 4 bytes: 670 MB for GPT-2 on 256 tokens.
     """
     subject = as_subject(source)
     names = residual_stream(subject.cfg)
