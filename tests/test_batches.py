@@ -178,19 +178,6 @@ def test_a_row_does_not_depend_on_the_rows_asked_for():
                 assert np.array_equal(np.concatenate([part[key] for part in parts]), value)
 
 
-def test_shards_equal_one_array():
-    for cuts in ([50], [1, 2, 3, 60, 60, 61], range(1, N)):
-        for step in range(6):
-            one, many = batch(sequence(), step), batch(sequence(N, cuts), step)
-            assert all(np.array_equal(one[key], many[key]) for key in one)
-
-
-def test_one_batch_may_hold_many_epochs():
-    whole = batch(sequence(), 0, batch_size=60)['inputs']
-    small = np.concatenate([batch(sequence(), step)['inputs'] for step in range(12)])
-    assert np.array_equal(whole, small)
-
-
 def test_too_short_text():
     batch(sequence(2 * T), 0)
     with pytest.raises(

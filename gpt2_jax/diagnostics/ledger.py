@@ -49,7 +49,7 @@ class Addressing(NamedTuple):
         return batches.n_windows(self.n_tokens, self.seq_len)
 
     @property
-    def windows(self) -> batches.Order:
+    def window_order(self) -> batches.Order:
         """The order of the windows of every epoch."""
         return batches.ORDERS[self.order](self.n_windows, self.seq_len, self.seed)
 
@@ -75,7 +75,7 @@ def row_starts(addressing: Addressing, step: int) -> np.ndarray:
     Row i holds the T + 1 tokens from there; its targets are all but the first one.
     """
     B = addressing.batch_size
-    return batches.row_starts(addressing.windows, np.arange((step - 1) * B, step * B))
+    return batches.row_starts(addressing.window_order, np.arange((step - 1) * B, step * B))
 
 
 def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
@@ -93,7 +93,7 @@ def sightings(addressing: Addressing, start, stop, steps: int) -> Sightings:
             f'{len(start):,} places in each of {n_epochs:,} epochs are more than the '
             f'{MAX_PAIRS:,} that fit into memory: give a longer text or a smaller --by_step'
         )
-    epochs, order, found = np.arange(n_epochs), addressing.windows, []
+    epochs, order, found = np.arange(n_epochs), addressing.window_order, []
     # For each text and epoch, the first window that has a part of it, the second, and so on.
     for block in np.array_split(epochs, 1 + len(epochs) * len(start) // PAIRS):
         offset = order.offset(block)[:, None]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich import progress
+from rich import progress as rich_progress
 from tensorboard.compat.proto.event_pb2 import Event
 
 # Not a SummaryWriter of any library: these load TensorFlow or torch, if it is installed, which
@@ -113,11 +113,11 @@ class Logger:
         self._last_line = 0.0
         self._live = None
         if sys.stdout and sys.stdout.isatty():
-            self._live = progress.Progress(
-                progress.TextColumn('step {task.completed}/{task.total}'),
-                progress.BarColumn(),
-                progress.TextColumn('{task.description}'),
-                progress.TimeElapsedColumn(),
+            self._live = rich_progress.Progress(
+                rich_progress.TextColumn('step {task.completed}/{task.total}'),
+                rich_progress.BarColumn(),
+                rich_progress.TextColumn('{task.description}'),
+                rich_progress.TimeElapsedColumn(),
                 transient=True,
             )
             self._task = self._live.add_task('', total=steps, completed=start)
