@@ -99,17 +99,13 @@ class Logger:
         else:
             paths = [Path(os.devnull)] * len(paths)
         self._folder, self._folder_stat, self._writes = folder, os.stat(folder), writes
-        with contextlib.ExitStack() as stack:
-            self._files = [
-                stack.enter_context(contextlib.closing(GrowingFile(path))) for path in paths
-            ]
-            self._metrics, self._samples, event_file = self._files
-            self._events = RecordWriter(event_file)
-            self._event(file_version='brain.Event:2')
-            if begins:
-                self._event(step=start, summary=events.settings(settings))
-                self._event(step=start, summary=events.loss_chart())
-            self._close = stack.pop_all().close
+        self._files = [GrowingFile(path) for path in paths]
+        self._metrics, self._samples, event_file = self._files
+        self._events = RecordWriter(event_file)
+        self._event(file_version='brain.Event:2')
+        if begins:
+            self._event(step=start, summary=events.settings(settings))
+            self._event(step=start, summary=events.loss_chart())
         self._last_line = 0.0
         self._live = None
         if sys.stdout and sys.stdout.isatty():
@@ -132,7 +128,9 @@ class Logger:
         finally:
             if self._live:
                 self._live.stop()
-            self._close()
+            for file in self._files:
+                with contextlib.suppress(OSError):  # `flush` has raised it
+                    file.close()
 
     def say(self, text: str) -> None:
         """Prints a message on the console, above the progress line if there is one."""
