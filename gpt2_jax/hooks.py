@@ -174,7 +174,7 @@ class ExplainSpikes:
         self.recent = {
             name: collections.deque(maxlen=self.WINDOW) for name in ('loss', 'grad_norm')
         }
-        self.leaps = []  # (step, what), not explained yet
+        self.leaps: dict[int, str] = {}  # by step, not explained yet; of two at a step, the loss
         self.pages = 0
 
     def watch(self, step: int, values: dict[str, float]) -> None:
@@ -187,7 +187,7 @@ class ExplainSpikes:
                 if values[name] > mean + self.deviations * deviation:
                     times = (values[name] - mean) / max(deviation, 1e-12)
                     what = f'{name} = {values[name]:.4g} is {times:.1f} deviations above {mean:.4g}'
-                    self.leaps.append((step, what))
+                    self.leaps.setdefault(step, what)
             recent.append(values[name])
 
     def due(self, step: int) -> bool:
@@ -198,12 +198,12 @@ class ExplainSpikes:
 
     def explain(self) -> None:
         """Explains the updates that leapt since the last call."""
-        leaps, self.leaps = dict(reversed(self.leaps)), []  # if both leap at a step, the loss
-        for at in sorted(leaps):
+        leaps, self.leaps = self.leaps, {}
+        for at, what in leaps.items():
             self.pages += 1
             by_hand = self.pages > self.PAGES
             why = autopsy_command(self.workdir, at) if by_hand else explained(self.workdir, at)
-            self.log.say(f'step {at}: {leaps[at]}. {why}')
+            self.log.say(f'step {at}: {what}. {why}')
 
 
 def autopsy_command(workdir: Path, step: int) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -146,6 +146,18 @@ def verify_files(
     def record() -> None:
         verified.remember(paths, states, known, vocab_size)
 
+    def verify_in_background() -> None:
+        """Fills in `known`, one file after the other, and records it now and then."""
+        recorded = time.monotonic()
+        for i, ids in enumerate(shards):
+            try:
+                known[i] = verify(i)
+            except UserError as failure:
+                _damaged[ids.path, ids.version] = failure
+            if i == len(shards) - 1 or time.monotonic() - recorded > RECORD_SECONDS:
+                record()
+                recorded = time.monotonic()
+
     left = sum(size for size, digest in zip(sizes, known, strict=True) if not digest)
     if sha256 and left >= LARGE_BYTES:
         print(
@@ -154,10 +166,7 @@ def verify_files(
             file=sys.stderr,
         )
         remedy += ', and train again from a checkpoint of before the first start with this file'
-        arguments = shards, verify, known, record
-        threading.Thread(
-            target=_verify_in_background, args=arguments, name='verify', daemon=True
-        ).start()
+        threading.Thread(target=verify_in_background, name='verify', daemon=True).start()
         return list(sha256)
     with (
         Progress('verified', sum(sizes)) as progress,
@@ -169,21 +178,3 @@ def verify_files(
     if is_large and left:
         record()
     return known
-
-
-def _verify_in_background(
-    shards: Sequence[IdsInFile],
-    verify: Callable[[int], str],
-    known: list[str | None],
-    record: Callable[[], None],
-) -> None:
-    """Fills in `known`, one file after the other, and records it now and then."""
-    recorded = time.monotonic()
-    for i, ids in enumerate(shards):
-        try:
-            known[i] = verify(i)
-        except UserError as failure:
-            _damaged[ids.path, ids.version] = failure
-        if i == len(shards) - 1 or time.monotonic() - recorded > RECORD_SECONDS:
-            record()
-            recorded = time.monotonic()
