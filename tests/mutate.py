@@ -108,7 +108,7 @@ EQUIVALENT = (
     (r'inference/decoding.*padding = ', 'speed: how far a prompt is padded'),
     (r'data/bin_files.*OTHER_MAGICS = ', 'the end of a range of dates'),
     (r'data/corpora.*def _repeated', 'the length of a text without end'),
-    (r"model/huggingface.*replace\('h\.'", "no name has 'h.' twice"),
+    (r"model/huggingface.*replace\('h_'", "no name has 'h_' twice"),
 )
 
 OPERATORS = {

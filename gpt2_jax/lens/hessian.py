@@ -96,17 +96,14 @@ def curvature(
     product = functools.partial(_product(subject.cfg), subject.params, tokens_BT)
     ranges = group_ranges(subject.params)
     size = ranges['all'][1]
-    start_P = np.random.default_rng(seed).standard_normal(size, np.float32)
-    return {
-        group: lanczos(
-            lambda v_P, ends=ends: product(v_P, *ends),
-            np.where((np.arange(size) >= ends[0]) & (np.arange(size) < ends[1]), start_P, 0),
-            most,
-            tolerance,
-        )
-        for group, ends in ranges.items()
-        if by_layer or group == 'all'
-    }
+    random_P, found = np.random.default_rng(seed).standard_normal(size, np.float32), {}
+    for group, (start, stop) in ranges.items():
+        if by_layer or group == 'all':
+            start_P = np.zeros_like(random_P)
+            start_P[start:stop] = random_P[start:stop]
+            group_product = functools.partial(product, start=start, stop=stop)
+            found[group] = lanczos(group_product, start_P, most, tolerance)
+    return found
 
 
 def group_ranges(params) -> dict[str, tuple[int, int]]:
