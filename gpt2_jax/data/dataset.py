@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -23,12 +24,11 @@ class Tokens:
     """One sequence of N token ids, kept in one or more arrays, in memory or in files."""
 
     arrays: tuple[np.ndarray | IdsInFile, ...]
-    # ends[i] is the number of tokens in arrays[:i + 1].
-    ends: tuple[int, ...] = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self):
-        ends = tuple(itertools.accumulate(len(array) for array in self.arrays))
-        object.__setattr__(self, 'ends', ends)
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """ends[i] is the number of tokens in arrays[:i + 1]."""
+        return tuple(itertools.accumulate(map(len, self.arrays)))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0

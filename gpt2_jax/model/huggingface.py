@@ -22,7 +22,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -239,16 +239,8 @@ def export_config(cfg: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
     }
 
 
-class _Leaf(NamedTuple):
-    """Where a published tensor belongs in our tree of parameters, and its shape here and there."""
-
-    path: str
-    our_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-def _published(cfg: GPT2Config) -> dict[str, _Leaf]:
-    """{published name: its leaf} of every parameter of a model."""
+def _published(cfg: GPT2Config) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """{published name: (its path in our tree, its shape there, its published shape)}."""
     table = {}
     for path, our_shape in parameter_shapes(cfg).items():
         module, _, kind = path.rpartition('/')
@@ -257,7 +249,7 @@ def _published(cfg: GPT2Config) -> dict[str, _Leaf]:
             n_inputs = 2 if module.endswith('attn/c_proj') else 1
             shape = math.prod(our_shape[:n_inputs]), math.prod(our_shape[n_inputs:])
         name = module.replace('h_', 'h.', 1).replace('/', '.')
-        table[f'{name}.{"bias" if kind == "bias" else "weight"}'] = _Leaf(path, our_shape, shape)
+        table[f'{name}.{"bias" if kind == "bias" else "weight"}'] = path, our_shape, shape
     return table
 
 
