@@ -26,13 +26,6 @@ def load_dataset(
     shards.open_shards, hold_out and bin_files.open_token_files), and UsageError for the tokens of
     another tokenizer.
     """
-    dataset = _load(corpus, tokenizer, val_fraction, fallback, notify)
-    return hold_out(dataset, holdout) if holdout else dataset
-
-
-def _load(
-    corpus: str, tokenizer: str, val_fraction: float, fallback: str, notify: Callable[[str], None]
-) -> Dataset:
     path = str(files.user_path(corpus))
     if path.endswith('.bin'):
         if tokenizer != 'gpt2':
@@ -40,8 +33,8 @@ def _load(
                 f'{corpus} names files of GPT-2 tokens, but data.tokenizer is {tokenizer!r}: set '
                 '--config.data.tokenizer=gpt2'
             )
-        return bin_files.open_token_files(corpus, make_tokenizer(tokenizer, ''))
-    if shards.is_prepared(path):
+        dataset = bin_files.open_token_files(corpus, make_tokenizer(tokenizer, ''))
+    elif shards.is_prepared(path):
         dataset = shards.open_shards(path)
         if dataset.tokenizer.name != tokenizer:
             raise UsageError(
@@ -49,9 +42,17 @@ def _load(
                 f'data.tokenizer is {tokenizer!r}: set '
                 f'--config.data.tokenizer={dataset.tokenizer.name}, or prepare the text again'
             )
-        return dataset
+    else:
+        found = _find_text(corpus, fallback, notify)
+        made = make_tokenizer(tokenizer, found.text)
+        dataset = from_text(found.name, found.text, made, val_fraction)
+    return hold_out(dataset, holdout) if holdout else dataset
+
+
+def _find_text(corpus: str, fallback: str, notify: Callable[[str], None]) -> corpora.Corpus:
+    """The text of a corpus or, with an announcement, that of its fallback."""
     try:
-        found = corpora.find_text(corpus)
+        return corpora.find_text(corpus)
     except corpora.CorpusNotFound as error:
         if not fallback:
             raise
@@ -60,5 +61,4 @@ def _load(
             f'!!! {error}\n!!! FALLBACK: this run trains on {fallback!r} instead{about}. Do not '
             f'compare its results with results on {corpus}.'
         )
-        found = corpora.find_text(fallback)
-    return from_text(found.name, found.text, make_tokenizer(tokenizer, found.text), val_fraction)
+    return corpora.find_text(fallback)
