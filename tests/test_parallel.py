@@ -175,6 +175,7 @@ def fused_updates() -> list[str]:
     The mesh does not divide 3 heads, so matrices of one block are on 2 and on 4 devices.
     """
     import jax
+    import jax.experimental.pallas.fuser  # once loaded, all is compiled again
     from tiny import flat, rough_params, tiny
 
     from gpt2_jax.parallel.mesh import make_mesh
@@ -190,10 +191,11 @@ def fused_updates() -> list[str]:
     after = []
     for optimizer in (fused, make_optimizer(**options)):
         new = params, optimizer.init(params)
-        new = jax.device_put(new, shardings(mesh, new)) if optimizer is fused else new
         update = jax.jit(functools.partial(apply_update, optimizer))
         for factor in (0.1, -0.03):
             grads = jax.tree.map(lambda leaf, factor=factor: factor * leaf, params)
+            if optimizer is fused:
+                new = jax.device_put(new, shardings(mesh, new))
             *new, rounded, norms = update(grads, *reversed(new))
         rounded = rounded or round_kernels(new[0], 'bfloat16')
         after.append(jax.device_get(flat((new, rounded, norms))))
