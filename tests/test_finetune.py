@@ -23,33 +23,22 @@ from gpt2_jax.workdir import checkpoints as checkpoints_lib
 from gpt2_jax.workdir import restore
 from gpt2_jax.workdir.checksums import FOLDER
 
-SIZES = dict(
-    model__n_layer=1,
-    model__n_head=2,
-    model__n_embd=16,
-    model__n_positions=8,
-    model__embd_pdrop=0.0,
-    model__resid_pdrop=0.0,
-    train__steps=6,
-    eval__sample_tokens=0,
-)
+QUIET = dict(eval__sample_tokens=0)
+STEPS = 18  # of runs.SMALL, whose programs other files compile too
 
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp('text') / 'text.txt', words=300)
+pytestmark = pytest.mark.usefixtures('trace_once')
 
 
 @pytest.fixture(scope='module')
 def base(text, tmp_path_factory):
     """A finished run."""
     folder = tmp_path_factory.mktemp('base') / 'run'
-    runs.quiet_train(runs.make_config(text, **SIZES, eval__every=3), folder)
+    runs.quiet_train(runs.make_config(text, **QUIET, checkpoint__keep='all'), folder)
     return folder
 
 
 def parts_of(text, **changes):
-    return build(resolve(runs.make_config(text, **SIZES | changes)))
+    return build(resolve(runs.make_config(text, **QUIET | changes)))
 
 
 def start(setup, base, step='best', keep_optimizer=False):
@@ -64,7 +53,7 @@ def saved(base) -> dict[str, np.ndarray]:
     with checkpoints_lib.Checkpoints(base / FOLDER) as checkpoints:
         return flat(
             checkpoints.restore(
-                6, programs.abstract_state(build(restore.load(base, 'latest').config))
+                STEPS, programs.abstract_state(build(restore.load(base, 'latest').config))
             )
         )
 
@@ -73,7 +62,7 @@ def saved(base) -> dict[str, np.ndarray]:
 def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
     setup = parts_of(text, optim__learning_rate=1e-4)
     state, told = start(setup, base, step='latest')
-    assert told == f'starting from checkpoint 6 in {base}, with a fresh optimizer'
+    assert told == f'starting from checkpoint {STEPS} in {base}, with a fresh optimizer'
     old, fresh = saved(base), flat(programs.new_state(setup))
     assert flat(state).keys() == old.keys()
     for name, leaf in flat(state).items():
@@ -91,9 +80,12 @@ def test_a_run_starts_from_the_parameters_with_a_fresh_optimizer(text, base):
 def test_the_requested_checkpoint_is_loaded(text, base):
     setup = parts_of(text)
     by_step = {
-        step: flat(start(setup, base, step=step)[0].params) for step in ('best', 'latest', '5', '6')
+        step: flat(start(setup, base, step=step)[0].params)
+        for step in ('best', 'latest', '5', '18')
     }
-    assert all(np.array_equal(by_step['latest'][name], leaf) for name, leaf in by_step['6'].items())
+    assert all(
+        np.array_equal(by_step['latest'][name], leaf) for name, leaf in by_step['18'].items()
+    )
     assert not all(
         np.array_equal(by_step['latest'][name], leaf) for name, leaf in by_step['5'].items()
     )
@@ -120,12 +112,12 @@ def test_a_smaller_context_is_cropped(text, base):
     state, told = start(
         parts_of(text, model__n_positions=5), base, step='latest', keep_optimizer=True
     )
-    assert told.endswith('with its optimizer; context cropped from 8 to 5')
+    assert told.endswith('with its optimizer; context cropped from 16 to 5')
     old, cropped = saved(base), 0
     for name, leaf in flat(state).items():
         if name.endswith('wpe/embedding'):
             cropped += 1
-            assert leaf.shape == (5, 16), name
+            assert leaf.shape == (5, 32), name
             assert np.array_equal(leaf, old[name][:5]), name
         elif name.startswith('params'):
             assert np.array_equal(leaf, old[name]), name
@@ -140,7 +132,7 @@ def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
         optax.tree.get(state.opt_state, name)
         for name in ('ScaleByAdamState', 'ScaleByScheduleState')
     )
-    assert (int(state.step), int(adam.count), int(schedule.count)) == (0, 6, 0)
+    assert (int(state.step), int(adam.count), int(schedule.count)) == (0, STEPS, 0)
     moments = {name: leaf for name, leaf in flat(state).items() if '/mu/' in name or '/nu/' in name}
     assert len(moments) == 2 * len(flat(state.params))
     for name, leaf in moments.items():
@@ -168,9 +160,9 @@ def test_a_kept_optimizer_continues_under_a_new_schedule(text, base):
             "model.activation_function is 'gelu_new' there, 'gelu' here",
         ),
         (
-            dict(model__n_positions=9),
+            dict(model__n_positions=17),
             {},
-            'model.n_positions is 8 there, and 9 here: it can only shrink',
+            'model.n_positions is 16 there, and 17 here: it can only shrink',
         ),
         (
             dict(data__tokenizer='byte'),
@@ -214,7 +206,7 @@ def test_dropout_precision_and_optimizer_may_differ(text, base):
 def test_training_starts_from_it_and_resumes_from_its_own_checkpoints(text, base, tmp_path):
     config = runs.make_config(
         text,
-        **SIZES,
+        **QUIET,
         train__init_from=str(base),
         train__init_step='latest',
         train__init_optimizer=True,
@@ -222,7 +214,7 @@ def test_training_starts_from_it_and_resumes_from_its_own_checkpoints(text, base
     )
     code, out = runs.quiet_train(config, tmp_path / 'tuned')
     assert code == 0
-    assert f'starting from checkpoint 6 in {base}, with its optimizer' in out
+    assert f'starting from checkpoint {STEPS} in {base}, with its optimizer' in out
     setup = parts_of(text, optim__learning_rate=1e-4)
     state, _ = start(setup, base, step='latest', keep_optimizer=True)
     assert runs.metrics(tmp_path / 'tuned')[0]['loss'] == float(
@@ -239,13 +231,13 @@ def test_training_starts_from_it_and_resumes_from_its_own_checkpoints(text, base
 
 def test_an_impossible_start_does_not_move_the_old_run(text, tmp_path):
     """Not even with --fresh, which moves an old run aside."""
-    runs.quiet_train(runs.make_config(text, **SIZES), tmp_path / 'run')
+    runs.quiet_train(runs.make_config(text, **QUIET), tmp_path / 'run')
     before = sorted(path.name for path in tmp_path.rglob('*'))
     for source, said in (
         ('nowhere', 'nowhere: no such folder'),
         ('run', 'is the folder that --fresh moves aside: give another --workdir'),
     ):
-        config = runs.make_config(text, **SIZES, train__init_from=str(tmp_path / source))
+        config = runs.make_config(text, **QUIET, train__init_from=str(tmp_path / source))
         with pytest.raises(UserError, match=said):
             runs.quiet_train(config, tmp_path / 'run', fresh=True)
         assert sorted(path.name for path in tmp_path.rglob('*')) == before
