@@ -421,10 +421,10 @@ def test_a_sequence_longer_than_the_context_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match='13 tokens is longer than n_positions = 12'):
         jax.eval_shape(model.apply, {'params': shapes(model)}, np.zeros((1, 13), np.int32))
-    with pytest.raises(ValueError, match='3 tokens, from position 10 on, is longer than n_pos'):
-        cache = init_cache(model.cfg, 1)
-        ids_BT = np.zeros((1, 3), np.int32)
-        model.apply({'params': rough_params(model)}, ids_BT, cache, 10, method='features')
+    cache, ids_BT = init_cache(model.cfg, 1), np.zeros((1, 3), np.int32)
+    for pos in (10, np.int64(10), jnp.int32(10)):
+        with pytest.raises(ValueError, match='3 tokens, from position 10 on, is longer than n_pos'):
+            model.apply({'params': rough_params(model)}, ids_BT, cache, pos, method='features')
 
 
 @pytest.mark.parametrize(('rate', 'key', 'taken'), [(0.0, 1, 2), (0.5, None, 2), (0.5, 1, 0)])

@@ -242,7 +242,7 @@ class GPT2(nn.Module):
         if tokens_BT.ndim != 2:
             raise ValueError(f'tokens of shape {tokens_BT.shape}: expected (B, T)')
         cfg, T = self.cfg, tokens_BT.shape[1]
-        first = pos if isinstance(pos, int) else 0
+        first = 0 if isinstance(pos, jax.core.Tracer) else int(pos)
         if first + T > cfg.n_positions:
             start = f', from position {first} on,' if first else ''
             raise ValueError(
