@@ -86,20 +86,20 @@ def prefill(model: GPT2, params, tokens_BT, length):
 @functools.partial(
     jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('logits_BV', 'cache')
 )
-def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: Sampling):
+def decode(model: GPT2, weights, logits_BV, cache, pos, done, seed, sampling: Sampling):
     """Draws and feeds back CHUNK tokens, the first of them at position `pos`.
 
-    `done` counts the tokens drawn before: token i of a row depends on the key of that row and on
-    i alone. Returns the tokens (B, CHUNK), the logits after them, and the cache. The loop has a
-    fixed length, so that a GPU never waits for the host; tokens past the context are drawn too,
-    and the caller drops them.
+    `done` counts the tokens drawn before: the noise of token i of a row depends on the seed, the
+    row and i alone. Returns the tokens (B, CHUNK), the logits after them, and the cache. The loop
+    has a fixed length, so that a GPU never waits for the host; tokens past the context are drawn
+    too, and the caller drops them.
 
     With model.kernels = 'fused', kernels/decode.py computes the logits and kernels/sample.py
     draws the token, except with top_p, which it does not support.
     """
-    keys_CB = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys_B, done + i))(
-        jnp.arange(CHUNK)
-    )
+    fold_each = jax.vmap(jax.random.fold_in, (None, 0))
+    keys_B = fold_each(jax.random.key(seed), jnp.arange(len(logits_BV)))
+    keys_CB = jax.vmap(fold_each, (0, None), 1)(keys_B, done + jnp.arange(CHUNK))
 
     def pick(logits_BV, tokens_CB, at_2):
         token_B = sample_token(logits_BV, keys_CB[at_2[0]], sampling)
@@ -137,21 +137,9 @@ def decode(model: GPT2, weights, logits_BV, cache, pos, keys_B, done, sampling: 
     return tokens_CB.T, logits_BV, cache
 
 
-@functools.partial(jax.jit, static_argnames='num_samples')
-def sample_keys(seed, num_samples: int):
-    """A key for each sample, (num_samples,).
-
-    The host takes 0.2 ms for one program, and 1.7 ms for its operations one by one (2 CPU cores).
-    """
-    keys_of = jax.vmap(jax.random.fold_in, (None, 0))
-    return keys_of(jax.random.key(seed), jnp.arange(num_samples))
-
-
 def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed, sampling, notify):
     """Yields (tokens_BC, n): a chunk that the device may still compute, and its valid columns."""
     context, half = model.cfg.n_positions, max(model.cfg.n_positions // 2, 1)
-    # Explicit transfers to the device, here and below, work under JAX_TRANSFER_GUARD=disallow.
-    keys_B = sample_keys(jax.device_put(np.uint32(seed)), num_samples)
     if len(prompt) > context:
         notify(f'the prompt has {len(prompt)} tokens: the model sees its last {context} only')
     text_BT = np.tile(np.asarray(prompt[-context:], np.int32), (num_samples, 1))
@@ -171,15 +159,15 @@ def decode_chunks(model: GPT2, params, prompt, max_new_tokens, num_samples, seed
             pos = text_BT.shape[1]
             text = [(text_BT, pos)]
             padding = min(max(2 ** (pos - 1).bit_length(), MIN_PREFILL), context) - pos
-            padded_BT = jax.device_put(np.pad(text_BT, ((0, 0), (0, padding))))
-            length = jax.device_put(np.int32(pos))
-            cast, logits_BV, cache = prefill(model, params, padded_BT, length)
+            # Explicit transfers to the device work under JAX_TRANSFER_GUARD=disallow.
+            padded = jax.device_put((np.pad(text_BT, ((0, 0), (0, padding))), np.int32(pos)))
+            cast, logits_BV, cache = prefill(model, params, *padded)
             weights = jax.device_put(params) if cast is None else cast
         # One token more than there are positions: the last is drawn from a full context.
         n = min(CHUNK, max_new_tokens - done, context - pos + 1)
-        at = jax.device_put((np.int32(pos), np.int32(done)))
+        at = jax.device_put((np.int32(pos), np.int32(done), np.uint32(seed)))
         tokens_BC, logits_BV, cache = decode(
-            model, weights, logits_BV, cache, at[0], keys_B, at[1], sampling
+            model, weights, logits_BV, cache, *at, sampling=sampling
         )
         pos, done = pos + n, done + n
         text.append((tokens_BC, n))
