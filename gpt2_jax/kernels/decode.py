@@ -89,12 +89,12 @@ class AttendSizes(NamedTuple):
 def attend_sizes(B, width):
     """The sizes for B rows in a model of this width.
 
-    The heads of one row are too few programs for the GPU, so four programs share a head. More
-    splits would each be shorter, but merging them would take longer. With many rows, programs with
-    fewer registers are faster.
+    The heads of one row are too few programs for the GPU, so several programs share a head. More
+    splits are each shorter, but merging them takes longer: `linear` holds width x splits numbers in
+    registers. With many rows, programs with fewer registers are faster.
     """
     if B == 1 and width <= MAX_MERGED:
-        return AttendSizes(64, 4, 4)
+        return AttendSizes(32, 4, 8) if width <= 1024 else AttendSizes(64, 4, 4)
     return AttendSizes(128, 8, 1) if B <= 16 else AttendSizes(64, 4, 1)
 
 
@@ -129,22 +129,21 @@ def _row_tiles(ref, D, block, outs):
     return tile
 
 
-def _load_splits(ins, splits, H, K, out):
-    """The weights (outs, H, K), and attention in splits: its results z_SHK and lse_SH."""
+def _merged(ins, splits, H, K, out):
+    """The weights (outs, H, K), and the result of attention in splits, (1, H, K).
+
+    It is the mean of the splits, weighted by exp(lse).
+    """
     split, head, column = (
         jnp.arange(size) < n for size, n in zip(ins['x'].shape, (splits, H, K), strict=True)
     )
     inside = block_mask(head, column)[None]
     w = load_or_zero(ins['w'], inside if out is None else inside & out[:, None, None])
-    z_SHK = load_or_zero(ins['x'], inside & split[:, None, None])
-    return w, z_SHK, plgpu.load(ins['lse'], mask=block_mask(split, head), other=-1e30)
-
-
-def _merge_splits(z_SHK, lse_SH):
-    """The result of attention, (1, H, K): the mean of the splits, weighted by exp(lse)."""
+    z_SHK = load_or_zero(ins['x'], inside & split[:, None, None]).astype(jnp.float32)
+    lse_SH = plgpu.load(ins['lse'], mask=block_mask(split, head), other=-1e30)
     weight_SH = jnp.exp(lse_SH - lse_SH.max(0, keepdims=True))
     weight_SH = weight_SH / weight_SH.sum(0, keepdims=True)
-    return (z_SHK.astype(jnp.float32) * weight_SH[:, :, None]).sum(0)[None]
+    return w, (z_SHK * weight_SH[:, :, None]).sum(0)[None]
 
 
 def _statistics(x, D, eps, keepdims):
@@ -187,9 +186,9 @@ def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, preci
     normed, dtype, blocks = ins['sum'] is not None, ins['w'].dtype, range(pl.cdiv(D, inputs))
     mine, vector = (out, out) if one else (block_mask(row, out), block_mask(None, out))
     pos = None if ins['pos'] is None else ins['pos'][...]
-    w, x, lse_SH = [], [], None
+    w, x = [], []
     if ins['lse'] is not None:
-        *w, z_SHK, lse_SH = _load_splits(ins, splits, H, D // H, out)
+        w, x = zip(_merged(ins, splits, H, D // H, out))
     elif one:
         w = list(map(_tiles(ins['w'], D, inputs, out), blocks))
         x = list(map(_row_tiles(ins['x'], D, inputs, outs), blocks))
@@ -199,8 +198,6 @@ def _linear_kernel(ins, outputs, *, B, D, N, H, splits, inputs, eps, gelu, preci
         0 if ins[name] is None else load_or_zero(ins[name], mask).astype(jnp.float32)
         for name, mask in (('sum', vector), ('bias', vector), ('residual', mine))
     )
-    if lse_SH is not None:
-        x = [_merge_splits(z_SHK, lse_SH)]
     if one:
         # These need x alone, so they are computed while the weights load.
         mean, scale = _statistics(x, D, eps, keepdims=False) if normed else (0, 1)
@@ -301,19 +298,18 @@ def _attend_kernel(pos_ref, q_ref, k_ref, v_ref, z_ref, lse_ref, *, S, K, block,
     # Split i takes the blocks i, i + splits, .. of positions.
     first, stride = pl.program_id(2) * block, splits * block
 
-    def load(start, end):
+    def load(start):
         mask = block_mask(start + jnp.arange(block) < end, columns)
         return [load_or_zero(ref.at[pl.ds(start, block), :], mask) for ref in (k_ref, v_ref)]
 
-    # With splits there are few programs: the first block, filled or not, does not wait for `pos`.
-    held = load(first, S if splits > 1 else end)
+    held = load(first)
     q = load_or_zero(q_ref, columns).astype(jnp.float32) / math.sqrt(K)
 
     def add_block(j, carry):
         """One running softmax a lane, merged afterwards: no reduction across lanes in the loop."""
         z, m, l, keys, values = carry
         start = first + j * stride
-        held = load(start + stride, end)  # while this block is processed
+        held = load(start + stride)  # while this block is processed
         here = start + jnp.arange(block) < end
         scores = jnp.where(here, (keys.astype(jnp.float32) * q[None, :]).sum(-1), -1e30)
         m_new = jnp.maximum(m, scores)
