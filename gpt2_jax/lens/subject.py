@@ -9,6 +9,7 @@ Every function of the package takes as its first argument one of:
 and as its second a text (str), or tokens: int (T,) or (B, T). A folder is read again at every call.
 """
 
+import codecs
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,3 +169,13 @@ def token_text(subject: Subject, token: int) -> str:
         return f'<{token}>'
     data = subject.tokenizer.decode_bytes([token])
     return data.decode('utf-8', 'backslashreplace') or f'<{token}>'
+
+
+def token_texts(subject: Subject, tokens_T) -> list[str]:
+    """`token_text` of each token, but a character of several tokens stands whole at the last."""
+    if subject.tokenizer is None:
+        return [token_text(subject, int(token)) for token in tokens_T]
+    decoder = codecs.getincrementaldecoder('utf-8')('backslashreplace')
+    texts = [decoder.decode(subject.tokenizer.decode_bytes([token])) for token in tokens_T]
+    texts[-1] += decoder.decode(b'', True)
+    return texts

@@ -11,7 +11,7 @@ from rich.text import Text
 from gpt2_jax.errors import UsageError
 from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import default_targets, head_scores, logit_lens, repeated_half
-from gpt2_jax.lens.subject import Subject, as_subject, as_tokens, token_text
+from gpt2_jax.lens.subject import Subject, as_subject, as_tokens, token_text, token_texts
 from gpt2_jax.terminal import counted
 
 FULL_COLOUR = 5.0  # nats: a loss at which the colour no longer changes
@@ -79,8 +79,7 @@ def shown_token(subject: Subject, token) -> str:
 def print_text(subject: Subject, tokens_T, losses_T, console: Console) -> None:
     """The text, each token on a background that tells its loss, and the largest losses."""
     line = Text()
-    for t, token in enumerate(tokens_T):
-        shown = token_text(subject, int(token))
+    for t, shown in enumerate(token_texts(subject, tokens_T)):
         loss = losses_T[t - 1] if t else 0.0
         colour = ORANGES[min(int(loss / FULL_COLOUR * len(ORANGES)), len(ORANGES) - 1)]
         style = (
