@@ -200,10 +200,10 @@ def test_the_map_of_a_head_says_what_its_signs_mean(source):
 
 
 def test_a_terminal_shows_a_character_of_several_tokens_whole():
-    """The bytes of one that is cut off are escapes."""
+    """The bytes of one that is cut off are escapes, and so are control characters."""
     console = Console(file=io.StringIO(), width=80)
-    terminal.show(loaded(ByteTokenizer()), [*'é\n語!'.encode(), 0xE8], console)
-    assert console.file.getvalue().startswith('é⏎\n語!\\xe8\nloss: ')
+    terminal.show(loaded(ByteTokenizer()), [*'é\n語!\x1b[2J'.encode(), 0xE8], console)
+    assert console.file.getvalue().startswith('é⏎\n語!\\x1b[2J\\xe8\nloss: ')
 
 
 def test_a_closed_pipe_is_left_to_the_script(source):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpt2_jax.errors import UsageError
+from gpt2_jax.foreign import escape
 from gpt2_jax.lens.activations import capture
 from gpt2_jax.lens.readings import default_targets, head_scores, logit_lens, repeated_half
 from gpt2_jax.lens.subject import Subject, as_subject, as_tokens, token_text, token_texts
@@ -85,7 +86,7 @@ def print_text(subject: Subject, tokens_T, losses_T, console: Console) -> None:
         style = (
             '' if colour is None else f'{"black" if colour > 166 else "white"} on color({colour})'
         )
-        line.append(visible(shown), style)
+        line.append(escape(visible(shown)), style)
         if '\n' in shown:
             line.append('\n')
     console.print(line, soft_wrap=True)
