@@ -99,10 +99,14 @@ def test_orbax_warns_of_nothing_while_a_run_trains(tmp_path, caplog):
     first, second = storage.without_warnings(), storage.without_warnings()
     first.__enter__()
     second.__enter__()
-    for one, heard in ((first, []), (second, ['aloud'])):  # on two threads, in any order
+    logger = logging.getLogger('absl')
+    for one, heard in ((first, ['hook']), (second, ['hook', 'orbax'])):  # in any order
         one.__exit__(None, None, None)
-        logging.getLogger('absl').warning('aloud')
-        assert [record.message for record in caplog.records if record.name == 'absl'] == heard
+        caplog.clear()
+        for name in ('hook', 'orbax'):  # a hook of the user is heard
+            where = f'/packages/{name}/a.py', 1
+            logger.handle(logger.makeRecord('absl', logging.ERROR, *where, name, (), None))
+        assert [record.getMessage() for record in caplog.records] == heard
 
 
 def test_one_layer_and_one_head_are_counted_in_the_singular(tmp_path):
