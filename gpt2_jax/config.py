@@ -475,7 +475,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         )
     if rows % shares:
         yield (
-            f'the {rows} rows of a micro-batch must be a multiple of '
+            f'train.batch_size / train.grad_accum_steps = {rows} must be a multiple of '
             f'mesh.data x mesh.fsdp = {shares}'
         )
     if model.n_head % mesh.tensor:

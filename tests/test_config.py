@@ -245,7 +245,7 @@ def test_wrong_values_are_named(key, value):
         ),
         (
             {'train.grad_accum_steps': 4, 'mesh.data': 3, 'mesh.fsdp': 2},
-            ['the 16 rows', 'mesh.data x mesh.fsdp = 6'],
+            ['train.batch_size / train.grad_accum_steps = 16', 'mesh.data x mesh.fsdp = 6'],
         ),
         ({'mesh.tensor': 5}, ['model.n_head = 12', 'multiple of mesh.tensor = 5']),
         (

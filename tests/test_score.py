@@ -249,7 +249,10 @@ def test_lambada_is_compiled_once(tmp_path, monkeypatch):
         (['the end', ' word '], 'passage 2 is'),
         (['  '], 'passage 1 is'),
         ([], 'holds no passages'),
-        (['the ' + 'x' * 13], 'last word of 14 tokens, and the context is 12'),
+        (
+            ['a b', 'the ' + 'x' * 13],
+            'passage 2 has a last word of 14 tokens, and the context is 12',
+        ),
     ],
 )
 def test_passages_without_an_answer_are_refused(tmp_path, passages, words):

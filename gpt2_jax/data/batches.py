@@ -29,6 +29,7 @@ import numpy as np
 from gpt2_jax import permutation
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.errors import UserError
+from gpt2_jax.terminal import counted
 
 # The number of rows whose windows are found together. The permutation takes 0.9 ms for 64 rows and
 # 2.2 ms for 4,096. In its short operations numpy holds Python's global lock, and the loop waits.
@@ -156,8 +157,8 @@ def train_batch(
     n = n_windows(len(tokens), T)
     if n < 1:
         raise UserError(
-            f'the training text has {len(tokens)} tokens, too few for train.seq_len = {T}, which '
-            f'needs {2 * T}: use a shorter train.seq_len or more text'
+            f'the training text has {counted(len(tokens), "tokens")}, too few for train.seq_len = '
+            f'{T}, which needs {2 * T}: use a shorter train.seq_len or more text'
         )
     inputs, targets = np.empty((2, hi - lo, T), np.int32)  # first: it fails if B T is too large
     first = step * batch_size

@@ -135,11 +135,12 @@ def score_lambada(
     """
     windows = score.make_windows(restored, context=context, stride=None, rows=rows)
     passages = read_passages(path, restored.tokenizer, text_field)
-    longest = max(passage.n_targets for passage in passages)
-    if longest > windows.context:
-        raise UserError(
-            f'{path} has a last word of {longest} tokens, and the context is {windows.context}'
-        )
+    for number, passage in enumerate(passages, 1):
+        if passage.n_targets > windows.context:
+            raise UserError(
+                f'{path}, passage {number} has a last word of {passage.n_targets} tokens, and the '
+                f'context is {windows.context}'
+            )
     # One shape for all batches, so that one program serves them, and no longer than the passages
     # need.
     T = min(windows.context, max(len(ids) - 1 for ids, _ in passages))
