@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import runs
 
@@ -47,6 +48,17 @@ def test_the_folder_of_a_run_may_be_a_text(tmp_path):
     config = runs.make_config(runs.write_text(tmp_path / 'text.txt'), train__steps=2)
     assert runs.quiet_train(config, str(tmp_path / 'run'))[0] == 0
     assert (tmp_path / 'run/summary.json').exists()
+
+
+@pytest.mark.parametrize(('place', 'hinted'), [('gpu', True), ('cpu', False)])
+def test_idle_gpus_are_pointed_out(place, hinted, tmp_path, monkeypatch):
+    """And the simulated devices of a CPU are not."""
+    setup = build(resolve(runs.make_config(runs.write_text(tmp_path / 'text.txt'))))
+    monkeypatch.setattr(jax, 'device_count', lambda: 4)
+    card = SimpleNamespace(platform=place, device_kind='card', memory_stats=lambda: None)
+    monkeypatch.setattr(type(setup), 'device', card)
+    lines = '\n'.join(describe(setup))
+    assert ('1 of 4 devices work: --config.mesh.fsdp=4' in lines) == hinted
 
 
 def described(tmp_path, text, **changes) -> list[str]:

@@ -48,6 +48,7 @@ def describe(setup: Setup) -> list[str]:
     lines = [
         f'device     {devices.describe_device(setup.device)}; mesh data {config.mesh.data} x fsdp '
         f'{config.mesh.fsdp} x tensor {config.mesh.tensor}{processes}; jax {jax.__version__}',
+        *_describe_idle(setup),
         *_describe_undivided(setup),
         f'precision  {_describe_precision(cfg, setup.kernels)}',
         *_describe_kernels(setup),
@@ -101,6 +102,16 @@ def _describe_average(decay: float) -> Iterator[str]:
         yield (
             f'average    of the parameters over about the last {round(1 / (1 - decay)):,} updates: '
             'it is evaluated, sampled from and published'
+        )
+
+
+def _describe_idle(setup: Setup) -> Iterator[str]:
+    """A line if GPUs stay idle. The simulated devices of a CPU share its cores."""
+    used, there = setup.mesh.size, jax.device_count()
+    if setup.device.platform != 'cpu' and used < there and not jax.config.jax_default_device:
+        yield (
+            f'hint       {used} of {there} devices work: --config.mesh.fsdp={there} or '
+            f'--config.mesh.data={there} uses all of them'
         )
 
 
