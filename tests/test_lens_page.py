@@ -149,6 +149,7 @@ def test_tokens_are_shown_as_text(source, tokens, page):
     stray = report_lib.collect(loaded(ByteTokenizer(), **SMALL), 'é', skip=report_lib.SECTIONS)
     texts = [stray.facts['text'][token] for token in stray.facts['tokens']]
     assert texts == ['\\xc3', '\\xa9']
+    assert stray.facts['shown'] == ['‥', 'é']
     bare = source.model, source.params
     texts = report_lib.collect(bare, tokens, skip=report_lib.SECTIONS).facts['text']
     assert texts[3] == '<3>'
@@ -274,6 +275,16 @@ def test_hovering_a_token_tells_its_loss_and_the_guesses(shown, source, tokens):
     assert f'rank {(probs > probs[tokens[7]]).sum() + 1}' in said
     likeliest = source.tokenizer.decode([probs.argmax()])
     assert said.index(likeliest.replace(' ', '␣').replace('\n', '⏎').replace('\t', '⇥')) > 0
+
+
+def test_a_character_of_several_tokens_is_whole_at_its_last(show):
+    report = report_lib.collect(loaded(ByteTokenizer(), **SMALL), 'a語', skip=report_lib.SECTIONS)
+    tab = show(render(report))
+    assert texts(tab, '#tokens .token') == ['a', '‥', '‥', '語', 'next?']
+    assert '‥: part of a character' in tab.text('#legend')
+    tab.click('#token-3')
+    assert tab.text('#chosen h2') == 'Token 3: 語'
+    assert tab.text('#chosen .quoted:not(h2 *)') == 'a‥‥'
 
 
 def test_clicking_a_token_chooses_it(shown, source):

@@ -35,6 +35,7 @@ from gpt2_jax.lens.subject import (
     as_tokens,
     run,
     token_text,
+    token_texts,
 )
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel.partition import named_leaves
@@ -155,6 +156,8 @@ def collect(
     shown = {*facts['tokens'], *targets_T.tolist()}
     shown.update(*(arrays[name].ravel().tolist() for name in arrays if '.top' in name))
     facts['text'] = {int(token): token_text(subject, int(token)) for token in sorted(shown)}
+    # A sign to point at for each token of a character but its last.
+    facts['shown'] = [text or '‥' for text in token_texts(subject, tokens_BT[0])]
     return Report(facts, arrays, flow)
 
 

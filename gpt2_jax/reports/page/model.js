@@ -47,8 +47,7 @@ function drawText() {
   const box = $('tokens');
   if (!box.childElementCount) {
     box.classList.toggle('words', WORDS);
-    FACTS.tokens.forEach((id, index) => {
-      const text = tokenText(id);
+    FACTS.shown.forEach((text, index) => {
       const span = el('span', {class: `token ${index >= FACTS.prompt ? 'own' : ''} ${index ? '' : 'first'}`, role: 'option', 'data-token': index, id: `token-${index}`},
         visible(text).replace(/␣/g, ' '));
       box.append(span);
@@ -71,7 +70,8 @@ function drawText() {
   const own = FACTS.prompt < T;
   $('legend').replaceChildren(
     state.ablated ? scaleKey('diverging', 'loss −2', '+2 nats') : scaleKey('warm', 'loss 0', `${FULL_COLOUR} nats`),
-    own ? el('span', {}, 'dotted: written by the model') : '');
+    own ? el('span', {}, 'dotted: written by the model') : '',
+    FACTS.shown.includes('‥') ? el('span', {}, '‥: part of a character, which its last token shows') : '');
   const given = Math.max(0, FACTS.prompt - 1);
   $('mean').textContent = `mean loss of this text ${meanLoss().toFixed(3)} nats over ${T - 1} guesses`
     + (own ? ` (${given} of the prompt, ${T - 1 - given} written by the model)` : '');
@@ -101,7 +101,7 @@ function aboutToken(index) {
 
 function drawChosen() {
   const {p} = state;
-  const before = FACTS.tokens.slice(Math.max(0, p - 15), p + 1).map(tokenText).join('');
+  const before = FACTS.shown.slice(Math.max(0, p - 15), p + 1).join('');
   const last = p === T - 1;
   const brief = last ? '' : ` ${at('loss', p).toFixed(3)} nats, ${percent(at('logit.right', L, p))}, rank ${at('logit.rank', L, p)}`;
   $('chosen').replaceChildren(

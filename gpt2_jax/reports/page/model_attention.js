@@ -140,13 +140,13 @@ function strongest(values, mark, count) {
 // The text with a line from a position to each that the head looks at; scrolled there if `follow`.
 function textWithLines(query, follow) {
   const box = el('div', {class: 'lines', id: 'lines'});
-  const spans = FACTS.tokens.map((id, index) => {
+  const spans = FACTS.shown.map((text, index) => {
     const w = weight(state.layer, state.head, query, index);
     const span = el('span', {class: `token ${index === query ? 'here' : ''}`, style: index <= query ? boxStyle('sequential', Math.sqrt(w)) : 'opacity:.45', 'data-at': index},
-      visible(tokenText(id)).replace(/␣/g, ' '));
+      visible(text).replace(/␣/g, ' '));
     span.addEventListener('mouseenter', () => box.replaceWith(textWithLines(index, false)));
     box.append(span);
-    if (/\n/.test(tokenText(id))) box.append(el('br'));
+    if (text.includes('\n')) box.append(el('br'));
     return span;
   });
   const lines = svg('svg', {'aria-hidden': 'true'});
@@ -196,7 +196,7 @@ function fillAttention(panel) {
     el('div', {id: 'strongest'}, bars(best, {limit: mark.relative ? undefined : 1, format: mark.format})));
 
   const large = Math.min(wide ? width - gridWidth - 26 : width, 560);
-  const labels = FACTS.tokens.map(id => visible(tokenText(id)));
+  const labels = FACTS.shown.map(visible);
   const map = heatMap({
     rows: labels, columns: labels, width: large, cellHeight: undefined,
     value: (q, s) => rootWeight(layer, head, q, s),

@@ -38,8 +38,8 @@ const weight = (layer, head, p, s) => rootWeight(layer, head, p, s) ** 2;
 const gradientNorm = (layer, p, s) => s > p ? 0 : at('gradient.resid', layer, pair(p, s));
 
 const tokenText = id => FACTS.text[id];
-const textAt = index => index < T ? tokenText(FACTS.tokens[index]) : '';
-const targetText = p => tokenText(at('target', p));
+const textAt = index => FACTS.shown[index];
+const targetText = p => p < T - 1 ? textAt(p + 1) : tokenText(at('target', p));
 
 const LAYER_NAMES = ['embed', ...Array.from({length: L}, (_, i) => `h_${i}`)];
 const partName = (layer, part) => part < H ? `h_${layer}.attn.${part}` : `h_${layer}.mlp`;

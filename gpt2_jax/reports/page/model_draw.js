@@ -92,7 +92,7 @@ function heatMap({rows, columns, value, about, choose, here = {}, kind = 'sequen
     context.font = '11px ui-monospace, "DejaVu Sans Mono", monospace';
     columns.forEach((column, c) => {
       const fits = Math.max(1, Math.floor(everyColumn * cellWidth / 6.8));
-      if (c % everyColumn === 0) context.fillText((column.length > fits ? column.replace(/^␣/, '') : column).slice(0, fits), left + (c + .5) * cellWidth, top - 9);
+      if (c % everyColumn === 0) context.fillText([...(column.length > fits ? column.replace(/^␣/, '') : column)].slice(0, fits).join(''), left + (c + .5) * cellWidth, top - 9);
     });
     context.strokeStyle = cssColor('--ink');
     context.lineWidth = 1.5;

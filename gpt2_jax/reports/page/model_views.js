@@ -142,7 +142,7 @@ function fillBackward(panel) {
   if (!has('gradient.resid')) return panel.append(missing('backward'));
   panel.append(explain('The backward pass starts from the loss of this one guess and goes down through the layers. A cell is the norm of the gradient in the residual stream: how much a small change at that layer and position would move the loss. It can reach only earlier positions, and it reaches them through attention.'));
   const names = [...LAYER_NAMES].reverse();
-  const labels = FACTS.tokens.map(id => visible(tokenText(id)));
+  const labels = FACTS.shown.map(visible);
   let most = 0;
   for (let layer = 0; layer <= L; layer++) for (let s = 0; s <= p; s++) most = Math.max(most, at('gradient.resid', layer, pair(p, s)));
   const decades = 4;
@@ -193,7 +193,7 @@ function fillNorms(panel) {
   const names = [...LAYER_NAMES].reverse();
   const most = Math.max(...ARRAYS['norm.resid']);
   panel.append(heatMap({
-    rows: names, columns: FACTS.tokens.map(id => visible(tokenText(id))), width: room(), cellHeight: Math.max(5, Math.min(24, 400 / (L + 1))),
+    rows: names, columns: FACTS.shown.map(visible), width: room(), cellHeight: Math.max(5, Math.min(24, 400 / (L + 1))),
     value: (r, c) => at('norm.resid', L - r, c) / most,
     about: (r, c) => `after ${names[r]}, position ${c} ‘${visible(textAt(c))}’: ${number(at('norm.resid', L - r, c))}`,
     choose: (r, c) => change({p: c}), here: {column: p}, label: 'Norm of the residual stream after each layer at each position',
