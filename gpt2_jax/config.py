@@ -467,12 +467,12 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             f'optim.end_learning_rate = {optim.end_learning_rate} must be at most '
             f'optim.learning_rate = {optim.learning_rate}'
         )
-    if (decay := optim.learning_rate * optim.weight_decay) > 1:
-        yield (
-            f'optim.weight_decay = {optim.weight_decay} must be at most 1 / optim.learning_rate = '
-            f'{1 / optim.learning_rate:.4g}: an update would take {decay:.3g} times each weight '
-            'from it'
-        )
+    for rate in ('learning_rate', 'muon_learning_rate')[: 1 + (optim.algorithm == 'muon')]:
+        if (decay := optim[rate] * optim.weight_decay) > 1:
+            yield (
+                f'optim.weight_decay = {optim.weight_decay} must be at most 1 / optim.{rate} = '
+                f'{1 / optim[rate]:.4g}: an update would take {decay:.3g} times each weight from it'
+            )
     if rows % shares:
         yield (
             f'train.batch_size / train.grad_accum_steps = {rows} must be a multiple of '

@@ -244,6 +244,10 @@ def test_wrong_values_are_named(key, value):
             ['optim.weight_decay = 1e+30', 'at most 1 / optim.learning_rate = 1667'],
         ),
         (
+            {'optim.weight_decay': 1e3, 'optim.algorithm': 'muon'},
+            ['optim.weight_decay = 1000.0', 'at most 1 / optim.muon_learning_rate = 333.3'],
+        ),
+        (
             {'train.grad_accum_steps': 4, 'mesh.data': 3, 'mesh.fsdp': 2},
             ['train.batch_size / train.grad_accum_steps = 16', 'mesh.data x mesh.fsdp = 6'],
         ),
@@ -271,7 +275,7 @@ def test_settings_that_do_not_fit_each_other(changes, named):
         'mesh.fsdp': 4,
         'model.n_embd': 144,
         'optim.end_learning_rate': 6e-4,
-        'optim.weight_decay': 1e3,
+        'optim.weight_decay': 333.0,
         'model.dtype': 'bfloat16',
         'model.attn_pdrop': 0.0,
     }
