@@ -236,6 +236,36 @@ def test_a_position_beside_a_loss_is_refused(model, params, text):
         lens.gradients((model, params), text, 'embed', at=2, loss=lambda logits, _: logits.sum())
 
 
+@pytest.mark.parametrize(
+    'function', [lambda x, *_: np.tanh(x).sum(), lambda x, *_: x.sum() if x.sum() > 0 else 0.0]
+)
+def test_functions_that_jax_cannot_trace_are_reported(model, params, text, function):
+    subject, name = (model, params), 'h_0.mlp'
+    for what, call in {
+        'loss': lambda: lens.gradients(subject, text, 'embed', loss=function),
+        'measure': lambda: lens.ablate(subject, text, name, measure=function),
+        'the edit of h_0.mlp': lambda: lens.edit(subject, text, {name: function}),
+    }.items():
+        with pytest.raises(UsageError, match=f'JAX cannot trace {what}: use jax.numpy in place of'):
+            call()
+
+
+@pytest.mark.parametrize(
+    ('function', 'found'),
+    [
+        (lambda x, _: (x.sum(), x), 'tuple'),
+        (lambda x, _: x[0, 0], r'float32\[11\]'),
+        (lambda x, _: x.argmax(), r'int32\[\]'),
+    ],
+)
+def test_a_result_that_cannot_be_used_is_reported(model, params, text, function, found):
+    with pytest.raises(UsageError, match=f'loss gives {found}: expected one real number of JAX'):
+        lens.gradients((model, params), text, 'embed', loss=function)
+    if found == 'tuple':
+        with pytest.raises(UsageError, match='measure gives tuple: expected one array of JAX'):
+            lens.ablate((model, params), text, 'h_0.mlp', measure=function)
+
+
 @pytest.mark.parametrize('names', [None, 5, ['embed', 5]])
 def test_gradients_at_no_name_are_refused(model, params, text, names):
     with pytest.raises(UsageError, match='is not the name of an activation: expected a text'):

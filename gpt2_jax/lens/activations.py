@@ -21,6 +21,7 @@ from gpt2_jax.lens.subject import (
     as_numpy,
     as_subject,
     as_tokens,
+    call_traced,
     next_token_losses,
     run,
 )
@@ -80,7 +81,12 @@ def _differentiating(cfg, names: tuple[str, ...], loss: Callable, with_params: b
         def add(name, x):
             return x + added[name] if name in added else x
 
-        return loss(run(cfg, params, tokens_BT, add), tokens_BT)
+        value = call_traced('loss', loss, run(cfg, params, tokens_BT, add), tokens_BT)
+        is_array = isinstance(value, jax.Array)
+        if not is_array or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            found = jax.typeof(value) if is_array else type(value).__name__
+            raise UsageError(f'loss gives {found}: expected one real number of JAX, such as a mean')
+        return value
 
     def differentiate(params, tokens_BT):
         # Adding 0 to an activation changes nothing, and the gradient of what is added is its own.

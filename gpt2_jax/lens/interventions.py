@@ -24,6 +24,7 @@ from gpt2_jax.lens.subject import (
     as_numpy,
     as_subject,
     as_tokens,
+    call_traced,
     next_token_losses,
     run,
 )
@@ -83,22 +84,21 @@ def edit(
 def _with_part(x, site: Site, change):
     """The activation with the part that the site addresses changed."""
     part = x[site.index()]
-    value = change(part) if callable(change) else change
+    name = f'the edit of {site.address}'
+    value = call_traced(name, change, part) if callable(change) else change
     try:
         new = jnp.asarray(value)
     except (TypeError, ValueError):
         new = None
     if new is None or jnp.iscomplexobj(new):
         raise UserError(
-            f'the edit of {site.address} is {foreign.show(value)}: expected a number, an array of '
-            'numbers, or a function that gives one'
+            f'{name} is {foreign.show(value)}: expected a number, an array of numbers, or a '
+            'function that gives one'
         )
     try:
         new = jnp.broadcast_to(new, part.shape).astype(x.dtype)
     except ValueError:
-        raise UserError(
-            f'the edit of {site.address} has the shape {new.shape}: expected {part.shape}'
-        ) from None
+        raise UserError(f'{name} has the shape {new.shape}: expected {part.shape}') from None
     return new if part.shape == x.shape else x.at[site.index()].set(new)
 
 
@@ -123,7 +123,10 @@ def _replacing(cfg, names: tuple[str, ...], measure: Callable) -> Callable:
                 return x
             return _masked(name, x, jnp.where(masks[name], values[name].astype(x.dtype), x))
 
-        return measure(run(cfg, params, tokens_BT, tap), tokens_BT)
+        value = call_traced('measure', measure, run(cfg, params, tokens_BT, tap), tokens_BT)
+        if not isinstance(value, jax.Array):
+            raise UsageError(f'measure gives {type(value).__name__}: expected one array of JAX')
+        return value
 
     return jax.jit(replaced)
 

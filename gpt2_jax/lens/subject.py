@@ -11,6 +11,7 @@ and as its second a text (str), or tokens: int (T,) or (B, T). A folder is read 
 
 import codecs
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +150,20 @@ def check_whole(name: str, value, least: int) -> None:
 def run(cfg: GPT2Config, params, tokens_BT, tap=None):
     """The logits (B, T, V) of the plain model, with `tap` called at every named activation."""
     return GPT2(cfg, PLAIN._replace(tap=tap)).apply({'params': params}, tokens_BT)
+
+
+def call_traced(name: str, function: Callable, *arrays):
+    """What a function of the caller gives for arrays that JAX traces.
+
+    Raises UsageError if it needs their values, as numpy does.
+    """
+    try:
+        return function(*arrays)
+    except jax.errors.JAXTypeError:
+        raise UsageError(
+            f'JAX cannot trace {name}: use jax.numpy in place of numpy, and no if, float() or '
+            'int() of an array'
+        ) from None
 
 
 def next_token_losses(logits_BTV, tokens_BT):
