@@ -262,9 +262,10 @@ def check_before_start(setup: Setup, workdir: Path, fresh: bool) -> None:
 
 def check_processes(setup: Setup, workdir: Path, start: int) -> None:
     """Raises UsageError unless all processes of the run train the same model in one folder."""
+    settings = config_lib.flatten(setup.config)
     different = hosts.differing(
-        {
-            'the settings': config_lib.to_json(setup.config),
+        {f'{key} = {value!r} in this process': value for key, value in settings.items()}
+        | {
             f'the text of {setup.config.data.corpus}': setup.dataset.sha256,
             f'the folder {workdir}, which all must share': (folder.owner(workdir), start),
         }

@@ -118,10 +118,11 @@ def test_all_processes_train_the_same_model_in_the_same_folder(folder, starter):
     commands[1] += [f'--workdir={folder / "there"}', '--config.optim.learning_rate=2e-3']
     group = starter.start(commands)
     assert group.wait() == [2, 2], group.output(0)
-    for index, name in enumerate(('here', 'there')):
+    for index, (name, rate) in enumerate((('here', 0.001), ('there', 0.002))):
         assert (
-            'error: not the same in all processes of this run: the settings; the folder '
-            f'{folder / name}, which all must share\n'
+            'error: not the same in all processes of this run: '
+            f'optim.learning_rate = {rate} in this process; the folder {folder / name}, which '
+            'all must share\n'
         ) in group.output(index)
     assert not (folder / 'here' / 'config.json').exists()
 
