@@ -191,6 +191,16 @@ def test_settings_that_do_not_fit_are_named(text, base, changes, options, words)
         start(parts_of(text, **changes), base, **options)
 
 
+def test_other_characters_are_named_and_can_be_mended(text, base, tmp_path):
+    other, letter = tmp_path / 'other.txt', text.read_text()[0]
+    other.write_text(text.read_text().replace(letter, 'é'))
+    words = f"replace 'é', which only the text has, and add a line with '{letter}', which only the"
+    with pytest.raises(UsageError, match=words):
+        start(parts_of(other), base)
+    other.write_text(other.read_text().replace('é', '') + f'\n{letter}')
+    start(parts_of(other), base)
+
+
 def test_dropout_precision_and_optimizer_may_differ(text, base):
     setup = parts_of(
         text,

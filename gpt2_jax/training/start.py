@@ -10,8 +10,9 @@ import optax
 from ml_collections import ConfigDict
 
 from gpt2_jax import config as config_lib
-from gpt2_jax import files
+from gpt2_jax import files, foreign
 from gpt2_jax.data import tokenizers
+from gpt2_jax.data.tokenizers import Tokenizer
 from gpt2_jax.errors import UsageError
 from gpt2_jax.terminal import say
 from gpt2_jax.training import programs
@@ -199,13 +200,32 @@ def _load_matching(setup: Setup) -> restore.Restored:
     if theirs != ours:
         wrong.append(
             f'its tokenizer is {theirs.name} with {theirs.vocab_size:,} tokens, but the data use '
-            f'{ours.name} with {ours.vocab_size:,} tokens'
+            f'{ours.name} with {ours.vocab_size:,} tokens{_other_characters(theirs, ours)}'
         )
     if train.init_optimizer:
         wrong += _optimizer_conflicts(restored.config.optim, setup.config.optim)
     if wrong:
         raise UsageError(f'this run cannot start from {run}: {"; ".join(wrong)}')
     return restored
+
+
+def _other_characters(theirs: Tokenizer, ours: Tokenizer) -> str:
+    """How two character tokenizers differ, and what to do; empty for other tokenizers."""
+    if not theirs.name == ours.name == 'char':
+        return ''
+    there, here = set(theirs.alphabet), set(ours.alphabet)
+    advice = [
+        f'{verb} {foreign.show("".join(sorted(characters)))}, which only {owner} has'
+        for verb, characters, owner in (
+            ('replace', here - there, 'the text'),
+            ('add a line with', there - here, 'the model'),
+        )
+        if characters
+    ]
+    return (
+        f' (the text must have the characters of the model: {", and ".join(advice)}; or train a '
+        'new model with data.tokenizer=byte, which encodes every text)'
+    )
 
 
 def _optimizer_conflicts(theirs, ours) -> list[str]:
