@@ -28,6 +28,7 @@ from gpt2_jax.errors import DivergedError, UsageError, UserError
 
 WRONG_RESULT = f'get_config() must return {EXPECTED}'
 CONFIG_FILE = 'a configuration, e.g. --config=configs/quickstart.py'
+NO_CONFIG = f'--config is missing: name {CONFIG_FILE}'
 # What Python and absl say of a flag's value -> what is said in its place.
 NOT_A_VALUE = {
     r'invalid literal for int\(\) with base 10: .*': 'not a whole number',
@@ -253,6 +254,8 @@ def _parse(argv: list[str]) -> list[str]:
     except Exception as error:  # any error of the code in a configuration file
         raise _config_error(error, path) from None
     if 'config' in flags.FLAGS:
+        if path is None:
+            raise UsageError(NO_CONFIG)
         _check_config(flags.FLAGS['config'].value, path)
     return rest
 
@@ -289,8 +292,6 @@ def _check_config_flags(argv: list[str]) -> str | None:
                 )
             if not path.endswith('.py'):
                 raise UsageError(f'--config={path} is not a Python file: expected {CONFIG_FILE}')
-    if path is None and 'config' in flags.FLAGS:
-        raise UsageError(f'--config is missing: name {CONFIG_FILE}')
     return path
 
 
@@ -306,6 +307,8 @@ def _flag_error(error: flags.Error, path: str | None) -> UsageError:
             '--config=FILE must come before the settings that change it, --config.KEY=VALUE'
         )
     if unknown := re.match(r"Unknown command line flag '(.*?)'(?:.*Did you mean: (.*) \?)?", text):
+        if not path and unknown[1].removeprefix('no').startswith('config.'):
+            return UsageError(NO_CONFIG)
         return UsageError(f'there is no flag --{unknown[1]}; {_flag_hint(*unknown.groups())}')
     for pythons_words, plain in NOT_A_VALUE.items():
         text = re.sub(pythons_words, plain, text)

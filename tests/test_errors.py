@@ -159,6 +159,11 @@ ROWS = {
         2,
         ['--config is missing', '--config=configs/quickstart.py'],
     ),
+    'mistyped --config': (
+        ('train', '--confg={made}/fine.py', '--config.train.steps=3'),
+        2,
+        ['there is no flag --confg; did you mean --config?'],
+    ),
     'a configuration that is no Python': (
         ('train', '--config={made}/run/config.json'),
         2,
