@@ -9,7 +9,7 @@ from tiny import flat, rough_params, shapes, tiny
 
 from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.mesh import make_mesh
-from gpt2_jax.training.optim import make_optimizer, make_schedule
+from gpt2_jax.training.optim import AdamW, make_optimizer, make_schedule
 
 IMPLEMENTATIONS = ('optax', 'explicit')
 
@@ -23,7 +23,7 @@ def make(implementation, steps=100, **changes):
         warmup_steps=10,
         steps=steps,
     )
-    return make_optimizer(implementation=implementation, schedule=schedule, **settings)
+    return make_optimizer(AdamW(schedule, **settings), implementation)
 
 
 def test_equal_updates_over_100_steps():

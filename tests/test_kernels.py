@@ -26,7 +26,7 @@ from gpt2_jax.kernels.norm import add_norm
 from gpt2_jax.train import train
 from gpt2_jax.training import fused_optim, fused_step
 from gpt2_jax.training.muon import make_muon
-from gpt2_jax.training.optim import apply_update, make_optimizer, make_schedule
+from gpt2_jax.training.optim import AdamW, apply_update, make_optimizer, make_schedule
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import accumulate, init_state, make_train_step
 
@@ -62,15 +62,7 @@ def optimizer(implementation, clip_norm=0.1, **options):
         make = fused_optim.make_optimizer
     elif implementation == 'muon':
         make = functools.partial(make_muon, muon_schedule=SCHEDULE, muon_beta=0.9)
-    return make(
-        schedule=SCHEDULE,
-        beta1=0.9,
-        beta2=0.95,
-        eps=1e-8,
-        weight_decay=0.1,
-        clip_norm=clip_norm,
-        **options,
-    )
+    return make(AdamW(SCHEDULE, 0.9, 0.95, 1e-8, 0.1, clip_norm), **options)
 
 
 def batch(model, rows=ROWS):

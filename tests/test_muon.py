@@ -28,7 +28,7 @@ from gpt2_jax.training.muon import (
     stack_matrices,
     unstack_matrices,
 )
-from gpt2_jax.training.optim import decay_mask
+from gpt2_jax.training.optim import AdamW, decay_mask
 from gpt2_jax.training.setup import build
 from gpt2_jax.training.start import initial_state
 from gpt2_jax.training.step import init_state, make_train_step
@@ -36,16 +36,8 @@ from gpt2_jax.workdir import restore
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 
 SCHEDULE = optax.linear_schedule(0.1, 0.02, 3)
-OPTIONS = dict(
-    schedule=SCHEDULE,
-    muon_schedule=lambda step: 0.5 * SCHEDULE(step),
-    muon_beta=0.9,
-    beta1=0.8,
-    beta2=0.95,
-    eps=1e-3,
-    weight_decay=0.3,
-    clip_norm=1.0,
-)
+SETTINGS = AdamW(SCHEDULE, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3, clip_norm=1.0)
+OPTIONS = {'muon_schedule': lambda step: 0.5 * SCHEDULE(step), 'muon_beta': 0.9}
 
 
 def draw(rng, like, std):
@@ -66,7 +58,7 @@ def test_one_matrix_by_hand(shape):
     """Three updates, the middle one clipped, of one matrix with more outputs or inputs."""
     rng = np.random.default_rng(0)
     params = {'h_0': {'mlp': {'c_fc': {'kernel': np.float32(rng.normal(size=shape))}}}}
-    optimizer = make_muon(**OPTIONS)
+    optimizer = make_muon(SETTINGS, **OPTIONS)
     state, p, m = optimizer.init(params), np.float64(flat(params)['h_0/mlp/c_fc/kernel']), 0.0
     update = jax.jit(optimizer.update)
     for n, std in enumerate((0.1, 3, 0.1), 1):
@@ -120,7 +112,7 @@ def test_updates_equal_those_of_optax():
     theirs = optax.chain(
         optax.clip_by_global_norm(1.0), optax.partition({'muon': muon, 'adamw': adamw}, labels)
     )
-    ours = make_muon(**OPTIONS)
+    ours = make_muon(SETTINGS, **OPTIONS)
 
     @jax.jit
     def update(grads, ours_params, state, params, their_state):
@@ -153,7 +145,7 @@ def test_stacked_matrices_come_back():
 
 
 def test_the_mean_gradient_and_the_average_are_sharded_like_the_parameters():
-    optimizer = make_muon(**OPTIONS)
+    optimizer = make_muon(SETTINGS, **OPTIONS)
     state = jax.eval_shape(lambda params: init_state(params, optimizer, True), shapes(tiny()))
     mesh = make_mesh(data=1, fsdp=1, tensor=1)
     layout, leaves = flat(partition.shardings(mesh, state)), flat(state)

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from tiny import flat, shapes, tiny
 
-from gpt2_jax.training.optim import bias_correction, decay_mask, make_optimizer, make_schedule
+from gpt2_jax.training.optim import (
+    AdamW,
+    bias_correction,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
 
 IMPLEMENTATIONS = pytest.mark.parametrize('implementation', ['optax', 'explicit'])
 
@@ -70,15 +76,7 @@ def test_updates_equal_their_equations(implementation, clip_norm, clips):
         warmup_steps=1,
         steps=3,
     )
-    optimizer = make_optimizer(
-        implementation=implementation,
-        schedule=schedule,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=decay,
-        clip_norm=clip_norm,
-    )
+    optimizer = make_optimizer(AdamW(schedule, beta1, beta2, eps, decay, clip_norm), implementation)
     rng = np.random.default_rng(0)
     sizes = {
         'c_attn': {'kernel': (3, 2), 'bias': (3, 1, 2)},

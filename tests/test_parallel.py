@@ -181,15 +181,14 @@ def fused_updates() -> list[str]:
     from gpt2_jax.parallel.mesh import make_mesh
     from gpt2_jax.parallel.partition import shardings
     from gpt2_jax.training import fused_optim
-    from gpt2_jax.training.optim import apply_update, make_optimizer, round_kernels
+    from gpt2_jax.training.optim import AdamW, apply_update, make_optimizer, round_kernels
 
-    options = {'schedule': lambda step: 1e-2, 'beta1': 0.9, 'beta2': 0.95, 'eps': 1e-8}
-    options |= {'weight_decay': 0.1, 'clip_norm': 0.1}
+    settings = AdamW(lambda step: 1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1, clip_norm=0.1)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    fused = fused_optim.make_optimizer(**options, round_to='bfloat16', mesh=mesh)
+    fused = fused_optim.make_optimizer(settings, round_to='bfloat16', mesh=mesh)
     params = rough_params(tiny(n_layer=1, n_head=3, n_embd=48, vocab_size=30))
     after = []
-    for optimizer in (fused, make_optimizer(**options)):
+    for optimizer in (fused, make_optimizer(settings)):
         new = params, optimizer.init(params)
         update = jax.jit(functools.partial(apply_update, optimizer))
         for factor in (0.1, -0.03):
@@ -337,15 +336,11 @@ def test_norms_of_the_fused_optimizer_are_sums_over_the_devices(mesh):
     from jax.sharding import AbstractMesh, AxisType
 
     from gpt2_jax.training import fused_optim
+    from gpt2_jax.training.optim import AdamW
 
     axes = ('data', 'fsdp', 'tensor')
     optimizer = fused_optim.make_optimizer(
-        schedule=lambda step: 1e-3,
-        beta1=0.9,
-        beta2=0.99,
-        eps=1e-8,
-        weight_decay=0.1,
-        clip_norm=1.0,
+        AdamW(lambda step: 1e-3, 0.9, 0.99, 1e-8, weight_decay=0.1, clip_norm=1.0),
         mesh=AbstractMesh(tuple(map(int, mesh.split())), axes, (AxisType.Auto,) * 3),
     )
     params = {'mlp': {'c_fc': {'kernel': jnp.ones((32, 32)), 'bias': jnp.ones(32)}}}

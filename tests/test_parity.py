@@ -39,7 +39,7 @@ from gpt2_jax.model.huggingface import (
 )
 from gpt2_jax.model.loss import token_losses
 from gpt2_jax.model.ops import activate
-from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.optim import AdamW, make_optimizer
 from gpt2_jax.training.programs import make_value_and_grad
 from gpt2_jax.training.step import accumulate, init_state, make_train_step
 from gpt2_jax.workdir import restore
@@ -411,13 +411,7 @@ class Pair:
         self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=eps)
         self.schedule = lambda step: learning_rate
         self.optimizer = make_optimizer(
-            implementation=implementation,
-            schedule=self.schedule,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            eps=eps,
-            weight_decay=DECAY,
-            clip_norm=CLIP,
+            AdamW(self.schedule, *BETAS, eps, DECAY, CLIP), implementation
         )
         self.state = init_state(params, self.optimizer)
         self.update = jax.jit(self.optimizer.update)

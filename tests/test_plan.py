@@ -23,7 +23,7 @@ from gpt2_jax.speed.case import SCALE_CASES, Case, case_of, used_elements
 from gpt2_jax.speed.timing import GPUS, collectives, sending_rate
 from gpt2_jax.training import fused_optim, fused_step
 from gpt2_jax.training.muon import make_muon
-from gpt2_jax.training.optim import make_optimizer
+from gpt2_jax.training.optim import AdamW, make_optimizer
 from gpt2_jax.training.step import init_state
 
 SCALE = Path(__file__).parents[1] / 'docs' / 'scale.md'
@@ -93,14 +93,12 @@ def test_parameters_and_moments_are_those_of_the_state(mesh, algorithm):
     axes = dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True))
     params = shapes(model)
     assert parameter_shapes(model.cfg) == {name: leaf.shape for name, leaf in flat(params).items()}
-    options = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
-    rate = {'schedule': lambda step: 1e-3}
-    optimizer, averages = make_optimizer(**rate, **options), algorithm == 'muon'
+    settings = AdamW(lambda step: 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0)
+    optimizer, averages = make_optimizer(settings), algorithm == 'muon'
     if averages:
-        muon = {'muon_schedule': lambda step: 1e-2, 'muon_beta': 0.95}
-        optimizer = make_muon(**rate, **muon, **options)
+        optimizer = make_muon(settings, muon_schedule=lambda step: 1e-2, muon_beta=0.95)
     if algorithm == 'fused':
-        optimizer = fused_optim.make_optimizer(**rate, **options, round_to=model.cfg.compute_dtype)
+        optimizer = fused_optim.make_optimizer(settings, round_to=model.cfg.compute_dtype)
     state = jax.eval_shape(lambda: init_state(params_of(params), optimizer, averages))
     layout = partition.shardings(AbstractMesh(sizes, tuple(axes)), state)
     held = sum(

@@ -3,17 +3,21 @@
 The equations are in optim.py, and the kernels in kernels/adamw.py.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.kernels.adamw import MAX_LEAVES, adamw, join, squares
 from gpt2_jax.parallel import collectives
 from gpt2_jax.training.optim import (
     DECAYED,
+    AdamW,
     DirectOptimizer,
     bias_correction,
     clip_factor,
@@ -25,15 +29,7 @@ BLOCK_MATRICES = 4  # leaves in one call of the kernels: a block has four matric
 
 
 def make_optimizer(
-    *,
-    schedule: optax.Schedule,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    round_to: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    settings: AdamW, round_to: str | None = None, mesh: Mesh | None = None
 ) -> DirectOptimizer:
     """optim.make_optimizer's update, by kernels that read and write each leaf once.
 
@@ -44,74 +40,12 @@ def make_optimizer(
     `round_to` is given, the update also returns the leaves 'kernel' in this dtype. On a mesh each
     device updates its own shards.
     """
-    reference = make_optax(
-        schedule=schedule,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-    )
-
-    def update_shards(grads, state, params, weights, total):
-        """`weights` count a shard once, however many devices hold it. `total` sums over devices."""
-        # Two counters: the schedule's is set back when another run is continued.
-        adam, at = (
-            optax.tree.get(state, name) for name in ('ScaleByAdamState', 'ScaleByScheduleState')
-        )
-        groups = leaf_groups(params, weights)
-
-        def grouped(tree) -> list:
-            """The leaves of each group."""
-            leaves = jax.tree.leaves(tree)
-            return [[leaves[i] for i in group.leaves] for group in groups]
-
-        def summed(sums: list):
-            # Without the barrier XLA would sum in the kernel that joins: 47 us instead of 6.
-            weighed = [sum_ * group.weight for group, sum_ in zip(groups, sums, strict=True)]
-            return total(jax.lax.optimization_barrier(jnp.concatenate(weighed, -1)).sum(-1))
-
-        grads = [
-            leaves if group.kind else [join(leaves)]
-            for group, leaves in zip(groups, grouped(grads), strict=True)
-        ]
-        norm = jnp.sqrt(summed(list(map(squares, grads))))
-        scalars = {
-            'learning_rate': schedule(at.count),
-            'factor': clip_factor(norm, clip_norm) if clip_norm else 1.0,
-            'correct1': 1 / bias_correction(beta1, adam.count + 1),
-            'correct2': 1 / bias_correction(beta2, adam.count + 1),
-        }
-        scalars_4 = jnp.stack([jnp.float32(x) for x in scalars.values()])
-        new, sums = {}, []  # leaf -> (m, v, p, rounded); sums of squares of updates and parameters
-        others = map(grouped, (adam.mu, adam.nu, params))
-        for group, *columns in zip(groups, grads, *others, strict=True):
-            *together, rounded, partial = adamw(
-                *columns,
-                scalars_4,
-                rates=(beta1, beta2, eps, weight_decay if group.kind else 0.0),
-                joined=not group.kind,
-                dtype=round_to if group.kind == 'kernel' else None,
-            )
-            together.append(rounded or [None] * len(group.leaves))
-            new |= zip(group.leaves, zip(*together, strict=True), strict=True)
-            sums.append(partial)
-        tree = jax.tree.structure(params)
-        columns = zip(*(new[i] for i in sorted(new)), strict=True)
-        m, v, params, rounded = (jax.tree.unflatten(tree, column) for column in columns)
-        update_norm, param_norm = jnp.sqrt(summed(sums))
-        norms = {'grad_norm': norm, 'update_norm': update_norm, 'param_norm': param_norm}
-        state = optax.tree.set(
-            state,
-            ScaleByAdamState=optax.ScaleByAdamState(adam.count + 1, m, v),
-            ScaleByScheduleState=optax.ScaleByScheduleState(at.count + 1),
-        )
-        return params, state, rounded if round_to else None, norms
+    update_shards = functools.partial(_update_shards, settings, round_to)
 
     def update(grads, state, params):
         if mesh is None or mesh.size == 1:
-            ones = [1.0] * len(jax.tree.leaves(params))
-            return update_shards(grads, state, params, ones, lambda x: x)
+            weights = [1.0] * len(jax.tree.leaves(params))
+            return update_shards(weights, lambda x: x, grads, state, params)
         rounded = round_kernels(params, round_to) if round_to else None
         spec, state_spec, rounded_spec = (
             collectives.specs(mesh, tree) for tree in (params, state, rounded)
@@ -120,17 +54,73 @@ def make_optimizer(
             1 / collectives.copies(mesh, leaf_spec)
             for leaf_spec in jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))
         ]
+        total = functools.partial(jax.lax.psum, axis_name=mesh.axis_names)
         return jax.shard_map(
-            lambda *trees: update_shards(
-                *trees, weights, lambda x: jax.lax.psum(x, mesh.axis_names)
-            ),
+            functools.partial(update_shards, weights, total),
             mesh=mesh,
             in_specs=(spec, state_spec, spec),
             out_specs=(spec, state_spec, rounded_spec, P()),
             check_vma=False,
         )(grads, state, params)
 
-    return DirectOptimizer(reference.init, update, round_to)
+    return DirectOptimizer(make_optax(settings).init, update, round_to)
+
+
+def _update_shards(
+    settings: AdamW,
+    round_to: str | None,
+    weights: list[float],
+    total: Callable,
+    grads,
+    state: optax.OptState,
+    params,
+):
+    """The update of one device's shards, as DirectOptimizer returns it.
+
+    `weights` has a number for each leaf, so that sums count a shard once, however many devices hold
+    it. `total` sums over the devices.
+    """
+    schedule, beta1, beta2, eps, weight_decay, clip_norm = settings
+    # Two counters: the schedule's is set back when another run is continued.
+    adam, at = (
+        optax.tree.get(state, name) for name in ('ScaleByAdamState', 'ScaleByScheduleState')
+    )
+    groups = leaf_groups(params, weights)
+    grads = [
+        leaves if group.kind else [join(leaves)]
+        for group, leaves in zip(groups, grouped(grads, groups), strict=True)
+    ]
+    grad_norm = jnp.sqrt(weighted_sum([squares(leaves) for leaves in grads], groups, total))
+    count = adam.count + 1
+    scalars = {
+        'learning_rate': schedule(at.count),
+        'factor': clip_factor(grad_norm, clip_norm) if clip_norm else 1.0,
+        'correct1': 1 / bias_correction(beta1, count),
+        'correct2': 1 / bias_correction(beta2, count),
+    }
+    scalars_4 = jnp.stack([jnp.float32(x) for x in scalars.values()])
+    updated = []  # for each group (m, v, params, rounded, sums of squares)
+    others = (grouped(tree, groups) for tree in (adam.mu, adam.nu, params))
+    for group, *leaves in zip(groups, grads, *others, strict=True):
+        updated.append(
+            adamw(
+                *leaves,
+                scalars_4,
+                rates=(beta1, beta2, eps, weight_decay if group.kind else 0.0),
+                joined=not group.kind,
+                dtype=round_to if group.kind == 'kernel' else None,
+            )
+        )
+    *columns, sums = zip(*updated, strict=True)
+    m, v, params, rounded = (ungrouped(column, groups, params) for column in columns)
+    update_norm, param_norm = jnp.sqrt(weighted_sum(sums, groups, total))
+    state = optax.tree.set(
+        state,
+        ScaleByAdamState=optax.ScaleByAdamState(count, m, v),
+        ScaleByScheduleState=optax.ScaleByScheduleState(at.count + 1),
+    )
+    norms = {'grad_norm': grad_norm, 'update_norm': update_norm, 'param_norm': param_norm}
+    return params, state, rounded if round_to else None, norms
 
 
 class Group(NamedTuple):
@@ -157,3 +147,26 @@ def leaf_groups(params, weights: list[float]) -> list[Group]:
         parts = [leaves[start : start + size] for start in range(0, len(leaves), size)]
         groups += [Group(kind, weight, part) for part in parts]
     return groups
+
+
+def grouped(tree, groups: list[Group]) -> list[list[jax.Array]]:
+    """The leaves of each group."""
+    leaves = jax.tree.leaves(tree)
+    return [[leaves[i] for i in group.leaves] for group in groups]
+
+
+def ungrouped(leaves_of_groups, groups: list[Group], like):
+    """The inverse of `grouped`; `like` gives the structure. None for a group without leaves."""
+    structure = jax.tree.structure(like)
+    leaves = [None] * structure.num_leaves
+    for group, its_leaves in zip(groups, leaves_of_groups, strict=True):
+        for i, leaf in zip(group.leaves, its_leaves, strict=False):
+            leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def weighted_sum(sums: list[jax.Array], groups: list[Group], total: Callable):
+    """The sum over all groups and devices: a group's sums, (.., programs), times its weight."""
+    # Without the barrier XLA would sum in the kernel that joins: 47 us instead of 6.
+    weighted = [sum_ * group.weight for group, sum_ in zip(groups, sums, strict=True)]
+    return total(jax.lax.optimization_barrier(jnp.concatenate(weighted, -1)).sum(-1))

@@ -9,12 +9,13 @@ import optax
 
 from gpt2_jax.parallel.partition import leaf_name, named_leaves
 from gpt2_jax.training.optim import (
+    AdamW,
     DirectOptimizer,
-    adamw,
     as_parameters,
     bias_correction,
     clip_factor,
     root_of_squares,
+    unclipped_adamw,
 )
 
 # The leaves that Muon updates, by the end of their path, and how to read one as matrices that
@@ -35,16 +36,11 @@ MUON_RMS = 0.2
 
 
 def make_muon(
-    *,
+    settings: AdamW,
     implementation: str = 'optax',
-    schedule: optax.Schedule,
+    *,
     muon_schedule: optax.Schedule,
     muon_beta: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
     dtype: str = 'float32',
     precision: str = 'highest',
 ) -> DirectOptimizer:
@@ -59,10 +55,11 @@ def make_muon(
     equals the one of optax.contrib.muon(.., consistent_rms=MUON_RMS). optax computes one matrix
     after the other, in hundreds of small kernels on a GPU; here all matrices of one shape are one
     array.
-    `dtype` and `precision` are those of the products in `orthogonalize`. The other options are
-    those of `make_optimizer`.
+
+    `dtype` and `precision` are those of the products in `orthogonalize`. AdamW has its own learning
+    rate in `settings`, and shares `weight_decay` and `clip_norm` with Muon.
     """
-    others = adamw(implementation, schedule, beta1, beta2, eps, weight_decay)
+    others = unclipped_adamw(settings, implementation)
 
     def init(params) -> MuonState:
         m = jax.tree.map(jnp.zeros_like, muon_leaves(params))
@@ -73,8 +70,8 @@ def make_muon(
     def update(grads, state, params):
         grads = as_parameters(grads, params)
         norm = root_of_squares(grads)
-        if clip_norm:
-            factor = clip_factor(norm, clip_norm)
+        if settings.clip_norm:
+            factor = clip_factor(norm, settings.clip_norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
         g, p = muon_leaves(grads), muon_leaves(params)
         n, lr = state.count + 1, jnp.float32(muon_schedule(state.schedule.count))
@@ -87,7 +84,7 @@ def make_muon(
             for (I, O), d_NIO in stack_matrices(looked_ahead).items()
         }
         updates = jax.tree.map(
-            lambda d, p: -lr * (d + weight_decay * p), unstack_matrices(directions, m), p
+            lambda d, p: -lr * (d + settings.weight_decay * p), unstack_matrices(directions, m), p
         )
         g_others, p_others = (muon_leaves(tree, False) for tree in (grads, params))
         updates_others, state_others = others.update(g_others, state.others, p_others)

@@ -107,16 +107,18 @@ def make_schedule(
     return schedule
 
 
-def make_optimizer(
-    *,
-    implementation: str = 'optax',
-    schedule: optax.Schedule,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-) -> optax.GradientTransformation:
+class AdamW(NamedTuple):
+    """The schedule and the numbers of AdamW with clipping: see `make_optimizer`."""
+
+    schedule: optax.Schedule
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+
+def make_optimizer(settings: AdamW, implementation: str = 'optax') -> optax.GradientTransformation:
     """AdamW on clipped gradients (Loshchilov & Hutter 2019, algorithm 2; Pascanu et al. 2013).
 
         g <- g min(1, clip_norm / ||g||)     over all leaves at once; clip_norm = 0: no clipping
@@ -128,28 +130,19 @@ def make_optimizer(
     The term weight_decay p applies only to leaves for which `decay_mask` is True.
     `implementation` is 'optax', or 'explicit' for these equations, written out in `explicit_adamw`.
     """
-    update = adamw(implementation, schedule, beta1, beta2, eps, weight_decay)
-    if not clip_norm:
+    update = unclipped_adamw(settings, implementation)
+    if not settings.clip_norm:
         return update
-    is_optax = implementation == 'optax'
-    clip = optax.clip_by_global_norm(clip_norm) if is_optax else explicit_clip(clip_norm)
-    return optax.chain(clip, update)
+    clip = optax.clip_by_global_norm if implementation == 'optax' else explicit_clip
+    return optax.chain(clip(settings.clip_norm), update)
 
 
-def adamw(
-    implementation: str,
-    schedule: optax.Schedule,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> optax.GradientTransformation:
+def unclipped_adamw(settings: AdamW, implementation: str) -> optax.GradientTransformation:
     """`make_optimizer` without clipping."""
-    if implementation == 'optax':
-        return optax.adamw(
-            schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask
-        )
-    return explicit_adamw(schedule, beta1, beta2, eps, weight_decay)
+    if implementation == 'explicit':
+        return explicit_adamw(settings)
+    schedule, beta1, beta2, eps, weight_decay, _ = settings
+    return optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
 
 
 def as_parameters(grads, params):
@@ -226,10 +219,9 @@ def bias_correction(beta: float, n):
     return -jnp.expm1(jnp.float32(n) * math.log(beta)) if beta else jnp.float32(1)
 
 
-def explicit_adamw(
-    schedule: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
-) -> optax.GradientTransformation:
+def explicit_adamw(settings: AdamW) -> optax.GradientTransformation:
     """The equations for m, v and p in `make_optimizer`. An update returns what to add to p."""
+    schedule, beta1, beta2, eps, weight_decay, _ = settings
 
     def update(grads, state, params):
         # fp32 even under JAX_ENABLE_X64, so that parameters and moments keep their dtype.

@@ -17,7 +17,7 @@ from gpt2_jax.parallel import partition
 from gpt2_jax.parallel.devices import has_hopper_kernels
 from gpt2_jax.parallel.mesh import make_mesh
 from gpt2_jax.training.muon import make_muon
-from gpt2_jax.training.optim import Optimizer, make_optimizer, make_schedule
+from gpt2_jax.training.optim import AdamW, Optimizer, make_optimizer, make_schedule
 from gpt2_jax.training.step import TrainState, init_state
 
 
@@ -144,27 +144,22 @@ def _build_optimizer(
     mesh: jax.sharding.Mesh,
 ) -> Optimizer:
     optim = config.optim
-    options = {
-        'schedule': schedule,
-        'beta1': optim.beta1,
-        'beta2': optim.beta2,
-        'eps': optim.eps,
-        'weight_decay': optim.weight_decay,
-        'clip_norm': optim.clip_norm,
-    }
+    settings = AdamW(
+        schedule, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_norm
+    )
     if optim.algorithm == 'muon':
         ratio = optim.muon_learning_rate / optim.learning_rate
         return make_muon(
-            implementation=kernels.optimizer,
+            settings,
+            kernels.optimizer,
             muon_schedule=lambda step: ratio * schedule(step),
             muon_beta=optim.muon_beta,
             dtype=cfg.compute_dtype,
             precision=cfg.precision,
-            **options,
         )
     if kernels.optimizer == 'fused':
         from gpt2_jax.training import fused_optim  # loads Pallas: half a second
 
         round_to = cfg.compute_dtype if kernels.fused_training else None
-        return fused_optim.make_optimizer(round_to=round_to, mesh=mesh, **options)
-    return make_optimizer(implementation=kernels.optimizer, **options)
+        return fused_optim.make_optimizer(settings, round_to, mesh)
+    return make_optimizer(settings, kernels.optimizer)
