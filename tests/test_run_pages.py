@@ -16,7 +16,7 @@ from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.autopsy import examine
 from gpt2_jax.diagnostics.replay import Replay
 from gpt2_jax.errors import UsageError, UserError
-from gpt2_jax.reports import autopsy, compare, looks, run
+from gpt2_jax.reports import autopsy, compare, over_time, run
 from gpt2_jax.workdir.checksums import FOLDER, committed_steps
 from gpt2_jax.workdir.history import read_records
 from gpt2_jax.workdir.restore import load
@@ -213,7 +213,7 @@ def test_wrong_questions_are_one_line(trained, folder):
         run.write_run(trained, folder / 'x.html', text='a', notify=lambda text: None)
     one = dataclasses.make_dataclass('Setup', ['config'])(runs.make_config(None, train__seq_len=1))
     with pytest.raises(UserError, match=r'trained on single tokens \(train\.seq_len = 1\): a page'):
-        looks.text_tokens(ledger.open_run(trained), one, None)
+        over_time.text_tokens(ledger.open_run(trained), one, None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))
 

@@ -82,7 +82,7 @@ LAYERS = (
     'diagnostics.autopsy',
     # reports: what was found, for people
     'reports.html reports.flow reports.terminal',
-    'reports.step reports.looks reports.model',
+    'reports.step reports.over_time reports.model',
     'reports.run reports.autopsy',
     'reports.compare',
     # the roof: one file a script, and what a run does now and then

@@ -14,7 +14,7 @@ from gpt2_jax.lens.subject import load
 from gpt2_jax.model.params import count_params
 from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.reports.html import plain, write_page
-from gpt2_jax.reports.looks import Notify, dynamics_for_page, dynamics_of, looks_of, text_tokens
+from gpt2_jax.reports.over_time import Notify, dynamics_for_page, dynamics_of, looks_of, text_tokens
 from gpt2_jax.reports.run import curves
 from gpt2_jax.workdir import history
 

@@ -22,7 +22,7 @@ from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.reports import flow as flow_report
 from gpt2_jax.reports import step as step_report
 from gpt2_jax.reports.html import packed, write_page
-from gpt2_jax.reports.looks import (
+from gpt2_jax.reports.over_time import (
     Notify,
     dynamics_for_page,
     dynamics_of,
