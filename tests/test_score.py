@@ -313,11 +313,22 @@ def test_a_checkpoint_of_more_devices_than_this_machine_has():
     assert len(jax.devices()) < 512
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+def test_kernels_of_training_do_not_limit_an_evaluation(monkeypatch, platform):
+    """A CPU has none, and on a GPU they need windows of a multiple of 64 tokens."""
+    model = restored(n_head=1, n_embd=16, n_positions=64, dtype='bfloat16')
+    model.config.model.kernels = model.config.optim.implementation = 'fused'
+    monkeypatch.setattr('gpt2_jax.training.setup.platform_of', lambda device: platform)
+    windows = score.make_windows(model, context=30, stride=None, rows=3)
+    setup, _ = score.build(model, windows, SimpleNamespace(tokenizer=SMALL))
+    assert setup.kernels.attention == {'cpu': 'xla', 'gpu': 'cudnn'}[platform]
+
+
 def test_rows_are_divided_among_all_devices(monkeypatch):
     """Five rows on a mesh of 2 x 2 are processed as eight."""
-    model, built = restored(), []
+    model, built, devices = restored(), [], jax.devices() * 4
     model.config.mesh.update(data=2, fsdp=2)
-    monkeypatch.setattr(score.jax, 'devices', lambda: [None] * 4)
+    monkeypatch.setattr(score.jax, 'devices', lambda: devices)
     monkeypatch.setattr(score.jax, 'device_put', lambda params, layout: params)
     monkeypatch.setattr(
         score, 'build_setup', lambda config, dataset: built.append(config) or mock.MagicMock()

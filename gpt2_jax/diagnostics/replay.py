@@ -6,7 +6,6 @@ equal the recorded ones to the last digit; see `verdict` for other devices.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,18 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt2_jax.architecture import GPT2Config
 from gpt2_jax.diagnostics import ledger
 from gpt2_jax.diagnostics.origins import Origin
 from gpt2_jax.errors import UserError
-from gpt2_jax.kernels.choose import platform_of, usable
 from gpt2_jax.lens.subject import leaf_shapes
 from gpt2_jax.parallel.devices import allow_transfers
 from gpt2_jax.parallel.feed import Batch, train_batch
 from gpt2_jax.parallel.partition import make_unshard
 from gpt2_jax.training import programs
 from gpt2_jax.training.optim import as_parameters
-from gpt2_jax.training.setup import Setup, build
+from gpt2_jax.training.setup import Setup, build, fit_to_machine
 from gpt2_jax.training.start import initial_state
 from gpt2_jax.training.step import TrainState, make_token_losses, split_rows
 from gpt2_jax.workdir import checksums, history
@@ -258,22 +255,8 @@ class Programs(NamedTuple):
 
 
 def setup_here(config: ConfigDict, run: ledger.Run) -> Setup:
-    """The setup of a run on this machine.
-
-    Without the GPU that it was trained on, XLA computes what its kernels did. With fewer devices
-    than it was trained on, one computes all.
-    """
-    cfg = usable(
-        GPT2Config(**config.model, vocab_size=run.dataset.tokenizer.vocab_size),
-        platform_of(jax.devices()[0]),
-    )
-    config = config.copy_and_resolve_references()
-    config.model.update(kernels=cfg.kernels, attention=cfg.attention)
-    if config.optim.implementation == 'fused':
-        config.optim.implementation = 'auto'  # the same state
-    if math.prod(config.mesh.values()) > jax.device_count():
-        config.mesh.update(dict.fromkeys(config.mesh, 1))
-    return build(config, run.dataset)
+    """The setup of a run on this machine: see setup.fit_to_machine."""
+    return build(fit_to_machine(config, run.dataset.tokenizer.vocab_size), run.dataset)
 
 
 def make_programs(config: ConfigDict, run: ledger.Run) -> Programs:

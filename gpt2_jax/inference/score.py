@@ -14,7 +14,7 @@ from gpt2_jax.inference.evaluate import Evaluation, make_evaluate, perplexity, s
 from gpt2_jax.parallel import faults
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import counted
-from gpt2_jax.training.setup import Setup
+from gpt2_jax.training.setup import Setup, fit_to_machine
 from gpt2_jax.training.setup import build as build_setup
 from gpt2_jax.workdir import history
 from gpt2_jax.workdir.restore import Restored
@@ -128,10 +128,9 @@ def build(
     It evaluates `dataset`, or the corpus of the run if that is None. Rows are rounded up to a
     multiple of the devices that share them. Raises UserError for a corpus that cannot be read.
     """
-    config = restored.config.copy_and_resolve_references()
-    # The run may have had more devices than this machine has.
-    if math.prod(config.mesh.values()) > len(jax.devices()):
-        config.mesh.update(data=1, fsdp=1, tensor=1)
+    config = fit_to_machine(restored.config, restored.model.cfg.vocab_size)
+    if config.model.kernels == 'fused':
+        config.model.kernels = 'auto'  # these windows may not suit the kernels of training
     share = config.mesh.data * config.mesh.fsdp
     config.train.update(
         seq_len=windows.context,

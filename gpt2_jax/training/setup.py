@@ -1,6 +1,7 @@
 """What a configuration builds before any parameter exists: mesh, data, model, optimizer."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -9,7 +10,14 @@ from ml_collections import ConfigDict
 from gpt2_jax.architecture import GPT2Config, flops_per_token
 from gpt2_jax.data import load
 from gpt2_jax.data.dataset import Dataset
-from gpt2_jax.kernels.choose import Kernels, Place, choose, evaluation_attention, platform_of
+from gpt2_jax.kernels.choose import (
+    Kernels,
+    Place,
+    choose,
+    evaluation_attention,
+    platform_of,
+    usable,
+)
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.model.ops import fast_ops
 from gpt2_jax.model.params import param_shapes
@@ -104,6 +112,22 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Setup:
     return Setup(
         config, mesh, dataset, model, kernels, reasons, schedule, optimizer, shapes, layout
     )
+
+
+def fit_to_machine(config: ConfigDict, vocab_size: int) -> ConfigDict:
+    """A copy of a saved configuration that runs on this machine.
+
+    Without the GPU that it was trained on, XLA computes what its kernels did. With fewer devices
+    than it was trained on, one computes all.
+    """
+    config = config.copy_and_resolve_references()
+    cfg = usable(GPT2Config(**config.model, vocab_size=vocab_size), platform_of(jax.devices()[0]))
+    config.model.update(kernels=cfg.kernels, attention=cfg.attention)
+    if config.optim.implementation == 'fused':
+        config.optim.implementation = 'auto'  # the same state
+    if math.prod(config.mesh.values()) > len(jax.devices()):
+        config.mesh.update(data=1, fsdp=1, tensor=1)
+    return config
 
 
 def place_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> Place:
