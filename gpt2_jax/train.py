@@ -32,7 +32,7 @@ from gpt2_jax.parallel.mesh import own_rows
 from gpt2_jax.progress import Progress
 from gpt2_jax.terminal import counted, say
 from gpt2_jax.training import loop
-from gpt2_jax.training.meter import Meter
+from gpt2_jax.training.meter import Meter, RunProgress
 from gpt2_jax.training.programs import abstract_state, compile_train_step, compiling
 from gpt2_jax.training.setup import Setup, build
 from gpt2_jax.training.start import (
@@ -42,6 +42,7 @@ from gpt2_jax.training.start import (
     initial_state,
     where_to_start,
 )
+from gpt2_jax.training.step import TrainState
 from gpt2_jax.workdir import folder, storage
 from gpt2_jax.workdir.checkpoints import Checkpoints
 from gpt2_jax.workdir.checksums import FOLDER, quarantine
@@ -73,6 +74,7 @@ def train(
     started = time.monotonic() if started is None else started
     config, workdir = config_lib.resolve(config), files.user_path(workdir)
     check_hooks(hooks)
+    # Only process 0 prints. A process that is lost and memory that runs out are errors of one line.
     with hosts.one_voice(), hosts.lost_processes(), memory_errors('train'):
         keep_freed_memory()  # a script has done so already, and a notebook has not
         setup = build(config)
@@ -100,11 +102,27 @@ def check_hooks(hooks: Sequence[loop.Hook]) -> None:
         raise UsageError(f'hooks = {foreign.show(hooks)}: expected a list, [hook]')
 
 
+def check_before_start(setup: Setup, workdir: Path, fresh: bool) -> None:
+    """Raises UserError for data or weights that training cannot use.
+
+    It is called before any folder is touched. One training and one validation batch are made only
+    for the errors that they raise, and not sent to the device, which may still be starting. Weights
+    to start from are checked here only with `fresh`, which moves the old run aside; otherwise
+    start.initial_state checks them.
+    """
+    if fresh:
+        check_pretrained(setup, workdir)
+    lo, hi = own_rows(setup.mesh, setup.config.train.batch_size)
+    train_batch(setup.dataset.train, step=0, lo=lo, hi=hi, **setup.batch_options)
+    next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))
+
+
 @contextlib.contextmanager
 def claim(workdir: Path, fresh: bool) -> Iterator[Callable[[], None]]:
-    """The run's folder, claimed and without damaged checkpoints; yields as folder.claim does.
+    """Locks the run's folder for this run, and moves damaged checkpoints aside.
 
-    In a run of several processes, the first claims the folder, and the others wait until it has.
+    Yields a function that raises UserError if the folder was moved or replaced since. In a run of
+    several processes, the first claims the folder, and the others wait until it has.
     """
     if not hosts.is_first():
         hosts.barrier('the folder is claimed')
@@ -137,34 +155,15 @@ def run_in_folder(
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     check_processes(setup, workdir, start)
     if start == config.train.steps and (workdir / 'summary.json').exists():
-        say(
-            f'the run in {workdir} is finished: {counted(start, "steps")}, best validation loss '
-            f'{progress.best_val_loss:.4f} at step {progress.best_step:,}; raise train.steps with '
-            '--extend to continue, or start again with --fresh'
-        )
-        if hosts.is_first():
-            write_settings(setup, workdir, missing_only=True)
+        say_already_finished(setup, workdir, progress)
         return 0
 
     # Compiled side by side, in the order of their first use. The update is traced before anything
     # asks a GPU for its memory: until the GPU is ready for use, the answer takes up to 0.7 s.
     train_step = compile_train_step(setup, pool)
-    n_local = len(setup.mesh.local_devices)
-    memory = estimate_memory(setup.shapes, setup.layout, setup.device, n_local)
-    kept = checkpoints.describe_kept(
-        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
-    )
-    resuming = [f'resuming from checkpoint {start:,} in {workdir}'] if start else []
-    say('\n'.join([*describe(setup), *memory, *resuming, *kept]))
+    say_setup(setup, workdir, checkpoints, start)
     measure = probes.Measure(setup, pool) if config.train.probe else None
-    if start:
-        with Progress(f'reading checkpoint {start:,}'):
-            state = checkpoints.restore(start, abstract_state(setup))
-    else:
-        state = initial_state(setup)
-    if start < config.train.steps:
-        # After the state is made, which fails first if memory is short.
-        checkpoints.check_room(state)
+    state = state_at(setup, checkpoints, start)
     evaluate = make_evaluate(setup, pool=pool)  # last: the first update does not wait for it
     if hosts.is_first():
         prepare_folder(setup, workdir, start, log_sizes)
@@ -233,31 +232,8 @@ def run_in_folder(
         name = interrupt.seen.name
         say(f'stopped by {name} at step {done:,}, which is saved; the same command resumes')
         return 128 + interrupt.seen
-    summary = meter.summary(corpus_identity(setup))
-    if hosts.is_first():
-        files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
-    say(
-        f'finished {counted(done, "steps")} in {duration(summary["seconds_total"])}: best '
-        f'validation loss {progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
-        f'{progress.final_val_loss:.4f}\n'
-        f'sample from it: python scripts/sample.py --ckpt_dir={shlex.quote(str(workdir))}'
-    )
+    finish(meter, workdir)
     return 0
-
-
-def check_before_start(setup: Setup, workdir: Path, fresh: bool) -> None:
-    """Raises UserError for data or weights that training cannot use.
-
-    It is called before any folder is touched. One training and one validation batch are made only
-    for the errors that they raise, and not sent to the device, which may still be starting. Weights
-    to start from are checked here only with `fresh`, which moves the old run aside; otherwise
-    start.initial_state checks them.
-    """
-    if fresh:
-        check_pretrained(setup, workdir)
-    lo, hi = own_rows(setup.mesh, setup.config.train.batch_size)
-    train_batch(setup.dataset.train, step=0, lo=lo, hi=hi, **setup.batch_options)
-    next(eval_batches(setup.dataset.val, batch_size=1, seq_len=setup.config.train.seq_len))
 
 
 def check_processes(setup: Setup, workdir: Path, start: int) -> None:
@@ -272,6 +248,44 @@ def check_processes(setup: Setup, workdir: Path, start: int) -> None:
     )
     if different:
         raise UsageError(f'not the same in all processes of this run: {"; ".join(different)}')
+
+
+def say_already_finished(setup: Setup, workdir: Path, progress: RunProgress) -> None:
+    """Says that the run needs no further update, and writes settings that were deleted."""
+    say(
+        f'the run in {workdir} is finished: {counted(setup.config.train.steps, "steps")}, best '
+        f'validation loss {progress.best_val_loss:.4f} at step {progress.best_step:,}; raise '
+        'train.steps with --extend to continue, or start again with --fresh'
+    )
+    if hosts.is_first():
+        write_settings(setup, workdir, missing_only=True)
+
+
+def say_setup(setup: Setup, workdir: Path, checkpoints: Checkpoints, start: int) -> None:
+    """Says what will be trained and by which code, its memory, and which checkpoints are kept."""
+    config, n_local = setup.config, len(setup.mesh.local_devices)
+    memory = estimate_memory(setup.shapes, setup.layout, setup.device, n_local)
+    resuming = [f'resuming from checkpoint {start:,} in {workdir}'] if start else []
+    kept = checkpoints.describe_kept(
+        setup.shapes, config.train.steps, config.checkpoint.every, config.eval.every
+    )
+    say('\n'.join([*describe(setup), *memory, *resuming, *kept]))
+
+
+def state_at(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainState:
+    """The state to start from: checkpoint `start`, or at step 0 the initial state.
+
+    Raises UserError if the disk has no room to save it.
+    """
+    if start:
+        with Progress(f'reading checkpoint {start:,}'):
+            state = checkpoints.restore(start, abstract_state(setup))
+    else:
+        state = initial_state(setup)
+    if start < setup.config.train.steps:
+        # After the state is made, which fails first if memory is short.
+        checkpoints.check_room(state)
+    return state
 
 
 def prepare_folder(setup: Setup, workdir: Path, start: int, log_sizes: dict[str, int]) -> None:
@@ -291,3 +305,16 @@ def write_settings(setup: Setup, workdir: Path, missing_only: bool = False) -> N
     ):
         if not (missing_only and (workdir / name).exists()):
             files.write_text(workdir / name, text)
+
+
+def finish(meter: Meter, workdir: Path) -> None:
+    """Writes summary.json, and says how the run ended."""
+    progress, summary = meter.progress, meter.summary(corpus_identity(meter.setup))
+    if hosts.is_first():
+        files.write_text(workdir / 'summary.json', json.dumps(summary, indent=1) + '\n')
+    say(
+        f'finished {counted(meter.steps, "steps")} in {duration(summary["seconds_total"])}: best '
+        f'validation loss {progress.best_val_loss:.4f} at step {progress.best_step:,}, final '
+        f'{progress.final_val_loss:.4f}\n'
+        f'sample from it: python scripts/sample.py --ckpt_dir={shlex.quote(str(workdir))}'
+    )
