@@ -100,11 +100,13 @@ class TableOrder:
 
 
 def _raw(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The random numbers of an epoch in a TableOrder: the first one gives the offset."""
     return np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
 
 
 @functools.lru_cache(maxsize=4)
 def _table(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of all windows of an epoch in a TableOrder."""
     return np.argsort(_raw(seed, epoch, n + 1)[1:], kind='stable')
 
 
@@ -125,6 +127,7 @@ def row_starts(order: Order, rows: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _starts(order: Order, block: int) -> np.ndarray:
+    """row_starts of one block of ROWS_AT_ONCE rows, kept for the next steps."""
     rows = np.arange(block * ROWS_AT_ONCE, (block + 1) * ROWS_AT_ONCE)
     return row_starts(order, rows)
 

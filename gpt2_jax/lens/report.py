@@ -135,18 +135,9 @@ def collect(
     facts = {
         'title': title,
         'path': path,
-        'layers': cfg.n_layer,
-        'heads': cfg.n_head,
-        'width': cfg.n_embd,
-        'inner': cfg.d_ff,
-        'context': cfg.n_positions,
-        'vocabulary': cfg.vocab_size,
-        'parameters': count_params(subject.params),
-        'tokenizer': subject.tokenizer.name if subject.tokenizer else 'none',
+        **_model_facts(subject),
         'tokens': tokens_BT[0].tolist(),
         'prompt': T if prompt_tokens is None else prompt_tokens,
-        'leaves': list(named_leaves(subject.params)),
-        'leafNorms': [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(subject.params)],
         'curvature': ends and {name: end._asdict() for name, end in ends.items()},
         'firstTokens': min(T, FIRST_TOKENS),
         'repeated': repeated_half(cfg),
@@ -159,6 +150,23 @@ def collect(
     # A sign to point at for each token of a character but its last.
     facts['shown'] = [text or '‥' for text in token_texts(subject, tokens_BT[0])]
     return Report(facts, arrays, flow)
+
+
+def _model_facts(subject: Subject) -> dict[str, Any]:
+    """What the page says of the model itself, whatever the text."""
+    cfg = subject.cfg
+    return {
+        'layers': cfg.n_layer,
+        'heads': cfg.n_head,
+        'width': cfg.n_embd,
+        'inner': cfg.d_ff,
+        'context': cfg.n_positions,
+        'vocabulary': cfg.vocab_size,
+        'parameters': count_params(subject.params),
+        'tokenizer': subject.tokenizer.name if subject.tokenizer else 'none',
+        'leaves': list(named_leaves(subject.params)),
+        'leafNorms': [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(subject.params)],
+    }
 
 
 @contextlib.contextmanager

@@ -21,9 +21,10 @@ axes kept apart, so that reading published weights takes a reshape and never a t
     h_i/mlp/c_fc             kernel (D, F), bias (F,)
     h_i/mlp/c_proj           kernel (F, D), bias (D,)
 
-Every module takes `ops`, the functions that do its arithmetic: matmul, normalize, scores, mix,
-activate and logits; attention, if a fused kernel is used; and tap. The default, `PLAIN`, has one
-formula a line. Training passes `FAST`, which computes the same values faster (see ops.py).
+Every module takes `ops`, the functions that do its arithmetic: matmul (x W), normalize (LayerNorm
+without scale and bias), scores (q k^T), mix (pattern v), activate (GELU) and logits (x wte^T);
+attention, if a fused kernel is used; and tap. The default, `PLAIN`, has one formula a line.
+Training passes `FAST`, which computes the same values faster (see ops.py).
 """
 
 import math

@@ -18,44 +18,9 @@ import optax
 DECAYED = ('kernel', 'embedding')
 
 
-class DirectOptimizer(NamedTuple):
-    """An optimizer whose update returns the new parameters, not what to add to them.
-
-    AdamW by fused kernels (fused_optim.py) and Muon (muon.py) are direct.
-
-    init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms).
-    `rounded` is `round_kernels(params, round_to)` of the new parameters, or None if `round_to` is
-    None.
-    """
-
-    init: Callable
-    update: Callable
-    round_to: str | None = None
-
-
-Optimizer = optax.GradientTransformation | DirectOptimizer
-
-
 def decay_mask(params):
     """True for each leaf that is decayed, by the last part of its path."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
-
-
-def round_kernels(params, dtype: str):
-    """The leaves 'kernel', the matrices of the blocks, in this dtype; None for other leaves."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if path[-1].key == 'kernel' else None, params
-    )
-
-
-def join_kernels(rounded, params):
-    """The parameters, with each leaf of `round_kernels` in the place of the original leaf."""
-    return jax.tree.map(
-        lambda kernel, leaf: leaf if kernel is None else kernel,
-        rounded,
-        params,
-        is_leaf=lambda leaf: leaf is None,
-    )
 
 
 def make_schedule(
@@ -145,47 +110,6 @@ def unclipped_adamw(settings: AdamW, implementation: str) -> optax.GradientTrans
     return optax.adamw(schedule, beta1, beta2, eps, weight_decay=weight_decay, mask=decay_mask)
 
 
-def as_parameters(grads, params):
-    """The gradients in fp32, cut to the shapes of the parameters.
-
-    Without fused GPU kernels this changes nothing. The kernels may return bf16 gradients with rows
-    of padding after the last row.
-    """
-    return jax.tree.map(lambda g, p: g[: len(p)].astype(jnp.float32), grads, params)
-
-
-def apply_update(optimizer: Optimizer, grads, opt_state, params):
-    """Clips, runs AdamW and adds the result: new (params, opt_state, rounded, norms).
-
-    `rounded` is as in DirectOptimizer, and None for other optimizers. The norms are grad_norm
-    (before clipping), update_norm and param_norm (after the update).
-    """
-    if isinstance(optimizer, DirectOptimizer):
-        return optimizer.update(grads, opt_state, params)
-    grads = as_parameters(grads, params)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    trees = {'grad_norm': grads, 'update_norm': updates, 'param_norm': params}
-    return params, opt_state, None, {name: optax.tree.norm(tree) for name, tree in trees.items()}
-
-
-def average_in(average, params, n, decay: float):
-    """The average of the parameters over updates, with the parameters of update n = 1, 2, .. added.
-
-        a <- a + max(1 - decay, 10 / (n + 9)) (p - a)
-
-    This is an exponential moving average over about the last 1 / (1 - decay) updates. Early in a
-    run it covers the last tenth of the updates, so that it forgets the initial parameters.
-    """
-    weight = jnp.maximum(1 - decay, 10 / (n + 9.0))
-    return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
-
-
-def clip_factor(norm, clip_norm: float):
-    """min(1, clip_norm / norm): what gradients of this global norm are multiplied by."""
-    return jnp.where(norm > clip_norm, clip_norm / norm, 1)
-
-
 def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
     """g <- g min(1, clip_norm / ||g||), with ||g||^2 the sum of squares over all leaves."""
 
@@ -195,6 +119,11 @@ def explicit_clip(clip_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: g * factor, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def clip_factor(norm, clip_norm: float):
+    """min(1, clip_norm / norm): what gradients of this global norm are multiplied by."""
+    return jnp.where(norm > clip_norm, clip_norm / norm, 1)
 
 
 class AdamWState(NamedTuple):
@@ -208,15 +137,6 @@ class AdamWState(NamedTuple):
 def zero_moments(params) -> AdamWState:
     """The state before the first update."""
     return AdamWState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
-
-
-def bias_correction(beta: float, n):
-    """1 - beta^n: the sum of the weights of n values in a running mean that starts at 0.
-
-    It is computed with expm1, because the subtraction loses digits in fp32: its relative error is
-    1e-5 at n = 1, beta = 0.999.
-    """
-    return -jnp.expm1(jnp.float32(n) * math.log(beta)) if beta else jnp.float32(1)
 
 
 def explicit_adamw(settings: AdamW) -> optax.GradientTransformation:
@@ -238,6 +158,86 @@ def explicit_adamw(settings: AdamW) -> optax.GradientTransformation:
         return updates, AdamWState(state.count + 1, m, v)
 
     return optax.GradientTransformation(zero_moments, update)
+
+
+def bias_correction(beta: float, n):
+    """1 - beta^n: the sum of the weights of n values in a running mean that starts at 0.
+
+    It is computed with expm1, because the subtraction loses digits in fp32: its relative error is
+    1e-5 at n = 1, beta = 0.999.
+    """
+    return -jnp.expm1(jnp.float32(n) * math.log(beta)) if beta else jnp.float32(1)
+
+
+class DirectOptimizer(NamedTuple):
+    """An optimizer whose update returns the new parameters, not what to add to them.
+
+    AdamW by fused kernels (fused_optim.py) and Muon (muon.py) are direct.
+
+    init(params) -> state;  update(grads, state, params) -> (params, state, rounded, norms).
+    `rounded` is `round_kernels(params, round_to)` of the new parameters, or None if `round_to` is
+    None.
+    """
+
+    init: Callable
+    update: Callable
+    round_to: str | None = None
+
+
+Optimizer = optax.GradientTransformation | DirectOptimizer
+
+
+def apply_update(optimizer: Optimizer, grads, opt_state, params):
+    """Clips, runs AdamW and adds the result: new (params, opt_state, rounded, norms).
+
+    `rounded` is as in DirectOptimizer, and None for other optimizers. The norms are grad_norm
+    (before clipping), update_norm and param_norm (after the update).
+    """
+    if isinstance(optimizer, DirectOptimizer):
+        return optimizer.update(grads, opt_state, params)
+    grads = as_parameters(grads, params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    trees = {'grad_norm': grads, 'update_norm': updates, 'param_norm': params}
+    return params, opt_state, None, {name: optax.tree.norm(tree) for name, tree in trees.items()}
+
+
+def as_parameters(grads, params):
+    """The gradients in fp32, cut to the shapes of the parameters.
+
+    Without fused GPU kernels this changes nothing. The kernels may return bf16 gradients with rows
+    of padding after the last row.
+    """
+    return jax.tree.map(lambda g, p: g[: len(p)].astype(jnp.float32), grads, params)
+
+
+def average_in(average, params, n, decay: float):
+    """The average of the parameters over updates, with the parameters of update n = 1, 2, .. added.
+
+        a <- a + max(1 - decay, 10 / (n + 9)) (p - a)
+
+    This is an exponential moving average over about the last 1 / (1 - decay) updates. Early in a
+    run it covers the last tenth of the updates, so that it forgets the initial parameters.
+    """
+    weight = jnp.maximum(1 - decay, 10 / (n + 9.0))
+    return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
+
+
+def round_kernels(params, dtype: str):
+    """The leaves 'kernel', the matrices of the blocks, in this dtype; None for other leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key == 'kernel' else None, params
+    )
+
+
+def join_kernels(rounded, params):
+    """The parameters, with each leaf of `round_kernels` in the place of the original leaf."""
+    return jax.tree.map(
+        lambda kernel, leaf: leaf if kernel is None else kernel,
+        rounded,
+        params,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def root_of_squares(tree):

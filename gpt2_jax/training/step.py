@@ -3,6 +3,10 @@
     train_step(state, batch) -> (state, metrics)        eval_step(params, batch) -> nats_B
 
 A batch holds `inputs` and `targets`, int32 (B, T), and in evaluation a `mask`, float32 (B, T).
+
+An update is made of three functions: `plain_value_and_grad` takes the model forwards and backwards
+through a micro-batch, `accumulate` adds micro-batches up, and `make_train_step` adds the optimizer
+of optim.py. programs.py puts them together for a run.
 """
 
 from collections.abc import Callable
@@ -69,6 +73,35 @@ def init_state(params, optimizer: Optimizer, averages: bool = False) -> TrainSta
     return TrainState(jnp.int32(0), params, optimizer.init(params), average, rounded)
 
 
+def make_token_losses(model: GPT2, unshard: Callable, chunk_targets: int = 0) -> Callable:
+    """The function losses(params, batch, dropout_key=None) -> losses_BT, in nats per target.
+
+    `unshard` gathers parameters that are spread over devices (see partition.make_unshard); on one
+    device it changes nothing. If `chunk_targets` is not 0, the losses are computed over chunks of
+    at most `chunk_targets` targets (see model/loss.py).
+    """
+
+    def losses(params, batch: Batch, dropout_key=None):
+        if chunk_targets:
+            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
+            precision = model.cfg.precision
+            return map_logits(
+                token_losses, x_BTD, wte_VD, batch['targets'], precision, chunk_targets
+            )
+        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
+        return token_losses(logits_BTV, batch['targets'])
+
+    return losses
+
+
+def head_inputs(model: GPT2, params, tokens_BT, dropout_key=None):
+    """The operands of the head, in its dtype: final hidden states x_BTD and embedding wte_VD."""
+    x_BTD, _ = model.apply(
+        {'params': params}, tokens_BT, dropout_key=dropout_key, method='features'
+    )
+    return x_BTD, params['wte']['embedding'].astype(model.cfg.compute_dtype)
+
+
 def plain_value_and_grad(
     model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
@@ -76,11 +109,8 @@ def plain_value_and_grad(
 
     `batch` is one micro-batch, and B is its number of rows. The loss is the sum of the losses of
     its targets, divided by `n_targets`, the number of targets of all micro-batches together.
-    `unshard` gathers the stored parameters into the form in which the model multiplies by them (see
-    partition.make_unshard). If `chunk_targets` is not 0, the loss is computed over chunks of at
-    most `chunk_targets` targets (see model/loss.py).
+    `unshard` and `chunk_targets` are as in `make_token_losses`.
     """
-
     losses = make_token_losses(model, unshard)
 
     def mean_loss(params, batch: Batch, dropout_key, n_targets):
@@ -121,6 +151,14 @@ def accumulate(value_and_grad: Callable, grad_accum_steps: int) -> Callable:
     return loss_and_grads
 
 
+def split_rows(x, n: int):
+    """(B, ..) -> (n, B / n, ..): micro-batch m has the rows m, m + n, m + 2 n, ..
+
+    A device holds consecutive rows, so it holds an equal share of each micro-batch.
+    """
+    return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
+
+
 def make_train_step(
     loss_and_grads: Callable,
     optimizer: Optimizer,
@@ -157,47 +195,12 @@ def make_train_step(
     return train_step
 
 
-def split_rows(x, n: int):
-    """(B, ..) -> (n, B / n, ..): micro-batch m has the rows m, m + n, m + 2 n, ..
-
-    A device holds consecutive rows, so it holds an equal share of each micro-batch.
-    """
-    return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
-
-
-def make_token_losses(model: GPT2, unshard: Callable, chunk_targets: int = 0) -> Callable:
-    """The function losses(params, batch, dropout_key=None) -> losses_BT, in nats per target.
-
-    `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
-    """
-
-    def losses(params, batch: Batch, dropout_key=None):
-        if chunk_targets:
-            x_BTD, wte_VD = head_inputs(model, unshard(params), batch['inputs'], dropout_key)
-            precision = model.cfg.precision
-            return map_logits(
-                token_losses, x_BTD, wte_VD, batch['targets'], precision, chunk_targets
-            )
-        logits_BTV = model.apply({'params': unshard(params)}, batch['inputs'], dropout_key)
-        return token_losses(logits_BTV, batch['targets'])
-
-    return losses
-
-
 def make_eval_step(
     model: GPT2, unshard: Callable = lambda params: params, chunk_targets: int = 0
 ) -> Callable:
     """The function eval_step(params, batch) -> nats_B: each row's loss, summed where mask is 1.
 
-    `unshard` and `chunk_targets` are as in `plain_value_and_grad`.
+    `unshard` and `chunk_targets` are as in `make_token_losses`.
     """
     losses = make_token_losses(model, unshard, chunk_targets)
     return lambda params, batch: (losses(params, batch) * batch['mask']).sum(-1)
-
-
-def head_inputs(model: GPT2, params, tokens_BT, dropout_key=None):
-    """The operands of the head, in its dtype: final hidden states x_BTD and embedding wte_VD."""
-    x_BTD, _ = model.apply(
-        {'params': params}, tokens_BT, dropout_key=dropout_key, method='features'
-    )
-    return x_BTD, params['wte']['embedding'].astype(model.cfg.compute_dtype)
