@@ -106,10 +106,7 @@ def prepare(
         )
     with Progress('looking for files'):
         paths, left_out = documents.find_files(inputs)
-    if repeated := [path for path, n in collections.Counter(paths).items() if n > 1]:
-        more = f', and {len(repeated) - 1:,} more' if len(repeated) > 1 else ''
-        about = f'given more than once, and read each time: {foreign.escape(repeated[0])}{more}'
-        print(about, file=sys.stderr)
+    _warn_of_repeated(paths)
     folder = files.user_path(out_dir).resolve()
     with files.new_folder(folder) as partial:
         sources, alphabet = _count(paths, text_field, learns_alphabet)
@@ -163,6 +160,13 @@ def prepare(
         files.write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         signals.handle(signal.SIG_IGN)  # too late to say that nothing was written
     return manifest
+
+
+def _warn_of_repeated(paths: list[str]) -> None:
+    if repeated := [path for path, n in collections.Counter(paths).items() if n > 1]:
+        more = f', and {len(repeated) - 1:,} more' if len(repeated) > 1 else ''
+        about = f'given more than once, and read each time: {foreign.escape(repeated[0])}{more}'
+        print(about, file=sys.stderr)
 
 
 def _size(path: str) -> int:
