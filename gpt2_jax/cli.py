@@ -275,7 +275,7 @@ def _print_help() -> None:
 
 
 def _check_config_flags(argv: list[str]) -> str | None:
-    """Checks that --config.KEY are settings and that --config=FILE is there; returns the file."""
+    """Checks that --config.KEY is a setting and --config=FILE a Python file; returns the file."""
     path = None
     for argument, following in itertools.pairwise([*argv, '']):
         if match := re.match(r'--?(?:no)?config\.([^=]+)', argument):

@@ -235,7 +235,7 @@ def barrier(name: str, seconds: int = BARRIER_SECONDS) -> None:
 
 
 def differing(values: dict[str, Any]) -> list[str]:
-    """The names whose values are not equal in all processes; each gives the same names."""
+    """The names whose values are not equal in all processes; each gives them in the same order."""
     if not several():
         return []
     codes = np.array([zlib.crc32(repr(value).encode()) for value in values.values()], np.uint32)
