@@ -236,7 +236,8 @@ def test_shards_without_marks_give_the_shard_and_the_token(tmp_path):
         (folder / split.pop('marks')['file']).unlink()
     (folder / 'manifest.json').write_text(json.dumps(manifest))
     run = ledger.open_run(run_folder(tmp_path / 'run', folder))
-    assert str(run.where(250)) == 'train_00002.npy, token 50'
+    found = ledger.find(run.folder, token_offset=250)
+    assert 'train_00002.npy, token 50, training token 250' in ledger.to_lines(found, 1)
 
 
 def test_changed_marks_are_refused(tmp_path):

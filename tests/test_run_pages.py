@@ -216,6 +216,8 @@ def test_wrong_questions_are_one_line(trained, folder):
         over_time.text_tokens(ledger.open_run(trained), one, None)
     with pytest.raises(UsageError, match="--steps has 'x'"):
         list(run.write_steps(trained, folder / 'x.html', ['x']))
+    with pytest.raises(UserError, match='has no update 999: it has done'):
+        next(run.write_steps(trained, folder / 'x.html', ['1', '999']))
 
     for arguments, said in (
         (('draw',), 'expected a command, report or compare; got draw'),

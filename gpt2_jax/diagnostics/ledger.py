@@ -284,7 +284,7 @@ def to_lines(found: Found, limit: int) -> list[str]:
         more = '..' if stop > start + 4 * CONTEXT else ''
         lines += [
             '',
-            f'{run.where(start)}, token {start:,}',
+            f'{run.where(start)}, training token {start:,}',
             f'  {in_one_line(before)}[{in_one_line(shown)}{more}]{in_one_line(after)}',
         ]
         here = np.flatnonzero(seen.text == i)

@@ -188,14 +188,18 @@ class Replay:
         """The gradient of the mean loss of update `step`, before clipping."""
         return self._programs(step).gradient(params, self.batch(step), self.dropout_key(step))
 
-    @allow_transfers
-    def open(self, step: int) -> OpenedStep:
-        """Everything about update `step`. Raises UserError if the run has not done it."""
+    def check(self, step: int) -> None:
+        """Raises UserError if the run has not done update `step`."""
         done = history.steps_done(self.run.folder)
         if not 1 <= step <= done:
             raise UserError(
                 f'{self.run.folder} has no update {step}: it has done {done:,}, counted from 1'
             )
+
+    @allow_transfers
+    def open(self, step: int) -> OpenedStep:
+        """Everything about update `step`. Raises as `check`."""
+        self.check(step)
         checkpoint, state = self.state_before(step)
         before = jax.tree.map(jnp.copy, state.params)
         before_BT, gradient = self.losses(step, before), self.gradient(step, before)

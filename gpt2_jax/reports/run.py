@@ -74,6 +74,8 @@ def write_steps(
     if wrong:
         raise UsageError(f'--steps has {wrong[0]!r}: expected numbers of updates')
     replay = Replay(folder, notify, corpus) if steps else None
+    for step in map(int, steps):
+        replay.check(step)
     for step in sorted(map(int, steps)):
         found = step_report.to_json(replay.run, replay.open(step))
         yield step_report.write(found, out.with_name(f'{out.stem}_step_{step}.html'))
