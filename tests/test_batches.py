@@ -23,7 +23,7 @@ from gpt2_jax.data.batches import (
 )
 from gpt2_jax.data.dataset import Tokens
 from gpt2_jax.data.shards import open_shards
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.prepare import prepare
 
 # 11 windows: batches span epochs, and epochs end within batches.
@@ -198,6 +198,8 @@ def test_a_window_source_has_each_whole_window_once(n_tokens):
         assert np.array_equal(source[np.int64(w)]['inputs'], element['inputs'])
     with pytest.raises(IndexError):
         source[len(source)]
+    with pytest.raises(UsageError, match='seq_len = 0: expected at least 1'):
+        WindowSource(source.tokens, 0)
     assert repr(source) == f'WindowSource({n_tokens} tokens, seq_len=8)'
 
 

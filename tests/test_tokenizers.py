@@ -66,6 +66,12 @@ def test_unknown_character_is_named(monkeypatch, unknown, code):
     assert "'abc'" in message
 
 
+@pytest.mark.parametrize('tokenizer', [CharTokenizer('abc'), ByteTokenizer(), SMALL])
+def test_anything_but_one_text_is_refused(tokenizer):
+    with pytest.raises(UsageError, match='a tokenizer encodes one text, a str; got list'):
+        tokenizer.encode(['abc'])
+
+
 def test_windows_line_ends_are_named():
     with pytest.raises(UserError, match=r'U\+000D\) at position 1 .*; .* a Windows line ending'):
         CharTokenizer('\nab').encode('a\r\nb')

@@ -28,7 +28,7 @@ import numpy as np
 
 from gpt2_jax import permutation
 from gpt2_jax.data.dataset import Tokens
-from gpt2_jax.errors import UserError
+from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.terminal import counted
 
 # The number of rows whose windows are found together. The permutation takes 0.9 ms for 64 rows and
@@ -181,6 +181,8 @@ class WindowSource:
     """
 
     def __init__(self, tokens: Tokens, seq_len: int):
+        if seq_len < 1:
+            raise UsageError(f'seq_len = {seq_len}: expected at least 1')
         self.tokens, self.seq_len = tokens, seq_len
 
     def __len__(self) -> int:

@@ -111,6 +111,7 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """One id a character. UserError names the first unknown one and its position."""
+        _check_text(text)
         encoded = np.empty(len(text), np.min_scalar_type(self.vocab_size - 1))
         for start in range(0, len(text), ENCODE_BLOCK):
             block = text[start : start + ENCODE_BLOCK]
@@ -165,6 +166,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """One id a byte. Raises UserError only for half of a surrogate pair."""
+        _check_text(text)
         try:
             return np.frombuffer(text.encode('utf-8'), np.uint8)
         except UnicodeEncodeError as error:
@@ -272,6 +274,7 @@ class Gpt2Tokenizer(Tokenizer):
 
         Raises UserError only for half of a surrogate pair.
         """
+        _check_text(text)
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
@@ -377,6 +380,11 @@ def from_json(text: str, source: str | os.PathLike = 'the saved tokenizer') -> T
 def fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's JSON, in hex: tokens and checkpoints must agree on it."""
     return hashlib.sha256(to_json(tokenizer).encode()).hexdigest()
+
+
+def _check_text(text) -> None:
+    if not isinstance(text, str):
+        raise UsageError(f'a tokenizer encodes one text, a str; got {type(text).__name__}')
 
 
 def _unknown(text: str, position: int, expected: str) -> UserError:
