@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from bpe import MERGES, SMALL, TEXTS
 
 from gpt2_jax.data import documents, load, shards, tokenizers
 from gpt2_jax.data.dataset import SPLITS, Tokens, from_text
-from gpt2_jax.data.id_files import MAX_OPEN
+from gpt2_jax.data.id_files import MAX_OPEN, KeptFile
 from gpt2_jax.data.shards import open_shards
 from gpt2_jax.errors import UsageError, UserError
 from gpt2_jax.prepare import SPLIT_BY, describe, prepare
@@ -754,6 +755,21 @@ def test_few_of_many_shards_stay_open(texts, tmp_path):
     with pytest.raises(UserError, match=r'train_00000.npy changed while it was in use; restore it'):
         train.read(0, 3)
     assert train.read(2, 4).tolist() == expected[1]
+
+
+def test_a_file_beyond_the_limit_of_open_files_is_named(tmp_path):
+    (tmp_path / 'ids').touch()
+    with open(os.devnull) as free:
+        number = free.fileno()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number + 1, hard))  # one file more
+    try:
+        kept = KeptFile(tmp_path / 'ids')
+        with pytest.raises(UserError, match='ids cannot be read: Too many open files'):
+            KeptFile(tmp_path / 'ids')
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert kept.n_bytes == 0
 
 
 def test_a_shard_cut_short_while_it_is_used(texts, tmp_path):

@@ -29,9 +29,9 @@ class KeptFile:
 
     def __init__(self, path: str | os.PathLike):
         """Raises UserError if `path` is not a regular file."""
-        with foreign.open_file(path) as file:
-            self.descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self.descriptor)
+        file = foreign.open_file(path)
+        weakref.finalize(self, file.close)
+        self.descriptor = file.fileno()
         about = os.fstat(self.descriptor)
         self.n_bytes = about.st_size
         # What changes if the file is replaced, written to or cut short.
