@@ -149,12 +149,12 @@ def run_in_folder(
     hooks: Sequence[loop.Hook],
 ) -> int:
     """The run in a claimed folder, after damaged checkpoints were set aside: see `train`."""
-    config = setup.config
+    config, steps = setup.config, setup.config.train.steps
     # start: the step of the newest usable checkpoint, or 0 for a new run. progress: the losses and
     # times so far. log_sizes: how many bytes of each log were written up to step `start`.
     start, progress, log_sizes = where_to_start(setup, workdir, checkpoints, extend)
     check_processes(setup, workdir, start)
-    if start == config.train.steps and (workdir / 'summary.json').exists():
+    if start == steps and (workdir / 'summary.json').exists():
         say_already_finished(setup, workdir, progress)
         return 0
 
@@ -169,20 +169,10 @@ def run_in_folder(
         prepare_folder(setup, workdir, start, log_sizes)
 
     with (
-        Logger(
-            workdir,
-            start,
-            config.train.steps,
-            config_lib.flatten(config),
-            writes=hosts.is_first(),
-        ) as log,
+        Logger(workdir, start, steps, config_lib.flatten(config), writes=hosts.is_first()) as log,
         loop.interrupts() as interrupt,
         feed.train_batches(
-            setup.mesh,
-            setup.dataset.train,
-            start=start,
-            stop=config.train.steps,
-            **setup.batch_options,
+            setup.mesh, setup.dataset.train, start=start, stop=steps, **setup.batch_options
         ) as batches,
     ):
         spikes = ExplainSpikes(config.train.spike, workdir, log)
