@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from gpt2_jax import cli
 from gpt2_jax.terminal import printable
-from gpt2_jax.workdir.log import Logger
+from gpt2_jax.workdir.log import GrowingFile, Logger
 
 
 class Terminal(io.StringIO):
@@ -111,6 +111,21 @@ def test_in_a_folder_that_was_moved_no_log_is_written_again(tmp_path):
         log.record(1, 'train', {'loss': 1.0})
     assert not any((tmp_path / 'run').iterdir())
     assert (tmp_path / 'old/metrics.jsonl').read_text()
+
+
+def test_an_error_at_closing_is_raised_once_all_are_closed(tmp_path, monkeypatch):
+    """A network file system may report only then that a log could not be written."""
+    closed, really_close = [], GrowingFile.close
+
+    def close(file):
+        really_close(file)
+        closed.append(file)
+        raise OSError(122, 'Disk quota exceeded')
+
+    monkeypatch.setattr(GrowingFile, 'close', close)
+    with pytest.raises(OSError, match='quota'), Logger(tmp_path, 0, 9, {}):
+        pass
+    assert len(closed) == 3
 
 
 def test_what_a_run_is_busy_with(tmp_path, monkeypatch, capsys):

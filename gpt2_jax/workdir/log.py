@@ -128,9 +128,9 @@ class Logger:
         finally:
             if self._live:
                 self._live.stop()
-            for file in self._files:
-                with contextlib.suppress(OSError):  # `flush` has raised it
-                    file.close()
+            with contextlib.ExitStack() as stack:  # closes all of them, also after an error
+                for file in self._files:
+                    stack.callback(file.close)
 
     def say(self, text: str) -> None:
         """Prints a message on the console, above the progress line if there is one."""
