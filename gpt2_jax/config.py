@@ -346,13 +346,10 @@ def default_config() -> ConfigDict:
 
 def keys_of(config: ConfigDict) -> set[str]:
     """The settings that a configuration has: {'model.n_layer', ..}."""
-    sections = config.to_dict().items()
-    return {
-        f'{section}.{name}'
-        for section, values in sections
-        if isinstance(values, dict)
-        for name in values
-    }
+    keys = set()
+    for section, values in config.to_dict().items():
+        keys |= {f'{section}.{name}' for name in values} if isinstance(values, dict) else {section}
+    return keys
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -83,11 +83,12 @@ def test_resolve_fills_in_open_settings():
 
 
 def test_a_configuration_with_other_settings_is_refused():
-    config = default_config()
-    with config.unlocked():
-        config.train.stepz = 3
+    mistyped, beside = default_config(), default_config()
+    with mistyped.unlocked(), beside.unlocked():
+        mistyped.train.stepz = beside.steps = 3
     for wrong, said in (
-        (config, 'has the unknown setting train.stepz: expected the result of default_config'),
+        (mistyped, 'has the unknown setting train.stepz: expected the result of default_config'),
+        (beside, 'has the unknown setting steps: expected the result of default_config'),
         (ConfigDict({'train': 3}), 'lacks checkpoint.every: expected the result of default_config'),
     ):
         with pytest.raises(UsageError, match=f'the configuration {said}'):
