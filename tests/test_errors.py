@@ -457,6 +457,11 @@ ROWS = {
         2,
         ['--seconds=nan', 'expected a finite number'],
     ),
+    'loss that is not a number': (
+        ('benchmark', '--config={made}/fine.py', '--what=time-to-loss', '--loss=nan'),
+        2,
+        ['--loss=nan', 'expected a finite number'],
+    ),
     'memory fraction that is not a number': (
         ('plan', '--config={made}/fine.py', '--memory_fraction=nan'),
         2,
