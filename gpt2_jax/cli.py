@@ -23,10 +23,10 @@ from ml_collections import ConfigDict, config_flags
 
 import gpt2_jax
 from gpt2_jax import files, foreign, terminal
-from gpt2_jax.config import EXPECTED, SETTINGS, check_key, describe, keys_of
+from gpt2_jax.config import EXPECTED_CONFIG, SETTINGS, check_key, describe, keys_of
 from gpt2_jax.errors import DivergedError, UsageError, UserError
 
-WRONG_RESULT = f'get_config() must return {EXPECTED}'
+WRONG_RESULT = f'get_config() must return {EXPECTED_CONFIG}'
 CONFIG_FILE = 'a configuration, e.g. --config=configs/quickstart.py'
 NO_CONFIG = f'--config is missing: name {CONFIG_FILE}'
 # What Python and absl say of a flag's value -> what is said in its place.

@@ -301,7 +301,7 @@ SETTINGS = {
     'mesh.tensor': (1, at_least(1), 'devices that share heads and feed-forward columns'),
 }
 
-EXPECTED = 'the result of default_config() in gpt2_jax.config, with other values'
+EXPECTED_CONFIG = 'the result of default_config() in gpt2_jax.config, with other values'
 
 # Renamed settings and values, so that config.json of an older version can be read.
 # old key -> new key
@@ -399,11 +399,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     if not isinstance(config, ConfigDict):
         raise UsageError(
-            f'the configuration is of type {type(config).__name__}: expected {EXPECTED}'
+            f'the configuration is of type {type(config).__name__}: expected {EXPECTED_CONFIG}'
         )
     if wrong := keys_of(config) ^ SETTINGS.keys():
         about = 'lacks' if min(wrong) in SETTINGS else 'has the unknown setting'
-        raise UsageError(f'the configuration {about} {min(wrong)}: expected {EXPECTED}')
+        raise UsageError(f'the configuration {about} {min(wrong)}: expected {EXPECTED_CONFIG}')
     config = ConfigDict(config.to_dict())  # a copy that can be changed, also of a frozen one
     flat = flatten(config)
     for key, value in flat.items():

@@ -237,7 +237,12 @@ def test_a_position_beside_a_loss_is_refused(model, params, text):
 
 
 @pytest.mark.parametrize(
-    'function', [lambda x, *_: np.tanh(x).sum(), lambda x, *_: x.sum() if x.sum() > 0 else 0.0]
+    'function',
+    [
+        lambda x, *_: np.tanh(x).sum(),
+        lambda x, *_: x.sum() if x.sum() > 0 else 0.0,
+        lambda x, *_: x[x > 0].sum(),
+    ],
 )
 def test_functions_that_jax_cannot_trace_are_reported(model, params, text, function):
     subject, name = (model, params), 'h_0.mlp'

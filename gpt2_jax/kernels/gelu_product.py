@@ -21,9 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from gpt2_jax.kernels import launch
 from gpt2_jax.kernels.choose import HOPPER_COLUMNS, HOPPER_INNER
 from gpt2_jax.kernels.gelu import gelu_forward, gelu_slope
+from gpt2_jax.kernels.launch import call_hopper, multiprocessors, swizzled
 from gpt2_jax.model.ops import matmul
 
 # Sizes are the best of those tried on an H100; docs/speed.md has times.
@@ -35,18 +35,6 @@ SUM_COLUMNS = 8  # the fewest that tensor cores compute
 # Registers of a thread that copies, and of a thread that computes. The 384 threads of a program
 # start with 168 each, and 40 + 2 x 232 = 3 x 168: with more in all, a warpgroup would wait forever.
 COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
-
-
-def multiprocessors() -> int:
-    """How many multiprocessors this GPU has; the interpreter acts as one with 2."""
-    return 2 if launch.interprets() else jax.devices()[0].core_count
-
-
-def _swizzled(columns, dtype):
-    """The order in which Hopper's tensor cores read blocks with this many columns."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(columns * bits)
-    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
 def _reciprocal(x):
@@ -186,21 +174,17 @@ def gelu_backward(dout_ND, w_FD, u_NF, has_bias: bool):
     programs, parts = multiprocessors(), COLUMNS // PART
 
     def shared(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=_swizzled(shape[-1], dtype))
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
 
     outs = [jax.ShapeDtypeStruct((N, F), dtype)]
     outs += [jax.ShapeDtypeStruct((N // ROWS, F), jnp.float32)] * has_bias
     blocks = shared(STAGES, ROWS, INNER), shared(STAGES, COLUMNS, INNER)
     ones = jnp.ones((SUM_COLUMNS, INNER), dtype)
-    du_NF, *dbias = plgpu.kernel(
+    du_NF, *dbias = call_hopper(
         functools.partial(_kernel, D=D, programs=programs),
-        grid=(programs,),
-        grid_names=('program',),
-        num_threads=3,
-        thread_name='warpgroup',
-        kernel_name='gelu_product',
-        interpret=plgpu.InterpretGPUParams() if launch.interprets() else None,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        programs=programs,
+        warpgroups=3,
+        name='gelu_product',
         out_type=outs,
         scratch_types={
             'blocks': (*blocks, shared(2, *ones.shape)),

@@ -78,6 +78,41 @@ def call(kernel, *, warps, stages=2, **options):
     )
 
 
+def call_hopper(kernel, *, programs, warpgroups, name, **options):
+    """A kernel of Pallas' Mosaic GPU, on a GPU or in its interpreter elsewhere.
+
+    In it, lax.axis_index('program') and lax.axis_index('warpgroup') say which part is computed.
+    """
+    from jax.experimental.pallas import mosaic_gpu  # takes 0.2 s to load, only where it is used
+
+    return mosaic_gpu.kernel(
+        kernel,
+        grid=(programs,),
+        grid_names=('program',),
+        num_threads=warpgroups,
+        thread_name='warpgroup',
+        kernel_name=name,
+        interpret=mosaic_gpu.InterpretGPUParams() if interprets() else None,
+        compiler_params=mosaic_gpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        **options,
+    )
+
+
+def multiprocessors() -> int:
+    """How many multiprocessors this GPU has; the interpreter acts as one with 2."""
+    return 2 if interprets() else jax.devices()[0].core_count
+
+
+def swizzled(columns, dtype):
+    """The order in which Hopper's tensor cores read blocks with this many columns."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = mosaic_gpu.find_swizzle(columns * bits)
+    tiling = mosaic_gpu.TilingTransform((8, swizzle * 8 // bits))
+    return tiling, mosaic_gpu.SwizzleTransform(swizzle)
+
+
 def only(present, specs):
     """The spec of each input or output in `present`, or None if the array is None."""
     return {name: None if x is None else specs[name] for name, x in present.items()}

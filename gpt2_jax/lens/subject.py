@@ -159,10 +159,10 @@ def call_traced(name: str, function: Callable, *arrays):
     """
     try:
         return function(*arrays)
-    except jax.errors.JAXTypeError:
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         raise UsageError(
-            f'JAX cannot trace {name}: use jax.numpy in place of numpy, and no if, float() or '
-            'int() of an array'
+            f'JAX cannot trace {name}: use jax.numpy in place of numpy, jnp.where in place of '
+            'x[mask], and no if, float() or int() of an array'
         ) from None
 
 
