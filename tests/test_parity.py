@@ -295,7 +295,9 @@ def test_lm_evaluation_harness_gives_the_same_figures(tmp_path, monkeypatch):
     """Documents of no token, of less than a window, one window, and several windows."""
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-    lm_eval = pytest.importorskip('lm_eval')
+    pytest.importorskip('lm_eval.models.huggingface')  # pip install 'lm_eval[hf]'
+    import lm_eval
+
     tokenizer = Gpt2Tokenizer('t h\nth e\nĠ the\ni n\nĠ a\n')
     export(tmp_path, tokenizer, n_positions=12)
     texts = [
